@@ -1,0 +1,34 @@
+// The CPU backend's entry points. The loss on a CPU: forward to a support graph, backward from one.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../sn_types.h"
+
+namespace sn::cpu {
+
+// Instruction sets the kernels are compiled for, weakest first. Results have the same bits at every level.
+std::vector<std::string> compiled_capabilities();
+std::vector<std::string> usable_capabilities();  // compiled and supported by this machine, best last
+std::string capability();                        // in use; at load the best usable, or SN_OPS_CPU_CAPABILITY
+void set_capability(const std::string& name);    // throws std::invalid_argument naming what is allowed
+
+// Paths a forward can take; every path selects the same neighbours in the same order.
+enum class Path : std::int32_t { kAuto = 0, kDirect = 1, kScreen = 2 };
+void set_path(Path path);  // tests force a path; kAuto otherwise
+
+struct Plan {
+  Path path;                      // kDirect or kScreen
+  std::int64_t list_capacity;     // entries kept for an anchor between prunings (screen)
+  std::int64_t workspace_bytes;   // scratch of the forward beyond its outputs
+};
+Plan plan_forward(std::int64_t anchors, std::int64_t candidates, std::int64_t dims, std::int64_t k, DType dtype,
+                  bool symmetric, int threads);
+
+// Throw std::bad_alloc when scratch cannot be had; arguments are checked by the caller.
+void forward(const ForwardArgs& args, const ThreadPool& pool);
+void backward(const BackwardArgs& args, const ThreadPool& pool);
+
+}  // namespace sn::cpu

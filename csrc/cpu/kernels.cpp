@@ -1,0 +1,172 @@
+// The hot loops, compiled once per instruction set into a namespace of its own (SN_CPU_CAPABILITY names it).
+//
+// Nothing in this file may instantiate a standard-library template or a shared out-of-line inline function: the linker
+// keeps one copy of such code, perhaps the one compiled for the newest CPU.
+// GCC's own AVX-512 headers start vectors from an undefined register, which older releases then warn about in whatever
+// function they are inlined into.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include "kernels.h"
+
+#include "../sn_math.h"
+
+#ifndef SN_CPU_CAPABILITY
+#error "compile kernels.cpp with -DSN_CPU_CAPABILITY=generic, avx2, avx512 or avx512_bf16"
+#endif
+
+#define SN_LAMBDA_INLINE __attribute__((always_inline))
+#define SN_STRINGIFY_(x) #x
+#define SN_STRINGIFY(x) SN_STRINGIFY_(x)
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace sn::cpu::SN_CPU_CAPABILITY {
+namespace {
+
+#include "simd.h"
+//
+#include "kernels_direct.h"
+//
+#include "kernels_backward.h"
+#include "kernels_screen.h"
+
+// ---- small kernels --------------------------------------------------------------------------------------------------
+
+// A value is finite when its exponent bits are not all set; floating-point comparisons would drop NaN.
+template <class Bits, Bits kExponent>
+bool all_finite_bits(const FeatureView& features, std::int64_t dims, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t r = begin; r < end; ++r) {
+    const Bits* row = static_cast<const Bits*>(features.data) + r * features.row_stride;
+    Bits bad = 0;
+    for (std::int64_t c = 0; c < dims; ++c) bad |= static_cast<Bits>((row[c] & kExponent) == kExponent ? 1 : 0);
+    if (bad != 0) return false;
+  }
+  return true;
+}
+
+bool all_finite(DType dtype, const FeatureView& features, std::int64_t dims, std::int64_t begin, std::int64_t end) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return all_finite_bits<std::uint32_t, 0x7f800000u>(features, dims, begin, end);
+    case DType::kFloat64:
+      return all_finite_bits<std::uint64_t, 0x7ff0000000000000u>(features, dims, begin, end);
+    case DType::kFloat16:
+      return all_finite_bits<std::uint16_t, 0x7c00u>(features, dims, begin, end);
+    case DType::kBFloat16:
+      return all_finite_bits<std::uint16_t, 0x7f80u>(features, dims, begin, end);
+  }
+  return false;
+}
+
+std::int64_t smallest(const float* d2, std::int64_t count, std::int64_t self, std::int64_t wanted,
+                      std::uint64_t* keys) {
+  std::int64_t kept = 0;
+  if (wanted == 0) return 0;
+  // Indices ascend, so a later candidate must be strictly nearer to enter; bits of d2 >= 0 order as d2 does.
+  std::uint32_t worst = 0xffffffffu;
+  const auto consider = [&](std::int64_t j, std::uint32_t bits) SN_LAMBDA_INLINE {
+    if (bits >= worst || j == self) return;
+    const std::uint64_t key = (static_cast<std::uint64_t>(bits) << 32) | static_cast<std::uint32_t>(j);
+    std::int64_t at = kept < wanted ? kept++ : kept - 1;
+    for (; at > 0 && keys[at - 1] > key; --at) keys[at] = keys[at - 1];
+    keys[at] = key;
+    if (kept == wanted) worst = static_cast<std::uint32_t>(keys[kept - 1] >> 32);
+  };
+  std::int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    std::uint32_t bits[kLanes];
+    std::memcpy(bits, d2 + j, sizeof bits);
+    std::uint32_t any = 0;
+    for (int l = 0; l < kLanes; ++l) any |= bits[l] < worst ? 1u : 0u;
+    if (any == 0) continue;
+    for (int l = 0; l < kLanes; ++l) consider(j + l, bits[l]);
+  }
+  for (; j < count; ++j) consider(j, float_to_bits(d2[j]));
+  return kept;
+}
+
+// ---- dispatch over dtypes -------------------------------------------------------------------------------------------
+
+template <class Function>
+SN_FORCE_INLINE auto with_dtype(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return function(static_cast<Half*>(nullptr));
+    case DType::kBFloat16:
+      return function(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat64:  // callers that take fp64 ask before
+    case DType::kFloat32:
+      break;
+  }
+  return function(static_cast<float*>(nullptr));
+}
+
+void direct_block_any(DType dtype, const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz,
+                      std::int64_t dims, bool upper, void* out, std::int64_t pitch) {
+  if (dtype == DType::kFloat64) return direct_block<double>(x, nx, z, nz, dims, upper, out, pitch);
+  with_dtype(dtype, [&]<class T>(T*) { direct_block<T>(x, nx, z, nz, dims, upper, out, pitch); });
+}
+void sampled_mean_any(DType dtype, const FeatureView* sides, int side_count, std::int64_t dims, float* mean,
+                      float* scratch) {
+  with_dtype(dtype, [&]<class T>(T*) { sampled_mean<T>(sides, side_count, dims, mean, scratch); });
+}
+bool pack_any(const Screen& screen, const ScreenSide& side, std::int64_t first, std::int64_t last) {
+  return with_dtype(screen.dtype, [&]<class T>(T*) { return pack<T>(screen, side, first, last); });
+}
+void refine_rows_any(const Screen& screen, std::int64_t p) {
+  with_dtype(screen.dtype, [&]<class T>(T*) { refine_rows<T>(screen, p); });
+}
+void gather_columns_any(DType dtype, const FeatureView& features, const std::int32_t* order, std::int64_t begin,
+                        std::int64_t end, std::int64_t column, std::int64_t columns, std::int64_t pitch, float* out) {
+  with_dtype(dtype, [&]<class T>(T*) { gather_columns<T>(features, order, begin, end, column, columns, pitch, out); });
+}
+void backward_rows_any(DType dtype, const FeatureView& own, const FeatureView& other, const EdgeLists& edges,
+                       std::int64_t dims, std::int64_t begin, std::int64_t end, void* out) {
+  if (dtype == DType::kFloat64) return backward_rows<double>(own, other, edges, dims, begin, end, out);
+  with_dtype(dtype, [&]<class T>(T*) { backward_rows<T>(own, other, edges, dims, begin, end, out); });
+}
+void backward_columns_any(DType dtype, const float* own_columns, const float* other_columns, const EdgeLists& edges,
+                          std::int64_t dims, std::int64_t column, std::int64_t begin, std::int64_t end, void* out) {
+  with_dtype(dtype, [&]<class T>(T*) {
+    backward_columns<T>(own_columns, other_columns, edges, dims, column, begin, end, out);
+  });
+}
+
+}  // namespace
+
+const Kernels kTable = {
+    SN_STRINGIFY(SN_CPU_CAPABILITY),
+#if defined(__AVX512BF16__)
+    // Two products a step, neither the order nor the intermediate rounding documented: twice the unit roundoff.
+    false,
+    0x1p-23f,
+#else
+    true,
+    0x1p-24f,
+#endif
+    all_finite,
+    direct_block_any,
+    smallest,
+    sampled_mean_any,
+    pack_any,
+    tile_products,
+    tile_epilogue,
+    prune,
+    refine_rows_any,
+    gather_columns_any,
+    refine_columns,
+    backward_rows_any,
+    backward_columns_any,
+};
+
+}  // namespace sn::cpu::SN_CPU_CAPABILITY

@@ -1,0 +1,276 @@
+// Direct squared distances: sum_c (x_c - z_c)^2 in THE summation order of the CPU backend.
+//
+// The order, the only one, whatever the path, the instruction set, the number of threads or the other rows:
+//   D is cut into segments of 64. In a segment lane l (of 16) takes elements l, 16 + l, 32 + l, 48 + l, in this order,
+//   into an accumulator that starts at 0, by fused multiply-add of the rounded difference with itself. The lanes are
+//   added as a tree: l with l + 8, then + 4, + 2, + 1. Segment sums are added one after the other to a total that
+//   starts at 0. Elements past D count as 0 - 0, which changes no bit. fp64 does the same in doubles.
+//
+// Rounding: each term passes 1 subtraction (squared: 2 roundings), at most 4 multiply-adds, 4 tree levels and
+// ceil(D / 64) additions, so |key - d2| <= direct_sum_error(D) d2 + underflow, all terms being positive.
+// Included by kernels.cpp alone, inside its namespace.
+#pragma once
+
+inline constexpr int kSegment = 64;
+inline constexpr int kSteps = kSegment / kLanes;
+inline constexpr int kPairs = 16;  // pairs reduced together: one vector of sums
+static_assert(kSegment % kLanes == 0, "a segment is whole vectors");
+static_assert(kPairs == kLanes, "sixteen accumulators are transposed into one vector of sums");
+
+template <class T>
+struct Wide {
+  using Acc = float;
+  using Vec = F16;
+  static SN_FORCE_INLINE Vec zero() { return f_zero(); }
+  static SN_FORCE_INLINE Vec load(const T* p) { return f_load(p); }
+  static SN_FORCE_INLINE Vec load(const T* p, int count) { return f_load_partial(p, count); }
+  static SN_FORCE_INLINE Vec square_difference(Vec x, Vec z, Vec acc) {
+    const Vec t = f_sub(x, z);
+    return f_fma(t, t, acc);
+  }
+};
+template <>
+struct Wide<double> {
+  using Acc = double;
+  using Vec = D16;
+  static SN_FORCE_INLINE Vec zero() { return d_zero(); }
+  static SN_FORCE_INLINE Vec load(const double* p) { return d_load(p); }
+  static SN_FORCE_INLINE Vec load(const double* p, int count) { return d_load_partial(p, count); }
+  static SN_FORCE_INLINE Vec square_difference(Vec x, Vec z, Vec acc) {
+    const Vec t = d_sub(x, z);
+    return d_fma(t, t, acc);
+  }
+};
+
+// Lanes of one accumulator as a tree, the plain way.
+template <class Acc>
+SN_FORCE_INLINE Acc tree_sum(const Acc* lanes) {
+  Acc a[8];
+  for (int l = 0; l < 8; ++l) a[l] = lanes[l] + lanes[l + 8];
+  for (int l = 0; l < 4; ++l) a[l] += a[l + 4];
+  for (int l = 0; l < 2; ++l) a[l] += a[l + 2];
+  return a[0] + a[1];
+}
+
+#if defined(__AVX512F__)
+
+// Sixteen accumulators to one vector of tree sums: each level adds halves of two vectors at once, so that the sums come
+// out transposed. kReduceSlot[n] is where pair n must be accumulated to come out in lane n.
+inline constexpr int kReduceSlot[kPairs] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
+
+SN_FORCE_INLINE __m512 reduce16(const __m512 (&acc)[kPairs]) {
+  __m512 eights[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(acc[i], acc[i + 8], 0x44),
+                              _mm512_shuffle_f32x4(acc[i], acc[i + 8], 0xee));
+  }
+  __m512 fours[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4(eights[i], eights[i + 4], 0x88),
+                             _mm512_shuffle_f32x4(eights[i], eights[i + 4], 0xdd));
+  }
+  __m512 twos[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    twos[i] = _mm512_add_ps(_mm512_shuffle_ps(fours[i], fours[i + 2], 0x44),
+                            _mm512_shuffle_ps(fours[i], fours[i + 2], 0xee));
+  }
+  return _mm512_add_ps(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
+}
+
+#elif defined(__AVX2__)
+
+inline constexpr int kReduceSlot[8] = {0, 2, 1, 3, 4, 6, 5, 7};
+
+// Eight accumulators whose first tree level (l with l + 8) is done.
+SN_FORCE_INLINE __m256 reduce8(const __m256* acc) {
+  __m256 fours[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = acc[kReduceSlot[i]];
+    const __m256 b = acc[kReduceSlot[i + 4]];
+    fours[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+  __m256 twos[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    twos[i] = _mm256_add_ps(_mm256_shuffle_ps(fours[i], fours[i + 2], 0x44),
+                            _mm256_shuffle_ps(fours[i], fours[i + 2], 0xee));
+  }
+  return _mm256_add_ps(_mm256_shuffle_ps(twos[0], twos[1], 0x88), _mm256_shuffle_ps(twos[0], twos[1], 0xdd));
+}
+
+#endif
+
+// One segment of sixteen pairs: anchors x[0..RA) against candidates z[0..RC), RA * RC = 16.
+// sums[a * RC + c] receives the segment sum of pair (a, c). kFull: the segment is whole, `length` is not read.
+template <class T, int RA, int RC, bool kFull>
+SN_FORCE_INLINE void segment_pairs(const T* const* x, const T* const* z, std::int64_t offset, int length,
+                                   typename Wide<T>::Acc* sums) {
+  static_assert(RA * RC == kPairs, "sixteen pairs at a time");
+  using W = Wide<T>;
+  using Vec = typename W::Vec;
+  using Acc = typename W::Acc;
+  const int steps = kFull ? kSteps : (length + kLanes - 1) / kLanes;
+
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Acc) == sizeof(float)) {
+    __m512 acc[kPairs];
+#pragma GCC unroll 16
+    for (int p = 0; p < kPairs; ++p) acc[p] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int t = 0; t < steps; ++t) {
+      const std::int64_t at = offset + t * kLanes;
+      const int left = length - t * kLanes;
+      const bool whole = kFull || left >= kLanes;
+      Vec xs[RA];
+#pragma GCC unroll 4
+      for (int a = 0; a < RA; ++a) xs[a] = whole ? W::load(x[a] + at) : W::load(x[a] + at, left);
+#pragma GCC unroll 16
+      for (int c = 0; c < RC; ++c) {
+        const Vec zc = whole ? W::load(z[c] + at) : W::load(z[c] + at, left);
+#pragma GCC unroll 4
+        for (int a = 0; a < RA; ++a) {
+          const int slot = kReduceSlot[a * RC + c];
+          acc[slot] = W::square_difference(xs[a], zc, Vec{acc[slot]}).v;
+        }
+      }
+    }
+    _mm512_storeu_ps(sums, reduce16(acc));
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Acc) == sizeof(float)) {
+    __m256 halves[kPairs];
+    constexpr int kBatch = 4;  // eight accumulators of the sixteen registers
+#pragma GCC unroll 4
+    for (int b = 0; b < kPairs / kBatch; ++b) {
+      Vec acc[kBatch] = {W::zero(), W::zero(), W::zero(), W::zero()};
+      const int a = b * kBatch / RC;
+      const int c0 = b * kBatch % RC;
+#pragma GCC unroll 4
+      for (int t = 0; t < steps; ++t) {
+        const std::int64_t at = offset + t * kLanes;
+        const int left = length - t * kLanes;
+        const bool whole = kFull || left >= kLanes;
+        const Vec xa = whole ? W::load(x[a] + at) : W::load(x[a] + at, left);
+#pragma GCC unroll 4
+        for (int i = 0; i < kBatch; ++i) {
+          const Vec zc = whole ? W::load(z[c0 + i] + at) : W::load(z[c0 + i] + at, left);
+          acc[i] = W::square_difference(xa, zc, acc[i]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kBatch; ++i) halves[b * kBatch + i] = _mm256_add_ps(acc[i].lo, acc[i].hi);
+    }
+    _mm256_storeu_ps(sums, reduce8(halves));
+    _mm256_storeu_ps(sums + 8, reduce8(halves + 8));
+    return;
+  }
+#endif
+  for (int a = 0; a < RA; ++a) {
+    for (int c = 0; c < RC; ++c) {
+      Vec acc = W::zero();
+      for (int t = 0; t < steps; ++t) {
+        const std::int64_t at = offset + t * kLanes;
+        const int left = length - t * kLanes;
+        const bool whole = kFull || left >= kLanes;
+        acc = W::square_difference(whole ? W::load(x[a] + at) : W::load(x[a] + at, left),
+                                   whole ? W::load(z[c] + at) : W::load(z[c] + at, left), acc);
+      }
+      Acc lanes[kLanes];
+      std::memcpy(lanes, &acc, sizeof lanes);
+      sums[a * RC + c] = tree_sum(lanes);
+    }
+  }
+}
+
+// totals[p] += segment sums over columns [begin, end), begin on a segment boundary.
+template <class T, int RA, int RC>
+SN_FORCE_INLINE void add_segments(const T* const* x, const T* const* z, std::int64_t begin, std::int64_t end,
+                                  typename Wide<T>::Acc* totals) {
+  alignas(64) typename Wide<T>::Acc sums[kPairs];
+  std::int64_t at = begin;
+  for (; at + kSegment <= end; at += kSegment) {
+    segment_pairs<T, RA, RC, true>(x, z, at, kSegment, sums);
+    for (int p = 0; p < kPairs; ++p) totals[p] += sums[p];
+  }
+  if (at < end) {
+    segment_pairs<T, RA, RC, false>(x, z, at, static_cast<int>(end - at), sums);
+    for (int p = 0; p < kPairs; ++p) totals[p] += sums[p];
+  }
+}
+
+// A block of distances, nx x nz, both at most kDirectBlock; rows are given by pointer. out[a * pitch + c].
+// Columns of the features go in chunks that keep both sides' slices in the first-level cache.
+template <class T>
+void direct_block(const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz, std::int64_t dims,
+                  bool upper, void* out, std::int64_t pitch) {
+  using Acc = typename Wide<T>::Acc;
+  constexpr int kTile = 4;
+  constexpr int kTiles = kDirectBlock / kTile;
+  constexpr std::int64_t kChunk = 2 * kSegment;
+  static_assert(kTile * kTile == kPairs && kDirectBlock % kTile == 0);
+  alignas(64) Acc totals[kTiles * kTiles][kPairs];
+  const T* xs[kDirectBlock];
+  const T* zs[kDirectBlock];
+  const std::int64_t tx = (nx + kTile - 1) / kTile;
+  const std::int64_t tz = (nz + kTile - 1) / kTile;
+  for (std::int64_t i = 0; i < tx * kTile; ++i) xs[i] = static_cast<const T*>(x[i < nx ? i : nx - 1]);
+  for (std::int64_t i = 0; i < tz * kTile; ++i) zs[i] = static_cast<const T*>(z[i < nz ? i : nz - 1]);
+  for (std::int64_t t = 0; t < tx * kTiles; ++t) {
+    for (int p = 0; p < kPairs; ++p) totals[t][p] = Acc(0);
+  }
+  for (std::int64_t begin = 0; begin < dims; begin += kChunk) {
+    const std::int64_t end = begin + kChunk < dims ? begin + kChunk : dims;
+    for (std::int64_t a = 0; a < tx; ++a) {
+      for (std::int64_t c = upper ? a : 0; c < tz; ++c) {
+        add_segments<T, kTile, kTile>(xs + a * kTile, zs + c * kTile, begin, end, totals[a * kTiles + c]);
+      }
+    }
+  }
+  Acc* result = static_cast<Acc*>(out);
+  for (std::int64_t i = 0; i < nx; ++i) {
+    for (std::int64_t j = 0; j < nz; ++j) {
+      const std::int64_t a = i / kTile;
+      const std::int64_t c = j / kTile;
+      if (upper && c < a) continue;
+      result[i * pitch + j] = totals[a * kTiles + c][(i % kTile) * kTile + j % kTile];
+    }
+  }
+}
+
+// Sixteen entries of a list, the last one repeated behind its end.
+SN_FORCE_INLINE std::int32_t entry_at(const Entry* entries, std::int64_t count, std::int64_t e) {
+  return entries[e < count ? e : count - 1].candidate;
+}
+
+// One anchor against listed candidates: d2[e] of row order[entries[e].candidate] of the features.
+template <class T>
+void direct_list(const T* x, const FeatureView& features, const std::int32_t* order, const Entry* entries,
+                 std::int64_t count, std::int64_t dims, float* d2) {
+  const T* rows = static_cast<const T*>(features.data);
+  const T* zs[kPairs];
+  alignas(64) float totals[kPairs];
+  for (std::int64_t e = 0; e < count; e += kPairs) {
+    for (int i = 0; i < kPairs; ++i) zs[i] = rows + order[entry_at(entries, count, e + i)] * features.row_stride;
+    for (int p = 0; p < kPairs; ++p) totals[p] = 0.0f;
+    add_segments<T, 1, kPairs>(&x, zs, 0, dims, totals);
+    for (int i = 0; i < kPairs && e + i < count; ++i) d2[e + i] = totals[i];
+  }
+}
+
+// The same over one segment of gathered fp32 columns (kSegment a row, zero-padded), added to the entries' scores.
+inline void refine_segment(const float* x, const float* columns, Entry* entries, std::int64_t count) {
+  const float* zs[kPairs];
+  alignas(64) float sums[kPairs];
+  for (std::int64_t e = 0; e < count; e += kPairs) {
+    for (int i = 0; i < kPairs; ++i) {
+      zs[i] = columns + static_cast<std::int64_t>(entry_at(entries, count, e + i)) * kSegment;
+    }
+    segment_pairs<float, 1, kPairs, true>(&x, zs, 0, kSegment, sums);
+    for (int i = 0; i < kPairs && e + i < count; ++i) entries[e + i].score += sums[i];
+  }
+}

@@ -1,0 +1,30 @@
+// Which path serves a case, and with what sizes: pure functions of shapes.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu.h"
+#include "kernels.h"
+
+namespace sn::cpu {
+
+inline std::int64_t round_up(std::int64_t value, std::int64_t grain) { return (value + grain - 1) / grain * grain; }
+
+struct ScreenPlan {
+  std::int64_t tile;      // rows and columns of a tile
+  std::int64_t capacity;  // entries of an anchor's list
+  int workers;            // of the sweep, each with a tile of scratch
+};
+
+// Screening serves up to this K; beyond it the direct path is right, and as fast as such a K allows.
+inline constexpr std::int64_t kScreenMostK = 256;
+
+Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, DType dtype, bool symmetric,
+                 bool widens);
+ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, bool widens,
+                       int threads);
+// Anchors whose distances to all candidates are held at a time by the direct path.
+std::int64_t direct_strip(std::int64_t N, std::int64_t M, std::int64_t value_bytes);
+bool refines_by_columns(std::int64_t N, std::int64_t M, std::int64_t D);
+
+}  // namespace sn::cpu

@@ -1,0 +1,270 @@
+// The CPU core without a framework: every instruction set, path and number of threads gives the same bits, and those
+// bits are what a plain evaluation of the documented summation order selects. Also runs under sanitizers and, cross
+// compiled, on other architectures. Exits non-zero on the first failure.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/cpu.h"
+
+namespace {
+
+using sn::cpu::Path;
+
+int checks = 0;
+
+[[noreturn]] void fail(const std::string& what) {
+  std::printf("FAILED: %s\n", what.c_str());
+  std::printf("%d passed, 1 failed\n", checks);
+  std::exit(1);
+}
+
+void check(bool holds, const std::string& what) {
+  if (!holds) fail(what);
+  ++checks;
+}
+
+void threaded_for(std::int64_t begin, std::int64_t end, std::int64_t,
+                  void (*body)(std::int64_t, std::int64_t, void*), void* context) {
+  std::vector<std::thread> threads;
+  for (std::int64_t i = begin; i < end; ++i) threads.emplace_back([=] { body(i, i + 1, context); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+struct Problem {
+  std::string name;
+  std::int64_t N, M, D, k;
+  std::vector<float> anchors, candidates;
+  std::vector<std::int64_t> anchor_labels, candidate_labels;
+  std::int64_t self_offset = 0;
+  bool symmetric = true;
+};
+
+struct Result {
+  std::vector<float> loss, coefficients, distances, grad_anchors, grad_candidates;
+  std::vector<std::int32_t> indices, near, far;
+  std::vector<double> stats;
+};
+
+Result run(const Problem& p, int threads, sn::Squeeze squeeze, sn::Reduction reduction) {
+  const std::int64_t K = std::min(p.k, p.M);
+  Result r;
+  r.loss.assign(reduction == sn::Reduction::kNone ? p.N : 1, -7.0f);
+  r.coefficients.assign(p.N * (K + 2), -7.0f);
+  r.distances.assign(p.N * K, -7.0f);
+  r.indices.assign(p.N * (K + 2), -7);
+  r.near.assign(p.N, -7);
+  r.far.assign(p.N, -7);
+  r.stats.assign(sn::kStatsSize, -7.0);
+  r.grad_anchors.assign(p.N * p.D, -7.0f);
+  r.grad_candidates.assign(p.symmetric ? 0 : p.M * p.D, -7.0f);
+  const std::vector<float>& z = p.symmetric ? p.anchors : p.candidates;
+  sn::ForwardArgs f{};
+  f.dtype = sn::DType::kFloat32;
+  f.dims = p.D;
+  f.anchors = {p.anchors.data(), p.N, p.D};
+  f.candidates = {z.data(), p.M, p.D};
+  f.anchor_labels = p.anchor_labels.data();
+  f.candidate_labels = p.symmetric ? p.anchor_labels.data() : p.candidate_labels.data();
+  f.self = {nullptr, p.self_offset};
+  f.symmetric = p.symmetric;
+  f.options = {p.k, 20.0, 0.1, squeeze, reduction};
+  f.loss = r.loss.data();
+  f.indices = r.indices.data();
+  f.coefficients = r.coefficients.data();
+  f.nearest_positive = r.near.data();
+  f.farthest_positive = r.far.data();
+  f.distances = r.distances.data();
+  f.stats = r.stats.data();
+  const sn::ThreadPool pool{threads, threaded_for};
+  sn::cpu::forward(f, pool);
+  std::vector<float> grad(r.loss.size(), 1.0f);
+  sn::BackwardArgs b{};
+  b.dtype = f.dtype;
+  b.dims = p.D;
+  b.edges = K + 2;
+  b.anchors = f.anchors;
+  b.candidates = f.candidates;
+  b.symmetric = p.symmetric;
+  b.reduction = reduction;
+  b.grad_loss = grad.data();
+  b.indices = r.indices.data();
+  b.coefficients = r.coefficients.data();
+  b.stats = r.stats.data();
+  b.grad_anchors = r.grad_anchors.data();
+  b.grad_candidates = p.symmetric ? nullptr : r.grad_candidates.data();
+  sn::cpu::backward(b, pool);
+  return r;
+}
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+// The summation order of the CPU backend, spelled out.
+float direct_sum(const float* x, const float* z, std::int64_t D) {
+  float total = 0.0f;
+  for (std::int64_t s = 0; s < D; s += 64) {
+    float lanes[16] = {};
+    for (int t = 0; t < 4; ++t) {
+      for (int l = 0; l < 16; ++l) {
+        const std::int64_t c = s + 16 * t + l;
+        if (c >= D) continue;
+        const float difference = x[c] - z[c];
+        lanes[l] = std::fmaf(difference, difference, lanes[l]);
+      }
+    }
+    for (int width = 8; width > 0; width /= 2) {
+      for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+    }
+    total += lanes[0];
+  }
+  return total;
+}
+
+void check_selection(const Problem& p, const Result& r, const std::string& where) {
+  const std::int64_t K = std::min(p.k, p.M);
+  const std::vector<float>& z = p.symmetric ? p.anchors : p.candidates;
+  const std::vector<std::int64_t>& labels = p.symmetric ? p.anchor_labels : p.candidate_labels;
+  const std::int64_t step = p.N > 600 ? 37 : 1;
+  for (std::int64_t i = 0; i < p.N; i += step) {
+    std::vector<std::pair<float, std::int32_t>> order;
+    std::int32_t near = -1, far = -1;
+    float near_d2 = 0, far_d2 = 0;
+    for (std::int64_t j = 0; j < p.M; ++j) {
+      if (p.self_offset >= 0 && j == p.self_offset + i) continue;
+      const float d2 = direct_sum(&p.anchors[i * p.D], &z[j * p.D], p.D);
+      order.emplace_back(d2, static_cast<std::int32_t>(j));
+      if (labels[j] != p.anchor_labels[i]) continue;
+      if (near < 0 || d2 < near_d2) near = static_cast<std::int32_t>(j), near_d2 = d2;
+      if (far < 0 || d2 > far_d2) far = static_cast<std::int32_t>(j), far_d2 = d2;
+    }
+    std::sort(order.begin(), order.end());
+    for (std::int64_t e = 0; e < K; ++e) {
+      const std::int32_t want = e < static_cast<std::int64_t>(order.size()) ? order[e].second : -1;
+      check(r.indices[i * (K + 2) + e] == want,
+            where + ": anchor " + std::to_string(i) + " slot " + std::to_string(e) + " expected " +
+                std::to_string(want) + " got " + std::to_string(r.indices[i * (K + 2) + e]));
+    }
+    check(r.near[i] == near && r.far[i] == far, where + ": positives of anchor " + std::to_string(i));
+  }
+}
+
+Problem make(const std::string& kind, std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k,
+             std::int64_t identities, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  Problem p;
+  p.name = kind + " " + std::to_string(N) + "x" + std::to_string(M) + "x" + std::to_string(D) + " k" + std::to_string(k);
+  p.N = N;
+  p.M = M;
+  p.D = D;
+  p.k = k;
+  const auto fill = [&](std::vector<float>& rows, std::vector<std::int64_t>& labels, std::int64_t count) {
+    rows.resize(count * D);
+    labels.resize(count);
+    std::vector<float> centre(8 * D);
+    std::mt19937 shared(seed + 1);
+    for (float& v : centre) v = normal(shared);
+    for (std::int64_t i = 0; i < count; ++i) {
+      labels[i] = static_cast<std::int64_t>(random() % identities) * 1000003 - 5;
+      const std::int64_t cluster = static_cast<std::int64_t>(random() % 8);
+      const float outlier = kind == "outlier" && i == count / 2 ? 1000.0f : 1.0f;
+      for (std::int64_t c = 0; c < D; ++c) {
+        float v = normal(random);
+        if (kind == "clusters") v = centre[cluster * D + c] + 1e-4f * v;
+        if (kind == "two") v = centre[(cluster % 2) * D + c] + 1e-5f * v;
+        if (kind == "collapsed") v = centre[c] + 1e-4f * v;
+        if (kind == "identical") v = centre[c];
+        if (kind == "duplicates") v = centre[cluster * D + c];
+        if (kind == "grid") v = std::round(v);
+        if (kind == "tiny") v *= 1e-21f;
+        if (kind == "huge") v *= 1e15f;
+        if (kind == "mixed") v *= std::pow(10.0f, static_cast<float>(i % 13) - 6.0f);
+        rows[i * D + c] = v * outlier;
+      }
+    }
+  };
+  fill(p.anchors, p.anchor_labels, N);
+  if (M != N || kind == "bank") {
+    p.symmetric = false;
+    p.self_offset = -1;
+    fill(p.candidates, p.candidate_labels, M);
+    if (M > N + 3) {  // the batch inside the bank
+      p.self_offset = 3;
+      std::copy(p.anchors.begin(), p.anchors.end(), p.candidates.begin() + 3 * D);
+      std::copy(p.anchor_labels.begin(), p.anchor_labels.end(), p.candidate_labels.begin() + 3);
+    }
+  }
+  return p;
+}
+
+void check_problem(const Problem& p) {
+  const sn::Squeeze squeeze = static_cast<sn::Squeeze>((p.N + p.D) % 4);
+  const sn::Reduction reduction = static_cast<sn::Reduction>((p.N + p.k) % 3);
+  Result first;
+  bool have_first = false;
+  for (const std::string& level : sn::cpu::usable_capabilities()) {
+    sn::cpu::set_capability(level);
+    for (const Path path : {Path::kDirect, Path::kScreen}) {
+      sn::cpu::set_path(path);
+      for (const int threads : {1, 3}) {
+        const std::string where = p.name + " " + level + (path == Path::kDirect ? " direct " : " screen ") +
+                                  std::to_string(threads) + " threads";
+        Result r = run(p, threads, squeeze, reduction);
+        if (!have_first) {
+          check_selection(p, r, where);
+          first = std::move(r);
+          have_first = true;
+          continue;
+        }
+        check(same_bits(r.indices, first.indices), where + ": indices differ");
+        check(same_bits(r.near, first.near) && same_bits(r.far, first.far), where + ": positives differ");
+        check(same_bits(r.distances, first.distances), where + ": distances differ");
+        check(same_bits(r.coefficients, first.coefficients), where + ": coefficients differ");
+        check(same_bits(r.loss, first.loss), where + ": loss differs");
+        check(same_bits(r.stats, first.stats), where + ": statistics differ");
+        check(same_bits(r.grad_anchors, first.grad_anchors), where + ": anchors' gradient differs");
+        check(same_bits(r.grad_candidates, first.grad_candidates), where + ": candidates' gradient differs");
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool quick = argc > 1 && std::string(argv[1]) == "--quick";
+  unsigned seed = 1;
+  const std::vector<std::string> kinds = {"random", "clusters", "two",  "collapsed", "identical", "duplicates",
+                                          "grid",   "outlier",  "tiny", "huge",      "mixed",     "bank"};
+  for (const std::string& kind : kinds) {
+    for (const auto& [N, M, D, k, identities] :
+         std::vector<std::array<std::int64_t, 5>>{{1, 1, 1, 1, 1},
+                                                  {2, 2, 3, 1, 1},
+                                                  {17, 17, 65, 10, 4},
+                                                  {49, 49, 31, 60, 3},
+                                                  {97, 97, 100, 10, 100000},
+                                                  {130, 130, 257, 3, 30},
+                                                  {5, 300, 70, 10, 7},
+                                                  {200, 131, 33, 20, 1},
+                                                  {333, 333, 300, 10, 80}}) {
+      check_problem(make(kind, N, M, D, k, identities, ++seed));
+    }
+    if (quick) continue;
+    check_problem(make(kind, 1000, 1000, 96, 10, 250, ++seed));
+    check_problem(make(kind, 450, 450, 520, 128, 20, ++seed));
+    check_problem(make(kind, 70, 2500, 260, 40, 20, ++seed));
+  }
+  std::printf("%d passed, 0 failed\n", checks);
+  return 0;
+}

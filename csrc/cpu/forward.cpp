@@ -437,6 +437,7 @@ Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, bool widens, Sli
   layout.bias = slices.take<float>(screen.candidates.padded);
   screen.lists = slices.take<Entry>(N * plan.capacity);
   screen.list_counts = slices.take<std::int32_t>(N);
+  screen.list_limits = slices.take<std::int32_t>(N);
   screen.thresholds = slices.take<float>(screen.anchors.padded);
   layout.tile_floats = plan.tile * kTilePitch;
   layout.worker_floats = layout.tile_floats + (widens ? wide_floats(plan.tile) : 0);
@@ -667,6 +668,7 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
     }
   }
   std::fill_n(screen.list_counts, N, 0);
+  std::fill_n(screen.list_limits, N, static_cast<std::int32_t>(plan.first_pruning));
   std::fill_n(screen.thresholds, N, std::numeric_limits<float>::max());
   std::fill_n(screen.thresholds + N, screen.anchors.padded - N, -std::numeric_limits<float>::infinity());
 

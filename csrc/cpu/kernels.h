@@ -66,6 +66,7 @@ struct Screen {
   std::int64_t capacity;             // entries of a list
   Entry* lists;                      // [anchors][capacity]
   std::int32_t* list_counts;         // [anchors]
+  std::int32_t* list_limits;         // [anchors] count at which a list is pruned next, at most `capacity`
   float* thresholds;                 // [padded anchors]; -inf on padding
 };
 

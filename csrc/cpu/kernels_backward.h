@@ -5,13 +5,12 @@
 #pragma once
 
 // Columns kept in registers while the edges of a row go by.
-#if defined(__AVX512F__)
-inline constexpr int kStrip = 8;
-#elif defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 inline constexpr int kStrip = 2;
 #else
 inline constexpr int kStrip = 4;
 #endif
+static_assert(kBackwardColumns % (kStrip * kLanes) == 0, "a block of gathered columns is whole strips");
 
 template <class T>
 SN_FORCE_INLINE void store_rounded(T* out, F16 value, int count) {

@@ -106,10 +106,12 @@ SN_FORCE_INLINE __m256 reduce8(const __m256* acc) {
 
 // One segment of sixteen pairs: anchors x[0..RA) against candidates z[0..RC), RA * RC = 16.
 // sums[a * RC + c] receives the segment sum of pair (a, c). kFull: the segment is whole, `length` is not read.
+// RA * RC = 8 computes half as much, for the end of a list; sums has room for sixteen all the same.
 template <class T, int RA, int RC, bool kFull>
 SN_FORCE_INLINE void segment_pairs(const T* const* x, const T* const* z, std::int64_t offset, int length,
                                    typename Wide<T>::Acc* sums) {
-  static_assert(RA * RC == kPairs, "sixteen pairs at a time");
+  constexpr int kCount = RA * RC;
+  static_assert(kCount == kPairs || kCount == kPairs / 2, "one vector of sums, or half of one");
   using W = Wide<T>;
   using Vec = typename W::Vec;
   using Acc = typename W::Acc;
@@ -143,10 +145,10 @@ SN_FORCE_INLINE void segment_pairs(const T* const* x, const T* const* z, std::in
   }
 #elif defined(__AVX2__)
   if constexpr (sizeof(Acc) == sizeof(float)) {
-    __m256 halves[kPairs];
+    __m256 halves[kCount];
     constexpr int kBatch = 4;  // eight accumulators of the sixteen registers
 #pragma GCC unroll 4
-    for (int b = 0; b < kPairs / kBatch; ++b) {
+    for (int b = 0; b < kCount / kBatch; ++b) {
       Vec acc[kBatch] = {W::zero(), W::zero(), W::zero(), W::zero()};
       const int a = b * kBatch / RC;
       const int c0 = b * kBatch % RC;
@@ -166,7 +168,7 @@ SN_FORCE_INLINE void segment_pairs(const T* const* x, const T* const* z, std::in
       for (int i = 0; i < kBatch; ++i) halves[b * kBatch + i] = _mm256_add_ps(acc[i].lo, acc[i].hi);
     }
     _mm256_storeu_ps(sums, reduce8(halves));
-    _mm256_storeu_ps(sums + 8, reduce8(halves + 8));
+    if constexpr (kCount == kPairs) _mm256_storeu_ps(sums + 8, reduce8(halves + 8));
     return;
   }
 #endif
@@ -270,7 +272,11 @@ inline void refine_segment(const float* x, const float* columns, Entry* entries,
     for (int i = 0; i < kPairs; ++i) {
       zs[i] = columns + static_cast<std::int64_t>(entry_at(entries, count, e + i)) * kSegment;
     }
-    segment_pairs<float, 1, kPairs, true>(&x, zs, 0, kSegment, sums);
+    if (count - e <= kPairs / 2) {
+      segment_pairs<float, 1, kPairs / 2, true>(&x, zs, 0, kSegment, sums);
+    } else {
+      segment_pairs<float, 1, kPairs, true>(&x, zs, 0, kSegment, sums);
+    }
     for (int i = 0; i < kPairs && e + i < count; ++i) entries[e + i].score += sums[i];
   }
 }

@@ -403,6 +403,9 @@ SN_FORCE_INLINE float rank_bound(const float* values, std::int64_t count, std::i
   return hi;
 }
 
+// Hits between prunings: a stale threshold lets more candidates in, each a cache miss; a pruning costs some fifteen.
+inline constexpr std::int32_t kPruneAfter = 32;
+
 inline void prune(const Screen& screen, std::int64_t p) {
   Entry* entries = screen.lists + p * screen.capacity;
   const std::int64_t count = screen.list_counts[p];
@@ -420,6 +423,8 @@ inline void prune(const Screen& screen, std::int64_t p) {
     kept += entry.score <= threshold ? 1 : 0;
   }
   screen.list_counts[p] = kept;
+  screen.list_limits[p] =
+      static_cast<std::int32_t>(kept + kPruneAfter < screen.capacity ? kept + kPruneAfter : screen.capacity);
 }
 
 template <class T>
@@ -480,9 +485,12 @@ inline void settle_any(const Screen& screen, std::int64_t p) {
 inline constexpr std::int64_t kLeastRoom = 2 * kListSlack;
 
 SN_FORCE_INLINE void append(const Screen& screen, std::int64_t p, std::int64_t candidate, float score) {
-  if (screen.list_counts[p] == screen.capacity) {
+  if (screen.list_counts[p] >= screen.list_limits[p]) {
     prune(screen, p);
-    if (screen.list_counts[p] > screen.capacity - kLeastRoom) settle_any(screen, p);
+    if (screen.list_counts[p] > screen.capacity - kLeastRoom) {
+      settle_any(screen, p);
+      screen.list_limits[p] = static_cast<std::int32_t>(screen.capacity);
+    }
     if (score > screen.thresholds[p]) return;
   }
   screen.lists[p * screen.capacity + screen.list_counts[p]++] = {static_cast<std::int32_t>(candidate), score};

@@ -14,7 +14,7 @@ constexpr std::int64_t kListBytesPerRow = 880;
 constexpr std::int64_t kEntryBytes = sizeof(Entry);
 constexpr std::int64_t kDirectScratch = std::int64_t{4} << 20;
 // Rows that fit the second-level cache need no gathering, and short ones come in whole lines anyway.
-constexpr std::int64_t kCachedFeatures = std::int64_t{3} << 18;
+constexpr std::int64_t kCachedFeatures = std::int64_t{1} << 16;
 constexpr std::int64_t kGatherFromDims = 256;
 static_assert(2 * kRefineColumns * sizeof(float) <= 2 * kGatherFromDims, "two segments fit in the copy's place");
 
@@ -32,9 +32,9 @@ Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K,
   const double n = static_cast<double>(N);
   const double m = static_cast<double>(M);
   const double share = symmetric ? 0.5 : 1.0;
-  const double direct = share * n * m * 0.06;
-  const double screened = share * n * m * (widens ? 0.034 : 0.017) + (symmetric ? n : n + m) * 1.2 +
-                          n * static_cast<double>(K + 4) * 0.08;
+  const double direct = share * n * m * 0.09;
+  const double screened = share * n * m * (widens ? 0.036 : 0.018) + (symmetric ? n : n + m) * 2.0 +
+                          n * static_cast<double>(K + 4) * 0.3;
   return direct <= screened ? Path::kDirect : Path::kScreen;
 }
 
@@ -47,6 +47,7 @@ ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int6
   const std::int64_t wanted = K + 64 + K / 4;
   plan.capacity = std::clamp(std::min(wanted, budget) / kPanel * kPanel + kPanel, round_up(K, kPanel) + 2 * kPanel,
                              kListMost);
+  plan.first_pruning = std::min(plan.capacity, K + 32);
   const std::int64_t smaller = std::min(N, M);
   plan.tile = smaller < 4 * kTileLarge || threads > 16 ? kTileSmall : kTileLarge;
   const std::int64_t worker_bytes =

@@ -13,6 +13,7 @@ inline std::int64_t round_up(std::int64_t value, std::int64_t grain) { return (v
 struct ScreenPlan {
   std::int64_t tile;      // rows and columns of a tile
   std::int64_t capacity;  // entries of an anchor's list
+  std::int64_t first_pruning;  // entries at which a list is first pruned
   int workers;            // of the sweep, each with a tile of scratch
 };
 

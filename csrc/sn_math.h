@@ -1,7 +1,8 @@
-// The mathematics of the loss, once, for every native backend: the order of neighbours, the log-space terms and the
-// edge coefficients. Scalar code on plain types; host and device.
+// The mathematics of the loss, once, for every native backend: the order of neighbours, the log-space terms
+// and the edge coefficients. Scalar code on plain types; host and device.
 //
-// Source: Li, Ding, Li, Zhang, Fu, "Support Neighbor Loss for Person Re-Identification", ACM MM 2018 (arXiv 1808.06030).
+// Source: Li, Ding, Li, Zhang, Fu, "Support Neighbor Loss for Person Re-Identification", ACM MM 2018 (arXiv
+// 1808.06030).
 #pragma once
 
 #include <cmath>
@@ -9,8 +10,8 @@
 
 #include "sn_types.h"
 
-// always_inline, not merely inline: the kernels are compiled once per instruction set, and a shared out-of-line copy
-// would let the linker hand code compiled for a newer CPU to an older one.
+// always_inline, not merely inline: the kernels are compiled once per instruction set, and a shared
+// out-of-line copy would let the linker hand code compiled for a newer CPU to an older one.
 #if defined(__CUDACC__)
 #define SN_INLINE __host__ __device__ __forceinline__
 #else
@@ -19,8 +20,9 @@
 
 namespace sn {
 
-// A neighbour's key: (unclamped d2, index), ties to the lower index. d2 is never negative and never NaN here, so its
-// bits order as it does and key comparison is one integer comparison. kNoKey is above every real key, +inf included.
+// A neighbour's key: (unclamped d2, index), ties to the lower index. d2 is never negative and never NaN here,
+// so its bits order as it does and key comparison is one integer comparison. kNoKey is above every real key,
+// +inf included.
 inline constexpr std::uint64_t kNoKey = ~std::uint64_t{0};
 
 SN_INLINE std::uint64_t pack_key(float squared_distance, std::int32_t index) {
@@ -30,7 +32,9 @@ SN_INLINE std::uint64_t pack_key(float squared_distance, std::int32_t index) {
   } pun{squared_distance};
   return (static_cast<std::uint64_t>(pun.bits) << 32) | static_cast<std::uint32_t>(index);
 }
-SN_INLINE std::int32_t key_index(std::uint64_t key) { return static_cast<std::int32_t>(key & 0xffffffffu); }
+SN_INLINE std::int32_t key_index(std::uint64_t key) {
+  return static_cast<std::int32_t>(key & 0xffffffffu);
+}
 SN_INLINE float key_squared_distance(std::uint64_t key) {
   union {
     std::uint32_t bits;
@@ -74,21 +78,21 @@ SN_INLINE double clamped_distance(Acc d2) {
   return sqrt(wide > kSquaredDistanceFloor ? wide : kSquaredDistanceFloor);
 }
 
-// One anchor, from its selection to its loss and edge coefficients. The scalar stage runs in double: it is cheap, and
-// exp(-alpha d) amplifies every rounding of d by alpha.
+// One anchor, from its selection to its loss and edge coefficients. The scalar stage runs in double: it is
+// cheap, and exp(-alpha d) amplifies every rounding of d by alpha.
 //
 // With v = lse_N - lse_P (lse over -alpha d) and s = sigmoid(v):
-//   separation = softplus(v),   d separation / d d_j = alpha s softmax_P(j) on P,   -alpha s softmax_N(j) on N.
+//   separation = softplus(v),   d separation / d d_j = alpha s softmax_P(j) on P,   -alpha s softmax_N(j) on
+//   N.
 // Neither form subtracts nearly equal numbers, and neither overflows for any alpha d.
 //
-// indices    [K + 2]  slots 0..K-1 hold S_i in order (-1: unused) on entry; slots K and K + 1 are set here (sn_types.h)
-// d2         [K]      squared distances of S_i
-// positive   [K]      1 where the slot's candidate has the anchor's label
-// coefficients [K + 2] out: (dL_i / dd_ij) / d_ij of each edge
+// indices    [K + 2]  slots 0..K-1 hold S_i in order (-1: unused) on entry; slots K and K + 1 are set here
+// (sn_types.h) d2         [K]      squared distances of S_i positive   [K]      1 where the slot's candidate
+// has the anchor's label coefficients [K + 2] out: (dL_i / dd_ij) / d_ij of each edge
 template <class Acc>
-SN_INLINE AnchorTerms anchor_terms(const LossOptions& options, std::int64_t K, std::int32_t* indices, const Acc* d2,
-                                   const std::uint8_t* positive, Positive<Acc> near, Positive<Acc> far,
-                                   Acc* coefficients) {
+SN_INLINE AnchorTerms anchor_terms(const LossOptions& options, std::int64_t K, std::int32_t* indices,
+                                   const Acc* d2, const std::uint8_t* positive, Positive<Acc> near,
+                                   Positive<Acc> far, Acc* coefficients) {
   AnchorTerms terms;
   indices[K] = -1;
   indices[K + 1] = -1;

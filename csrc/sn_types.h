@@ -10,10 +10,12 @@ enum class DType : std::int32_t { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFl
 enum class Squeeze : std::int32_t { kSpan = 0, kSupport = 1, kNearest = 2, kNone = 3 };
 enum class Reduction : std::int32_t { kMean = 0, kSum = 1, kNone = 2 };
 
-// Distances are clamped from below so that sqrt has a finite derivative; no gradient flows where the clamp holds.
+// Distances are clamped from below so that sqrt has a finite derivative; no gradient flows where the clamp
+// holds.
 inline constexpr double kSquaredDistanceFloor = 1e-12;
 
-// Entries of the statistics vector (float64), in order. kPoison is 0, or NaN when an input value was not finite.
+// Entries of the statistics vector (float64), in order. kPoison is 0, or NaN when an input value was not
+// finite.
 enum StatsEntry : std::int32_t {
   kValidAnchors = 0,
   kPositiveDistance = 1,
@@ -42,7 +44,8 @@ struct FeatureView {
   std::int64_t row_stride;  // in elements
 };
 
-// Which candidate an anchor is itself: none (offset < 0, index null), candidate offset + i, or index[i] (-1: none).
+// Which candidate an anchor is itself: none (offset < 0, index null), candidate offset + i, or index[i] (-1:
+// none).
 struct SelfMap {
   const std::int64_t* index;  // [N] or null
   std::int64_t offset;
@@ -60,29 +63,30 @@ struct ForwardArgs {
   LossOptions options;
 
   // Outputs. "acc" is float, or double for kFloat64.
-  void* loss;                        // acc, one value or [N] for Reduction::kNone
-  std::int32_t* indices;             // [N, K + 2]
-  void* coefficients;                // acc [N, K + 2]
-  std::int32_t* nearest_positive;    // [N]
-  std::int32_t* farthest_positive;   // [N]
-  void* distances;                   // acc [N, K], or null
-  double* stats;                     // [kStatsSize]
+  void* loss;                       // acc, one value or [N] for Reduction::kNone
+  std::int32_t* indices;            // [N, K + 2]
+  void* coefficients;               // acc [N, K + 2]
+  std::int32_t* nearest_positive;   // [N]
+  std::int32_t* farthest_positive;  // [N]
+  void* distances;                  // acc [N, K], or null
+  double* stats;                    // [kStatsSize]
 };
 
 struct BackwardArgs {
   DType dtype;
-  std::int64_t dims;  // D
+  std::int64_t dims;   // D
   std::int64_t edges;  // K + 2
   FeatureView anchors;
   FeatureView candidates;
   bool symmetric;
   Reduction reduction;
-  const void* grad_loss;         // acc, one value or [N] for Reduction::kNone
-  const std::int32_t* indices;   // [N, K + 2]
-  const void* coefficients;      // acc [N, K + 2]
-  const double* stats;           // [kStatsSize]
+  const void* grad_loss;        // acc, one value or [N] for Reduction::kNone
+  const std::int32_t* indices;  // [N, K + 2]
+  const void* coefficients;     // acc [N, K + 2]
+  const double* stats;          // [kStatsSize]
 
-  // Outputs in the features' dtype, contiguous; null when not wanted. With `symmetric` both halves land in grad_anchors.
+  // Outputs in the features' dtype, contiguous; null when not wanted. With `symmetric` both halves land in
+  // grad_anchors.
   void* grad_anchors;     // [N, D]
   void* grad_candidates;  // [M, D]
 };

@@ -1,10 +1,12 @@
-// Backward: a support graph and the upstream gradient to feature gradients. Knows nothing of alpha, squeeze or labels.
+// Backward: a support graph and the upstream gradient to feature gradients. Knows nothing of alpha, squeeze
+// or labels.
 //
 //   dX_i += g_i w_ij (x_i - z_j),   dZ_j -= g_i w_ij (x_i - z_j)   over the edges (i, j) of the graph.
 //
-// Edges are listed by target row: an anchor's own in slot order; a candidate's incoming ones by ascending anchor. In the
-// symmetric case a row's list is both, and an edge whose reverse exists too appears once, with the two weights added:
-// (x_i - x_j) is the same vector. Every sum has a fixed order; no two workers write one row's element.
+// Edges are listed by target row: an anchor's own in slot order; a candidate's incoming ones by ascending
+// anchor. In the symmetric case a row's list is both, and an edge whose reverse exists too appears once, with
+// the two weights added: (x_i - x_j) is the same vector. Every sum has a fixed order; no two workers write
+// one row's element.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -20,7 +22,6 @@
 
 namespace sn::cpu {
 namespace {
-
 
 void fill_nan(DType dtype, void* out, std::int64_t count) {
   switch (dtype) {
@@ -86,7 +87,8 @@ struct Lists {
   EdgeLists view() const { return {begin.data(), neighbours.data(), weights.data()}; }
 };
 
-// Which edges go into whose list: `own` to the anchors', `incoming` to the candidates'; both for the symmetric case.
+// Which edges go into whose list: `own` to the anchors', `incoming` to the candidates'; both for the
+// symmetric case.
 template <class Acc>
 Lists<Acc> list_edges(const BackwardArgs& args, const ThreadPool& pool, bool own, bool incoming) {
   const Edges<Acc> edges(args);
@@ -120,7 +122,8 @@ Lists<Acc> list_edges(const BackwardArgs& args, const ThreadPool& pool, bool own
         const std::int64_t at = i * args.edges + e;
         if (weights[at] == Acc(0)) continue;
         const std::int32_t j = args.indices[at];
-        visit(i, j, merge && reverse[at] >= 0 ? weights[at] + weights[j * args.edges + reverse[at]] : weights[at]);
+        visit(i, j,
+              merge && reverse[at] >= 0 ? weights[at] + weights[j * args.edges + reverse[at]] : weights[at]);
       }
     }
     for (std::int64_t i = 0; incoming && i < N; ++i) {
@@ -144,7 +147,8 @@ Lists<Acc> list_edges(const BackwardArgs& args, const ThreadPool& pool, bool own
   return lists;
 }
 
-// Rows [first of item, first of next item) hold about equally many edges: a batch may have a hub that everybody selects.
+// Rows [first of item, first of next item) hold about equally many edges: a batch may have a hub that
+// everybody selects.
 std::vector<std::int64_t> balanced_rows(const std::vector<std::int64_t>& begin, std::int64_t parts) {
   const std::int64_t rows = static_cast<std::int64_t>(begin.size()) - 1;
   const std::int64_t work = begin[rows] + rows;
@@ -154,7 +158,7 @@ std::vector<std::int64_t> balanced_rows(const std::vector<std::int64_t>& begin, 
     std::int64_t high = rows;
     while (low < high) {
       const std::int64_t middle = (low + high) / 2;
-      (begin[middle] + middle) * parts < work * part ? low = middle + 1 : high = middle;
+      (begin[middle] + middle)* parts < work* part ? low = middle + 1 : high = middle;
     }
     cuts.push_back(low);
   }
@@ -168,7 +172,8 @@ void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& ker
             const FeatureView& other, const Lists<Acc>& lists, void* out) {
   const std::int64_t rows = own.rows;
   const EdgeLists edges = lists.view();
-  const double operations = 0.1 * static_cast<double>(lists.begin[rows] + 2 * rows) * static_cast<double>(args.dims);
+  const double operations =
+      0.1 * static_cast<double>(lists.begin[rows] + 2 * rows) * static_cast<double>(args.dims);
   const int workers = workers_for(pool, operations);
   const bool same = own.data == other.data && own.rows == other.rows && own.row_stride == other.row_stride;
   const bool by_columns = args.dtype != DType::kFloat64 && refines_by_columns(rows, other.rows, args.dims) &&
@@ -182,7 +187,8 @@ void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& ker
     });
     return;
   }
-  // As in the forward's refinement: gather a block of columns where it stays in cache, use it for all rows, go on.
+  // As in the forward's refinement: gather a block of columns where it stays in cache, use it for all rows,
+  // go on.
   constexpr std::int64_t kRows = 64;
   const std::int64_t other_rows = same ? 0 : other.rows;
   Scratch scratch(static_cast<std::size_t>(2 * (rows + other_rows) * kBackwardColumns) * sizeof(float));
@@ -211,7 +217,8 @@ void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& ker
       const FeatureView& side = of_own ? own : other;
       const std::int64_t begin = (of_own ? item : item - own_items) * kRows;
       kernels.gather_columns(args.dtype, side, nullptr, begin, std::min(side.rows, begin + kRows),
-                             block * kBackwardColumns, std::min(kBackwardColumns, args.dims - block * kBackwardColumns),
+                             block * kBackwardColumns,
+                             std::min(kBackwardColumns, args.dims - block * kBackwardColumns),
                              kBackwardColumns, of_own ? own_columns[b] : other_columns[b]);
     });
   }
@@ -222,7 +229,8 @@ void backward_as(const BackwardArgs& args, const ThreadPool& pool) {
   const Kernels& kernels = active_kernels();
   if (args.symmetric) {
     if (args.grad_anchors != nullptr) {
-      gather<Acc>(args, pool, kernels, args.anchors, args.anchors, list_edges<Acc>(args, pool, true, true), args.grad_anchors);
+      gather<Acc>(args, pool, kernels, args.anchors, args.anchors, list_edges<Acc>(args, pool, true, true),
+                  args.grad_anchors);
     }
     return;
   }
@@ -241,7 +249,8 @@ void backward_as(const BackwardArgs& args, const ThreadPool& pool) {
 void backward(const BackwardArgs& args, const ThreadPool& pool) {
   if (std::isnan(args.stats[kPoison])) {
     if (args.grad_anchors != nullptr) fill_nan(args.dtype, args.grad_anchors, args.anchors.rows * args.dims);
-    if (args.grad_candidates != nullptr) fill_nan(args.dtype, args.grad_candidates, args.candidates.rows * args.dims);
+    if (args.grad_candidates != nullptr)
+      fill_nan(args.dtype, args.grad_candidates, args.candidates.rows * args.dims);
     return;
   }
   if (args.dtype == DType::kFloat64) {

@@ -20,12 +20,12 @@ enum class Path : std::int32_t { kAuto = 0, kDirect = 1, kScreen = 2 };
 void set_path(Path path);  // tests force a path; kAuto otherwise
 
 struct Plan {
-  Path path;                      // kDirect or kScreen
-  std::int64_t list_capacity;     // entries kept for an anchor between prunings (screen)
-  std::int64_t workspace_bytes;   // scratch of the forward beyond its outputs
+  Path path;                     // kDirect or kScreen
+  std::int64_t list_capacity;    // entries kept for an anchor between prunings (screen)
+  std::int64_t workspace_bytes;  // scratch of the forward beyond its outputs
 };
-Plan plan_forward(std::int64_t anchors, std::int64_t candidates, std::int64_t dims, std::int64_t k, DType dtype,
-                  bool symmetric, int threads);
+Plan plan_forward(std::int64_t anchors, std::int64_t candidates, std::int64_t dims, std::int64_t k,
+                  DType dtype, bool symmetric, int threads);
 
 // Throw std::bad_alloc when scratch cannot be had; arguments are checked by the caller.
 void forward(const ForwardArgs& args, const ThreadPool& pool);

@@ -25,8 +25,9 @@ std::vector<Level> levels() {
   all.push_back({&avx2::kTable, has_avx2});
 #endif
 #if defined(SN_CPU_HAS_AVX512)
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl");
   all.push_back({&avx512::kTable, has_avx512});
 #endif
 #if defined(SN_CPU_HAS_AVX512_BF16)
@@ -57,7 +58,8 @@ const Kernels* at_load() {
   return best;
 }
 
-// Chosen at first use, so that a wrong SN_OPS_CPU_CAPABILITY is an error that can be caught, not a failed load.
+// Chosen at first use, so that a wrong SN_OPS_CPU_CAPABILITY is an error that can be caught, not a failed
+// load.
 std::atomic<const Kernels*> active{nullptr};
 
 }  // namespace
@@ -85,8 +87,12 @@ std::vector<std::string> usable_capabilities() {
   return names;
 }
 
-std::string capability() { return active_kernels().name; }
+std::string capability() {
+  return active_kernels().name;
+}
 
-void set_capability(const std::string& name) { active.store(find(name), std::memory_order_release); }
+void set_capability(const std::string& name) {
+  active.store(find(name), std::memory_order_release);
+}
 
 }  // namespace sn::cpu

@@ -1,21 +1,24 @@
 // Forward: features and labels to a loss and a support graph.
 //
-// Two paths, one answer. "direct" computes every distance in the one summation order (kernels_direct.h). "screen"
-// multiplies a bfloat16 copy to bound every distance, and computes in that same order only those the bounds leave open.
+// Two paths, one answer. "direct" computes every distance in the one summation order (kernels_direct.h).
+// "screen" multiplies a bfloat16 copy to bound every distance, and computes in that same order only those the
+// bounds leave open.
 //
-// The bound of the screening (notation of kernels_screen.h; u = 2^-24; all inequalities are worst case). With exact
-// a = x - mean and r = a - A, |a.b - A.B| <= |A||r_b| + |r_a||B| + |r_a||r_b|, and for any theta > 0
+// The bound of the screening (notation of kernels_screen.h; u = 2^-24; all inequalities are worst case). With
+// exact a = x - mean and r = a - A, |a.b - A.B| <= |A||r_b| + |r_a||B| + |r_a||r_b|, and for any theta > 0
 //   2 |A||r_b| <= theta |A|^2 + |r_b|^2 / theta,      2 |r_a||r_b| <= |r_a|^2 + |r_b|^2,
-// so the error of 2 a.b splits into one term a row: theta |A|^2 + (1/theta + 1) |r|^2. theta is the root mean square of
-// |r| / |t| over all rows, but any value is right: an outlier loosens only its own bound. To it are added, a row:
-//   g |t|^2        accumulation of products: at most (D + 2) steps of relative error `product_rounding` each, on a sum
+// so the error of 2 a.b splits into one term a row: theta |A|^2 + (1/theta + 1) |r|^2. theta is the root mean
+// square of |r| / |t| over all rows, but any value is right: an outlier loosens only its own bound. To it are
+// added, a row:
+//   g |t|^2        accumulation of products: at most (D + 2) steps of relative error `product_rounding` each,
+//   on a sum
 //                  of magnitudes of at most |A||B| <= (|A|^2 + |B|^2) / 2
 //   c |t|^2        the norm: t rounded once (2 u), D/16 + 8 additions of squares
 //   2 f |t|^2      the direct sum itself (relative error f, kernels_direct.h) on d2 <= 2 |a|^2 + 2 |b|^2
 //   32 u |t|^2     scores, upper bounds and thresholds: a few roundings of numbers below 2 |a|^2 + 2 |b|^2
 //   D 2^-120       products and squares that underflow
-// |r| is the stored residual's root plus u |t| for the rounding of t; a margin of 1 % covers the products of these small
-// numbers and the float arithmetic on the bound itself.
+// |r| is the stored residual's root plus u |t| for the rounding of t; a margin of 1 % covers the products of
+// these small numbers and the float arithmetic on the bound itself.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -34,9 +37,11 @@
 namespace sn::cpu {
 namespace {
 
-constexpr std::int64_t kAnchorBlock = 256;  // anchors whose losses are added first: fixed, so that sums are too
+constexpr std::int64_t kAnchorBlock =
+    256;  // anchors whose losses are added first: fixed, so that sums are too
 
-// ---- identities -----------------------------------------------------------------------------------------------------
+// ---- identities
+// -----------------------------------------------------------------------------------------------------
 
 // Rows in the order of their labels, equal labels in the order of their indices.
 std::vector<std::int32_t> order_by_label(const std::int64_t* labels, std::int64_t count) {
@@ -57,7 +62,8 @@ std::vector<std::int32_t> order_by_label(const std::int64_t* labels, std::int64_
   return order;
 }
 
-// Anchors [anchor_begin, anchor_end) and candidates [candidate_begin, candidate_end), as positions, of one label.
+// Anchors [anchor_begin, anchor_end) and candidates [candidate_begin, candidate_end), as positions, of one
+// label.
 struct Identity {
   std::int64_t anchor_begin, anchor_end;
   std::int64_t candidate_begin, candidate_end;
@@ -107,7 +113,8 @@ const void* row_of(const FeatureView& features, DType dtype, std::int64_t row) {
   return static_cast<const char*>(features.data) + row * features.row_stride * bytes;
 }
 
-// ---- from selections to the loss ------------------------------------------------------------------------------------
+// ---- from selections to the loss
+// ------------------------------------------------------------------------------------
 
 // Totals of a block of anchors, added in the order of the blocks.
 struct Totals {
@@ -169,16 +176,19 @@ class Loss {
       indices[e] = e < count ? support[e] : -1;
       positive[e] = e < count && args_.candidate_labels[support[e]] == label ? 1 : 0;
     }
-    const AnchorTerms terms = anchor_terms<Acc>(
-        args_.options, K_, indices, d2, positive, Positive<Acc>{args_.nearest_positive[anchor], near_d2_[anchor]},
-        Positive<Acc>{args_.farthest_positive[anchor], far_d2_[anchor]},
-        static_cast<Acc*>(args_.coefficients) + anchor * (K_ + kExtraEdges));
+    const AnchorTerms terms =
+        anchor_terms<Acc>(args_.options, K_, indices, d2, positive,
+                          Positive<Acc>{args_.nearest_positive[anchor], near_d2_[anchor]},
+                          Positive<Acc>{args_.farthest_positive[anchor], far_d2_[anchor]},
+                          static_cast<Acc*>(args_.coefficients) + anchor * (K_ + kExtraEdges));
     blocks_[anchor / kAnchorBlock].add(terms);
-    if (args_.options.reduction == Reduction::kNone) static_cast<Acc*>(args_.loss)[anchor] = static_cast<Acc>(terms.loss);
+    if (args_.options.reduction == Reduction::kNone)
+      static_cast<Acc*>(args_.loss)[anchor] = static_cast<Acc>(terms.loss);
     if (args_.distances != nullptr) {
       Acc* distances = static_cast<Acc*>(args_.distances) + anchor * K_;
       for (std::int64_t e = 0; e < K_; ++e) {
-        distances[e] = e < count ? static_cast<Acc>(clamped_distance(d2[e])) : std::numeric_limits<Acc>::infinity();
+        distances[e] =
+            e < count ? static_cast<Acc>(clamped_distance(d2[e])) : std::numeric_limits<Acc>::infinity();
       }
     }
   }
@@ -188,8 +198,10 @@ class Loss {
     for (const Totals& block : blocks_) all.add(block);
     const double valid = static_cast<double>(all.valid);
     const auto ratio = [](double sum, double count) { return count > 0.0 ? sum / count : 0.0; };
-    if (args_.options.reduction == Reduction::kMean) *static_cast<Acc*>(args_.loss) = static_cast<Acc>(ratio(all.loss, valid));
-    if (args_.options.reduction == Reduction::kSum) *static_cast<Acc*>(args_.loss) = static_cast<Acc>(all.loss);
+    if (args_.options.reduction == Reduction::kMean)
+      *static_cast<Acc*>(args_.loss) = static_cast<Acc>(ratio(all.loss, valid));
+    if (args_.options.reduction == Reduction::kSum)
+      *static_cast<Acc*>(args_.loss) = static_cast<Acc>(all.loss);
     args_.stats[kValidAnchors] = valid;
     args_.stats[kPositiveDistance] = ratio(all.positive_sum, static_cast<double>(all.positives));
     args_.stats[kNegativeDistance] = ratio(all.negative_sum, static_cast<double>(all.negatives));
@@ -219,13 +231,14 @@ class Loss {
   std::vector<Totals> blocks_;
 };
 
-// ---- direct ---------------------------------------------------------------------------------------------------------
+// ---- direct
+// ---------------------------------------------------------------------------------------------------------
 
 // The support set of one row of distances. keys: scratch. Any K.
 template <class Acc>
-std::int64_t select(const Kernels& kernels, const Acc* d2, std::int64_t count, std::int64_t self, std::int64_t K,
-                    std::vector<std::uint64_t>& keys, std::vector<std::int32_t>& ids, std::int32_t* support,
-                    Acc* support_d2) {
+std::int64_t select(const Kernels& kernels, const Acc* d2, std::int64_t count, std::int64_t self,
+                    std::int64_t K, std::vector<std::uint64_t>& keys, std::vector<std::int32_t>& ids,
+                    std::int32_t* support, Acc* support_d2) {
   if constexpr (sizeof(Acc) == sizeof(float)) {
     if (K <= kListMost) {
       keys.resize(static_cast<std::size_t>(kListMost));
@@ -260,8 +273,8 @@ void forward_direct(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   const std::int64_t N = args.anchors.rows;
   const std::int64_t M = args.candidates.rows;
   const std::int64_t K = loss.K();
-  const int workers = workers_for(pool, 0.1 * static_cast<double>(N) * static_cast<double>(M) *
-                                            static_cast<double>(args.dims));
+  const int workers = workers_for(
+      pool, 0.1 * static_cast<double>(N) * static_cast<double>(M) * static_cast<double>(args.dims));
   for (const FeatureView* side : {&args.anchors, &args.candidates}) {
     std::atomic<bool> finite{true};
     for_blocks(pool, workers, side->rows, kAnchorBlock, [&](std::int64_t begin, std::int64_t end) {
@@ -279,7 +292,8 @@ void forward_direct(const ForwardArgs& args, const ThreadPool& pool, const Kerne
     }
   }
 
-  // A strip of anchors against all candidates at a time; the whole square, half of it mirrored, if that is small.
+  // A strip of anchors against all candidates at a time; the whole square, half of it mirrored, if that is
+  // small.
   const std::int64_t strip = direct_strip(N, M, static_cast<std::int64_t>(sizeof(Acc)));
   const bool mirrored = args.symmetric && strip >= N;
   Scratch scratch(static_cast<std::size_t>(strip) * static_cast<std::size_t>(M) * sizeof(Acc));
@@ -325,7 +339,8 @@ void forward_direct(const ForwardArgs& args, const ThreadPool& pool, const Kerne
           const std::int32_t j = identities.candidate_order()[q];
           if (j != self) loss.offer_positive(i, j, row[j]);
         }
-        const std::int64_t found = select(kernels, row, M, self, K, keys, ids, support.data(), support_d2.data());
+        const std::int64_t found =
+            select(kernels, row, M, self, K, keys, ids, support.data(), support_d2.data());
         loss.finish(i, support.data(), support_d2.data(), found, positive.data());
       }
     });
@@ -333,10 +348,11 @@ void forward_direct(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   loss.reduce();
 }
 
-// ---- screen ---------------------------------------------------------------------------------------------------------
+// ---- screen
+// ---------------------------------------------------------------------------------------------------------
 
-// Direct distances between the members of each identity: near_i and far_i. Exact and without a list, and few pairs
-// unless identities are huge.
+// Direct distances between the members of each identity: near_i and far_i. Exact and without a list, and few
+// pairs unless identities are huge.
 void find_positives(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kernels,
                     const Identities& identities, Loss<float>& loss) {
   struct Item {
@@ -348,18 +364,16 @@ void find_positives(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   for (std::size_t g = 0; g < identities.list.size(); ++g) {
     const Identity& identity = identities.list[g];
     const std::int64_t members = identity.anchor_end - identity.anchor_begin;
-    pairs += static_cast<double>(members) * static_cast<double>(identity.candidate_end - identity.candidate_begin);
+    pairs +=
+        static_cast<double>(members) * static_cast<double>(identity.candidate_end - identity.candidate_begin);
     for (std::int64_t block = 0; block * kDirectBlock < members; ++block) {
       items.push_back({static_cast<std::int32_t>(g), static_cast<std::int32_t>(block)});
     }
   }
   // Blocks of one identity meet the same anchors when halves are shared; a lock for each run of positions.
-  const auto locks = std::make_unique<std::mutex[]>(static_cast<std::size_t>(args.anchors.rows / kDirectBlock + 1));
-  const auto offer = [&](std::int64_t p, std::int64_t candidate, float d2) {
-    const std::int64_t anchor = identities.anchor_order[p];
-    const std::lock_guard<std::mutex> guard(locks[p / kDirectBlock]);
-    loss.offer_positive(anchor, static_cast<std::int32_t>(candidate), d2);
-  };
+  const auto locks =
+      std::make_unique<std::mutex[]>(static_cast<std::size_t>(args.anchors.rows / kDirectBlock + 1));
+  const std::vector<std::int32_t>& candidates = identities.candidate_order();
   const int workers = workers_for(pool, 0.1 * pairs * static_cast<double>(args.dims));
   for_each(pool, workers, static_cast<std::int64_t>(items.size()), [&](std::int64_t item) {
     const Identity& identity = identities.list[items[item].identity];
@@ -368,23 +382,43 @@ void find_positives(const ForwardArgs& args, const ThreadPool& pool, const Kerne
     const void* x[kDirectBlock];
     const void* z[kDirectBlock];
     float d2[kDirectBlock * kDirectBlock];
-    for (std::int64_t i = 0; i < np; ++i) x[i] = row_of(args.anchors, args.dtype, identities.anchor_order[p0 + i]);
+    for (std::int64_t i = 0; i < np; ++i)
+      x[i] = row_of(args.anchors, args.dtype, identities.anchor_order[p0 + i]);
+    // Offers to anchor p what value(n) and candidate(n) give for n in [begin, end): first and last of them by
+    // distance.
+    const auto offer = [&](std::int64_t p, std::int64_t begin, std::int64_t end, const auto& value,
+                           const auto& candidate) {
+      const std::int64_t anchor = identities.anchor_order[p];
+      const std::int64_t self = self_of(args, anchor);
+      Positive<float> near{-1, 0.0f};
+      Positive<float> far{-1, 0.0f};
+      for (std::int64_t n = begin; n < end; ++n) {
+        const std::int32_t j = candidate(n);
+        if (j == self) continue;
+        const float distance = value(n);
+        if (near.index < 0 || nearer(distance, j, near.d2, near.index)) near = {j, distance};
+        if (far.index < 0 || farther(distance, j, far.d2, far.index)) far = {j, distance};
+      }
+      if (near.index < 0) return;
+      const std::lock_guard<std::mutex> guard(locks[p / kDirectBlock]);
+      loss.offer_positive(anchor, near.index, near.d2);
+      loss.offer_positive(anchor, far.index, far.d2);
+    };
     for (std::int64_t q0 = args.symmetric ? p0 : identity.candidate_begin; q0 < identity.candidate_end;
          q0 += kDirectBlock) {
       const std::int64_t nq = std::min(kDirectBlock, identity.candidate_end - q0);
-      const std::vector<std::int32_t>& candidates = identities.candidate_order();
       for (std::int64_t j = 0; j < nq; ++j) z[j] = row_of(args.candidates, args.dtype, candidates[q0 + j]);
       const bool diagonal = args.symmetric && q0 == p0;
       kernels.direct_block(args.dtype, x, np, z, nq, args.dims, diagonal, d2, kDirectBlock);
       for (std::int64_t i = 0; i < np; ++i) {
-        const std::int64_t anchor = identities.anchor_order[p0 + i];
-        const std::int64_t self = self_of(args, anchor);
-        for (std::int64_t j = diagonal ? i + 1 : 0; j < nq; ++j) {
-          const std::int64_t candidate = candidates[q0 + j];
-          const float value = d2[i * kDirectBlock + j];
-          if (candidate != self) offer(p0 + i, candidate, value);
-          if (args.symmetric) offer(q0 + j, anchor, value);
-        }
+        offer(
+            p0 + i, diagonal ? i + 1 : 0, nq, [&](std::int64_t j) { return d2[i * kDirectBlock + j]; },
+            [&](std::int64_t j) { return candidates[q0 + j]; });
+      }
+      for (std::int64_t j = 0; args.symmetric && j < nq; ++j) {
+        offer(
+            q0 + j, 0, diagonal ? j : np, [&](std::int64_t i) { return d2[i * kDirectBlock + j]; },
+            [&](std::int64_t i) { return identities.anchor_order[p0 + i]; });
       }
     }
   });
@@ -396,7 +430,7 @@ struct Layout {
   float* mean;
   float* mean_scratch;
   float* bias;
-  std::int32_t* anchor_positions;     // row -> position
+  std::int32_t* anchor_positions;  // row -> position
   std::int32_t* candidate_positions;
   std::int32_t* self_positions;
   float* workers;
@@ -438,6 +472,7 @@ Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, bool widens, Sli
   screen.lists = slices.take<Entry>(N * plan.capacity);
   screen.list_counts = slices.take<std::int32_t>(N);
   screen.list_limits = slices.take<std::int32_t>(N);
+  screen.settled_counts = slices.take<std::int32_t>(N);
   screen.thresholds = slices.take<float>(screen.anchors.padded);
   layout.tile_floats = plan.tile * kTilePitch;
   layout.worker_floats = layout.tile_floats + (widens ? wide_floats(plan.tile) : 0);
@@ -445,10 +480,11 @@ Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, bool widens, Sli
   return layout;
 }
 
-// Rows whose values are equal, beyond the first K + 1 by index, can be nobody's support: each of the K + 1 is as near
-// and comes first, and at most one of them is the anchor itself. Calls exclude(position) for them.
+// Rows whose values are equal, beyond the first K + 1 by index, can be nobody's support: each of the K + 1 is
+// as near and comes first, and at most one of them is the anchor itself. Calls exclude(position) for them.
 template <class Exclude>
-void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std::int64_t K, const Exclude& exclude) {
+void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std::int64_t K,
+                             const Exclude& exclude) {
   const ScreenSide& side = layout.screen.candidates;
   const std::int64_t M = side.rows;
   std::size_t buckets = 16;
@@ -458,15 +494,16 @@ void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std:
     std::int32_t count = 0;
   };
   std::vector<Bucket> table(buckets);
-  const std::size_t row_bytes =
-      static_cast<std::size_t>(args.dims) * (args.dtype == DType::kFloat32 ? sizeof(float) : sizeof(std::uint16_t));
+  const std::size_t row_bytes = static_cast<std::size_t>(args.dims) *
+                                (args.dtype == DType::kFloat32 ? sizeof(float) : sizeof(std::uint16_t));
   for (std::int64_t row = 0; row < M; ++row) {
     // Equal rows have equal norms and residuals, to the bit; nearly nothing else has.
     const std::int64_t position = layout.candidate_positions[row];
     std::uint32_t halves[2];
     std::memcpy(&halves[0], &side.norm[position], sizeof(float));
     std::memcpy(&halves[1], &side.residual[position], sizeof(float));
-    const std::uint64_t mixed = ((static_cast<std::uint64_t>(halves[0]) << 32) | halves[1]) * 0x9e3779b97f4a7c15u;
+    const std::uint64_t mixed =
+        ((static_cast<std::uint64_t>(halves[0]) << 32) | halves[1]) * 0x9e3779b97f4a7c15u;
     for (std::size_t at = (mixed >> 20) & (buckets - 1);; at = (at + 1) & (buckets - 1)) {
       Bucket& bucket = table[at];
       if (bucket.row < 0) {
@@ -474,9 +511,10 @@ void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std:
         break;
       }
       const std::int64_t other = layout.candidate_positions[bucket.row];
-      if (side.norm[other] != side.norm[position] || side.residual[other] != side.residual[position]) continue;
-      if (std::memcmp(row_of(args.candidates, args.dtype, row), row_of(args.candidates, args.dtype, bucket.row),
-                      row_bytes) != 0) {
+      if (side.norm[other] != side.norm[position] || side.residual[other] != side.residual[position])
+        continue;
+      if (std::memcmp(row_of(args.candidates, args.dtype, row),
+                      row_of(args.candidates, args.dtype, bucket.row), row_bytes) != 0) {
         continue;
       }
       if (++bucket.count > K + 1) exclude(position);
@@ -485,7 +523,8 @@ void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std:
   }
 }
 
-// The bound E of each row, and the bias of each candidate. False if the scale of the rows is out of the bound's range.
+// The bound E of each row, and the bias of each candidate. False if the scale of the rows is out of the
+// bound's range.
 bool bound_errors(const ForwardArgs& args, const Kernels& kernels, const Layout& layout) {
   const ScreenSide* sides[2] = {&layout.screen.anchors, &layout.screen.candidates};
   const int side_count = args.symmetric ? 1 : 2;
@@ -510,7 +549,8 @@ bool bound_errors(const ForwardArgs& args, const Kernels& kernels, const Layout&
   for (int s = 0; s < side_count; ++s) {
     for (std::int64_t p = 0; p < sides[s]->padded; ++p) {
       const double norm = sides[s]->norm[p];
-      const double rest = std::sqrt(static_cast<double>(sides[s]->residual[p])) * 1.01 + 1.01 * u * std::sqrt(norm);
+      const double rest =
+          std::sqrt(static_cast<double>(sides[s]->residual[p])) * 1.01 + 1.01 * u * std::sqrt(norm);
       sides[s]->slack[p] =
           static_cast<float>(1.01 * (relative * norm + rest * rest * (1.0 / theta + 1.0)) + D * 0x1p-120);
     }
@@ -523,19 +563,21 @@ bool bound_errors(const ForwardArgs& args, const Kernels& kernels, const Layout&
   return true;
 }
 
-// Every tile of products, each followed by its epilogue. Lists change under the lock of their block of positions; what
-// ends up selected does not depend on the order of the tiles.
+// Every tile of products, each followed by its epilogue. Lists change under the lock of their block of
+// positions; what ends up selected does not depend on the order of the tiles.
 void sweep(const ThreadPool& pool, const Kernels& kernels, const ScreenPlan& plan, const Layout& layout) {
   const Screen& screen = layout.screen;
   const std::int64_t row_blocks = (screen.anchors.padded + plan.tile - 1) / plan.tile;
   const std::int64_t column_blocks = (screen.candidates.padded + plan.tile - 1) / plan.tile;
-  const std::int64_t tiles = screen.symmetric ? row_blocks * (row_blocks + 1) / 2 : row_blocks * column_blocks;
+  const std::int64_t tiles =
+      screen.symmetric ? row_blocks * (row_blocks + 1) / 2 : row_blocks * column_blocks;
   const auto locks = std::make_unique<std::mutex[]>(static_cast<std::size_t>(row_blocks));
 
   // Symmetric: diagonal after diagonal of the upper triangle, so that every row has a good threshold early.
   std::vector<std::int64_t> diagonal_start;
   if (screen.symmetric) {
-    for (std::int64_t d = 0, start = 0; d < row_blocks; start += row_blocks - d, ++d) diagonal_start.push_back(start);
+    for (std::int64_t d = 0, start = 0; d < row_blocks; start += row_blocks - d, ++d)
+      diagonal_start.push_back(start);
   }
   for_each(pool, plan.workers, tiles, [&](std::int64_t item, std::int64_t worker) {
     std::int64_t i = item % row_blocks;  // a block of candidates meets all anchors while it is in cache
@@ -579,12 +621,13 @@ void refine(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kern
   for_blocks(pool, workers, N, kRows, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t p = begin; p < end; ++p) {
       kernels.prune(screen, p);
-      for (std::int64_t e = 0; e < screen.list_counts[p]; ++e) screen.lists[p * screen.capacity + e].score = 0.0f;
+      for (std::int64_t e = 0; e < screen.list_counts[p]; ++e)
+        screen.lists[p * screen.capacity + e].score = 0.0f;
     }
   });
-  // Rows are far apart in memory and wanted many times: gather a segment of columns where it stays in cache, use it for
-  // all lists, go on. The screening copy is no longer needed and makes room; one segment is gathered while the one
-  // before is used.
+  // Rows are far apart in memory and wanted many times: gather a segment of columns where it stays in cache,
+  // use it for all lists, go on. The screening copy is no longer needed and makes room; one segment is
+  // gathered while the one before is used.
   const std::int64_t M = args.symmetric ? 0 : args.candidates.rows;
   float* buffers[2] = {reinterpret_cast<float*>(screen.anchors.packed), nullptr};
   float* candidate_buffers[2] = {reinterpret_cast<float*>(screen.candidates.packed), nullptr};
@@ -644,7 +687,8 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   {
     const DefaultFloatingPoint mode;
     const FeatureView sides[2] = {args.anchors, args.candidates};
-    kernels.sampled_mean(args.dtype, sides, args.symmetric ? 1 : 2, args.dims, layout.mean, layout.mean_scratch);
+    kernels.sampled_mean(args.dtype, sides, args.symmetric ? 1 : 2, args.dims, layout.mean,
+                         layout.mean_scratch);
   }
   for (int s = 0; s < (args.symmetric ? 1 : 2); ++s) {
     const ScreenSide& side = s == 0 ? screen.anchors : screen.candidates;
@@ -668,6 +712,7 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
     }
   }
   std::fill_n(screen.list_counts, N, 0);
+  std::fill_n(screen.settled_counts, N, 0);
   std::fill_n(screen.list_limits, N, static_cast<std::int32_t>(plan.first_pruning));
   std::fill_n(screen.thresholds, N, std::numeric_limits<float>::max());
   std::fill_n(screen.thresholds + N, screen.anchors.padded - N, -std::numeric_limits<float>::infinity());

@@ -1,9 +1,9 @@
 // The hot loops, compiled once per instruction set into a namespace of its own (SN_CPU_CAPABILITY names it).
 //
-// Nothing in this file may instantiate a standard-library template or a shared out-of-line inline function: the linker
-// keeps one copy of such code, perhaps the one compiled for the newest CPU.
-// GCC's own AVX-512 headers start vectors from an undefined register, which older releases then warn about in whatever
-// function they are inlined into.
+// Nothing in this file may instantiate a standard-library template or a shared out-of-line inline function:
+// the linker keeps one copy of such code, perhaps the one compiled for the newest CPU. GCC's own AVX-512
+// headers start vectors from an undefined register, which older releases then warn about in whatever function
+// they are inlined into.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -38,9 +38,33 @@ namespace {
 #include "kernels_direct.h"
 //
 #include "kernels_backward.h"
+
+// ---- dispatch over dtypes
+// -------------------------------------------------------------------------------------------
+
+template <class Function>
+SN_FORCE_INLINE auto with_dtype(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return function(static_cast<Half*>(nullptr));
+    case DType::kBFloat16:
+      return function(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat64:  // callers that take fp64 ask before
+    case DType::kFloat32:
+      break;
+  }
+  return function(static_cast<float*>(nullptr));
+}
+
+void direct_block_any(DType dtype, const void* const* x, std::int64_t nx, const void* const* z,
+                      std::int64_t nz, std::int64_t dims, bool upper, void* out, std::int64_t pitch) {
+  if (dtype == DType::kFloat64) return direct_block<double>(x, nx, z, nz, dims, upper, out, pitch);
+  with_dtype(dtype, [&]<class T>(T*) { direct_block<T>(x, nx, z, nz, dims, upper, out, pitch); });
+}
 #include "kernels_screen.h"
 
-// ---- small kernels --------------------------------------------------------------------------------------------------
+// ---- small kernels
+// --------------------------------------------------------------------------------------------------
 
 // A value is finite when its exponent bits are not all set; floating-point comparisons would drop NaN.
 template <class Bits, Bits kExponent>
@@ -48,13 +72,15 @@ bool all_finite_bits(const FeatureView& features, std::int64_t dims, std::int64_
   for (std::int64_t r = begin; r < end; ++r) {
     const Bits* row = static_cast<const Bits*>(features.data) + r * features.row_stride;
     Bits bad = 0;
-    for (std::int64_t c = 0; c < dims; ++c) bad |= static_cast<Bits>((row[c] & kExponent) == kExponent ? 1 : 0);
+    for (std::int64_t c = 0; c < dims; ++c)
+      bad |= static_cast<Bits>((row[c] & kExponent) == kExponent ? 1 : 0);
     if (bad != 0) return false;
   }
   return true;
 }
 
-bool all_finite(DType dtype, const FeatureView& features, std::int64_t dims, std::int64_t begin, std::int64_t end) {
+bool all_finite(DType dtype, const FeatureView& features, std::int64_t dims, std::int64_t begin,
+                std::int64_t end) {
   switch (dtype) {
     case DType::kFloat32:
       return all_finite_bits<std::uint32_t, 0x7f800000u>(features, dims, begin, end);
@@ -95,27 +121,6 @@ std::int64_t smallest(const float* d2, std::int64_t count, std::int64_t self, st
   return kept;
 }
 
-// ---- dispatch over dtypes -------------------------------------------------------------------------------------------
-
-template <class Function>
-SN_FORCE_INLINE auto with_dtype(DType dtype, Function function) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return function(static_cast<Half*>(nullptr));
-    case DType::kBFloat16:
-      return function(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat64:  // callers that take fp64 ask before
-    case DType::kFloat32:
-      break;
-  }
-  return function(static_cast<float*>(nullptr));
-}
-
-void direct_block_any(DType dtype, const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz,
-                      std::int64_t dims, bool upper, void* out, std::int64_t pitch) {
-  if (dtype == DType::kFloat64) return direct_block<double>(x, nx, z, nz, dims, upper, out, pitch);
-  with_dtype(dtype, [&]<class T>(T*) { direct_block<T>(x, nx, z, nz, dims, upper, out, pitch); });
-}
 void sampled_mean_any(DType dtype, const FeatureView* sides, int side_count, std::int64_t dims, float* mean,
                       float* scratch) {
   with_dtype(dtype, [&]<class T>(T*) { sampled_mean<T>(sides, side_count, dims, mean, scratch); });
@@ -126,17 +131,21 @@ bool pack_any(const Screen& screen, const ScreenSide& side, std::int64_t first, 
 void refine_rows_any(const Screen& screen, std::int64_t p) {
   with_dtype(screen.dtype, [&]<class T>(T*) { refine_rows<T>(screen, p); });
 }
-void gather_columns_any(DType dtype, const FeatureView& features, const std::int32_t* order, std::int64_t begin,
-                        std::int64_t end, std::int64_t column, std::int64_t columns, std::int64_t pitch, float* out) {
-  with_dtype(dtype, [&]<class T>(T*) { gather_columns<T>(features, order, begin, end, column, columns, pitch, out); });
+void gather_columns_any(DType dtype, const FeatureView& features, const std::int32_t* order,
+                        std::int64_t begin, std::int64_t end, std::int64_t column, std::int64_t columns,
+                        std::int64_t pitch, float* out) {
+  with_dtype(dtype, [&]<class T>(T*) {
+    gather_columns<T>(features, order, begin, end, column, columns, pitch, out);
+  });
 }
 void backward_rows_any(DType dtype, const FeatureView& own, const FeatureView& other, const EdgeLists& edges,
                        std::int64_t dims, std::int64_t begin, std::int64_t end, void* out) {
   if (dtype == DType::kFloat64) return backward_rows<double>(own, other, edges, dims, begin, end, out);
   with_dtype(dtype, [&]<class T>(T*) { backward_rows<T>(own, other, edges, dims, begin, end, out); });
 }
-void backward_columns_any(DType dtype, const float* own_columns, const float* other_columns, const EdgeLists& edges,
-                          std::int64_t dims, std::int64_t column, std::int64_t begin, std::int64_t end, void* out) {
+void backward_columns_any(DType dtype, const float* own_columns, const float* other_columns,
+                          const EdgeLists& edges, std::int64_t dims, std::int64_t column, std::int64_t begin,
+                          std::int64_t end, void* out) {
   with_dtype(dtype, [&]<class T>(T*) {
     backward_columns<T>(own_columns, other_columns, edges, dims, column, begin, end, out);
   });
@@ -147,7 +156,8 @@ void backward_columns_any(DType dtype, const float* own_columns, const float* ot
 const Kernels kTable = {
     SN_STRINGIFY(SN_CPU_CAPABILITY),
 #if defined(__AVX512BF16__)
-    // Two products a step, neither the order nor the intermediate rounding documented: twice the unit roundoff.
+    // Two products a step, neither the order nor the intermediate rounding documented: twice the unit
+    // roundoff.
     false,
     0x1p-23f,
 #else

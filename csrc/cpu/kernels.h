@@ -1,5 +1,6 @@
-// What the orchestration (forward.cpp, backward.cpp; compiled once) asks of the hot loops (kernels.cpp; compiled once
-// per instruction set): a table of functions on plain types. Nothing here allocates, locks or throws.
+// What the orchestration (forward.cpp, backward.cpp; compiled once) asks of the hot loops (kernels.cpp;
+// compiled once per instruction set): a table of functions on plain types. Nothing here allocates, locks or
+// throws.
 #pragma once
 
 #include <cstdint>
@@ -8,48 +9,55 @@
 
 namespace sn::cpu {
 
-// ---- shapes of the hot loops ----------------------------------------------------------------------------------------
+// ---- shapes of the hot loops
+// ----------------------------------------------------------------------------------------
 
-inline constexpr std::int64_t kDirectBlock = 32;     // rows of a block of direct distances
-inline constexpr std::int64_t kPanel = 16;           // rows interleaved in the screening copy
-inline constexpr std::int64_t kTileGrain = 48;       // both micro-kernels' column counts (48, 16) divide it
-inline constexpr std::int64_t kTileSmall = 96;       // rows and columns of a screening tile: small batches
-inline constexpr std::int64_t kTileLarge = 192;      // and large ones
-inline constexpr std::int64_t kDepth = 256;          // columns of features a micro-kernel takes at a time
-inline constexpr std::int64_t kListSlack = kPanel;   // room a list must have before a vector of hits is appended
-inline constexpr std::int64_t kListMost = 352;       // entries a list may ever have (stack buffers are this long)
-inline constexpr std::int64_t kRefineColumns = 64;   // columns gathered at a time, one segment of the direct sum
-inline constexpr std::int64_t kBackwardColumns = 64; // columns gathered at a time in the backward
+inline constexpr std::int64_t kDirectBlock = 32;  // rows of a block of direct distances
+inline constexpr std::int64_t kPanel = 16;        // rows interleaved in the screening copy
+inline constexpr std::int64_t kTileGrain = 48;    // both micro-kernels' column counts (48, 16) divide it
+inline constexpr std::int64_t kTileSmall = 96;    // rows and columns of a screening tile: small batches
+inline constexpr std::int64_t kTileLarge = 192;   // and large ones
+inline constexpr std::int64_t kDepth = 256;       // columns of features a micro-kernel takes at a time
+inline constexpr std::int64_t kListSlack =
+    kPanel;                                     // room a list must have before a vector of hits is appended
+inline constexpr std::int64_t kListMost = 352;  // entries a list may ever have (stack buffers are this long)
+inline constexpr std::int64_t kRefineColumns =
+    64;  // columns gathered at a time, one segment of the direct sum
+inline constexpr std::int64_t kBackwardColumns = 64;  // columns gathered at a time in the backward
 static_assert(kTileGrain % kPanel == 0);
 static_assert(kTileSmall % kTileGrain == 0 && kTileLarge % kTileGrain == 0);
 static_assert(kDepth % 2 == 0, "columns are stored in pairs");
 
-// Products of a tile are kept with one pitch whatever the tile's size. Instruction sets without a bfloat16 dot product
-// widen both operands to fp32, half kDepth at a time.
+// Products of a tile are kept with one pitch whatever the tile's size. Instruction sets without a bfloat16
+// dot product widen both operands to fp32, half kDepth at a time.
 inline constexpr std::int64_t kTilePitch = kTileLarge;
 inline constexpr std::int64_t kWideCandidateFloats = kTileGrain * (kDepth / 2);
-inline constexpr std::int64_t wide_floats(std::int64_t tile) { return tile * (kDepth / 2) + kWideCandidateFloats; }
+inline constexpr std::int64_t wide_floats(std::int64_t tile) {
+  return tile * (kDepth / 2) + kWideCandidateFloats;
+}
 
-// ---- screening ------------------------------------------------------------------------------------------------------
+// ---- screening
+// ------------------------------------------------------------------------------------------------------
 
-// One side of the screening (anchors or candidates), in position order: rows sorted by label, padded to kTileGrain.
-// A row t = x - mean is kept as A = bfloat16(t). forward.cpp derives the bound behind slack and bias.
+// One side of the screening (anchors or candidates), in position order: rows sorted by label, padded to
+// kTileGrain. A row t = x - mean is kept as A = bfloat16(t). forward.cpp derives the bound behind slack and
+// bias.
 struct ScreenSide {
   FeatureView features;
   const std::int32_t* order;  // [rows] position -> row
   std::int64_t rows;
   std::int64_t padded;
-  std::uint32_t* packed;      // [padded / 16][ceil(D / 2)][16] pairs of bfloat16
-  float* norm;                // [padded] |t|^2
-  float* residual;            // [padded] |t - A|^2
-  float* slack;               // [padded] E
+  std::uint32_t* packed;  // [padded / 16][ceil(D / 2)][16] pairs of bfloat16
+  float* norm;            // [padded] |t|^2
+  float* residual;        // [padded] |t - A|^2
+  float* slack;           // [padded] E
 };
 
-// Everything the sweep reads and writes. Anchor p keeps the candidates that may still be among its K nearest in a list
-// of entries with score w = (norm_q - E_q) / 2 - A_p.A_q, and drops one when w > threshold_p.
+// Everything the sweep reads and writes. Anchor p keeps the candidates that may still be among its K nearest
+// in a list of entries with score w = (norm_q - E_q) / 2 - A_p.A_q, and drops one when w > threshold_p.
 struct Entry {
   std::int32_t candidate;  // position
-  float score;             // w; the squared distance after refinement
+  float score;             // w, or the squared distance if that is known
 };
 
 struct Screen {
@@ -60,14 +68,17 @@ struct Screen {
   bool symmetric;
   const float* mean;  // [D], zero-padded to a multiple of 32
   ScreenSide anchors;
-  ScreenSide candidates;             // the same arrays as `anchors` when symmetric
-  const float* bias;                 // [padded candidates] (norm - E) / 2; +inf: never a candidate
-  const std::int32_t* self_position; // [anchors] candidate position of the anchor itself, -1: none; null when symmetric
-  std::int64_t capacity;             // entries of a list
-  Entry* lists;                      // [anchors][capacity]
-  std::int32_t* list_counts;         // [anchors]
-  std::int32_t* list_limits;         // [anchors] count at which a list is pruned next, at most `capacity`
-  float* thresholds;                 // [padded anchors]; -inf on padding
+  ScreenSide candidates;  // the same arrays as `anchors` when symmetric
+  const float* bias;      // [padded candidates] (norm - E) / 2; +inf: never a candidate
+  const std::int32_t*
+      self_position;      // [anchors] candidate position of the anchor itself, -1: none; null when symmetric
+  std::int64_t capacity;  // entries of a list
+  Entry* lists;           // [anchors][capacity]
+  std::int32_t* list_counts;  // [anchors]
+  std::int32_t* list_limits;  // [anchors] count at which a list is pruned next, at most `capacity`
+  std::int32_t*
+      settled_counts;  // [anchors] entries in front whose squared distance is known: the nearest, at most K
+  float* thresholds;   // [padded anchors]; -inf on padding
 };
 
 struct Tile {
@@ -76,55 +87,64 @@ struct Tile {
   bool diagonal;                 // symmetric and row == column: only pairs column > row
 };
 
-// ---- backward -------------------------------------------------------------------------------------------------------
+// ---- backward
+// -------------------------------------------------------------------------------------------------------
 
 // Edges by target row, difference first: out_r = sum_e weight_e (own_r - other_{neighbour_e}).
 struct EdgeLists {
-  const std::int64_t* begin;        // [rows + 1]
+  const std::int64_t* begin;  // [rows + 1]
   const std::int32_t* neighbours;
-  const void* weights;              // acc
+  const void* weights;  // acc
 };
 
-// ---- the table ------------------------------------------------------------------------------------------------------
+// ---- the table
+// ------------------------------------------------------------------------------------------------------
 
 struct Kernels {
   const char* name;
-  bool widens;              // products in fp32 on widened operands, not by a bfloat16 dot product
-  float product_rounding;   // relative error of one accumulation step of the products, worst case
+  bool widens;             // products in fp32 on widened operands, not by a bfloat16 dot product
+  float product_rounding;  // relative error of one accumulation step of the products, worst case
 
   // Every value of rows [begin, end) finite?
-  bool (*all_finite)(DType dtype, const FeatureView& features, std::int64_t dims, std::int64_t begin, std::int64_t end);
+  bool (*all_finite)(DType dtype, const FeatureView& features, std::int64_t dims, std::int64_t begin,
+                     std::int64_t end);
 
-  // Direct squared distances in the one summation order (kernels_direct.h). x, z: row pointers, at most kDirectBlock.
-  void (*direct_block)(DType dtype, const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz,
-                       std::int64_t dims, bool upper, void* out, std::int64_t pitch);
+  // Direct squared distances in the one summation order (kernels_direct.h). x, z: row pointers, at most
+  // kDirectBlock.
+  void (*direct_block)(DType dtype, const void* const* x, std::int64_t nx, const void* const* z,
+                       std::int64_t nz, std::int64_t dims, bool upper, void* out, std::int64_t pitch);
 
-  // The `wanted` smallest (bits of d2, index) of a row of distances, as ascending keys; entry `self` is passed over.
-  // Returns how many there are. wanted <= kListMost.
+  // The `wanted` smallest (bits of d2, index) of a row of distances, as ascending keys; entry `self` is
+  // passed over. Returns how many there are. wanted <= kListMost.
   std::int64_t (*smallest)(const float* d2, std::int64_t count, std::int64_t self, std::int64_t wanted,
                            std::uint64_t* keys);
 
-  // Screening: a mean of sampled rows; the packed copy with norms and residuals; one tile's products; its epilogue.
+  // Screening: a mean of sampled rows; the packed copy with norms and residuals; one tile's products; its
+  // epilogue.
   void (*sampled_mean)(DType dtype, const FeatureView* sides, int side_count, std::int64_t dims, float* mean,
                        float* scratch);
-  bool (*pack)(const Screen& screen, const ScreenSide& side, std::int64_t first_panel, std::int64_t last_panel);
+  bool (*pack)(const Screen& screen, const ScreenSide& side, std::int64_t first_panel,
+               std::int64_t last_panel);
   // products: [tile.rows][kTilePitch]. wide: wide_floats(tile side), used if `widens`.
   void (*tile_products)(const Screen& screen, const Tile& tile, float* products, float* wide);
   void (*tile_epilogue)(const Screen& screen, const Tile& tile, const float* products);
   // Leaves in the list of anchor `p` only what the bound cannot exclude.
   void (*prune)(const Screen& screen, std::int64_t p);
-  // Direct distances of a pruned list, from the rows themselves, or one segment of gathered columns at a time.
+  // Direct distances of a pruned list, from the rows themselves, or one segment of gathered columns at a
+  // time.
   void (*refine_rows)(const Screen& screen, std::int64_t p);
-  void (*gather_columns)(DType dtype, const FeatureView& features, const std::int32_t* order, std::int64_t begin,
-                         std::int64_t end, std::int64_t column, std::int64_t columns, std::int64_t pitch, float* out);
+  void (*gather_columns)(DType dtype, const FeatureView& features, const std::int32_t* order,
+                         std::int64_t begin, std::int64_t end, std::int64_t column, std::int64_t columns,
+                         std::int64_t pitch, float* out);
   void (*refine_columns)(const Screen& screen, const float* anchor_columns, const float* candidate_columns,
                          std::int64_t p);
 
   // Backward of rows [begin, end): from the rows themselves, or over one block of gathered fp32 columns.
   void (*backward_rows)(DType dtype, const FeatureView& own, const FeatureView& other, const EdgeLists& edges,
                         std::int64_t dims, std::int64_t begin, std::int64_t end, void* out);
-  void (*backward_columns)(DType dtype, const float* own_columns, const float* other_columns, const EdgeLists& edges,
-                           std::int64_t dims, std::int64_t column, std::int64_t begin, std::int64_t end, void* out);
+  void (*backward_columns)(DType dtype, const float* own_columns, const float* other_columns,
+                           const EdgeLists& edges, std::int64_t dims, std::int64_t column, std::int64_t begin,
+                           std::int64_t end, void* out);
 };
 
 const Kernels& active_kernels();

@@ -1,10 +1,11 @@
 // Direct squared distances: sum_c (x_c - z_c)^2 in THE summation order of the CPU backend.
 //
 // The order, the only one, whatever the path, the instruction set, the number of threads or the other rows:
-//   D is cut into segments of 64. In a segment lane l (of 16) takes elements l, 16 + l, 32 + l, 48 + l, in this order,
-//   into an accumulator that starts at 0, by fused multiply-add of the rounded difference with itself. The lanes are
-//   added as a tree: l with l + 8, then + 4, + 2, + 1. Segment sums are added one after the other to a total that
-//   starts at 0. Elements past D count as 0 - 0, which changes no bit. fp64 does the same in doubles.
+//   D is cut into segments of 64. In a segment lane l (of 16) takes elements l, 16 + l, 32 + l, 48 + l, in
+//   this order, into an accumulator that starts at 0, by fused multiply-add of the rounded difference with
+//   itself. The lanes are added as a tree: l with l + 8, then + 4, + 2, + 1. Segment sums are added one after
+//   the other to a total that starts at 0. Elements past D count as 0 - 0, which changes no bit. fp64 does
+//   the same in doubles.
 //
 // Rounding: each term passes 1 subtraction (squared: 2 roundings), at most 4 multiply-adds, 4 tree levels and
 // ceil(D / 64) additions, so |key - d2| <= direct_sum_error(D) d2 + underflow, all terms being positive.
@@ -54,8 +55,8 @@ SN_FORCE_INLINE Acc tree_sum(const Acc* lanes) {
 
 #if defined(__AVX512F__)
 
-// Sixteen accumulators to one vector of tree sums: each level adds halves of two vectors at once, so that the sums come
-// out transposed. kReduceSlot[n] is where pair n must be accumulated to come out in lane n.
+// Sixteen accumulators to one vector of tree sums: each level adds halves of two vectors at once, so that the
+// sums come out transposed. kReduceSlot[n] is where pair n must be accumulated to come out in lane n.
 inline constexpr int kReduceSlot[kPairs] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
 
 SN_FORCE_INLINE __m512 reduce16(const __m512 (&acc)[kPairs]) {
@@ -105,8 +106,8 @@ SN_FORCE_INLINE __m256 reduce8(const __m256* acc) {
 #endif
 
 // One segment of sixteen pairs: anchors x[0..RA) against candidates z[0..RC), RA * RC = 16.
-// sums[a * RC + c] receives the segment sum of pair (a, c). kFull: the segment is whole, `length` is not read.
-// RA * RC = 8 computes half as much, for the end of a list; sums has room for sixteen all the same.
+// sums[a * RC + c] receives the segment sum of pair (a, c). kFull: the segment is whole, `length` is not
+// read. RA * RC = 8 computes half as much, for the end of a list; sums has room for sixteen all the same.
 template <class T, int RA, int RC, bool kFull>
 SN_FORCE_INLINE void segment_pairs(const T* const* x, const T* const* z, std::int64_t offset, int length,
                                    typename Wide<T>::Acc* sums) {
@@ -208,8 +209,8 @@ SN_FORCE_INLINE void add_segments(const T* const* x, const T* const* z, std::int
 // A block of distances, nx x nz, both at most kDirectBlock; rows are given by pointer. out[a * pitch + c].
 // Columns of the features go in chunks that keep both sides' slices in the first-level cache.
 template <class T>
-void direct_block(const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz, std::int64_t dims,
-                  bool upper, void* out, std::int64_t pitch) {
+void direct_block(const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz,
+                  std::int64_t dims, bool upper, void* out, std::int64_t pitch) {
   using Acc = typename Wide<T>::Acc;
   constexpr int kTile = 4;
   constexpr int kTiles = kDirectBlock / kTile;
@@ -257,14 +258,16 @@ void direct_list(const T* x, const FeatureView& features, const std::int32_t* or
   const T* zs[kPairs];
   alignas(64) float totals[kPairs];
   for (std::int64_t e = 0; e < count; e += kPairs) {
-    for (int i = 0; i < kPairs; ++i) zs[i] = rows + order[entry_at(entries, count, e + i)] * features.row_stride;
+    for (int i = 0; i < kPairs; ++i)
+      zs[i] = rows + order[entry_at(entries, count, e + i)] * features.row_stride;
     for (int p = 0; p < kPairs; ++p) totals[p] = 0.0f;
     add_segments<T, 1, kPairs>(&x, zs, 0, dims, totals);
     for (int i = 0; i < kPairs && e + i < count; ++i) d2[e + i] = totals[i];
   }
 }
 
-// The same over one segment of gathered fp32 columns (kSegment a row, zero-padded), added to the entries' scores.
+// The same over one segment of gathered fp32 columns (kSegment a row, zero-padded), added to the entries'
+// scores.
 inline void refine_segment(const float* x, const float* columns, Entry* entries, std::int64_t count) {
   const float* zs[kPairs];
   alignas(64) float sums[kPairs];

@@ -30,8 +30,9 @@ class Slices {
   std::size_t used_ = 0;
 };
 
-// Small scratch comes from the heap. Large scratch is mapped and asks for huge pages: the screening copy is read in
-// strides of a panel, one page each, and the first touch of 4 KB pages would cost more than packing does.
+// Small scratch comes from the heap. Large scratch is mapped and asks for huge pages: the screening copy is
+// read in strides of a panel, one page each, and the first touch of 4 KB pages would cost more than packing
+// does.
 class Scratch {
  public:
   explicit Scratch(std::size_t bytes) {

@@ -13,8 +13,8 @@
 
 namespace sn::cpu {
 
-// Round to nearest, subnormals kept. A program may have asked one of its threads to flush them, and results must not
-// depend on which thread runs what.
+// Round to nearest, subnormals kept. A program may have asked one of its threads to flush them, and results
+// must not depend on which thread runs what.
 class DefaultFloatingPoint {
  public:
 #if defined(__SSE2__)
@@ -38,7 +38,8 @@ class DefaultFloatingPoint {
 #endif
 };
 
-// body(item) for every item, items handed out as workers get free. Nothing a body computes may depend on the order.
+// body(item) for every item, items handed out as workers get free. Nothing a body computes may depend on the
+// order.
 template <class Body>
 void for_each(const ThreadPool& pool, int workers, std::int64_t items, const Body& body) {
   struct Context {
@@ -69,14 +70,16 @@ void for_each(const ThreadPool& pool, int workers, std::int64_t items, const Bod
 
 // body(begin, end) over [0, count) in blocks of `block`.
 template <class Body>
-void for_blocks(const ThreadPool& pool, int workers, std::int64_t count, std::int64_t block, const Body& body) {
+void for_blocks(const ThreadPool& pool, int workers, std::int64_t count, std::int64_t block,
+                const Body& body) {
   for_each(pool, workers, (count + block - 1) / block, [&](std::int64_t item) {
     const std::int64_t begin = item * block;
     body(begin, begin + block < count ? begin + block : count);
   });
 }
 
-// Waking a pool costs some microseconds: work below this many elementary operations stays on the calling thread.
+// Waking a pool costs some microseconds: work below this many elementary operations stays on the calling
+// thread.
 inline constexpr double kWorthAThread = 4e5;
 inline int workers_for(const ThreadPool& pool, double operations) {
   const double useful = operations / kWorthAThread;

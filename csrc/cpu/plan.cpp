@@ -16,19 +16,22 @@ constexpr std::int64_t kDirectScratch = std::int64_t{4} << 20;
 // Rows that fit the second-level cache need no gathering, and short ones come in whole lines anyway.
 constexpr std::int64_t kCachedFeatures = std::int64_t{1} << 16;
 constexpr std::int64_t kGatherFromDims = 256;
-static_assert(2 * kRefineColumns * sizeof(float) <= 2 * kGatherFromDims, "two segments fit in the copy's place");
+static_assert(2 * kRefineColumns * sizeof(float) <= 2 * kGatherFromDims,
+              "two segments fit in the copy's place");
 
 }  // namespace
 
-void set_path(Path path) { forced_path.store(path); }
+void set_path(Path path) {
+  forced_path.store(path);
+}
 
 Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, DType dtype, bool symmetric,
                  bool widens) {
   if (dtype == DType::kFloat64 || K > kScreenMostK || K == 0 || N == 0 || D == 0) return Path::kDirect;
   const Path forced = forced_path.load();
   if (forced != Path::kAuto) return forced;
-  // Cycles per column of the features, measured on a core with AVX-512: a direct pair, a screened pair, packing a row
-  // and refining its list.
+  // Cycles per column of the features, measured on a core with AVX-512: a direct pair, a screened pair,
+  // packing a row and refining its list.
   const double n = static_cast<double>(N);
   const double m = static_cast<double>(M);
   const double share = symmetric ? 0.5 : 1.0;
@@ -38,20 +41,21 @@ Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K,
   return direct <= screened ? Path::kDirect : Path::kScreen;
 }
 
-ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, bool widens,
-                       int threads) {
+ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric,
+                       bool widens, int threads) {
   ScreenPlan plan{};
   // Room for what the bounds leave open beside the K nearest, within the memory the rows may take.
   const std::int64_t spare = symmetric ? 2 * D : 0;  // the budget counts the copy of both sides
-  const std::int64_t budget = ((std::int64_t{2} << 20) / std::max<std::int64_t>(N, 1) + kListBytesPerRow + spare) / kEntryBytes;
+  const std::int64_t budget =
+      ((std::int64_t{2} << 20) / std::max<std::int64_t>(N, 1) + kListBytesPerRow + spare) / kEntryBytes;
   const std::int64_t wanted = K + 64 + K / 4;
-  plan.capacity = std::clamp(std::min(wanted, budget) / kPanel * kPanel + kPanel, round_up(K, kPanel) + 2 * kPanel,
-                             kListMost);
+  plan.capacity = std::clamp(std::min(wanted, budget) / kPanel * kPanel + kPanel,
+                             round_up(K, kPanel) + 2 * kPanel, kListMost);
   plan.first_pruning = std::min(plan.capacity, K + 32);
   const std::int64_t smaller = std::min(N, M);
   plan.tile = smaller < 4 * kTileLarge || threads > 16 ? kTileSmall : kTileLarge;
-  const std::int64_t worker_bytes =
-      (plan.tile * kTilePitch + (widens ? wide_floats(plan.tile) : 0)) * static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t worker_bytes = (plan.tile * kTilePitch + (widens ? wide_floats(plan.tile) : 0)) *
+                                    static_cast<std::int64_t>(sizeof(float));
   plan.workers = static_cast<int>(std::clamp<std::int64_t>(threads, 1, kFixedScratch / worker_bytes));
   return plan;
 }
@@ -63,7 +67,8 @@ std::int64_t direct_strip(std::int64_t N, std::int64_t M, std::int64_t value_byt
 }
 
 bool refines_by_columns(std::int64_t N, std::int64_t M, std::int64_t D) {
-  return D >= kGatherFromDims && std::max(N, M) * D * static_cast<std::int64_t>(sizeof(float)) > kCachedFeatures;
+  return D >= kGatherFromDims &&
+         std::max(N, M) * D * static_cast<std::int64_t>(sizeof(float)) > kCachedFeatures;
 }
 
 Plan plan_forward(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, DType dtype, bool symmetric,
@@ -80,9 +85,10 @@ Plan plan_forward(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k
   const ScreenPlan screen = plan_screen(N, M, D, K, symmetric, kernels.widens, threads);
   plan.list_capacity = screen.capacity;
   const std::int64_t rows = symmetric ? N : N + M;
-  plan.workspace_bytes = round_up(rows, kTileGrain) * round_up(D, 2) * 2 + N * screen.capacity * kEntryBytes +
-                         screen.workers * (screen.tile * kTilePitch + (kernels.widens ? wide_floats(screen.tile) : 0)) * 4 +
-                         rows * 24;
+  plan.workspace_bytes =
+      round_up(rows, kTileGrain) * round_up(D, 2) * 2 + N * screen.capacity * kEntryBytes +
+      screen.workers * (screen.tile * kTilePitch + (kernels.widens ? wide_floats(screen.tile) : 0)) * 4 +
+      rows * 24;
   return plan;
 }
 

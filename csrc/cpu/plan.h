@@ -8,13 +8,15 @@
 
 namespace sn::cpu {
 
-inline std::int64_t round_up(std::int64_t value, std::int64_t grain) { return (value + grain - 1) / grain * grain; }
+inline std::int64_t round_up(std::int64_t value, std::int64_t grain) {
+  return (value + grain - 1) / grain * grain;
+}
 
 struct ScreenPlan {
-  std::int64_t tile;      // rows and columns of a tile
-  std::int64_t capacity;  // entries of an anchor's list
+  std::int64_t tile;           // rows and columns of a tile
+  std::int64_t capacity;       // entries of an anchor's list
   std::int64_t first_pruning;  // entries at which a list is first pruned
-  int workers;            // of the sweep, each with a tile of scratch
+  int workers;                 // of the sweep, each with a tile of scratch
 };
 
 // Screening serves up to this K; beyond it the direct path is right, and as fast as such a K allows.
@@ -22,8 +24,8 @@ inline constexpr std::int64_t kScreenMostK = 256;
 
 Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, DType dtype, bool symmetric,
                  bool widens);
-ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, bool widens,
-                       int threads);
+ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric,
+                       bool widens, int threads);
 // Anchors whose distances to all candidates are held at a time by the direct path.
 std::int64_t direct_strip(std::int64_t N, std::int64_t M, std::int64_t value_bytes);
 bool refines_by_columns(std::int64_t N, std::int64_t M, std::int64_t D);

@@ -1,5 +1,6 @@
 // Sixteen lanes, the unit of every hot loop: one zmm, two ymm, four NEON registers, or a plain array.
-// Included by kernels.cpp alone, inside its per-instruction-set namespace, so that no two instruction sets share code.
+// Included by kernels.cpp alone, inside its per-instruction-set namespace, so that no two instruction sets
+// share code.
 #pragma once
 
 #if defined(__AVX2__)
@@ -34,8 +35,12 @@ SN_FORCE_INLINE std::uint32_t float_to_bits(float value) {
   return bits;
 }
 
-SN_FORCE_INLINE float to_float(float value) { return value; }
-SN_FORCE_INLINE float to_float(BFloat16 value) { return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16); }
+SN_FORCE_INLINE float to_float(float value) {
+  return value;
+}
+SN_FORCE_INLINE float to_float(BFloat16 value) {
+  return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16);
+}
 SN_FORCE_INLINE float to_float(Half value) {
   const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = value.bits & 0x7fffu;
@@ -45,7 +50,9 @@ SN_FORCE_INLINE float to_float(Half value) {
 }
 
 // One rounding, to nearest even; NaN stays NaN.
-SN_FORCE_INLINE float from_float(float value, float*) { return value; }
+SN_FORCE_INLINE float from_float(float value, float*) {
+  return value;
+}
 SN_FORCE_INLINE BFloat16 from_float(float value, BFloat16*) {
   const std::uint32_t bits = float_to_bits(value);
   if (value != value) return {static_cast<std::uint16_t>((bits >> 16) | 0x40u)};
@@ -56,7 +63,8 @@ SN_FORCE_INLINE Half from_float(float value, Half*) {
   const std::uint16_t sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
   const std::uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {static_cast<std::uint16_t>(sign | 0x7e00u)};
-  if (magnitude >= 0x477ff000u) return {static_cast<std::uint16_t>(sign | 0x7c00u)};  // rounds to 65536 or more
+  if (magnitude >= 0x477ff000u)
+    return {static_cast<std::uint16_t>(sign | 0x7c00u)};  // rounds to 65536 or more
   if (magnitude < 0x38800000u) {  // below 2^-14: let a float addition round to the subnormal grid 2^-24
     const float shifted = bits_to_float(magnitude) + 0.5f;  // ulp of [0.5, 1) is 2^-24
     return {static_cast<std::uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000u))};
@@ -65,20 +73,35 @@ SN_FORCE_INLINE Half from_float(float value, Half*) {
   return {static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
 }
 
-// ---- sixteen floats -------------------------------------------------------------------------------------------------
+// ---- sixteen floats
+// -------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
 
 struct F16 {
   __m512 v;
 };
-SN_FORCE_INLINE F16 f_zero() { return {_mm512_setzero_ps()}; }
-SN_FORCE_INLINE F16 f_set1(float x) { return {_mm512_set1_ps(x)}; }
-SN_FORCE_INLINE F16 f_load(const float* p) { return {_mm512_loadu_ps(p)}; }
-SN_FORCE_INLINE void f_store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
-SN_FORCE_INLINE F16 f_add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
-SN_FORCE_INLINE F16 f_sub(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
-SN_FORCE_INLINE F16 f_fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+SN_FORCE_INLINE F16 f_zero() {
+  return {_mm512_setzero_ps()};
+}
+SN_FORCE_INLINE F16 f_set1(float x) {
+  return {_mm512_set1_ps(x)};
+}
+SN_FORCE_INLINE F16 f_load(const float* p) {
+  return {_mm512_loadu_ps(p)};
+}
+SN_FORCE_INLINE void f_store(float* p, F16 a) {
+  _mm512_storeu_ps(p, a.v);
+}
+SN_FORCE_INLINE F16 f_add(F16 a, F16 b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+SN_FORCE_INLINE F16 f_sub(F16 a, F16 b) {
+  return {_mm512_sub_ps(a.v, b.v)};
+}
+SN_FORCE_INLINE F16 f_fma(F16 a, F16 b, F16 c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
 SN_FORCE_INLINE F16 f_load(const BFloat16* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
@@ -92,15 +115,25 @@ SN_FORCE_INLINE F16 f_load(const Half* p) {
 struct F16 {
   __m256 lo, hi;
 };
-SN_FORCE_INLINE F16 f_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-SN_FORCE_INLINE F16 f_set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-SN_FORCE_INLINE F16 f_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+SN_FORCE_INLINE F16 f_zero() {
+  return {_mm256_setzero_ps(), _mm256_setzero_ps()};
+}
+SN_FORCE_INLINE F16 f_set1(float x) {
+  return {_mm256_set1_ps(x), _mm256_set1_ps(x)};
+}
+SN_FORCE_INLINE F16 f_load(const float* p) {
+  return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
 SN_FORCE_INLINE void f_store(float* p, F16 a) {
   _mm256_storeu_ps(p, a.lo);
   _mm256_storeu_ps(p + 8, a.hi);
 }
-SN_FORCE_INLINE F16 f_add(F16 a, F16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
-SN_FORCE_INLINE F16 f_sub(F16 a, F16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+SN_FORCE_INLINE F16 f_add(F16 a, F16 b) {
+  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+SN_FORCE_INLINE F16 f_sub(F16 a, F16 b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
 SN_FORCE_INLINE F16 f_fma(F16 a, F16 b, F16 c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
@@ -120,8 +153,12 @@ SN_FORCE_INLINE F16 f_load(const Half* p) {
 struct F16 {
   float32x4_t v[4];
 };
-SN_FORCE_INLINE F16 f_set1(float x) { return {{vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x)}}; }
-SN_FORCE_INLINE F16 f_zero() { return f_set1(0.0f); }
+SN_FORCE_INLINE F16 f_set1(float x) {
+  return {{vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x)}};
+}
+SN_FORCE_INLINE F16 f_zero() {
+  return f_set1(0.0f);
+}
 SN_FORCE_INLINE F16 f_load(const float* p) {
   return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
 }
@@ -151,7 +188,9 @@ SN_FORCE_INLINE F16 f_set1(float x) {
   for (int l = 0; l < kLanes; ++l) r.v[l] = x;
   return r;
 }
-SN_FORCE_INLINE F16 f_zero() { return f_set1(0.0f); }
+SN_FORCE_INLINE F16 f_zero() {
+  return f_set1(0.0f);
+}
 SN_FORCE_INLINE F16 f_load(const float* p) {
   F16 r;
   for (int l = 0; l < kLanes; ++l) r.v[l] = p[l];
@@ -192,7 +231,8 @@ SN_FORCE_INLINE F16 f_load_partial(const T* p, int count) {
   return f_load(wide);
 }
 
-// ---- sixteen doubles: the plain path for fp64 ------------------------------------------------------------------------
+// ---- sixteen doubles: the plain path for fp64
+// ------------------------------------------------------------------------
 
 struct D16 {
   double v[kLanes];

@@ -1,6 +1,6 @@
-// The CPU core without a framework: every instruction set, path and number of threads gives the same bits, and those
-// bits are what a plain evaluation of the documented summation order selects. Also runs under sanitizers and, cross
-// compiled, on other architectures. Exits non-zero on the first failure.
+// The CPU core without a framework: every instruction set, path and number of threads gives the same bits,
+// and those bits are what a plain evaluation of the documented summation order selects. Also runs under
+// sanitizers and, cross compiled, on other architectures. Exits non-zero on the first failure.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -151,9 +151,9 @@ void check_selection(const Problem& p, const Result& r, const std::string& where
     std::sort(order.begin(), order.end());
     for (std::int64_t e = 0; e < K; ++e) {
       const std::int32_t want = e < static_cast<std::int64_t>(order.size()) ? order[e].second : -1;
-      check(r.indices[i * (K + 2) + e] == want,
-            where + ": anchor " + std::to_string(i) + " slot " + std::to_string(e) + " expected " +
-                std::to_string(want) + " got " + std::to_string(r.indices[i * (K + 2) + e]));
+      check(r.indices[i * (K + 2) + e] == want, where + ": anchor " + std::to_string(i) + " slot " +
+                                                    std::to_string(e) + " expected " + std::to_string(want) +
+                                                    " got " + std::to_string(r.indices[i * (K + 2) + e]));
     }
     check(r.near[i] == near && r.far[i] == far, where + ": positives of anchor " + std::to_string(i));
   }
@@ -164,7 +164,8 @@ Problem make(const std::string& kind, std::int64_t N, std::int64_t M, std::int64
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
   Problem p;
-  p.name = kind + " " + std::to_string(N) + "x" + std::to_string(M) + "x" + std::to_string(D) + " k" + std::to_string(k);
+  p.name = kind + " " + std::to_string(N) + "x" + std::to_string(M) + "x" + std::to_string(D) + " k" +
+           std::to_string(k);
   p.N = N;
   p.M = M;
   p.D = D;
@@ -245,8 +246,9 @@ void check_problem(const Problem& p) {
 int main(int argc, char** argv) {
   const bool quick = argc > 1 && std::string(argv[1]) == "--quick";
   unsigned seed = 1;
-  const std::vector<std::string> kinds = {"random", "clusters", "two",  "collapsed", "identical", "duplicates",
-                                          "grid",   "outlier",  "tiny", "huge",      "mixed",     "bank"};
+  const std::vector<std::string> kinds = {"random",    "clusters",   "two",   "collapsed",
+                                          "identical", "duplicates", "grid",  "outlier",
+                                          "tiny",      "huge",       "mixed", "bank"};
   for (const std::string& kind : kinds) {
     for (const auto& [N, M, D, k, identities] :
          std::vector<std::array<std::int64_t, 5>>{{1, 1, 1, 1, 1},

@@ -79,76 +79,99 @@ class Edges {
   double shared_ = 0.0;
 };
 
+// The edges of one side by target row: an anchor's own if `own`, a candidate's incoming ones if `incoming`;
+// both in the symmetric case, where an edge that has a reverse is merged with it.
 template <class Acc>
-struct Lists {
-  std::vector<std::int64_t> begin;
-  std::vector<std::int32_t> neighbours;
-  std::vector<Acc> weights;
-  EdgeLists view() const { return {begin.data(), neighbours.data(), weights.data()}; }
+class Adjacency {
+ public:
+  Adjacency(const BackwardArgs& args, const ThreadPool& pool, bool own, bool incoming)
+      : args_(args), edges_(args), own_(own), incoming_(incoming) {
+    const std::int64_t N = args.anchors.rows;
+    // Slots are kept in 16 bits to save memory; a graph with more edges an anchor is not merged.
+    merge_ = own && incoming && args.edges <= std::numeric_limits<std::int16_t>::max();
+    if (merge_) {
+      reverse_.resize(static_cast<std::size_t>(N * args.edges));
+      for_blocks(pool, workers_for(pool, 40.0 * static_cast<double>(N * args.edges)), N, 256,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t i = begin; i < end; ++i) find_reverses(i);
+                 });
+    }
+    counts_.assign(static_cast<std::size_t>(own ? N : args.candidates.rows), 0);
+    visit(0, rows(), [&](std::int64_t row, std::int32_t, Acc) { ++counts_[row]; });
+  }
+
+  std::int64_t rows() const { return static_cast<std::int64_t>(counts_.size()); }
+
+  // Calls use(lists, first, last) for strips of rows whose lists fit in `most` entries (or that are one row).
+  template <class Use>
+  void for_each_strip(std::int64_t most, const Use& use) const {
+    std::vector<std::int64_t> begin;
+    std::vector<std::int64_t> next;
+    std::vector<std::int32_t> neighbours;
+    std::vector<Acc> weights;
+    for (std::int64_t first = 0, last = 0; first < rows(); first = last) {
+      begin.assign(1, 0);
+      for (last = first; last < rows() && (last == first || begin.back() + counts_[last] <= most); ++last) {
+        begin.push_back(begin.back() + counts_[last]);
+      }
+      next.assign(begin.begin(), begin.end() - 1);
+      neighbours.resize(static_cast<std::size_t>(begin.back()));
+      weights.resize(neighbours.size());
+      visit(first, last, [&](std::int64_t row, std::int32_t neighbour, Acc weight) {
+        const std::int64_t at = next[row - first]++;
+        neighbours[at] = neighbour;
+        weights[at] = weight;
+      });
+      use(EdgeLists{first, begin.data(), neighbours.data(), weights.data()}, begin);
+    }
+  }
+
+ private:
+  void find_reverses(std::int64_t i) {
+    for (std::int64_t e = 0; e < args_.edges; ++e) {
+      const bool counts = edges_.weight(i, e) != Acc(0);
+      reverse_[i * args_.edges + e] = static_cast<std::int16_t>(
+          counts ? edges_.slot_of(edges_.neighbour(i, e), static_cast<std::int32_t>(i)) : -1);
+    }
+  }
+
+  // visit(row, neighbour, weight) for rows [first, last), the edges of each row in list order.
+  template <class Visit>
+  void visit(std::int64_t first, std::int64_t last, const Visit& to) const {
+    const auto reverse_of = [&](std::int64_t i, std::int64_t e) {
+      return merge_ ? reverse_[i * args_.edges + e] : std::int16_t{-1};
+    };
+    for (std::int64_t i = first; own_ && i < last; ++i) {
+      for (std::int64_t e = 0; e < args_.edges; ++e) {
+        Acc weight = edges_.weight(i, e);
+        if (weight == Acc(0)) continue;
+        const std::int32_t j = edges_.neighbour(i, e);
+        const std::int16_t reverse = reverse_of(i, e);
+        if (reverse >= 0) weight += edges_.weight(j, reverse);
+        to(i, j, weight);
+      }
+    }
+    for (std::int64_t i = 0; incoming_ && i < args_.anchors.rows; ++i) {
+      for (std::int64_t e = 0; e < args_.edges; ++e) {
+        const std::int32_t j = edges_.neighbour(i, e);
+        if (j < first || j >= last || reverse_of(i, e) >= 0) continue;
+        const Acc weight = edges_.weight(i, e);
+        if (weight != Acc(0)) to(j, static_cast<std::int32_t>(i), weight);
+      }
+    }
+  }
+
+  const BackwardArgs& args_;
+  Edges<Acc> edges_;
+  bool own_;
+  bool incoming_;
+  bool merge_ = false;
+  std::vector<std::int16_t> reverse_;  // [N, K + 2] slot of the reverse edge, -1: none
+  std::vector<std::int32_t> counts_;
 };
 
-// Which edges go into whose list: `own` to the anchors', `incoming` to the candidates'; both for the
-// symmetric case.
-template <class Acc>
-Lists<Acc> list_edges(const BackwardArgs& args, const ThreadPool& pool, bool own, bool incoming) {
-  const Edges<Acc> edges(args);
-  const std::int64_t N = args.anchors.rows;
-  const std::int64_t rows = own ? N : args.candidates.rows;
-  const bool merge = own && incoming;
-
-  // Of each edge: its weight, and the slot of its reverse.
-  std::vector<Acc> weights(static_cast<std::size_t>(N * args.edges));
-  std::vector<std::int32_t> reverse(merge ? weights.size() : 0);
-  for_blocks(pool, workers_for(pool, 40.0 * static_cast<double>(N * args.edges)), N, 256,
-             [&](std::int64_t begin, std::int64_t end) {
-               for (std::int64_t i = begin; i < end; ++i) {
-                 for (std::int64_t e = 0; e < args.edges; ++e) {
-                   const std::int64_t at = i * args.edges + e;
-                   weights[at] = edges.weight(i, e);
-                   if (!merge) continue;
-                   reverse[at] = weights[at] == Acc(0)
-                                     ? -1
-                                     : edges.slot_of(edges.neighbour(i, e), static_cast<std::int32_t>(i));
-                 }
-               }
-             });
-
-  Lists<Acc> lists;
-  lists.begin.assign(static_cast<std::size_t>(rows) + 1, 0);
-  // visit(row, neighbour, weight) in list order for every row.
-  const auto for_each_edge = [&](const auto& visit) {
-    for (std::int64_t i = 0; own && i < N; ++i) {
-      for (std::int64_t e = 0; e < args.edges; ++e) {
-        const std::int64_t at = i * args.edges + e;
-        if (weights[at] == Acc(0)) continue;
-        const std::int32_t j = args.indices[at];
-        visit(i, j,
-              merge && reverse[at] >= 0 ? weights[at] + weights[j * args.edges + reverse[at]] : weights[at]);
-      }
-    }
-    for (std::int64_t i = 0; incoming && i < N; ++i) {
-      for (std::int64_t e = 0; e < args.edges; ++e) {
-        const std::int64_t at = i * args.edges + e;
-        if (weights[at] == Acc(0) || (merge && reverse[at] >= 0)) continue;
-        visit(args.indices[at], static_cast<std::int32_t>(i), weights[at]);
-      }
-    }
-  };
-  for_each_edge([&](std::int64_t row, std::int32_t, Acc) { ++lists.begin[row + 1]; });
-  for (std::int64_t r = 0; r < rows; ++r) lists.begin[r + 1] += lists.begin[r];
-  lists.neighbours.resize(static_cast<std::size_t>(lists.begin[rows]));
-  lists.weights.resize(static_cast<std::size_t>(lists.begin[rows]));
-  std::vector<std::int64_t> next(lists.begin.begin(), lists.begin.end() - 1);
-  for_each_edge([&](std::int64_t row, std::int32_t neighbour, Acc weight) {
-    const std::int64_t at = next[row]++;
-    lists.neighbours[at] = neighbour;
-    lists.weights[at] = weight;
-  });
-  return lists;
-}
-
-// Rows [first of item, first of next item) hold about equally many edges: a batch may have a hub that
-// everybody selects.
+// Cuts of the rows of a strip into parts with about equally many edges: a batch may have a hub that everybody
+// selects.
 std::vector<std::int64_t> balanced_rows(const std::vector<std::int64_t>& begin, std::int64_t parts) {
   const std::int64_t rows = static_cast<std::int64_t>(begin.size()) - 1;
   const std::int64_t work = begin[rows] + rows;
@@ -166,40 +189,39 @@ std::vector<std::int64_t> balanced_rows(const std::vector<std::int64_t>& begin, 
   return cuts;
 }
 
-// One side: out_r = sum_e weight_e (own_r - other_e).
-template <class Acc>
+// A strip of one side: out_r = sum_e weight_e (own_r - other_e).
 void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& kernels, const FeatureView& own,
-            const FeatureView& other, const Lists<Acc>& lists, void* out) {
-  const std::int64_t rows = own.rows;
-  const EdgeLists edges = lists.view();
+            const FeatureView& other, const EdgeLists& edges, const std::vector<std::int64_t>& begin,
+            void* out) {
+  const std::int64_t rows = static_cast<std::int64_t>(begin.size()) - 1;
   const double operations =
-      0.1 * static_cast<double>(lists.begin[rows] + 2 * rows) * static_cast<double>(args.dims);
+      0.1 * static_cast<double>(begin[rows] + 2 * rows) * static_cast<double>(args.dims);
   const int workers = workers_for(pool, operations);
-  const bool same = own.data == other.data && own.rows == other.rows && own.row_stride == other.row_stride;
-  const bool by_columns = args.dtype != DType::kFloat64 && refines_by_columns(rows, other.rows, args.dims) &&
-                          lists.begin[rows] >= rows;
   constexpr std::int64_t kParts = 4;  // a worker
-  const std::vector<std::int64_t> cuts = balanced_rows(lists.begin, workers == 1 ? 1 : kParts * workers);
+  std::vector<std::int64_t> cuts = balanced_rows(begin, workers == 1 ? 1 : kParts * workers);
+  for (std::int64_t& cut : cuts) cut += edges.first_row;
   const std::int64_t parts = static_cast<std::int64_t>(cuts.size()) - 1;
+  // As in the forward's refinement: gather a block of columns where it stays in cache, use it for all rows,
+  // go on.
+  const bool by_columns = args.dtype != DType::kFloat64 &&
+                          refines_by_columns(own.rows, other.rows, args.dims) && begin[rows] >= own.rows;
   if (!by_columns) {
     for_each(pool, workers, parts, [&](std::int64_t item) {
       kernels.backward_rows(args.dtype, own, other, edges, args.dims, cuts[item], cuts[item + 1], out);
     });
     return;
   }
-  // As in the forward's refinement: gather a block of columns where it stays in cache, use it for all rows,
-  // go on.
   constexpr std::int64_t kRows = 64;
-  const std::int64_t other_rows = same ? 0 : other.rows;
-  Scratch scratch(static_cast<std::size_t>(2 * (rows + other_rows) * kBackwardColumns) * sizeof(float));
+  const std::int64_t other_rows = args.symmetric ? 0 : other.rows;
+  Scratch scratch(static_cast<std::size_t>(2 * (own.rows + other_rows) * kBackwardColumns) * sizeof(float));
   float* own_columns[2];
   float* other_columns[2];
   for (int b = 0; b < 2; ++b) {
-    own_columns[b] = static_cast<float*>(scratch.data()) + b * (rows + other_rows) * kBackwardColumns;
-    other_columns[b] = own_columns[b] + (same ? 0 : rows * kBackwardColumns);
+    own_columns[b] = static_cast<float*>(scratch.data()) + b * (own.rows + other_rows) * kBackwardColumns;
+    other_columns[b] = own_columns[b] + (args.symmetric ? 0 : own.rows * kBackwardColumns);
   }
   const std::int64_t blocks = (args.dims + kBackwardColumns - 1) / kBackwardColumns;
-  const std::int64_t own_items = (rows + kRows - 1) / kRows;
+  const std::int64_t own_items = (own.rows + kRows - 1) / kRows;
   const std::int64_t other_items = (other_rows + kRows - 1) / kRows;
   for (std::int64_t block = 0; block <= blocks; ++block) {
     const std::int64_t gathers = block < blocks ? own_items + other_items : 0;
@@ -215,8 +237,8 @@ void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& ker
       const int b = static_cast<int>(block % 2);
       const bool of_own = item < own_items;
       const FeatureView& side = of_own ? own : other;
-      const std::int64_t begin = (of_own ? item : item - own_items) * kRows;
-      kernels.gather_columns(args.dtype, side, nullptr, begin, std::min(side.rows, begin + kRows),
+      const std::int64_t first = (of_own ? item : item - own_items) * kRows;
+      kernels.gather_columns(args.dtype, side, nullptr, first, std::min(side.rows, first + kRows),
                              block * kBackwardColumns,
                              std::min(kBackwardColumns, args.dims - block * kBackwardColumns),
                              kBackwardColumns, of_own ? own_columns[b] : other_columns[b]);
@@ -224,23 +246,32 @@ void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& ker
   }
 }
 
+// Entries of edge lists held at a time: 512 bytes a row and some megabytes. K = 10 never needs a second
+// strip.
+template <class Acc>
+std::int64_t most_entries(std::int64_t rows) {
+  constexpr std::int64_t kFixed = std::int64_t{4} << 20;
+  constexpr std::int64_t kPerRow = 512;
+  return (kFixed + kPerRow * rows) / static_cast<std::int64_t>(sizeof(std::int32_t) + sizeof(Acc));
+}
+
 template <class Acc>
 void backward_as(const BackwardArgs& args, const ThreadPool& pool) {
   const Kernels& kernels = active_kernels();
+  const auto side = [&](const FeatureView& own, const FeatureView& other, bool of_anchors, bool of_candidates,
+                        void* out) {
+    if (out == nullptr) return;
+    const Adjacency<Acc> adjacency(args, pool, of_anchors, of_candidates);
+    adjacency.for_each_strip(most_entries<Acc>(own.rows),
+                             [&](const EdgeLists& edges, const std::vector<std::int64_t>& begin) {
+                               gather(args, pool, kernels, own, other, edges, begin, out);
+                             });
+  };
   if (args.symmetric) {
-    if (args.grad_anchors != nullptr) {
-      gather<Acc>(args, pool, kernels, args.anchors, args.anchors, list_edges<Acc>(args, pool, true, true),
-                  args.grad_anchors);
-    }
-    return;
-  }
-  if (args.grad_anchors != nullptr) {
-    gather<Acc>(args, pool, kernels, args.anchors, args.candidates, list_edges<Acc>(args, pool, true, false),
-                args.grad_anchors);
-  }
-  if (args.grad_candidates != nullptr) {
-    gather<Acc>(args, pool, kernels, args.candidates, args.anchors, list_edges<Acc>(args, pool, false, true),
-                args.grad_candidates);
+    side(args.anchors, args.anchors, true, true, args.grad_anchors);
+  } else {
+    side(args.anchors, args.candidates, true, false, args.grad_anchors);
+    side(args.candidates, args.anchors, false, true, args.grad_candidates);
   }
 }
 

@@ -92,7 +92,8 @@ struct Tile {
 
 // Edges by target row, difference first: out_r = sum_e weight_e (own_r - other_{neighbour_e}).
 struct EdgeLists {
-  const std::int64_t* begin;  // [rows + 1]
+  std::int64_t first_row;     // of the strip of rows that is listed
+  const std::int64_t* begin;  // [rows of the strip + 1]
   const std::int32_t* neighbours;
   const void* weights;  // acc
 };

@@ -62,8 +62,8 @@ SN_FORCE_INLINE void backward_strip(const In* own, const In* other, std::int64_t
 template <class In, class Out>
 SN_FORCE_INLINE void backward_row(const In* own, const In* other, std::int64_t other_stride,
                                   const EdgeLists& edges, std::int64_t row, std::int64_t columns, Out* out) {
-  const std::int64_t first = edges.begin[row];
-  const std::int64_t count = edges.begin[row + 1] - first;
+  const std::int64_t first = edges.begin[row - edges.first_row];
+  const std::int64_t count = edges.begin[row - edges.first_row + 1] - first;
   const std::int32_t* neighbours = edges.neighbours + first;
   const float* weights = static_cast<const float*>(edges.weights) + first;
   std::int64_t c = 0;
@@ -101,7 +101,8 @@ void backward_rows<double>(const FeatureView& own, const FeatureView& other, con
     const double* mine = static_cast<const double*>(own.data) + r * own.row_stride;
     double* to = static_cast<double*>(out) + r * dims;
     for (std::int64_t c = 0; c < dims; ++c) to[c] = 0.0;
-    for (std::int64_t e = edges.begin[r]; e < edges.begin[r + 1]; ++e) {
+    const std::int64_t* span = edges.begin + (r - edges.first_row);
+    for (std::int64_t e = span[0]; e < span[1]; ++e) {
       const double* row = static_cast<const double*>(other.data) + edges.neighbours[e] * other.row_stride;
       for (std::int64_t c = 0; c < dims; ++c) to[c] = __builtin_fma(weights[e], mine[c] - row[c], to[c]);
     }

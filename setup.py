@@ -1,0 +1,149 @@
+"""Builds the native libraries by driving CMake; sources and flags are listed in CMakeLists.txt alone.
+
+Plain setuptools and CMake, no build framework: an install needs nothing but these two and torch's files, and the
+three ways of installing (isolated, not isolated, editable) take the same path.
+
+Environment variables:
+    SN_OPS_CUDA             0: no CUDA backend; 1: fail when it cannot be built; unset: build it where possible
+    CUDA_HOME               the toolkit to build with
+    TORCH_CUDA_ARCH_LIST    CUDA architectures, such as "8.0 9.0a 12.0+PTX"
+    SN_OPS_WERROR           1: warnings are errors
+    CMAKE_BUILD_PARALLEL_LEVEL  compile jobs at a time
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "sn_ops"
+MIN_TORCH = (2, 10)
+TORCH_REQUIREMENT = f"torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"
+
+
+def usable_torch(folder: Path) -> bool:
+    """Whether `folder` is a torch package new enough; reads its version without importing it."""
+    try:
+        version = re.search(r"^__version__ = '(\d+)\.(\d+)", (folder / "version.py").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return version is not None and (int(version[1]), int(version[2])) >= MIN_TORCH
+
+
+def find_torch() -> Path | None:
+    """The torch package to build against, or None.
+
+    An isolated build hides the environment that is being installed into, but runs its interpreter; asking that
+    interpreter again without the hiding finds a torch that is there already. Headers and sonames are all the build
+    takes from it, so this saves fetching another torch, several GB of it where the index prefers a CUDA build.
+    """
+    script = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+    spec = importlib.util.find_spec("torch")
+    found = [] if spec is None else list(spec.submodule_search_locations or [])
+    outside = subprocess.run([sys.executable, "-E", "-c", script], capture_output=True, text=True, cwd=os.sep)
+    found.append(outside.stdout.strip())
+    return next((Path(path) for path in found if path and usable_torch(Path(path))), None)
+
+
+def tool(name: str, attribute: str) -> str | None:
+    """Path of cmake or ninja: of the Python package in this environment, which need not be on PATH, else of PATH."""
+    if importlib.util.find_spec(name) is not None:
+        module = importlib.import_module(name)
+        path = Path(getattr(module, attribute, "")) / name
+        if path.is_file():
+            return str(path)
+    return shutil.which(name)
+
+
+def cuda_choice() -> str:
+    """SN_OPS_CUDA as CMake's option."""
+    value = os.environ.get("SN_OPS_CUDA", "").strip().lower()
+    choices = {"": "AUTO", "auto": "AUTO", "0": "OFF", "off": "OFF", "1": "ON", "on": "ON"}
+    if value not in choices:
+        raise SystemExit(f"SN_OPS_CUDA: expected 0, 1 or unset, got {value!r}")
+    return choices[value]
+
+
+class CMakeBuild(build_ext):
+    """Configures, builds and installs the libraries into the package folder."""
+
+    def target(self) -> Path:
+        """Folder that receives the libraries: the source package for an editable install."""
+        inplace = self.inplace or self.editable_mode
+        return (ROOT if inplace else Path(self.build_lib).resolve()) / PACKAGE
+
+    def run(self) -> None:
+        torch = find_torch()
+        if torch is None:
+            raise SystemExit(
+                f"{PACKAGE}: expected {TORCH_REQUIREMENT} in this environment to build against, found none"
+            )
+        cmake = tool("cmake", "CMAKE_BIN_DIR")
+        if cmake is None:
+            raise SystemExit(f"{PACKAGE}: expected cmake in this environment or on PATH, found none")
+
+        # One tree for each Python, kept between installs: only what changed is compiled again.
+        tree = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+        ninja = tool("ninja", "BIN_DIR")
+        generator = "Ninja" if ninja else "Unix Makefiles"
+        self.discard_foreign(tree, generator)
+        make_program = [f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+        configure = [
+            *(cmake, "-S", str(ROOT), "-B", str(tree), "-G", generator),
+            *make_program,
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DSN_OPS_TORCH_DIR={torch}",
+            f"-DSN_OPS_VERSION={self.distribution.get_version()}",
+            f"-DSN_OPS_CUDA={cuda_choice()}",
+            f"-DSN_OPS_WERROR={'ON' if os.environ.get('SN_OPS_WERROR') == '1' else 'OFF'}",
+        ]
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", str(tree), "--parallel", jobs], check=True)
+
+        # A library of an earlier build (a CUDA one, now switched off) must not slip into this one.
+        for stale in self.libraries_in_target():
+            stale.unlink()
+        install = ["--prefix", str(self.target()), "--component", "python", "--strip"]
+        subprocess.run([cmake, "--install", str(tree), *install], check=True)
+
+    @staticmethod
+    def discard_foreign(tree: Path, generator: str) -> None:
+        """Removes a tree that CMake would refuse: made from another source folder, or for another generator."""
+        try:
+            cache = (tree / "CMakeCache.txt").read_text()
+        except OSError:
+            return
+        expected = (f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n", f"CMAKE_GENERATOR:INTERNAL={generator}\n")
+        if not all(line in cache for line in expected):
+            shutil.rmtree(tree)
+
+    def libraries_in_target(self) -> list[Path]:
+        # Not `_C*`: an editable install must leave alone what another Python's put beside it.
+        names = (f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", "_C_cuda.so")
+        return [path for path in (self.target() / name for name in names) if path.is_file()]
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in self.libraries_in_target()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+setup(
+    # The one extension that is always there; it makes the wheel a platform wheel. CMake knows its sources.
+    ext_modules=[Extension(f"{PACKAGE}._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    # Asked for by an isolated build, on top of pyproject.toml's requirements, when no torch is there yet.
+    setup_requires=[] if find_torch() else [TORCH_REQUIREMENT],
+)

@@ -1,0 +1,297 @@
+"""The two operators for PyTorch: loading the native libraries, shapes for tracing, autograd.
+
+`forward` turns features into a loss and a support graph, `backward` a support graph into gradients; every backend has
+the two with one signature (`csrc/sn_ops.cpp` has the schemas, `reference.forward` and `reference.backward` say what
+each argument and result is), so any forward can be checked with any backward.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import reference
+
+Graph = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+LOAD_ERROR: dict[str, str] = {}
+"""Backend name -> why this installation does not have it. A backend that is not listed loaded."""
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _load_core() -> ModuleType | None:
+    """`sn_ops._C`, or None with the reason in LOAD_ERROR and a warning, since "auto" goes on without it."""
+    try:
+        return importlib.import_module(f"{__package__}._C")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}._C":
+            raise
+        reason = f"the compiled library sn_ops._C is not in {_PACKAGE}: "
+        if (_PACKAGE.parent / "CMakeLists.txt").exists():
+            reason += (
+                "this is the source checkout, which hides an installed sn_ops from a Python started there; run "
+                "`pip install -e .` in it to build the library in place, or `pip install .` and start Python elsewhere"
+            )
+        else:
+            reason += "run `pip install .` in a source checkout to build it"
+    except ImportError as error:
+        reason = f"the compiled library sn_ops._C in {_PACKAGE} does not load with torch {torch.__version__}: {error}"
+    LOAD_ERROR["cpu"] = reason
+    warnings.warn(f"sn_ops has only its slow backend 'reference': {reason}", RuntimeWarning, stacklevel=2)
+    return None
+
+
+def _load_cuda(core: ModuleType | None) -> str:
+    """Loads the CUDA kernels, `_C_cuda`, beside the core; why they cannot serve, empty if they can."""
+    if core is None:
+        return "it needs sn_ops._C, which did not load"
+    built = core.build_info()["cuda"]
+    library = _PACKAGE / "_C_cuda.so"
+    if not library.exists():
+        return built if built.startswith("not built") else f"{library} is missing: run `pip install .` again"
+    # Asked before loading: with another CUDA major the library loads and leaves two runtimes in the process.
+    if torch.version.cuda is None:
+        return f"it was built for CUDA {built}, torch {torch.__version__} is a build without CUDA"
+    if torch.version.cuda.split(".")[0] != built.split(".")[0]:
+        return f"it was built for CUDA {built}, torch {torch.__version__} for CUDA {torch.version.cuda}"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library} does not load with torch {torch.__version__}: {error}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("sn_ops::forward", "CUDA"):
+        return "its kernels of the loss are not part of this version of sn_ops"
+    return ""
+
+
+CORE = _load_core()
+if _reason := _load_cuda(CORE):
+    LOAD_ERROR["cuda"] = _reason
+LOAD_ERROR["triton"] = "it is not part of this version of sn_ops"
+
+
+def version() -> str:
+    """The version this package was built as; pyproject.toml has it, and an unbuilt checkout cannot know it."""
+    return "0+unbuilt" if CORE is None else str(CORE.build_info()["version"])
+
+
+# ---- operators by backend -----------------------------------------------------------------------
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    if CORE is None:
+        return _missing
+    operator: Callable[..., Any] = getattr(torch.ops.sn_ops, name).default
+    return operator
+
+
+def _missing(*_: object) -> NoReturn:
+    raise RuntimeError(f"sn_ops: the operators are not available: {LOAD_ERROR['cpu']}")
+
+
+_forward = _operator("forward")
+_backward = _operator("backward")
+
+# "cpu" and "cuda" are one operator: the dispatcher goes by the tensors' device.
+_FORWARD: dict[str, Callable[..., Graph]] = {"cpu": _forward, "cuda": _forward, "reference": reference.forward}
+_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "cpu": _backward,
+    "cuda": _backward,
+    "reference": reference.backward,
+}
+
+
+def forward(backend: str, *args: Any) -> Graph:
+    """The forward operator of a backend, arguments and results as in `reference.forward`.
+
+    Differentiable through the dispatcher for the fused backends; "reference" is not (see `reference.loss`).
+    """
+    return _FORWARD[backend](*args)
+
+
+def backward(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
+    """The backward operator of a backend, arguments and results as in `reference.backward`."""
+    return _BACKWARD[backend](*args)
+
+
+# ---- shapes for tracing -------------------------------------------------------------------------
+
+
+def _fake_forward(
+    feats: Tensor,
+    labels: Tensor,
+    candidates: Tensor | None,
+    candidate_labels: Tensor | None,
+    self_index: Tensor | None,
+    self_offset: int,
+    k: int,
+    alpha: float,
+    weight: float,
+    squeeze: int,
+    reduction: int,
+    want_distances: bool,
+) -> Graph:
+    n = feats.shape[0]
+    neighbours = torch.sym_min(k, n if candidates is None else candidates.shape[0])
+    acc = reference.accumulation_dtype(feats.dtype)
+    return (
+        feats.new_empty((n,) if reduction == reference.Reduction.NONE else (), dtype=acc),
+        feats.new_empty((n, neighbours + 2), dtype=torch.int32),
+        feats.new_empty((n, neighbours + 2), dtype=acc),
+        feats.new_empty((n,), dtype=torch.int32),
+        feats.new_empty((n,), dtype=torch.int32),
+        feats.new_empty((n, neighbours) if want_distances else (0,), dtype=acc),
+        feats.new_empty((6,), dtype=torch.float64),
+    )
+
+
+def _fake_backward(
+    grad_loss: Tensor,
+    feats: Tensor,
+    candidates: Tensor | None,
+    indices: Tensor,
+    coefficients: Tensor,
+    stats: Tensor,
+    reduction: int,
+    need_feats: bool,
+    need_candidates: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        feats.new_empty(feats.shape if need_feats else (0,)),
+        feats.new_empty(candidates.shape if need_candidates and candidates is not None else (0,)),
+    )
+
+
+# ---- autograd -----------------------------------------------------------------------------------
+# Twice, for one reason: time. What is registered on the operators serves tracing (torch.compile, torch.export) and
+# direct calls of torch.ops.sn_ops; `_EagerLoss` serves eager calls of `loss`, where the registered one would cost more
+# than the kernels do on a small batch. Both end in the same backward operator.
+
+_REDUCTION_ARGUMENT = 10
+"""Where the forward operator's arguments have the reduction."""
+
+
+def _use_reference(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"sn_ops: {what} not available from the fused backends, which differentiate the loss once, backwards. Use "
+        'backend="reference", which has no such limit.'
+    )
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Graph) -> None:
+    feats, _, candidates = inputs[:3]
+    _, indices, coefficients, nearest, farthest, distances, stats = output
+    ctx.save_for_backward(feats, candidates, indices, coefficients, stats)
+    ctx.reduction = inputs[_REDUCTION_ARGUMENT]
+    ctx.mark_non_differentiable(indices, coefficients, nearest, farthest, distances, stats)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """Gradients for the twelve arguments of the forward operator."""
+    grads: list[Tensor | None] = [None] * 12
+    if grad_loss is not None:
+        feats, candidates, indices, coefficients, stats = ctx.saved_tensors
+        need_feats, need_candidates = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        grad_feats, grad_candidates = _backward(
+            grad_loss, feats, candidates, indices, coefficients, stats, ctx.reduction, need_feats, need_candidates
+        )
+        grads[0] = grad_feats if need_feats else None
+        grads[2] = grad_candidates if need_candidates else None
+    return tuple(grads)
+
+
+def _refuse_second_derivative(*_: object) -> NoReturn:
+    _use_reference("second derivatives are")
+
+
+def refuse_transforms() -> None:
+    """Raise inside the transforms of torch.func, where a bare operator would drop tangents without a word."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        _use_reference("the transforms of torch.func (vmap, grad, jvp, ...) are")
+
+
+class _EagerLoss(torch.autograd.Function):
+    """The loss for eager autograd: the differentiable tensors, and the operator's arguments as they are, in one tuple
+    because every argument of a Function costs time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, feats: Tensor, candidates: Tensor | None, arguments: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            value, indices, coefficients, _, _, _, stats = _forward(*arguments)
+        ctx.save_for_backward(feats, candidates, indices, coefficients, stats)
+        ctx.reduction = arguments[_REDUCTION_ARGUMENT]
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return value, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+        if grad_loss is None:
+            return None, None, None
+        feats, candidates, indices, coefficients, stats = ctx.saved_tensors
+        need_feats, need_candidates, _ = ctx.needs_input_grad
+        args = (grad_loss, feats, candidates, indices, coefficients, stats, ctx.reduction, need_feats, need_candidates)
+        if torch.is_grad_enabled():
+            # create_graph=True: through the dispatcher, whose autograd refuses the next derivative.
+            grad_feats, grad_candidates = _backward(*args)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grad_feats, grad_candidates = _backward(*args)
+        return grad_feats if need_feats else None, grad_candidates if need_candidates else None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: object) -> NoReturn:
+        _use_reference("forward-mode derivatives are")
+
+
+def loss(
+    feats: Tensor,
+    labels: Tensor,
+    candidates: Tensor | None,
+    candidate_labels: Tensor | None,
+    self_index: Tensor | None,
+    self_offset: int,
+    k: int,
+    alpha: float,
+    weight: float,
+    squeeze: int,
+    reduction: int,
+) -> tuple[Tensor, Tensor]:
+    """`reference.loss` by the fused operators: the differentiable loss, and the statistics `[6]`, detached."""
+    arguments = (
+        feats, labels, candidates, candidate_labels, self_index, self_offset,
+        k, alpha, weight, squeeze, reduction, False,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        outputs = _forward(*arguments)
+        return outputs[0], outputs[6]
+    wants_grad = feats.requires_grad or (candidates is not None and candidates.requires_grad)
+    # Forward-mode tangents do not show in requires_grad; the Function refuses them, a bare operator would drop them.
+    if (wants_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+        pair: tuple[Tensor, Tensor] = _EagerLoss.apply(feats, candidates, arguments)
+        return pair
+    with torch._C._AutoDispatchBelowAutograd():
+        outputs = _forward(*arguments)
+    return outputs[0], outputs[6]
+
+
+if CORE is not None:
+    torch.library.register_fake("sn_ops::forward", _fake_forward)
+    torch.library.register_fake("sn_ops::backward", _fake_backward)
+    torch.library.register_autograd("sn_ops::forward", _differentiate, setup_context=_keep_for_backward)
+    torch.library.register_autograd("sn_ops::backward", _refuse_second_derivative)

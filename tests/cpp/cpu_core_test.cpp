@@ -159,6 +159,76 @@ void check_selection(const Problem& p, const Result& r, const std::string& where
   }
 }
 
+// The gradient that the support graph asks for, summed densely in double.
+void check_gradient(const Problem& p, const Result& r, sn::Reduction reduction, const std::string& where) {
+  const std::int64_t K = std::min(p.k, p.M);
+  const std::vector<float>& z = p.symmetric ? p.anchors : p.candidates;
+  std::vector<double> of_anchors(p.N * p.D, 0.0);
+  std::vector<double> of_candidates(p.symmetric ? 0 : p.M * p.D, 0.0);
+  std::vector<double> size(p.N, 0.0);  // sum of the magnitudes that meet in a row, the scale of its rounding
+  std::vector<double> candidate_size(p.M, 0.0);
+  const double valid = r.stats[sn::kValidAnchors];
+  const double upstream = reduction == sn::Reduction::kMean ? (valid > 0 ? 1.0 / valid : 0.0) : 1.0;
+  for (std::int64_t i = 0; i < p.N; ++i) {
+    for (std::int64_t e = 0; e < K + 2; ++e) {
+      const std::int64_t j = r.indices[i * (K + 2) + e];
+      const double weight = upstream * r.coefficients[i * (K + 2) + e];
+      if (j < 0 || weight == 0.0) continue;
+      double largest = 0.0;
+      for (std::int64_t c = 0; c < p.D; ++c) {
+        const double part =
+            weight * (static_cast<double>(p.anchors[i * p.D + c]) - static_cast<double>(z[j * p.D + c]));
+        of_anchors[i * p.D + c] += part;
+        (p.symmetric ? of_anchors : of_candidates)[j * p.D + c] -= part;
+        largest = std::max(largest, std::abs(part));
+      }
+      size[i] += largest;
+      (p.symmetric ? size : candidate_size)[j] += largest;
+    }
+  }
+  for (std::size_t at = 0; at < of_anchors.size(); ++at) {
+    const double bound = 2e-6 * size[at / p.D] + 1e-30;
+    check(std::abs(r.grad_anchors[at] - of_anchors[at]) <= bound, where + ": gradient of the anchors");
+  }
+  for (std::size_t at = 0; at < of_candidates.size(); ++at) {
+    const double bound = 2e-6 * candidate_size[at / p.D] + 1e-30;
+    check(std::abs(r.grad_candidates[at] - of_candidates[at]) <= bound,
+          where + ": gradient of the candidates");
+  }
+}
+
+// Rows whose rounding to bfloat16 errs as far as it can, and always in the direction that misleads: sign
+// patterns of magnitude just below or just above the middle between two bfloat16 values. The products are off
+// by nearly the whole bound, so a bound that leaves out a term selects wrongly. Every block of rows is
+// followed by its negative, so that the rows the mean is sampled from cancel.
+Problem make_aligned(std::int64_t D, unsigned seed) {
+  constexpr std::int64_t kBlock = 20;
+  constexpr std::int64_t kRows = 32 * kBlock;
+  std::mt19937 random(seed);
+  Problem p;
+  p.name = "aligned x" + std::to_string(D);
+  p.N = p.M = kRows;
+  p.D = D;
+  p.k = 10;
+  p.anchors.resize(kRows * D);
+  p.anchor_labels.resize(kRows);
+  std::vector<float> pattern(D);
+  for (float& sign : pattern) sign = random() % 2 ? 1.0f : -1.0f;
+  for (std::int64_t i = 0; i < kRows; ++i) {
+    p.anchor_labels[i] = static_cast<std::int64_t>(random() % 50);
+    float* row = &p.anchors[i * D];
+    if (i / kBlock % 2 == 1) {
+      for (std::int64_t c = 0; c < D; ++c) row[c] = -p.anchors[(i - kBlock) * D + c];
+      continue;
+    }
+    const float magnitude = random() % 2 ? 1.0039f : 1.00392f;  // 1 + 2^-8 is between
+    for (std::int64_t c = 0; c < D; ++c) row[c] = magnitude * pattern[c];
+    const std::int64_t flips = static_cast<std::int64_t>(random() % 24);
+    for (std::int64_t f = 0; f < flips; ++f) row[random() % D] *= -1.0f;
+  }
+  return p;
+}
+
 Problem make(const std::string& kind, std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k,
              std::int64_t identities, unsigned seed) {
   std::mt19937 random(seed);
@@ -224,6 +294,7 @@ void check_problem(const Problem& p) {
         Result r = run(p, threads, squeeze, reduction);
         if (!have_first) {
           check_selection(p, r, where);
+          check_gradient(p, r, reduction, where);
           first = std::move(r);
           have_first = true;
           continue;
@@ -249,6 +320,7 @@ int main(int argc, char** argv) {
   const std::vector<std::string> kinds = {"random",    "clusters",   "two",   "collapsed",
                                           "identical", "duplicates", "grid",  "outlier",
                                           "tiny",      "huge",       "mixed", "bank"};
+  for (const std::int64_t D : {128, 512, 1000}) check_problem(make_aligned(D, ++seed));
   for (const std::string& kind : kinds) {
     for (const auto& [N, M, D, k, identities] :
          std::vector<std::array<std::int64_t, 5>>{{1, 1, 1, 1, 1},

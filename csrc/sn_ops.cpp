@@ -25,6 +25,7 @@
 
 #include "checks.h"
 #include "cpu/cpu.h"
+#include "cpu/memory.h"
 #include "sn_types.h"
 
 namespace {
@@ -110,6 +111,11 @@ class Output {
     handle_.reset(handle);
   }
 
+  // For a large output that is written once: asks for huge pages, so that its first touch costs less.
+  void prefer_huge_pages(std::int64_t bytes) const {
+    if (bytes >= kHugeFrom) sn::cpu::prefer_huge_pages(data(), static_cast<std::size_t>(bytes));
+  }
+
   template <typename T = void>
   T* data() const {
     void* data = nullptr;
@@ -122,6 +128,7 @@ class Output {
 
  private:
   static constexpr std::int32_t kCpuIndex = 0;
+  static constexpr std::int64_t kHugeFrom = std::int64_t{4} << 20;
   struct Delete {
     void operator()(AtenTensorHandle handle) const { aoti_torch_delete_tensor_object(handle); }
   };
@@ -300,6 +307,9 @@ std::tuple<StableIValue, StableIValue> backward_cpu(const Tensor& grad_loss, con
   const bool wants_candidates = need_candidates && !symmetric;
   Output grad_feats = need_feats ? Output({anchors, dims}, type) : Output({0}, type);
   Output grad_candidates = wants_candidates ? Output({rows, dims}, type) : Output({0}, type);
+  const std::int64_t element = static_cast<std::int64_t>(feats.element_size());
+  if (need_feats) grad_feats.prefer_huge_pages(anchors * dims * element);
+  if (wants_candidates) grad_candidates.prefer_huge_pages(rows * dims * element);
   if (need_feats || wants_candidates) {
     const sn::BackwardArgs args{
         .dtype = dtype,

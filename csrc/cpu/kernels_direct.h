@@ -25,6 +25,7 @@ struct Wide {
   static SN_FORCE_INLINE Vec zero() { return f_zero(); }
   static SN_FORCE_INLINE Vec load(const T* p) { return f_load(p); }
   static SN_FORCE_INLINE Vec load(const T* p, int count) { return f_load_partial(p, count); }
+  static SN_FORCE_INLINE void store(float* p, Vec v) { f_store(p, v); }
   static SN_FORCE_INLINE Vec square_difference(Vec x, Vec z, Vec acc) {
     const Vec t = f_sub(x, z);
     return f_fma(t, t, acc);
@@ -37,6 +38,7 @@ struct Wide<double> {
   static SN_FORCE_INLINE Vec zero() { return d_zero(); }
   static SN_FORCE_INLINE Vec load(const double* p) { return d_load(p); }
   static SN_FORCE_INLINE Vec load(const double* p, int count) { return d_load_partial(p, count); }
+  static SN_FORCE_INLINE void store(double* p, Vec v) { std::memcpy(p, &v, sizeof v); }
   static SN_FORCE_INLINE Vec square_difference(Vec x, Vec z, Vec acc) {
     const Vec t = d_sub(x, z);
     return d_fma(t, t, acc);
@@ -206,8 +208,27 @@ SN_FORCE_INLINE void add_segments(const T* const* x, const T* const* z, std::int
   }
 }
 
+// Columns [begin, begin + pitch) of `count` rows side by side, as accumulated, zeros behind the last column
+// and row.
+template <class T>
+SN_FORCE_INLINE void line_up(const void* const* rows, std::int64_t count, std::int64_t padded_count,
+                             std::int64_t begin, std::int64_t dims, std::int64_t pitch,
+                             typename Wide<T>::Acc* out) {
+  using W = Wide<T>;
+  for (std::int64_t r = 0; r < padded_count; ++r) {
+    const T* row = static_cast<const T*>(rows[r < count ? r : 0]) + begin;
+    for (std::int64_t c = 0; c < pitch; c += kLanes) {
+      const std::int64_t left = r < count ? dims - begin - c : 0;
+      const typename W::Vec v =
+          left >= kLanes ? W::load(row + c) : W::load(row + c, left > 0 ? static_cast<int>(left) : 0);
+      W::store(out + r * pitch + c, v);
+    }
+  }
+}
+
 // A block of distances, nx x nz, both at most kDirectBlock; rows are given by pointer. out[a * pitch + c].
-// Columns of the features go in chunks that keep both sides' slices in the first-level cache.
+// With `upper` x and z are the same rows and only tiles that reach above the diagonal are computed. Slices of
+// the rows are lined up first: rows whose pitch is a power of two would fight for a few sets of the cache.
 template <class T>
 void direct_block(const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz,
                   std::int64_t dims, bool upper, void* out, std::int64_t pitch) {
@@ -217,20 +238,29 @@ void direct_block(const void* const* x, std::int64_t nx, const void* const* z, s
   constexpr std::int64_t kChunk = 2 * kSegment;
   static_assert(kTile * kTile == kPairs && kDirectBlock % kTile == 0);
   alignas(64) Acc totals[kTiles * kTiles][kPairs];
-  const T* xs[kDirectBlock];
-  const T* zs[kDirectBlock];
+  alignas(64) Acc slices[2][kDirectBlock * kChunk];
   const std::int64_t tx = (nx + kTile - 1) / kTile;
   const std::int64_t tz = (nz + kTile - 1) / kTile;
-  for (std::int64_t i = 0; i < tx * kTile; ++i) xs[i] = static_cast<const T*>(x[i < nx ? i : nx - 1]);
-  for (std::int64_t i = 0; i < tz * kTile; ++i) zs[i] = static_cast<const T*>(z[i < nz ? i : nz - 1]);
   for (std::int64_t t = 0; t < tx * kTiles; ++t) {
     for (int p = 0; p < kPairs; ++p) totals[t][p] = Acc(0);
   }
   for (std::int64_t begin = 0; begin < dims; begin += kChunk) {
-    const std::int64_t end = begin + kChunk < dims ? begin + kChunk : dims;
+    const std::int64_t chunk = dims - begin <= kSegment ? kSegment : kChunk;
+    line_up<T>(x, nx, tx * kTile, begin, dims, chunk, slices[0]);
+    if (!upper) line_up<T>(z, nz, tz * kTile, begin, dims, chunk, slices[1]);
+    const Acc* anchors = slices[0];
+    const Acc* candidates = upper ? slices[0] : slices[1];
     for (std::int64_t a = 0; a < tx; ++a) {
       for (std::int64_t c = upper ? a : 0; c < tz; ++c) {
-        add_segments<T, kTile, kTile>(xs + a * kTile, zs + c * kTile, begin, end, totals[a * kTiles + c]);
+        const Acc* xs[kTile];
+        const Acc* zs[kTile];
+        for (int i = 0; i < kTile; ++i) xs[i] = anchors + (a * kTile + i) * chunk;
+        for (int i = 0; i < kTile; ++i) zs[i] = candidates + (c * kTile + i) * chunk;
+        for (std::int64_t at = 0; at < chunk; at += kSegment) {
+          alignas(64) Acc sums[kPairs];
+          segment_pairs<Acc, kTile, kTile, true>(xs, zs, at, kSegment, sums);
+          for (int p = 0; p < kPairs; ++p) totals[a * kTiles + c][p] += sums[p];
+        }
       }
     }
   }

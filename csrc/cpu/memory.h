@@ -1,6 +1,7 @@
 // Scratch memory of one call, laid out once and allocated in one piece.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -30,37 +31,34 @@ class Slices {
   std::size_t used_ = 0;
 };
 
-// Small scratch comes from the heap. Large scratch is mapped and asks for huge pages: the screening copy is
-// read in strides of a panel, one page each, and the first touch of 4 KB pages would cost more than packing
-// does.
+// Asks for huge pages where `bytes` of fresh memory cover some. The first touch of 4 KB pages costs more than
+// most of what is done with them here.
+inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
+  const auto address = reinterpret_cast<std::uintptr_t>(data);
+  const std::uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const std::uintptr_t end = (address + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Scratch of one call. Up to kKept bytes come from one block that is kept between calls, so that a training
+// loop does not fault its pages in again and again; a second call at the same time, and anything larger, gets
+// memory of its own.
 class Scratch {
  public:
-  explicit Scratch(std::size_t bytes) {
+  explicit Scratch(std::size_t bytes) : kept_(bytes <= kKept) {
     if (bytes == 0) return;
-#if defined(__linux__)
-    if (bytes >= kMapFrom) {
-      mapped_ = (bytes + kHugePage - 1) / kHugePage * kHugePage + kHugePage;
-      region_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (region_ == MAP_FAILED) {
-        region_ = nullptr;
-        throw std::bad_alloc();
-      }
-      const auto address = reinterpret_cast<std::uintptr_t>(region_);
-      data_ = reinterpret_cast<void*>((address + kHugePage - 1) / kHugePage * kHugePage);
-      madvise(data_, bytes, MADV_HUGEPAGE);
-      return;
-    }
-#endif
-    data_ = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+    if (kept_) data_ = spare().exchange(nullptr, std::memory_order_acquire);
+    if (data_ != nullptr) return;
+    const std::size_t size = kept_ ? kKept : (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    data_ = std::aligned_alloc(kAlignment, size);
     if (data_ == nullptr) throw std::bad_alloc();
+    prefer_huge_pages(data_, size);
   }
   ~Scratch() {
-#if defined(__linux__)
-    if (region_ != nullptr) {
-      munmap(region_, mapped_);
-      return;
-    }
-#endif
+    if (kept_) data_ = spare().exchange(data_, std::memory_order_acq_rel);
     std::free(data_);
   }
   Scratch(const Scratch&) = delete;
@@ -68,12 +66,14 @@ class Scratch {
   void* data() const { return data_; }
 
  private:
-  static constexpr std::size_t kAlignment = 64;
-  static constexpr std::size_t kHugePage = std::size_t{2} << 20;
-  static constexpr std::size_t kMapFrom = std::size_t{4} << 20;
+  static constexpr std::size_t kAlignment = std::size_t{1} << 12;
+  static constexpr std::size_t kKept = std::size_t{4} << 20;
+  static std::atomic<void*>& spare() {
+    static std::atomic<void*> block{nullptr};
+    return block;
+  }
+  bool kept_;
   void* data_ = nullptr;
-  void* region_ = nullptr;
-  std::size_t mapped_ = 0;
 };
 
 }  // namespace sn::cpu

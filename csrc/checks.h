@@ -54,8 +54,7 @@ inline DType feature_dtype(const char* op, const char* argument, const Tensor& t
     case ScalarType::BFloat16:
       return DType::kBFloat16;
     default:
-      fail(op, argument, "expected dtype Float, Double, Half or BFloat16, got ",
-           name_of(tensor.scalar_type()));
+      fail(op, argument, "expected dtype Float, Double, Half or BFloat16, got ", name_of(tensor.scalar_type()));
   }
 }
 
@@ -71,16 +70,14 @@ inline void expect_dtype(const char* op, const char* argument, const Tensor& ten
 
 inline void expect_dim(const char* op, const char* argument, const Tensor& tensor, std::int64_t expected) {
   const std::int64_t got = tensor.dim();
-  if (got != expected)
-    fail(op, argument, "expected ", expected, " dimension(s), got shape ", shape_of(tensor));
+  if (got != expected) fail(op, argument, "expected ", expected, " dimension(s), got shape ", shape_of(tensor));
 }
 
 inline void expect_shape(const char* op, const char* argument, const Tensor& tensor,
                          std::initializer_list<std::int64_t> expected) {
   bool same = tensor.dim() == static_cast<std::int64_t>(expected.size());
   std::int64_t dim = 0;
-  for (auto size = expected.begin(); same && size != expected.end(); ++size)
-    same = tensor.size(dim++) == *size;
+  for (auto size = expected.begin(); same && size != expected.end(); ++size) same = tensor.size(dim++) == *size;
   if (same) return;
   std::ostringstream text;
   const char* separator = "";
@@ -124,8 +121,7 @@ inline void expect_indices(const char* op, const char* argument, const Index* va
   for (std::int64_t entry = 0; entry < count; ++entry) {
     const std::int64_t value = values[entry];
     if (value < -1 || value >= rows) {
-      fail(op, argument, "expected entries of -1 or 0 to ", rows - 1, ", got ", value, " at position ",
-           entry);
+      fail(op, argument, "expected entries of -1 or 0 to ", rows - 1, ", got ", value, " at position ", entry);
     }
   }
 }

@@ -90,9 +90,9 @@ SN_INLINE double clamped_distance(Acc d2) {
 // (sn_types.h) d2         [K]      squared distances of S_i positive   [K]      1 where the slot's candidate
 // has the anchor's label coefficients [K + 2] out: (dL_i / dd_ij) / d_ij of each edge
 template <class Acc>
-SN_INLINE AnchorTerms anchor_terms(const LossOptions& options, std::int64_t K, std::int32_t* indices,
-                                   const Acc* d2, const std::uint8_t* positive, Positive<Acc> near,
-                                   Positive<Acc> far, Acc* coefficients) {
+SN_INLINE AnchorTerms anchor_terms(const LossOptions& options, std::int64_t K, std::int32_t* indices, const Acc* d2,
+                                   const std::uint8_t* positive, Positive<Acc> near, Positive<Acc> far,
+                                   Acc* coefficients) {
   AnchorTerms terms;
   indices[K] = -1;
   indices[K + 1] = -1;

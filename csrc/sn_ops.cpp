@@ -54,11 +54,9 @@ constexpr const char* kBackwardSchema =
     "Tensor stats, int reduction, bool need_feats, bool need_candidates) -> "
     "(Tensor grad_feats, Tensor grad_candidates)";
 // Internal steps of the CUDA backend, callable for tests; `_C_cuda` brings the kernels.
-constexpr const char* kCudaPrepareSchema =
-    "cuda_prepare(Tensor feats) -> (Tensor squared_norms, Tensor nonfinite)";
+constexpr const char* kCudaPrepareSchema = "cuda_prepare(Tensor feats) -> (Tensor squared_norms, Tensor nonfinite)";
 
-// ---- the framework's threads
-// -------------------------------------------------------------------------------
+// ---- the framework's threads ----------------------------------------------------------------------------------------
 
 // An exception must not unwind through the C entry below, nor through another thread's frames.
 struct GuardedBody {
@@ -88,8 +86,7 @@ sn::ThreadPool thread_pool() {
   return {static_cast<int>(torch::stable::get_num_threads()), parallel_for};
 }
 
-// ---- outputs
-// -----------------------------------------------------------------------------------------------
+// ---- outputs --------------------------------------------------------------------------------------------------------
 
 // torch::stable::empty goes through the dispatcher and a Tensor of its own is copied into a second handle on
 // the way out. This reaches the allocator directly and hands over the one handle there is: small batches feel
@@ -105,9 +102,9 @@ class Output {
     }
     const auto dtype = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(type));
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()),
-                                                           sizes.begin(), strides.data(), dtype,
-                                                           aoti_torch_device_type_cpu(), kCpuIndex, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(),
+                                                           strides.data(), dtype, aoti_torch_device_type_cpu(),
+                                                           kCpuIndex, &handle));
     handle_.reset(handle);
   }
 
@@ -135,17 +132,15 @@ class Output {
   std::unique_ptr<AtenTensorOpaque, Delete> handle_;
 };
 
-// ---- forward
-// -----------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
-using ForwardOutputs = std::tuple<StableIValue, StableIValue, StableIValue, StableIValue, StableIValue,
-                                  StableIValue, StableIValue>;
+using ForwardOutputs =
+    std::tuple<StableIValue, StableIValue, StableIValue, StableIValue, StableIValue, StableIValue, StableIValue>;
 
 ForwardOutputs forward_cpu(const Tensor& feats, const Tensor& labels, const std::optional<Tensor>& candidates,
-                           const std::optional<Tensor>& candidate_labels,
-                           const std::optional<Tensor>& self_index, std::int64_t self_offset, std::int64_t k,
-                           double alpha, double weight, std::int64_t squeeze, std::int64_t reduction,
-                           bool want_distances) {
+                           const std::optional<Tensor>& candidate_labels, const std::optional<Tensor>& self_index,
+                           std::int64_t self_offset, std::int64_t k, double alpha, double weight, std::int64_t squeeze,
+                           std::int64_t reduction, bool want_distances) {
   constexpr const char* op = "forward";
   expect_cpu(op, "feats", feats);
   expect_dim(op, "feats", feats, 2);
@@ -179,8 +174,7 @@ ForwardOutputs forward_cpu(const Tensor& feats, const Tensor& labels, const std:
   }
   if (k < 1) fail(op, "k", "expected at least 1, got ", k);
   if (!(std::isfinite(alpha) && alpha > 0)) fail(op, "alpha", "expected a finite value > 0, got ", alpha);
-  if (!(std::isfinite(weight) && weight >= 0))
-    fail(op, "weight", "expected a finite value >= 0, got ", weight);
+  if (!(std::isfinite(weight) && weight >= 0)) fail(op, "weight", "expected a finite value >= 0, got ", weight);
   expect_between(op, "squeeze", squeeze, 0, static_cast<std::int64_t>(sn::Squeeze::kNone));
   expect_between(op, "reduction", reduction, 0, static_cast<std::int64_t>(sn::Reduction::kNone));
 
@@ -194,12 +188,11 @@ ForwardOutputs forward_cpu(const Tensor& feats, const Tensor& labels, const std:
     expect_dtype(op, "self_index", *self_index, ScalarType::Long);
     expect_shape(op, "self_index", *self_index, {anchors});
     self_rows = unit_stride(*self_index);
-    expect_indices(op, "self_index", static_cast<const std::int64_t*>(self_rows->const_data_ptr()), anchors,
-                   rows);
+    expect_indices(op, "self_index", static_cast<const std::int64_t*>(self_rows->const_data_ptr()), anchors, rows);
   } else if (self_offset != -1 && !symmetric) {
     if (self_offset < 0 || self_offset > rows - anchors) {
-      fail(op, "self_offset", "expected -1, or o with 0 <= o and o + N <= M for N = ", anchors,
-           ", M = ", rows, ", got ", self_offset);
+      fail(op, "self_offset", "expected -1, or o with 0 <= o and o + N <= M for N = ", anchors, ", M = ", rows,
+           ", got ", self_offset);
     }
   }
 
@@ -222,8 +215,7 @@ ForwardOutputs forward_cpu(const Tensor& feats, const Tensor& labels, const std:
       .candidates = sn::checks::feature_view(candidate_rows),
       .anchor_labels = static_cast<const std::int64_t*>(anchor_labels.const_data_ptr()),
       .candidate_labels = static_cast<const std::int64_t*>(label_rows.const_data_ptr()),
-      .self = {self_rows ? static_cast<const std::int64_t*>(self_rows->const_data_ptr()) : nullptr,
-               self_offset},
+      .self = {self_rows ? static_cast<const std::int64_t*>(self_rows->const_data_ptr()) : nullptr, self_offset},
       .symmetric = symmetric,
       .options = {.k = k,
                   .alpha = alpha,
@@ -248,14 +240,12 @@ ForwardOutputs forward_cpu(const Tensor& feats, const Tensor& labels, const std:
           stats.release()};
 }
 
-// ---- backward
-// ----------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 std::tuple<StableIValue, StableIValue> backward_cpu(const Tensor& grad_loss, const Tensor& feats,
-                                                    const std::optional<Tensor>& candidates,
-                                                    const Tensor& indices, const Tensor& coefficients,
-                                                    const Tensor& stats, std::int64_t reduction,
-                                                    bool need_feats, bool need_candidates) {
+                                                    const std::optional<Tensor>& candidates, const Tensor& indices,
+                                                    const Tensor& coefficients, const Tensor& stats,
+                                                    std::int64_t reduction, bool need_feats, bool need_candidates) {
   constexpr const char* op = "backward";
   expect_cpu(op, "feats", feats);
   expect_dim(op, "feats", feats, 2);
@@ -331,8 +321,7 @@ std::tuple<StableIValue, StableIValue> backward_cpu(const Tensor& grad_loss, con
   return {grad_feats.release(), grad_candidates.release()};
 }
 
-// ---- facts for Python
-// --------------------------------------------------------------------------------------
+// ---- facts for Python -----------------------------------------------------------------------------------------------
 
 struct PathName {
   sn::cpu::Path path;
@@ -375,8 +364,8 @@ std::map<std::string, std::string> build_info() {
   };
 }
 
-pybind11::dict cpu_plan(std::int64_t anchors, std::int64_t candidates, std::int64_t dims, std::int64_t k,
-                        int dtype, bool symmetric, int threads) {
+pybind11::dict cpu_plan(std::int64_t anchors, std::int64_t candidates, std::int64_t dims, std::int64_t k, int dtype,
+                        bool symmetric, int threads) {
   if (anchors < 0 || candidates < 0 || dims < 0 || k < 1 || threads < 1) {
     throw std::invalid_argument("cpu_plan: expected N, M, D >= 0 and k, threads >= 1");
   }
@@ -418,9 +407,8 @@ PYBIND11_MODULE(_C, module) {
              "Use this instruction set from now on; ValueError names those allowed.");
   module.def("set_cpu_path", &set_cpu_path, py::arg("path"),
              "Force a path of the CPU forward: auto, direct or screen.");
-  module.def(
-      "cpu_plan", &cpu_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"), py::arg("dtype"),
-      py::arg("symmetric"), py::arg("threads"),
-      "How the CPU forward would run: path, list_capacity, workspace_bytes. dtype: 0 float32, 1 float64, "
-      "2 float16, 3 bfloat16.");
+  module.def("cpu_plan", &cpu_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"), py::arg("dtype"),
+             py::arg("symmetric"), py::arg("threads"),
+             "How the CPU forward would run: path, list_capacity, workspace_bytes. dtype: 0 float32, 1 float64, "
+             "2 float16, 3 bfloat16.");
 }

@@ -21,7 +21,13 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that finds the same sn_ops."""
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
     return subprocess.run(
-        [sys.executable, *command], env=variables, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *command],
+        env=variables,
+        cwd=os.sep,  # not the checkout, whose sn_ops folder would hide an installed package
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 

@@ -67,6 +67,7 @@ def excess(rows: int, bank: int, dims: int, k: int, dtype: str, backend: str, th
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, arguments],
         env=environment,
+        cwd=os.sep,  # not the checkout, whose sn_ops folder would hide an installed package
         capture_output=True,
         text=True,
         timeout=600,

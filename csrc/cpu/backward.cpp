@@ -130,8 +130,8 @@ class Adjacency {
   void find_reverses(std::int64_t i) {
     for (std::int64_t e = 0; e < args_.edges; ++e) {
       const bool counts = edges_.weight(i, e) != Acc(0);
-      reverse_[i * args_.edges + e] = static_cast<std::int16_t>(
-          counts ? edges_.slot_of(edges_.neighbour(i, e), static_cast<std::int32_t>(i)) : -1);
+      reverse_[i * args_.edges + e] =
+          static_cast<std::int16_t>(counts ? edges_.slot_of(edges_.neighbour(i, e), static_cast<std::int32_t>(i)) : -1);
     }
   }
 
@@ -191,11 +191,9 @@ std::vector<std::int64_t> balanced_rows(const std::vector<std::int64_t>& begin, 
 
 // A strip of one side: out_r = sum_e weight_e (own_r - other_e).
 void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& kernels, const FeatureView& own,
-            const FeatureView& other, const EdgeLists& edges, const std::vector<std::int64_t>& begin,
-            void* out) {
+            const FeatureView& other, const EdgeLists& edges, const std::vector<std::int64_t>& begin, void* out) {
   const std::int64_t rows = static_cast<std::int64_t>(begin.size()) - 1;
-  const double operations =
-      0.1 * static_cast<double>(begin[rows] + 2 * rows) * static_cast<double>(args.dims);
+  const double operations = 0.1 * static_cast<double>(begin[rows] + 2 * rows) * static_cast<double>(args.dims);
   const int workers = workers_for(pool, operations);
   constexpr std::int64_t kParts = 4;  // a worker
   std::vector<std::int64_t> cuts = balanced_rows(begin, workers == 1 ? 1 : kParts * workers);
@@ -203,8 +201,8 @@ void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& ker
   const std::int64_t parts = static_cast<std::int64_t>(cuts.size()) - 1;
   // As in the forward's refinement: gather a block of columns where it stays in cache, use it for all rows,
   // go on.
-  const bool by_columns = args.dtype != DType::kFloat64 &&
-                          refines_by_columns(own.rows, other.rows, args.dims) && begin[rows] >= own.rows;
+  const bool by_columns =
+      args.dtype != DType::kFloat64 && refines_by_columns(own.rows, other.rows, args.dims) && begin[rows] >= own.rows;
   if (!by_columns) {
     for_each(pool, workers, parts, [&](std::int64_t item) {
       kernels.backward_rows(args.dtype, own, other, edges, args.dims, cuts[item], cuts[item + 1], out);
@@ -223,27 +221,20 @@ void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& ker
   const std::int64_t blocks = (args.dims + kBackwardColumns - 1) / kBackwardColumns;
   const std::int64_t own_items = (own.rows + kRows - 1) / kRows;
   const std::int64_t other_items = (other_rows + kRows - 1) / kRows;
-  for (std::int64_t block = 0; block <= blocks; ++block) {
-    const std::int64_t gathers = block < blocks ? own_items + other_items : 0;
-    const std::int64_t uses = block > 0 ? parts : 0;
-    for_each(pool, workers, uses + gathers, [&](std::int64_t item) {
-      if (item < uses) {
-        const int b = static_cast<int>((block - 1) % 2);
-        kernels.backward_columns(args.dtype, own_columns[b], other_columns[b], edges, args.dims,
-                                 (block - 1) * kBackwardColumns, cuts[item], cuts[item + 1], out);
-        return;
-      }
-      item -= uses;
-      const int b = static_cast<int>(block % 2);
-      const bool of_own = item < own_items;
-      const FeatureView& side = of_own ? own : other;
-      const std::int64_t first = (of_own ? item : item - own_items) * kRows;
-      kernels.gather_columns(args.dtype, side, nullptr, first, std::min(side.rows, first + kRows),
-                             block * kBackwardColumns,
-                             std::min(kBackwardColumns, args.dims - block * kBackwardColumns),
-                             kBackwardColumns, of_own ? own_columns[b] : other_columns[b]);
-    });
-  }
+  const auto line_up = [&](std::int64_t block, std::int64_t item) {
+    const bool of_own = item < own_items;
+    const FeatureView& side = of_own ? own : other;
+    const std::int64_t first = (of_own ? item : item - own_items) * kRows;
+    const std::int64_t column = block * kBackwardColumns;
+    kernels.gather_columns(args.dtype, side, nullptr, first, std::min(side.rows, first + kRows), column,
+                           std::min(kBackwardColumns, args.dims - column), kBackwardColumns,
+                           of_own ? own_columns[block % 2] : other_columns[block % 2]);
+  };
+  const auto use = [&](std::int64_t block, std::int64_t item) {
+    kernels.backward_columns(args.dtype, own_columns[block % 2], other_columns[block % 2], edges, args.dims,
+                             block * kBackwardColumns, cuts[item], cuts[item + 1], out);
+  };
+  gather_and_use(pool, workers, blocks, own_items + other_items, parts, line_up, use);
 }
 
 // Entries of edge lists held at a time: 512 bytes a row and some megabytes. K = 10 never needs a second
@@ -280,8 +271,7 @@ void backward_as(const BackwardArgs& args, const ThreadPool& pool) {
 void backward(const BackwardArgs& args, const ThreadPool& pool) {
   if (std::isnan(args.stats[kPoison])) {
     if (args.grad_anchors != nullptr) fill_nan(args.dtype, args.grad_anchors, args.anchors.rows * args.dims);
-    if (args.grad_candidates != nullptr)
-      fill_nan(args.dtype, args.grad_candidates, args.candidates.rows * args.dims);
+    if (args.grad_candidates != nullptr) fill_nan(args.dtype, args.grad_candidates, args.candidates.rows * args.dims);
     return;
   }
   if (args.dtype == DType::kFloat64) {

@@ -24,8 +24,8 @@ struct Plan {
   std::int64_t list_capacity;    // entries kept for an anchor between prunings (screen)
   std::int64_t workspace_bytes;  // scratch of the forward beyond its outputs
 };
-Plan plan_forward(std::int64_t anchors, std::int64_t candidates, std::int64_t dims, std::int64_t k,
-                  DType dtype, bool symmetric, int threads);
+Plan plan_forward(std::int64_t anchors, std::int64_t candidates, std::int64_t dims, std::int64_t k, DType dtype,
+                  bool symmetric, int threads);
 
 // Throw std::bad_alloc when scratch cannot be had; arguments are checked by the caller.
 void forward(const ForwardArgs& args, const ThreadPool& pool);

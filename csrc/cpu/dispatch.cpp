@@ -25,9 +25,8 @@ std::vector<Level> levels() {
   all.push_back({&avx2::kTable, has_avx2});
 #endif
 #if defined(SN_CPU_HAS_AVX512)
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vl");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   all.push_back({&avx512::kTable, has_avx512});
 #endif
 #if defined(SN_CPU_HAS_AVX512_BF16)

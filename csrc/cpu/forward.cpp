@@ -37,11 +37,9 @@
 namespace sn::cpu {
 namespace {
 
-constexpr std::int64_t kAnchorBlock =
-    256;  // anchors whose losses are added first: fixed, so that sums are too
+constexpr std::int64_t kAnchorBlock = 256;  // anchors whose losses are added first: fixed, so that sums are too
 
-// ---- identities
-// -----------------------------------------------------------------------------------------------------
+// ---- identities -----------------------------------------------------------------------------------------------------
 
 // Rows in the order of their labels, equal labels in the order of their indices.
 std::vector<std::int32_t> order_by_label(const std::int64_t* labels, std::int64_t count) {
@@ -51,9 +49,7 @@ std::vector<std::int32_t> order_by_label(const std::int64_t* labels, std::int64_
   struct Row {
     std::int64_t label;
     std::int32_t index;
-    bool operator<(const Row& other) const {
-      return label != other.label ? label < other.label : index < other.index;
-    }
+    bool operator<(const Row& other) const { return label != other.label ? label < other.label : index < other.index; }
   };
   std::vector<Row> rows(static_cast<std::size_t>(count));
   for (std::int64_t i = 0; i < count; ++i) rows[i] = {labels[i], static_cast<std::int32_t>(i)};
@@ -113,8 +109,7 @@ const void* row_of(const FeatureView& features, DType dtype, std::int64_t row) {
   return static_cast<const char*>(features.data) + row * features.row_stride * bytes;
 }
 
-// ---- from selections to the loss
-// ------------------------------------------------------------------------------------
+// ---- from selections to the loss ------------------------------------------------------------------------------------
 
 // Totals of a block of anchors, added in the order of the blocks.
 struct Totals {
@@ -176,19 +171,17 @@ class Loss {
       indices[e] = e < count ? support[e] : -1;
       positive[e] = e < count && args_.candidate_labels[support[e]] == label ? 1 : 0;
     }
-    const AnchorTerms terms =
-        anchor_terms<Acc>(args_.options, K_, indices, d2, positive,
-                          Positive<Acc>{args_.nearest_positive[anchor], near_d2_[anchor]},
-                          Positive<Acc>{args_.farthest_positive[anchor], far_d2_[anchor]},
-                          static_cast<Acc*>(args_.coefficients) + anchor * (K_ + kExtraEdges));
+    const AnchorTerms terms = anchor_terms<Acc>(args_.options, K_, indices, d2, positive,
+                                                Positive<Acc>{args_.nearest_positive[anchor], near_d2_[anchor]},
+                                                Positive<Acc>{args_.farthest_positive[anchor], far_d2_[anchor]},
+                                                static_cast<Acc*>(args_.coefficients) + anchor * (K_ + kExtraEdges));
     blocks_[anchor / kAnchorBlock].add(terms);
     if (args_.options.reduction == Reduction::kNone)
       static_cast<Acc*>(args_.loss)[anchor] = static_cast<Acc>(terms.loss);
     if (args_.distances != nullptr) {
       Acc* distances = static_cast<Acc*>(args_.distances) + anchor * K_;
       for (std::int64_t e = 0; e < K_; ++e) {
-        distances[e] =
-            e < count ? static_cast<Acc>(clamped_distance(d2[e])) : std::numeric_limits<Acc>::infinity();
+        distances[e] = e < count ? static_cast<Acc>(clamped_distance(d2[e])) : std::numeric_limits<Acc>::infinity();
       }
     }
   }
@@ -200,8 +193,7 @@ class Loss {
     const auto ratio = [](double sum, double count) { return count > 0.0 ? sum / count : 0.0; };
     if (args_.options.reduction == Reduction::kMean)
       *static_cast<Acc*>(args_.loss) = static_cast<Acc>(ratio(all.loss, valid));
-    if (args_.options.reduction == Reduction::kSum)
-      *static_cast<Acc*>(args_.loss) = static_cast<Acc>(all.loss);
+    if (args_.options.reduction == Reduction::kSum) *static_cast<Acc*>(args_.loss) = static_cast<Acc>(all.loss);
     args_.stats[kValidAnchors] = valid;
     args_.stats[kPositiveDistance] = ratio(all.positive_sum, static_cast<double>(all.positives));
     args_.stats[kNegativeDistance] = ratio(all.negative_sum, static_cast<double>(all.negatives));
@@ -231,14 +223,13 @@ class Loss {
   std::vector<Totals> blocks_;
 };
 
-// ---- direct
-// ---------------------------------------------------------------------------------------------------------
+// ---- direct ---------------------------------------------------------------------------------------------------------
 
 // The support set of one row of distances. keys: scratch. Any K.
 template <class Acc>
-std::int64_t select(const Kernels& kernels, const Acc* d2, std::int64_t count, std::int64_t self,
-                    std::int64_t K, std::vector<std::uint64_t>& keys, std::vector<std::int32_t>& ids,
-                    std::int32_t* support, Acc* support_d2) {
+std::int64_t select(const Kernels& kernels, const Acc* d2, std::int64_t count, std::int64_t self, std::int64_t K,
+                    std::vector<std::uint64_t>& keys, std::vector<std::int32_t>& ids, std::int32_t* support,
+                    Acc* support_d2) {
   if constexpr (sizeof(Acc) == sizeof(float)) {
     if (K <= kListMost) {
       keys.resize(static_cast<std::size_t>(kListMost));
@@ -273,8 +264,8 @@ void forward_direct(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   const std::int64_t N = args.anchors.rows;
   const std::int64_t M = args.candidates.rows;
   const std::int64_t K = loss.K();
-  const int workers = workers_for(
-      pool, 0.1 * static_cast<double>(N) * static_cast<double>(M) * static_cast<double>(args.dims));
+  const int workers =
+      workers_for(pool, 0.1 * static_cast<double>(N) * static_cast<double>(M) * static_cast<double>(args.dims));
   for (const FeatureView* side : {&args.anchors, &args.candidates}) {
     std::atomic<bool> finite{true};
     for_blocks(pool, workers, side->rows, kAnchorBlock, [&](std::int64_t begin, std::int64_t end) {
@@ -339,8 +330,7 @@ void forward_direct(const ForwardArgs& args, const ThreadPool& pool, const Kerne
           const std::int32_t j = identities.candidate_order()[q];
           if (j != self) loss.offer_positive(i, j, row[j]);
         }
-        const std::int64_t found =
-            select(kernels, row, M, self, K, keys, ids, support.data(), support_d2.data());
+        const std::int64_t found = select(kernels, row, M, self, K, keys, ids, support.data(), support_d2.data());
         loss.finish(i, support.data(), support_d2.data(), found, positive.data());
       }
     });
@@ -348,8 +338,7 @@ void forward_direct(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   loss.reduce();
 }
 
-// ---- screen
-// ---------------------------------------------------------------------------------------------------------
+// ---- screen ---------------------------------------------------------------------------------------------------------
 
 // Direct distances between the members of each identity: near_i and far_i. Exact and without a list, and few
 // pairs unless identities are huge.
@@ -364,15 +353,13 @@ void find_positives(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   for (std::size_t g = 0; g < identities.list.size(); ++g) {
     const Identity& identity = identities.list[g];
     const std::int64_t members = identity.anchor_end - identity.anchor_begin;
-    pairs +=
-        static_cast<double>(members) * static_cast<double>(identity.candidate_end - identity.candidate_begin);
+    pairs += static_cast<double>(members) * static_cast<double>(identity.candidate_end - identity.candidate_begin);
     for (std::int64_t block = 0; block * kDirectBlock < members; ++block) {
       items.push_back({static_cast<std::int32_t>(g), static_cast<std::int32_t>(block)});
     }
   }
   // Blocks of one identity meet the same anchors when halves are shared; a lock for each run of positions.
-  const auto locks =
-      std::make_unique<std::mutex[]>(static_cast<std::size_t>(args.anchors.rows / kDirectBlock + 1));
+  const auto locks = std::make_unique<std::mutex[]>(static_cast<std::size_t>(args.anchors.rows / kDirectBlock + 1));
   const std::vector<std::int32_t>& candidates = identities.candidate_order();
   const int workers = workers_for(pool, 0.1 * pairs * static_cast<double>(args.dims));
   for_each(pool, workers, static_cast<std::int64_t>(items.size()), [&](std::int64_t item) {
@@ -382,8 +369,7 @@ void find_positives(const ForwardArgs& args, const ThreadPool& pool, const Kerne
     const void* x[kDirectBlock];
     const void* z[kDirectBlock];
     float d2[kDirectBlock * kDirectBlock];
-    for (std::int64_t i = 0; i < np; ++i)
-      x[i] = row_of(args.anchors, args.dtype, identities.anchor_order[p0 + i]);
+    for (std::int64_t i = 0; i < np; ++i) x[i] = row_of(args.anchors, args.dtype, identities.anchor_order[p0 + i]);
     // Offers to anchor p what value(n) and candidate(n) give for n in [begin, end): first and last of them by
     // distance.
     const auto offer = [&](std::int64_t p, std::int64_t begin, std::int64_t end, const auto& value,
@@ -445,12 +431,13 @@ Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, bool widens, Sli
   const std::int64_t M = args.candidates.rows;
   const std::int64_t padded_dims = (args.dims + 31) / 32 * 32;
   screen.pairs = (args.dims + 1) / 2;
+  screen.panel_stride = screen.pairs * kPanel;
   screen.capacity = plan.capacity;
   const auto side = [&](std::int64_t rows) {
     ScreenSide s{};
     s.rows = rows;
     s.padded = round_up(rows, kTileGrain);
-    s.packed = slices.take<std::uint32_t>(s.padded * screen.pairs);
+    s.packed = slices.take<std::uint32_t>(s.padded / kPanel * screen.panel_stride);
     s.norm = slices.take<float>(s.padded);
     s.residual = slices.take<float>(s.padded);
     s.slack = slices.take<float>(s.padded);
@@ -483,8 +470,7 @@ Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, bool widens, Sli
 // Rows whose values are equal, beyond the first K + 1 by index, can be nobody's support: each of the K + 1 is
 // as near and comes first, and at most one of them is the anchor itself. Calls exclude(position) for them.
 template <class Exclude>
-void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std::int64_t K,
-                             const Exclude& exclude) {
+void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std::int64_t K, const Exclude& exclude) {
   const ScreenSide& side = layout.screen.candidates;
   const std::int64_t M = side.rows;
   std::size_t buckets = 16;
@@ -494,16 +480,15 @@ void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std:
     std::int32_t count = 0;
   };
   std::vector<Bucket> table(buckets);
-  const std::size_t row_bytes = static_cast<std::size_t>(args.dims) *
-                                (args.dtype == DType::kFloat32 ? sizeof(float) : sizeof(std::uint16_t));
+  const std::size_t row_bytes =
+      static_cast<std::size_t>(args.dims) * (args.dtype == DType::kFloat32 ? sizeof(float) : sizeof(std::uint16_t));
   for (std::int64_t row = 0; row < M; ++row) {
     // Equal rows have equal norms and residuals, to the bit; nearly nothing else has.
     const std::int64_t position = layout.candidate_positions[row];
     std::uint32_t halves[2];
     std::memcpy(&halves[0], &side.norm[position], sizeof(float));
     std::memcpy(&halves[1], &side.residual[position], sizeof(float));
-    const std::uint64_t mixed =
-        ((static_cast<std::uint64_t>(halves[0]) << 32) | halves[1]) * 0x9e3779b97f4a7c15u;
+    const std::uint64_t mixed = ((static_cast<std::uint64_t>(halves[0]) << 32) | halves[1]) * 0x9e3779b97f4a7c15u;
     for (std::size_t at = (mixed >> 20) & (buckets - 1);; at = (at + 1) & (buckets - 1)) {
       Bucket& bucket = table[at];
       if (bucket.row < 0) {
@@ -511,10 +496,9 @@ void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std:
         break;
       }
       const std::int64_t other = layout.candidate_positions[bucket.row];
-      if (side.norm[other] != side.norm[position] || side.residual[other] != side.residual[position])
-        continue;
-      if (std::memcmp(row_of(args.candidates, args.dtype, row),
-                      row_of(args.candidates, args.dtype, bucket.row), row_bytes) != 0) {
+      if (side.norm[other] != side.norm[position] || side.residual[other] != side.residual[position]) continue;
+      if (std::memcmp(row_of(args.candidates, args.dtype, row), row_of(args.candidates, args.dtype, bucket.row),
+                      row_bytes) != 0) {
         continue;
       }
       if (++bucket.count > K + 1) exclude(position);
@@ -549,8 +533,7 @@ bool bound_errors(const ForwardArgs& args, const Kernels& kernels, const Layout&
   for (int s = 0; s < side_count; ++s) {
     for (std::int64_t p = 0; p < sides[s]->padded; ++p) {
       const double norm = sides[s]->norm[p];
-      const double rest =
-          std::sqrt(static_cast<double>(sides[s]->residual[p])) * 1.01 + 1.01 * u * std::sqrt(norm);
+      const double rest = std::sqrt(static_cast<double>(sides[s]->residual[p])) * 1.01 + 1.01 * u * std::sqrt(norm);
       sides[s]->slack[p] =
           static_cast<float>(1.01 * (relative * norm + rest * rest * (1.0 / theta + 1.0)) + D * 0x1p-120);
     }
@@ -569,17 +552,15 @@ void sweep(const ThreadPool& pool, const Kernels& kernels, const ScreenPlan& pla
   const Screen& screen = layout.screen;
   const std::int64_t row_blocks = (screen.anchors.padded + plan.tile - 1) / plan.tile;
   const std::int64_t column_blocks = (screen.candidates.padded + plan.tile - 1) / plan.tile;
-  const std::int64_t tiles =
-      screen.symmetric ? row_blocks * (row_blocks + 1) / 2 : row_blocks * column_blocks;
+  const std::int64_t tiles = screen.symmetric ? row_blocks * (row_blocks + 1) / 2 : row_blocks * column_blocks;
   const auto locks = std::make_unique<std::mutex[]>(static_cast<std::size_t>(row_blocks));
 
   // Symmetric: diagonal after diagonal of the upper triangle, so that every row has a good threshold early.
   std::vector<std::int64_t> diagonal_start;
   if (screen.symmetric) {
-    for (std::int64_t d = 0, start = 0; d < row_blocks; start += row_blocks - d, ++d)
-      diagonal_start.push_back(start);
+    for (std::int64_t d = 0, start = 0; d < row_blocks; start += row_blocks - d, ++d) diagonal_start.push_back(start);
   }
-  for_each(pool, plan.workers, tiles, [&](std::int64_t item, std::int64_t worker) {
+  const auto tile_of = [&](std::int64_t item) {
     std::int64_t i = item % row_blocks;  // a block of candidates meets all anchors while it is in cache
     std::int64_t j = item / row_blocks;
     if (screen.symmetric) {
@@ -594,8 +575,15 @@ void sweep(const ThreadPool& pool, const Kernels& kernels, const ScreenPlan& pla
     tile.column = j * plan.tile;
     tile.columns = std::min(plan.tile, screen.candidates.padded - tile.column);
     tile.diagonal = screen.symmetric && i == j;
+    return tile;
+  };
+  for_each(pool, plan.workers, tiles, [&](std::int64_t item, std::int64_t worker) {
+    const Tile tile = tile_of(item);
+    const Tile next = tile_of(std::min(item + plan.workers, tiles - 1));
     float* products = layout.workers + worker * layout.worker_floats;
-    kernels.tile_products(screen, tile, products, products + layout.tile_floats);
+    kernels.tile_products(screen, tile, next, products, products + layout.tile_floats);
+    const std::int64_t i = tile.row / plan.tile;
+    const std::int64_t j = tile.column / plan.tile;
     std::unique_lock<std::mutex> rows(locks[i]);
     std::unique_lock<std::mutex> columns;
     if (screen.symmetric && i != j) columns = std::unique_lock<std::mutex>(locks[j]);
@@ -621,8 +609,7 @@ void refine(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kern
   for_blocks(pool, workers, N, kRows, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t p = begin; p < end; ++p) {
       kernels.prune(screen, p);
-      for (std::int64_t e = 0; e < screen.list_counts[p]; ++e)
-        screen.lists[p * screen.capacity + e].score = 0.0f;
+      for (std::int64_t e = 0; e < screen.list_counts[p]; ++e) screen.lists[p * screen.capacity + e].score = 0.0f;
     }
   });
   // Rows are far apart in memory and wanted many times: gather a segment of columns where it stays in cache,
@@ -636,27 +623,21 @@ void refine(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kern
   const std::int64_t segments = (args.dims + kRefineColumns - 1) / kRefineColumns;
   const std::int64_t anchor_items = (N + kRows - 1) / kRows;
   const std::int64_t candidate_items = (M + kRows - 1) / kRows;
-  for (std::int64_t s = 0; s <= segments; ++s) {
-    const std::int64_t gathers = s < segments ? anchor_items + candidate_items : 0;
-    const std::int64_t uses = s > 0 ? anchor_items : 0;
-    for_each(pool, workers, gathers + uses, [&](std::int64_t item) {
-      if (item < uses) {
-        const float* x = buffers[(s - 1) % 2];
-        const float* z = candidate_buffers[(s - 1) % 2];
-        for (std::int64_t p = item * kRows; p < std::min(N, (item + 1) * kRows); ++p) {
-          kernels.refine_columns(screen, x, z, p);
-        }
-        return;
-      }
-      item -= uses;
-      const bool of_anchors = item < anchor_items;
-      const ScreenSide& side = of_anchors ? screen.anchors : screen.candidates;
-      const std::int64_t begin = (of_anchors ? item : item - anchor_items) * kRows;
-      kernels.gather_columns(args.dtype, side.features, side.order, begin, std::min(side.rows, begin + kRows),
-                             s * kRefineColumns, std::min(kRefineColumns, args.dims - s * kRefineColumns),
-                             kRefineColumns, of_anchors ? buffers[s % 2] : candidate_buffers[s % 2]);
-    });
-  }
+  const auto gather = [&](std::int64_t segment, std::int64_t item) {
+    const bool of_anchors = item < anchor_items;
+    const ScreenSide& side = of_anchors ? screen.anchors : screen.candidates;
+    const std::int64_t begin = (of_anchors ? item : item - anchor_items) * kRows;
+    const std::int64_t column = segment * kRefineColumns;
+    kernels.gather_columns(args.dtype, side.features, side.order, begin, std::min(side.rows, begin + kRows), column,
+                           std::min(kRefineColumns, args.dims - column), kRefineColumns,
+                           of_anchors ? buffers[segment % 2] : candidate_buffers[segment % 2]);
+  };
+  const auto use = [&](std::int64_t segment, std::int64_t item) {
+    for (std::int64_t p = item * kRows; p < std::min(N, (item + 1) * kRows); ++p) {
+      kernels.refine_columns(screen, buffers[segment % 2], candidate_buffers[segment % 2], p);
+    }
+  };
+  gather_and_use(pool, workers, segments, anchor_items + candidate_items, anchor_items, gather, use);
 }
 
 // False if the rows cannot be screened; nothing has been written then.
@@ -687,8 +668,7 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   {
     const DefaultFloatingPoint mode;
     const FeatureView sides[2] = {args.anchors, args.candidates};
-    kernels.sampled_mean(args.dtype, sides, args.symmetric ? 1 : 2, args.dims, layout.mean,
-                         layout.mean_scratch);
+    kernels.sampled_mean(args.dtype, sides, args.symmetric ? 1 : 2, args.dims, layout.mean, layout.mean_scratch);
   }
   for (int s = 0; s < (args.symmetric ? 1 : 2); ++s) {
     const ScreenSide& side = s == 0 ? screen.anchors : screen.candidates;
@@ -701,9 +681,8 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
     for (std::int64_t p = 0; p < side.rows; ++p) positions[side.order[p]] = static_cast<std::int32_t>(p);
   }
   if (!bound_errors(args, kernels, layout)) return false;
-  find_surplus_duplicates(args, layout, K, [&](std::int64_t position) {
-    layout.bias[position] = std::numeric_limits<float>::infinity();
-  });
+  find_surplus_duplicates(
+      args, layout, K, [&](std::int64_t position) { layout.bias[position] = std::numeric_limits<float>::infinity(); });
   if (!args.symmetric && (args.self.index != nullptr || args.self.offset >= 0)) {
     screen.self_position = layout.self_positions;
     for (std::int64_t p = 0; p < N; ++p) {

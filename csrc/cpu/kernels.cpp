@@ -39,8 +39,7 @@ namespace {
 //
 #include "kernels_backward.h"
 
-// ---- dispatch over dtypes
-// -------------------------------------------------------------------------------------------
+// ---- dispatch over dtypes -------------------------------------------------------------------------------------------
 
 template <class Function>
 SN_FORCE_INLINE auto with_dtype(DType dtype, Function function) {
@@ -56,15 +55,14 @@ SN_FORCE_INLINE auto with_dtype(DType dtype, Function function) {
   return function(static_cast<float*>(nullptr));
 }
 
-void direct_block_any(DType dtype, const void* const* x, std::int64_t nx, const void* const* z,
-                      std::int64_t nz, std::int64_t dims, bool upper, void* out, std::int64_t pitch) {
+void direct_block_any(DType dtype, const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz,
+                      std::int64_t dims, bool upper, void* out, std::int64_t pitch) {
   if (dtype == DType::kFloat64) return direct_block<double>(x, nx, z, nz, dims, upper, out, pitch);
   with_dtype(dtype, [&]<class T>(T*) { direct_block<T>(x, nx, z, nz, dims, upper, out, pitch); });
 }
 #include "kernels_screen.h"
 
-// ---- small kernels
-// --------------------------------------------------------------------------------------------------
+// ---- small kernels --------------------------------------------------------------------------------------------------
 
 // A value is finite when its exponent bits are not all set; floating-point comparisons would drop NaN.
 template <class Bits, Bits kExponent>
@@ -72,15 +70,13 @@ bool all_finite_bits(const FeatureView& features, std::int64_t dims, std::int64_
   for (std::int64_t r = begin; r < end; ++r) {
     const Bits* row = static_cast<const Bits*>(features.data) + r * features.row_stride;
     Bits bad = 0;
-    for (std::int64_t c = 0; c < dims; ++c)
-      bad |= static_cast<Bits>((row[c] & kExponent) == kExponent ? 1 : 0);
+    for (std::int64_t c = 0; c < dims; ++c) bad |= static_cast<Bits>((row[c] & kExponent) == kExponent ? 1 : 0);
     if (bad != 0) return false;
   }
   return true;
 }
 
-bool all_finite(DType dtype, const FeatureView& features, std::int64_t dims, std::int64_t begin,
-                std::int64_t end) {
+bool all_finite(DType dtype, const FeatureView& features, std::int64_t dims, std::int64_t begin, std::int64_t end) {
   switch (dtype) {
     case DType::kFloat32:
       return all_finite_bits<std::uint32_t, 0x7f800000u>(features, dims, begin, end);
@@ -131,21 +127,17 @@ bool pack_any(const Screen& screen, const ScreenSide& side, std::int64_t first, 
 void refine_rows_any(const Screen& screen, std::int64_t p) {
   with_dtype(screen.dtype, [&]<class T>(T*) { refine_rows<T>(screen, p); });
 }
-void gather_columns_any(DType dtype, const FeatureView& features, const std::int32_t* order,
-                        std::int64_t begin, std::int64_t end, std::int64_t column, std::int64_t columns,
-                        std::int64_t pitch, float* out) {
-  with_dtype(dtype, [&]<class T>(T*) {
-    gather_columns<T>(features, order, begin, end, column, columns, pitch, out);
-  });
+void gather_columns_any(DType dtype, const FeatureView& features, const std::int32_t* order, std::int64_t begin,
+                        std::int64_t end, std::int64_t column, std::int64_t columns, std::int64_t pitch, float* out) {
+  with_dtype(dtype, [&]<class T>(T*) { gather_columns<T>(features, order, begin, end, column, columns, pitch, out); });
 }
 void backward_rows_any(DType dtype, const FeatureView& own, const FeatureView& other, const EdgeLists& edges,
                        std::int64_t dims, std::int64_t begin, std::int64_t end, void* out) {
   if (dtype == DType::kFloat64) return backward_rows<double>(own, other, edges, dims, begin, end, out);
   with_dtype(dtype, [&]<class T>(T*) { backward_rows<T>(own, other, edges, dims, begin, end, out); });
 }
-void backward_columns_any(DType dtype, const float* own_columns, const float* other_columns,
-                          const EdgeLists& edges, std::int64_t dims, std::int64_t column, std::int64_t begin,
-                          std::int64_t end, void* out) {
+void backward_columns_any(DType dtype, const float* own_columns, const float* other_columns, const EdgeLists& edges,
+                          std::int64_t dims, std::int64_t column, std::int64_t begin, std::int64_t end, void* out) {
   with_dtype(dtype, [&]<class T>(T*) {
     backward_columns<T>(own_columns, other_columns, edges, dims, column, begin, end, out);
   });

@@ -9,25 +9,21 @@
 
 namespace sn::cpu {
 
-// ---- shapes of the hot loops
-// ----------------------------------------------------------------------------------------
+// ---- shapes of the hot loops ----------------------------------------------------------------------------------------
 
-inline constexpr std::int64_t kDirectBlock = 32;  // rows of a block of direct distances
-inline constexpr std::int64_t kPanel = 16;        // rows interleaved in the screening copy
-inline constexpr std::int64_t kTileGrain = 48;    // both micro-kernels' column counts (48, 16) divide it
-inline constexpr std::int64_t kTileSmall = 96;    // rows and columns of a screening tile: small batches
-inline constexpr std::int64_t kTileLarge = 192;   // and large ones
-inline constexpr std::int64_t kDepth = 256;       // columns of features a micro-kernel takes at a time
-inline constexpr std::int64_t kListSlack =
-    kPanel;                                     // room a list must have before a vector of hits is appended
-inline constexpr std::int64_t kListMost = 352;  // entries a list may ever have (stack buffers are this long)
-inline constexpr std::int64_t kRefineColumns =
-    64;  // columns gathered at a time, one segment of the direct sum
+inline constexpr std::int64_t kDirectBlock = 32;      // rows of a block of direct distances
+inline constexpr std::int64_t kPanel = 16;            // rows interleaved in the screening copy
+inline constexpr std::int64_t kTileGrain = 48;        // both micro-kernels' column counts (48, 16) divide it
+inline constexpr std::int64_t kTileSmall = 96;        // rows and columns of a screening tile: small batches
+inline constexpr std::int64_t kTileLarge = 192;       // and large ones
+inline constexpr std::int64_t kDepth = 256;           // columns of features a micro-kernel takes at a time
+inline constexpr std::int64_t kListSlack = kPanel;    // room a list must have before a vector of hits is appended
+inline constexpr std::int64_t kListMost = 352;        // entries a list may ever have (stack buffers are this long)
+inline constexpr std::int64_t kRefineColumns = 64;    // columns gathered at a time, one segment of the direct sum
 inline constexpr std::int64_t kBackwardColumns = 64;  // columns gathered at a time in the backward
 static_assert(kTileGrain % kPanel == 0);
 static_assert(kTileSmall % kTileGrain == 0 && kTileLarge % kTileGrain == 0);
 static_assert(kDepth % 2 == 0, "columns are stored in pairs");
-
 // Products of a tile are kept with one pitch whatever the tile's size. Instruction sets without a bfloat16
 // dot product widen both operands to fp32, half kDepth at a time.
 inline constexpr std::int64_t kTilePitch = kTileLarge;
@@ -36,8 +32,7 @@ inline constexpr std::int64_t wide_floats(std::int64_t tile) {
   return tile * (kDepth / 2) + kWideCandidateFloats;
 }
 
-// ---- screening
-// ------------------------------------------------------------------------------------------------------
+// ---- screening ------------------------------------------------------------------------------------------------------
 
 // One side of the screening (anchors or candidates), in position order: rows sorted by label, padded to
 // kTileGrain. A row t = x - mean is kept as A = bfloat16(t). forward.cpp derives the bound behind slack and
@@ -47,7 +42,7 @@ struct ScreenSide {
   const std::int32_t* order;  // [rows] position -> row
   std::int64_t rows;
   std::int64_t padded;
-  std::uint32_t* packed;  // [padded / 16][ceil(D / 2)][16] pairs of bfloat16
+  std::uint32_t* packed;  // [padded / 16][panel_stride]: [ceil(D / 2)][16] pairs of bfloat16
   float* norm;            // [padded] |t|^2
   float* residual;        // [padded] |t - A|^2
   float* slack;           // [padded] E
@@ -63,7 +58,8 @@ struct Entry {
 struct Screen {
   DType dtype;
   std::int64_t dims;
-  std::int64_t pairs;  // ceil(D / 2)
+  std::int64_t pairs;         // ceil(D / 2)
+  std::int64_t panel_stride;  // words of a panel of the copy, kPanel a pair
   std::int64_t K;
   bool symmetric;
   const float* mean;  // [D], zero-padded to a multiple of 32
@@ -71,14 +67,13 @@ struct Screen {
   ScreenSide candidates;  // the same arrays as `anchors` when symmetric
   const float* bias;      // [padded candidates] (norm - E) / 2; +inf: never a candidate
   const std::int32_t*
-      self_position;      // [anchors] candidate position of the anchor itself, -1: none; null when symmetric
-  std::int64_t capacity;  // entries of a list
-  Entry* lists;           // [anchors][capacity]
-  std::int32_t* list_counts;  // [anchors]
-  std::int32_t* list_limits;  // [anchors] count at which a list is pruned next, at most `capacity`
-  std::int32_t*
-      settled_counts;  // [anchors] entries in front whose squared distance is known: the nearest, at most K
-  float* thresholds;   // [padded anchors]; -inf on padding
+      self_position;             // [anchors] candidate position of the anchor itself, -1: none; null when symmetric
+  std::int64_t capacity;         // entries of a list
+  Entry* lists;                  // [anchors][capacity]
+  std::int32_t* list_counts;     // [anchors]
+  std::int32_t* list_limits;     // [anchors] count at which a list is pruned next, at most `capacity`
+  std::int32_t* settled_counts;  // [anchors] entries in front whose squared distance is known: the nearest, at most K
+  float* thresholds;             // [padded anchors]; -inf on padding
 };
 
 struct Tile {
@@ -87,8 +82,7 @@ struct Tile {
   bool diagonal;                 // symmetric and row == column: only pairs column > row
 };
 
-// ---- backward
-// -------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 // Edges by target row, difference first: out_r = sum_e weight_e (own_r - other_{neighbour_e}).
 struct EdgeLists {
@@ -98,8 +92,7 @@ struct EdgeLists {
   const void* weights;  // acc
 };
 
-// ---- the table
-// ------------------------------------------------------------------------------------------------------
+// ---- the table ------------------------------------------------------------------------------------------------------
 
 struct Kernels {
   const char* name;
@@ -107,13 +100,12 @@ struct Kernels {
   float product_rounding;  // relative error of one accumulation step of the products, worst case
 
   // Every value of rows [begin, end) finite?
-  bool (*all_finite)(DType dtype, const FeatureView& features, std::int64_t dims, std::int64_t begin,
-                     std::int64_t end);
+  bool (*all_finite)(DType dtype, const FeatureView& features, std::int64_t dims, std::int64_t begin, std::int64_t end);
 
   // Direct squared distances in the one summation order (kernels_direct.h). x, z: row pointers, at most
   // kDirectBlock.
-  void (*direct_block)(DType dtype, const void* const* x, std::int64_t nx, const void* const* z,
-                       std::int64_t nz, std::int64_t dims, bool upper, void* out, std::int64_t pitch);
+  void (*direct_block)(DType dtype, const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz,
+                       std::int64_t dims, bool upper, void* out, std::int64_t pitch);
 
   // The `wanted` smallest (bits of d2, index) of a row of distances, as ascending keys; entry `self` is
   // passed over. Returns how many there are. wanted <= kListMost.
@@ -124,28 +116,25 @@ struct Kernels {
   // epilogue.
   void (*sampled_mean)(DType dtype, const FeatureView* sides, int side_count, std::int64_t dims, float* mean,
                        float* scratch);
-  bool (*pack)(const Screen& screen, const ScreenSide& side, std::int64_t first_panel,
-               std::int64_t last_panel);
+  bool (*pack)(const Screen& screen, const ScreenSide& side, std::int64_t first_panel, std::int64_t last_panel);
   // products: [tile.rows][kTilePitch]. wide: wide_floats(tile side), used if `widens`.
-  void (*tile_products)(const Screen& screen, const Tile& tile, float* products, float* wide);
+  void (*tile_products)(const Screen& screen, const Tile& tile, const Tile& next, float* products, float* wide);
   void (*tile_epilogue)(const Screen& screen, const Tile& tile, const float* products);
   // Leaves in the list of anchor `p` only what the bound cannot exclude.
   void (*prune)(const Screen& screen, std::int64_t p);
   // Direct distances of a pruned list, from the rows themselves, or one segment of gathered columns at a
   // time.
   void (*refine_rows)(const Screen& screen, std::int64_t p);
-  void (*gather_columns)(DType dtype, const FeatureView& features, const std::int32_t* order,
-                         std::int64_t begin, std::int64_t end, std::int64_t column, std::int64_t columns,
-                         std::int64_t pitch, float* out);
+  void (*gather_columns)(DType dtype, const FeatureView& features, const std::int32_t* order, std::int64_t begin,
+                         std::int64_t end, std::int64_t column, std::int64_t columns, std::int64_t pitch, float* out);
   void (*refine_columns)(const Screen& screen, const float* anchor_columns, const float* candidate_columns,
                          std::int64_t p);
 
   // Backward of rows [begin, end): from the rows themselves, or over one block of gathered fp32 columns.
   void (*backward_rows)(DType dtype, const FeatureView& own, const FeatureView& other, const EdgeLists& edges,
                         std::int64_t dims, std::int64_t begin, std::int64_t end, void* out);
-  void (*backward_columns)(DType dtype, const float* own_columns, const float* other_columns,
-                           const EdgeLists& edges, std::int64_t dims, std::int64_t column, std::int64_t begin,
-                           std::int64_t end, void* out);
+  void (*backward_columns)(DType dtype, const float* own_columns, const float* other_columns, const EdgeLists& edges,
+                           std::int64_t dims, std::int64_t column, std::int64_t begin, std::int64_t end, void* out);
 };
 
 const Kernels& active_kernels();

@@ -36,8 +36,7 @@ SN_FORCE_INLINE void backward_strip(const In* own, const In* other, std::int64_t
                                     int columns, Out* out) {
   const auto load = [columns](const In* row, int v) SN_LAMBDA_INLINE {
     const int left = columns - v * kLanes;
-    return kWhole || left >= kLanes ? f_load(row + v * kLanes)
-                                    : f_load_partial(row + v * kLanes, left > 0 ? left : 0);
+    return kWhole || left >= kLanes ? f_load(row + v * kLanes) : f_load_partial(row + v * kLanes, left > 0 ? left : 0);
   };
   F16 acc[V];
   F16 mine[V];
@@ -60,42 +59,38 @@ SN_FORCE_INLINE void backward_strip(const In* own, const In* other, std::int64_t
 }
 
 template <class In, class Out>
-SN_FORCE_INLINE void backward_row(const In* own, const In* other, std::int64_t other_stride,
-                                  const EdgeLists& edges, std::int64_t row, std::int64_t columns, Out* out) {
+SN_FORCE_INLINE void backward_row(const In* own, const In* other, std::int64_t other_stride, const EdgeLists& edges,
+                                  std::int64_t row, std::int64_t columns, Out* out) {
   const std::int64_t first = edges.begin[row - edges.first_row];
   const std::int64_t count = edges.begin[row - edges.first_row + 1] - first;
   const std::int32_t* neighbours = edges.neighbours + first;
   const float* weights = static_cast<const float*>(edges.weights) + first;
   std::int64_t c = 0;
   for (; c + kStrip * kLanes <= columns; c += kStrip * kLanes) {
-    backward_strip<In, Out, kStrip, true>(own + c, other + c, other_stride, neighbours, weights, count, 0,
-                                          out + c);
+    backward_strip<In, Out, kStrip, true>(own + c, other + c, other_stride, neighbours, weights, count, 0, out + c);
   }
   for (; c < columns; c += kLanes) {
     const int left = static_cast<int>(columns - c < kLanes ? columns - c : kLanes);
     if (left == kLanes) {
-      backward_strip<In, Out, 1, true>(own + c, other + c, other_stride, neighbours, weights, count, 0,
-                                       out + c);
+      backward_strip<In, Out, 1, true>(own + c, other + c, other_stride, neighbours, weights, count, 0, out + c);
     } else {
-      backward_strip<In, Out, 1, false>(own + c, other + c, other_stride, neighbours, weights, count, left,
-                                        out + c);
+      backward_strip<In, Out, 1, false>(own + c, other + c, other_stride, neighbours, weights, count, left, out + c);
     }
   }
 }
 
 template <class T>
-void backward_rows(const FeatureView& own, const FeatureView& other, const EdgeLists& edges,
-                   std::int64_t dims, std::int64_t begin, std::int64_t end, void* out) {
+void backward_rows(const FeatureView& own, const FeatureView& other, const EdgeLists& edges, std::int64_t dims,
+                   std::int64_t begin, std::int64_t end, void* out) {
   for (std::int64_t r = begin; r < end; ++r) {
-    backward_row<T, T>(static_cast<const T*>(own.data) + r * own.row_stride,
-                       static_cast<const T*>(other.data), other.row_stride, edges, r, dims,
-                       static_cast<T*>(out) + r * dims);
+    backward_row<T, T>(static_cast<const T*>(own.data) + r * own.row_stride, static_cast<const T*>(other.data),
+                       other.row_stride, edges, r, dims, static_cast<T*>(out) + r * dims);
   }
 }
 
 template <>
-void backward_rows<double>(const FeatureView& own, const FeatureView& other, const EdgeLists& edges,
-                           std::int64_t dims, std::int64_t begin, std::int64_t end, void* out) {
+void backward_rows<double>(const FeatureView& own, const FeatureView& other, const EdgeLists& edges, std::int64_t dims,
+                           std::int64_t begin, std::int64_t end, void* out) {
   const double* weights = static_cast<const double*>(edges.weights);
   for (std::int64_t r = begin; r < end; ++r) {
     const double* mine = static_cast<const double*>(own.data) + r * own.row_stride;
@@ -110,12 +105,11 @@ void backward_rows<double>(const FeatureView& own, const FeatureView& other, con
 }
 
 template <class T>
-void backward_columns(const float* own_columns, const float* other_columns, const EdgeLists& edges,
-                      std::int64_t dims, std::int64_t column, std::int64_t begin, std::int64_t end,
-                      void* out) {
+void backward_columns(const float* own_columns, const float* other_columns, const EdgeLists& edges, std::int64_t dims,
+                      std::int64_t column, std::int64_t begin, std::int64_t end, void* out) {
   const std::int64_t columns = dims - column < kBackwardColumns ? dims - column : kBackwardColumns;
   for (std::int64_t r = begin; r < end; ++r) {
-    backward_row<float, T>(own_columns + r * kBackwardColumns, other_columns, kBackwardColumns, edges, r,
-                           columns, static_cast<T*>(out) + r * dims + column);
+    backward_row<float, T>(own_columns + r * kBackwardColumns, other_columns, kBackwardColumns, edges, r, columns,
+                           static_cast<T*>(out) + r * dims + column);
   }
 }

@@ -65,8 +65,8 @@ SN_FORCE_INLINE __m512 reduce16(const __m512 (&acc)[kPairs]) {
   __m512 eights[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(acc[i], acc[i + 8], 0x44),
-                              _mm512_shuffle_f32x4(acc[i], acc[i + 8], 0xee));
+    eights[i] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(acc[i], acc[i + 8], 0x44), _mm512_shuffle_f32x4(acc[i], acc[i + 8], 0xee));
   }
   __m512 fours[4];
 #pragma GCC unroll 4
@@ -77,8 +77,8 @@ SN_FORCE_INLINE __m512 reduce16(const __m512 (&acc)[kPairs]) {
   __m512 twos[2];
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
-    twos[i] = _mm512_add_ps(_mm512_shuffle_ps(fours[i], fours[i + 2], 0x44),
-                            _mm512_shuffle_ps(fours[i], fours[i + 2], 0xee));
+    twos[i] =
+        _mm512_add_ps(_mm512_shuffle_ps(fours[i], fours[i + 2], 0x44), _mm512_shuffle_ps(fours[i], fours[i + 2], 0xee));
   }
   return _mm512_add_ps(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
 }
@@ -99,8 +99,8 @@ SN_FORCE_INLINE __m256 reduce8(const __m256* acc) {
   __m256 twos[2];
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
-    twos[i] = _mm256_add_ps(_mm256_shuffle_ps(fours[i], fours[i + 2], 0x44),
-                            _mm256_shuffle_ps(fours[i], fours[i + 2], 0xee));
+    twos[i] =
+        _mm256_add_ps(_mm256_shuffle_ps(fours[i], fours[i + 2], 0x44), _mm256_shuffle_ps(fours[i], fours[i + 2], 0xee));
   }
   return _mm256_add_ps(_mm256_shuffle_ps(twos[0], twos[1], 0x88), _mm256_shuffle_ps(twos[0], twos[1], 0xdd));
 }
@@ -211,9 +211,8 @@ SN_FORCE_INLINE void add_segments(const T* const* x, const T* const* z, std::int
 // Columns [begin, begin + pitch) of `count` rows side by side, as accumulated, zeros behind the last column
 // and row.
 template <class T>
-SN_FORCE_INLINE void line_up(const void* const* rows, std::int64_t count, std::int64_t padded_count,
-                             std::int64_t begin, std::int64_t dims, std::int64_t pitch,
-                             typename Wide<T>::Acc* out) {
+SN_FORCE_INLINE void line_up(const void* const* rows, std::int64_t count, std::int64_t padded_count, std::int64_t begin,
+                             std::int64_t dims, std::int64_t pitch, typename Wide<T>::Acc* out) {
   using W = Wide<T>;
   for (std::int64_t r = 0; r < padded_count; ++r) {
     const T* row = static_cast<const T*>(rows[r < count ? r : 0]) + begin;
@@ -230,8 +229,8 @@ SN_FORCE_INLINE void line_up(const void* const* rows, std::int64_t count, std::i
 // With `upper` x and z are the same rows and only tiles that reach above the diagonal are computed. Slices of
 // the rows are lined up first: rows whose pitch is a power of two would fight for a few sets of the cache.
 template <class T>
-void direct_block(const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz,
-                  std::int64_t dims, bool upper, void* out, std::int64_t pitch) {
+void direct_block(const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz, std::int64_t dims,
+                  bool upper, void* out, std::int64_t pitch) {
   using Acc = typename Wide<T>::Acc;
   constexpr int kTile = 4;
   constexpr int kTiles = kDirectBlock / kTile;
@@ -288,8 +287,7 @@ void direct_list(const T* x, const FeatureView& features, const std::int32_t* or
   const T* zs[kPairs];
   alignas(64) float totals[kPairs];
   for (std::int64_t e = 0; e < count; e += kPairs) {
-    for (int i = 0; i < kPairs; ++i)
-      zs[i] = rows + order[entry_at(entries, count, e + i)] * features.row_stride;
+    for (int i = 0; i < kPairs; ++i) zs[i] = rows + order[entry_at(entries, count, e + i)] * features.row_stride;
     for (int p = 0; p < kPairs; ++p) totals[p] = 0.0f;
     add_segments<T, 1, kPairs>(&x, zs, 0, dims, totals);
     for (int i = 0; i < kPairs && e + i < count; ++i) d2[e + i] = totals[i];

@@ -12,8 +12,7 @@
 
 inline constexpr float kFloatMost = 3.402823466e38f;
 
-// ---- the mean
-// -------------------------------------------------------------------------------------------------------
+// ---- the mean -------------------------------------------------------------------------------------------------------
 
 // A mean of sampled rows that an outlier cannot drag away: rows farther from the first mean than twice the
 // median are left out of the second. Sums are of differences to a sampled row, so that equal rows give
@@ -38,8 +37,7 @@ void sampled_mean(const FeatureView* sides, int side_count, std::int64_t dims, f
   }
   const std::int64_t padded = (dims + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
   const auto load = [dims](const T* row, std::int64_t c) SN_LAMBDA_INLINE {
-    return c + kLanes <= dims ? f_load(row + c)
-                              : f_load_partial(row + c, c < dims ? static_cast<int>(dims - c) : 0);
+    return c + kLanes <= dims ? f_load(row + c) : f_load_partial(row + c, c < dims ? static_cast<int>(dims - c) : 0);
   };
   const auto average = [&](float* out) {
     const F16 share = f_set1(1.0f / static_cast<float>(count));
@@ -92,8 +90,7 @@ void sampled_mean(const FeatureView* sides, int side_count, std::int64_t dims, f
   }
 }
 
-// ---- the copy
-// -------------------------------------------------------------------------------------------------------
+// ---- the copy -------------------------------------------------------------------------------------------------------
 
 // 16 rows x 16 words to 16 words x 16 rows.
 SN_FORCE_INLINE void transpose_words(const std::uint32_t (&rows)[kPanel][kLanes], std::uint32_t* out) {
@@ -139,15 +136,12 @@ SN_FORCE_INLINE F16 round_columns(F16 t, std::uint32_t* words) {
 #if defined(__AVX512F__)
   const __m512i bits = _mm512_castps_si512(t.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_and_si512(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd),
-                       _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-  const __m512i kept =
-      _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7f800000)), rounded);
+  const __m512i rounded = _mm512_and_si512(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd),
+                                           _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  const __m512i kept = _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7f800000)), rounded);
   const __m512i even_half = _mm512_and_si512(_mm512_srli_epi64(kept, 16), _mm512_set1_epi64(0xffff));
   const __m512i odd_half = _mm512_srli_epi64(kept, 32);  // its low half is zero already
-  _mm256_store_si256(reinterpret_cast<__m256i*>(words),
-                     _mm512_cvtepi64_epi32(_mm512_or_si512(even_half, odd_half)));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(words), _mm512_cvtepi64_epi32(_mm512_or_si512(even_half, odd_half)));
   return {_mm512_sub_ps(t.v, _mm512_castsi512_ps(kept))};
 #else
   alignas(64) std::uint32_t bits[kLanes];
@@ -178,13 +172,13 @@ bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std:
     F16 residual[kPanel];
     for (int r = 0; r < kPanel; ++r) {
       const std::int64_t position = panel * kPanel + r;
-      rows[r] = position < side.rows ? static_cast<const T*>(side.features.data) +
-                                           side.order[position] * side.features.row_stride
-                                     : nullptr;
+      rows[r] = position < side.rows
+                    ? static_cast<const T*>(side.features.data) + side.order[position] * side.features.row_stride
+                    : nullptr;
       norm[r] = f_zero();
       residual[r] = f_zero();
     }
-    std::uint32_t* out = side.packed + panel * screen.pairs * kPanel;
+    std::uint32_t* out = side.packed + panel * screen.panel_stride;
     alignas(64) std::uint32_t words[kPanel][kLanes] = {};
     alignas(64) std::uint32_t turned[kLanes * kPanel];
     for (std::int64_t pair = 0; pair < screen.pairs; pair += kLanes) {
@@ -193,8 +187,8 @@ bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std:
         for (int half = 0; half < 2; ++half) {
           const std::int64_t c = 2 * pair + half * kLanes;
           const std::int64_t left = screen.dims - c;
-          const F16 x = left >= kLanes ? f_load(rows[r] + c)
-                                       : f_load_partial(rows[r] + c, left > 0 ? static_cast<int>(left) : 0);
+          const F16 x =
+              left >= kLanes ? f_load(rows[r] + c) : f_load_partial(rows[r] + c, left > 0 ? static_cast<int>(left) : 0);
           const F16 t = f_sub(x, f_load(screen.mean + c));
           const F16 rest = round_columns(t, words[r] + half * (kLanes / 2));
           norm[r] = f_fma(t, t, norm[r]);
@@ -206,8 +200,7 @@ bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std:
         transpose_words(words, out + pair * kPanel);
       } else {
         transpose_words(words, turned);
-        std::memcpy(out + pair * kPanel, turned,
-                    static_cast<std::size_t>(count * kPanel) * sizeof(std::uint32_t));
+        std::memcpy(out + pair * kPanel, turned, static_cast<std::size_t>(count * kPanel) * sizeof(std::uint32_t));
       }
     }
     for (int r = 0; r < kPanel; ++r) {
@@ -222,8 +215,7 @@ bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std:
   return usable;
 }
 
-// ---- products
-// -------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512BF16__)
 
@@ -276,8 +268,8 @@ inline constexpr int kMicroColumns = 16;
 inline constexpr std::int64_t kMicroDepth = kDepth / 2;
 
 // a[r]: column of anchor r in its widened panel, stride 16.
-SN_FORCE_INLINE void micro_kernel(const float* const (&a)[kMicroRows], const float* b, std::int64_t n,
-                                  bool first, float* c) {
+SN_FORCE_INLINE void micro_kernel(const float* const (&a)[kMicroRows], const float* b, std::int64_t n, bool first,
+                                  float* c) {
   constexpr int kVectors = kMicroColumns / kLanes;
 #if defined(__AVX512F__) || defined(__AVX2__)
   F16 acc[kMicroRows][kVectors];
@@ -338,23 +330,68 @@ SN_FORCE_INLINE void widen(const std::uint32_t* packed, std::int64_t pairs, floa
 static_assert(kTileGrain % kMicroRows == 0 && kTileGrain % kMicroColumns == 0);
 static_assert(kMicroColumns % kPanel == 0);
 
-// products[r * kTilePitch + c] = A_(row + r) . A_(column + c). Micro-tiles without a wanted pair stay
-// unwritten.
-inline void tile_products(const Screen& screen, const Tile& tile, float* products,
+// Fetches the panels of one depth of a tile into the second-level cache, a few lines at a time: the copy is larger than
+// that cache, and hardware does not follow it from panel to panel.
+class DepthPrefetch {
+ public:
+  DepthPrefetch(const Screen& screen, const Tile& tile, std::int64_t pair, std::int64_t pairs)
+      : anchors_(screen.anchors.packed + tile.row / kPanel * screen.panel_stride + pair * kPanel),
+        candidates_(screen.candidates.packed + tile.column / kPanel * screen.panel_stride + pair * kPanel),
+        stride_(screen.panel_stride),
+        anchor_panels_(tile.rows / kPanel),
+        panels_(tile.diagonal ? anchor_panels_ : anchor_panels_ + tile.columns / kPanel),
+        pairs_(pairs) {}
+
+  SN_FORCE_INLINE void lines(int count) {
+    static_assert(kPanel * sizeof(std::uint32_t) == 64, "a pair of columns of a panel is one cache line");
+    for (; count > 0 && panel_ < panels_; --count) {
+      const std::uint32_t* panel =
+          panel_ < anchor_panels_ ? anchors_ + panel_ * stride_ : candidates_ + (panel_ - anchor_panels_) * stride_;
+      __builtin_prefetch(panel + at_ * kPanel, 0, 2);
+      if (++at_ == pairs_) {
+        at_ = 0;
+        ++panel_;
+      }
+    }
+  }
+
+ private:
+  const std::uint32_t* anchors_;
+  const std::uint32_t* candidates_;
+  std::int64_t stride_;
+  std::int64_t anchor_panels_;
+  std::int64_t panels_;
+  std::int64_t pairs_;
+  std::int64_t panel_ = 0;
+  std::int64_t at_ = 0;
+};
+
+// products[r * kTilePitch + c] = A_(row + r) . A_(column + c). Micro-tiles without a wanted pair stay unwritten.
+// next: the tile that this worker is likely to get then.
+inline void tile_products(const Screen& screen, const Tile& tile, const Tile& next, float* products,
                           [[maybe_unused]] float* wide) {
   const std::int64_t depth_pairs = kMicroDepth / 2;
-  const std::int64_t panel_words = screen.pairs * kPanel;
+  const std::int64_t panel_words = screen.panel_stride;
   const std::uint32_t* anchors = screen.anchors.packed + tile.row / kPanel * panel_words;
   const std::uint32_t* candidates = screen.candidates.packed + tile.column / kPanel * panel_words;
+  const auto pairs_at = [&](std::int64_t pair) {
+    return screen.pairs - pair < depth_pairs ? screen.pairs - pair : depth_pairs;
+  };
+  // So many lines a micro-kernel that a depth is fetched while the one before it is used.
+  const std::int64_t micro_tiles = (tile.rows / kMicroRows) * (tile.columns / kMicroColumns);
+  const std::int64_t depth_lines = (tile.rows + tile.columns) / kPanel * depth_pairs;
+  const int lines = static_cast<int>((depth_lines + micro_tiles - 1) / micro_tiles);
   for (std::int64_t pair = 0; pair < screen.pairs; pair += depth_pairs) {
-    const std::int64_t n = screen.pairs - pair < depth_pairs ? screen.pairs - pair : depth_pairs;
+    const std::int64_t n = pairs_at(pair);
     const bool first = pair == 0;
+    const std::int64_t after = pair + depth_pairs;
+    DepthPrefetch prefetch = after < screen.pairs ? DepthPrefetch(screen, tile, after, pairs_at(after))
+                                                  : DepthPrefetch(screen, next, 0, pairs_at(0));
 #if !defined(__AVX512BF16__)
     float* wide_candidates = wide;
     float* wide_anchors = wide + kWideCandidateFloats;
     for (std::int64_t panel = 0; panel < tile.rows / kPanel; ++panel) {
-      widen(anchors + panel * panel_words + pair * kPanel, n, wide_anchors + panel * kPanel * kMicroDepth,
-            kPanel);
+      widen(anchors + panel * panel_words + pair * kPanel, n, wide_anchors + panel * kPanel * kMicroDepth, kPanel);
     }
 #endif
     for (std::int64_t column = 0; column < tile.columns; column += kMicroColumns) {
@@ -366,6 +403,7 @@ inline void tile_products(const Screen& screen, const Tile& tile, float* product
 #endif
       for (std::int64_t row = 0; row < tile.rows; row += kMicroRows) {
         if (tile.diagonal && column + kMicroColumns - 1 <= row) break;
+        prefetch.lines(lines);
         float* c = products + row * kTilePitch + column;
 #if defined(__AVX512BF16__)
         const std::uint32_t* a = anchors + row / kPanel * panel_words + pair * kPanel + row % kPanel;
@@ -382,8 +420,7 @@ inline void tile_products(const Screen& screen, const Tile& tile, float* product
   }
 }
 
-// ---- lists
-// ----------------------------------------------------------------------------------------------------------
+// ---- lists ----------------------------------------------------------------------------------------------------------
 
 // An upper bound of the `wanted`-th smallest of `count` finite values, by bisection of their range. `values`
 // has room up to a whole vector; what is there is overwritten.
@@ -413,8 +450,7 @@ SN_FORCE_INLINE float rank_bound(float* values, std::int64_t count, std::int64_t
 #if defined(__AVX512F__)
     std::int64_t below = 0;
     for (std::int64_t e = 0; e < count; e += kLanes) {
-      below += __builtin_popcount(
-          _mm512_cmp_ps_mask(_mm512_load_ps(values + e), _mm512_set1_ps(middle), _CMP_LE_OQ));
+      below += __builtin_popcount(_mm512_cmp_ps_mask(_mm512_load_ps(values + e), _mm512_set1_ps(middle), _CMP_LE_OQ));
     }
 #else
     std::int32_t below = 0;
@@ -459,8 +495,7 @@ __attribute__((noinline)) void prune(const Screen& screen, std::int64_t p) {
   for (std::int64_t e = settled; e < count; e += 8) {
     const std::uint32_t in_list = count - e < 8 ? (1u << (count - e)) - 1u : 0xffu;
     const __m512i eight = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(in_list), entries + e);
-    const std::uint32_t low =
-        _mm512_cmp_ps_mask(_mm512_castsi512_ps(eight), _mm512_set1_ps(threshold), _CMP_LE_OQ);
+    const std::uint32_t low = _mm512_cmp_ps_mask(_mm512_castsi512_ps(eight), _mm512_set1_ps(threshold), _CMP_LE_OQ);
     const std::uint32_t keep = _pext_u32(low, 0xaaaau) & in_list;
     if (keep == 0) continue;
     const int some = __builtin_popcount(keep);
@@ -481,8 +516,8 @@ __attribute__((noinline)) void prune(const Screen& screen, std::int64_t p) {
 }
 
 template <class T>
-SN_FORCE_INLINE void direct_list_of(const Screen& screen, std::int64_t p, const Entry* entries,
-                                    std::int64_t count, float* d2) {
+SN_FORCE_INLINE void direct_list_of(const Screen& screen, std::int64_t p, const Entry* entries, std::int64_t count,
+                                    float* d2) {
   const FeatureView& anchors = screen.anchors.features;
   direct_list<T>(static_cast<const T*>(anchors.data) + screen.anchors.order[p] * anchors.row_stride,
                  screen.candidates.features, screen.candidates.order, entries, count, screen.dims, d2);
@@ -494,9 +529,8 @@ SN_FORCE_INLINE void insert_settled(const Screen& screen, std::int64_t p, std::i
   Entry* entries = screen.lists + p * screen.capacity;
   const std::int32_t* order = screen.candidates.order;
   const std::uint64_t key = pack_key(d2, order[candidate]);
-  const auto key_at = [&](std::int64_t e) SN_LAMBDA_INLINE {
-    return pack_key(entries[e].score, order[entries[e].candidate]);
-  };
+  const auto key_at = [&](std::int64_t e)
+                          SN_LAMBDA_INLINE { return pack_key(entries[e].score, order[entries[e].candidate]); };
   std::int64_t at = screen.settled_counts[p];
   if (at == screen.K) {
     if (key > key_at(--at)) return;
@@ -578,12 +612,12 @@ SN_FORCE_INLINE Hits find_hits(const float* products, const float* bias, float t
   Hits hits{0, 0};
   for (int half = 0; half < 2; ++half) {
     const __m256 g = _mm256_load_ps(products + 8 * half);
-    const __m256 row = _mm256_cmp_ps(_mm256_sub_ps(_mm256_loadu_ps(bias + 8 * half), g),
-                                     _mm256_set1_ps(threshold), _CMP_LE_OQ);
+    const __m256 row =
+        _mm256_cmp_ps(_mm256_sub_ps(_mm256_loadu_ps(bias + 8 * half), g), _mm256_set1_ps(threshold), _CMP_LE_OQ);
     hits.anchor |= static_cast<std::uint32_t>(_mm256_movemask_ps(row)) << (8 * half);
     if constexpr (kSymmetric) {
-      const __m256 column = _mm256_cmp_ps(_mm256_sub_ps(_mm256_set1_ps(own_bias), g),
-                                          _mm256_loadu_ps(thresholds + 8 * half), _CMP_LE_OQ);
+      const __m256 column =
+          _mm256_cmp_ps(_mm256_sub_ps(_mm256_set1_ps(own_bias), g), _mm256_loadu_ps(thresholds + 8 * half), _CMP_LE_OQ);
       hits.candidates |= static_cast<std::uint32_t>(_mm256_movemask_ps(column)) << (8 * half);
     }
   }
@@ -670,13 +704,12 @@ void tile_epilogue_as(const Screen& screen, const Tile& tile, const float* tile_
         const std::int64_t p = tile.row + r0 + r;
         const int before = count;
         for (std::int64_t c = 0; c < columns; c += kLanes) {
-          Hits hits = find_hits<kSymmetric>(
-              tile_products + (r0 + r) * kTilePitch + c0 + c, screen.bias + column + c, screen.thresholds[p],
-              kSymmetric ? screen.bias[p] : 0.0f, kSymmetric ? screen.thresholds + column + c : nullptr);
+          Hits hits = find_hits<kSymmetric>(tile_products + (r0 + r) * kTilePitch + c0 + c, screen.bias + column + c,
+                                            screen.thresholds[p], kSymmetric ? screen.bias[p] : 0.0f,
+                                            kSymmetric ? screen.thresholds + column + c : nullptr);
           if (tile.diagonal && r0 == c0) {  // only columns behind the row: lanes above r
             const std::int64_t first = r + 1 - c;
-            const std::uint32_t behind =
-                first >= kLanes ? 0u : 0xffffu & ~((1u << (first > 0 ? first : 0)) - 1u);
+            const std::uint32_t behind = first >= kLanes ? 0u : 0xffffu & ~((1u << (first > 0 ? first : 0)) - 1u);
             hits.anchor &= behind;
             hits.candidates &= behind;
           }
@@ -696,8 +729,7 @@ void tile_epilogue_as(const Screen& screen, const Tile& tile, const float* tile_
         const float* products = tile_products + (r0 + found[f].row) * kTilePitch + c0 + found[f].first;
         for (std::uint32_t mask = found[f].hits.anchor; mask != 0; mask &= mask - 1) {
           const int lane = __builtin_ctz(mask);
-          if (!kSymmetric && screen.self_position != nullptr && screen.self_position[p] == first + lane)
-            continue;
+          if (!kSymmetric && screen.self_position != nullptr && screen.self_position[p] == first + lane) continue;
           append(screen, p, first + lane, screen.bias[first + lane] - products[lane]);
         }
         for (std::uint32_t mask = found[f].hits.candidates; mask != 0; mask &= mask - 1) {
@@ -710,12 +742,10 @@ void tile_epilogue_as(const Screen& screen, const Tile& tile, const float* tile_
 }
 
 inline void tile_epilogue(const Screen& screen, const Tile& tile, const float* products) {
-  screen.symmetric ? tile_epilogue_as<true>(screen, tile, products)
-                   : tile_epilogue_as<false>(screen, tile, products);
+  screen.symmetric ? tile_epilogue_as<true>(screen, tile, products) : tile_epilogue_as<false>(screen, tile, products);
 }
 
-// ---- refinement
-// -----------------------------------------------------------------------------------------------------
+// ---- refinement -----------------------------------------------------------------------------------------------------
 
 template <class T>
 void refine_rows(const Screen& screen, std::int64_t p) {
@@ -736,12 +766,10 @@ inline void refine_columns(const Screen& screen, const float* anchor_columns, co
 // with zeros up to `pitch`.
 inline constexpr std::int64_t kAhead = 8;
 template <class T>
-void gather_columns(const FeatureView& features, const std::int32_t* order, std::int64_t begin,
-                    std::int64_t end, std::int64_t column, std::int64_t columns, std::int64_t pitch,
-                    float* out) {
+void gather_columns(const FeatureView& features, const std::int32_t* order, std::int64_t begin, std::int64_t end,
+                    std::int64_t column, std::int64_t columns, std::int64_t pitch, float* out) {
   for (std::int64_t r = begin; r < end; ++r) {
-    const T* row =
-        static_cast<const T*>(features.data) + (order ? order[r] : r) * features.row_stride + column;
+    const T* row = static_cast<const T*>(features.data) + (order ? order[r] : r) * features.row_stride + column;
     if (r + kAhead < end) {  // rows lie far apart, where no hardware prefetcher follows
       const T* later = static_cast<const T*>(features.data) +
                        (order ? order[r + kAhead] : r + kAhead) * features.row_stride + column;

@@ -3,7 +3,9 @@
 
 #include <atomic>
 #include <cstdint>
+#include <thread>
 #include <type_traits>
+#include <vector>
 
 #if defined(__SSE2__)
 #include <xmmintrin.h>
@@ -70,11 +72,47 @@ void for_each(const ThreadPool& pool, int workers, std::int64_t items, const Bod
 
 // body(begin, end) over [0, count) in blocks of `block`.
 template <class Body>
-void for_blocks(const ThreadPool& pool, int workers, std::int64_t count, std::int64_t block,
-                const Body& body) {
+void for_blocks(const ThreadPool& pool, int workers, std::int64_t count, std::int64_t block, const Body& body) {
   for_each(pool, workers, (count + block - 1) / block, [&](std::int64_t item) {
     const std::int64_t begin = item * block;
     body(begin, begin + block < count ? begin + block : count);
+  });
+}
+
+// A gather-and-use pipeline over two buffers, in one parallel region: gather(stage, item) fills buffer stage % 2 and
+// use(stage, item) reads it, every use of a stage after every use of the stage before. Items are handed out in an order
+// in which each waits only for items before it, so that whoever runs the first unfinished item never waits: no number of
+// workers can block.
+template <class Gather, class Use>
+void gather_and_use(const ThreadPool& pool, int workers, std::int64_t stages, std::int64_t gathers, std::int64_t uses,
+                    const Gather& gather, const Use& use) {
+  struct Stage {
+    std::atomic<std::int64_t> gathered{0};
+    std::atomic<std::int64_t> used{0};
+  };
+  std::vector<Stage> done(static_cast<std::size_t>(stages));
+  const auto wait_for = [](const std::atomic<std::int64_t>& count, std::int64_t all) {
+    constexpr int kSpins = 2000;
+    for (int spins = 0; count.load(std::memory_order_acquire) < all; ++spins) {
+      if (spins >= kSpins) std::this_thread::yield();
+    }
+  };
+  // Step t: the gathers of stage t, into the buffer that stage t - 2 has been used from, and the uses of stage t - 1.
+  const std::int64_t step_items = gathers + uses;
+  for_each(pool, workers, (stages + 1) * step_items, [&](std::int64_t item) {
+    const std::int64_t step = item / step_items;
+    const std::int64_t at = item % step_items;
+    if (at < gathers) {
+      if (step == stages) return;
+      if (step >= 2) wait_for(done[step - 2].used, uses);
+      gather(step, at);
+      done[step].gathered.fetch_add(1, std::memory_order_release);
+    } else if (step > 0) {
+      wait_for(done[step - 1].gathered, gathers);
+      if (step >= 2) wait_for(done[step - 2].used, uses);  // an item may add to what it did in the stage before
+      use(step - 1, at - gathers);
+      done[step - 1].used.fetch_add(1, std::memory_order_release);
+    }
   });
 }
 

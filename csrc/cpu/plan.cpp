@@ -16,8 +16,7 @@ constexpr std::int64_t kDirectScratch = std::int64_t{4} << 20;
 // Rows that fit the second-level cache need no gathering, and short ones come in whole lines anyway.
 constexpr std::int64_t kCachedFeatures = std::int64_t{1} << 16;
 constexpr std::int64_t kGatherFromDims = 256;
-static_assert(2 * kRefineColumns * sizeof(float) <= 2 * kGatherFromDims,
-              "two segments fit in the copy's place");
+static_assert(2 * kRefineColumns * sizeof(float) <= 2 * kGatherFromDims, "two segments fit in the copy's place");
 
 }  // namespace
 
@@ -36,26 +35,26 @@ Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K,
   const double m = static_cast<double>(M);
   const double share = symmetric ? 0.5 : 1.0;
   const double direct = share * n * m * 0.09;
-  const double screened = share * n * m * (widens ? 0.036 : 0.018) + (symmetric ? n : n + m) * 2.0 +
-                          n * static_cast<double>(K + 4) * 0.3;
+  const double screened =
+      share * n * m * (widens ? 0.036 : 0.018) + (symmetric ? n : n + m) * 2.0 + n * static_cast<double>(K + 4) * 0.3;
   return direct <= screened ? Path::kDirect : Path::kScreen;
 }
 
-ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric,
-                       bool widens, int threads) {
+ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, bool widens,
+                       int threads) {
   ScreenPlan plan{};
   // Room for what the bounds leave open beside the K nearest, within the memory the rows may take.
   const std::int64_t spare = symmetric ? 2 * D : 0;  // the budget counts the copy of both sides
   const std::int64_t budget =
       ((std::int64_t{2} << 20) / std::max<std::int64_t>(N, 1) + kListBytesPerRow + spare) / kEntryBytes;
   const std::int64_t wanted = K + 64 + K / 4;
-  plan.capacity = std::clamp(std::min(wanted, budget) / kPanel * kPanel + kPanel,
-                             round_up(K, kPanel) + 2 * kPanel, kListMost);
+  plan.capacity =
+      std::clamp(std::min(wanted, budget) / kPanel * kPanel + kPanel, round_up(K, kPanel) + 2 * kPanel, kListMost);
   plan.first_pruning = std::min(plan.capacity, K + 32);
   const std::int64_t smaller = std::min(N, M);
   plan.tile = smaller < 4 * kTileLarge || threads > 16 ? kTileSmall : kTileLarge;
-  const std::int64_t worker_bytes = (plan.tile * kTilePitch + (widens ? wide_floats(plan.tile) : 0)) *
-                                    static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t worker_bytes =
+      (plan.tile * kTilePitch + (widens ? wide_floats(plan.tile) : 0)) * static_cast<std::int64_t>(sizeof(float));
   plan.workers = static_cast<int>(std::clamp<std::int64_t>(threads, 1, kFixedScratch / worker_bytes));
   return plan;
 }
@@ -67,8 +66,7 @@ std::int64_t direct_strip(std::int64_t N, std::int64_t M, std::int64_t value_byt
 }
 
 bool refines_by_columns(std::int64_t N, std::int64_t M, std::int64_t D) {
-  return D >= kGatherFromDims &&
-         std::max(N, M) * D * static_cast<std::int64_t>(sizeof(float)) > kCachedFeatures;
+  return D >= kGatherFromDims && std::max(N, M) * D * static_cast<std::int64_t>(sizeof(float)) > kCachedFeatures;
 }
 
 Plan plan_forward(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, DType dtype, bool symmetric,
@@ -87,8 +85,7 @@ Plan plan_forward(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k
   const std::int64_t rows = symmetric ? N : N + M;
   plan.workspace_bytes =
       round_up(rows, kTileGrain) * round_up(D, 2) * 2 + N * screen.capacity * kEntryBytes +
-      screen.workers * (screen.tile * kTilePitch + (kernels.widens ? wide_floats(screen.tile) : 0)) * 4 +
-      rows * 24;
+      screen.workers * (screen.tile * kTilePitch + (kernels.widens ? wide_floats(screen.tile) : 0)) * 4 + rows * 24;
   return plan;
 }
 

@@ -24,8 +24,8 @@ inline constexpr std::int64_t kScreenMostK = 256;
 
 Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, DType dtype, bool symmetric,
                  bool widens);
-ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric,
-                       bool widens, int threads);
+ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, bool widens,
+                       int threads);
 // Anchors whose distances to all candidates are held at a time by the direct path.
 std::int64_t direct_strip(std::int64_t N, std::int64_t M, std::int64_t value_bytes);
 bool refines_by_columns(std::int64_t N, std::int64_t M, std::int64_t D);

@@ -63,8 +63,7 @@ SN_FORCE_INLINE Half from_float(float value, Half*) {
   const std::uint16_t sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
   const std::uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {static_cast<std::uint16_t>(sign | 0x7e00u)};
-  if (magnitude >= 0x477ff000u)
-    return {static_cast<std::uint16_t>(sign | 0x7c00u)};  // rounds to 65536 or more
+  if (magnitude >= 0x477ff000u) return {static_cast<std::uint16_t>(sign | 0x7c00u)};  // rounds to 65536 or more
   if (magnitude < 0x38800000u) {  // below 2^-14: let a float addition round to the subnormal grid 2^-24
     const float shifted = bits_to_float(magnitude) + 0.5f;  // ulp of [0.5, 1) is 2^-24
     return {static_cast<std::uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000u))};
@@ -73,8 +72,7 @@ SN_FORCE_INLINE Half from_float(float value, Half*) {
   return {static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
 }
 
-// ---- sixteen floats
-// -------------------------------------------------------------------------------------------------
+// ---- sixteen floats -------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
 
@@ -231,8 +229,7 @@ SN_FORCE_INLINE F16 f_load_partial(const T* p, int count) {
   return f_load(wide);
 }
 
-// ---- sixteen doubles: the plain path for fp64
-// ------------------------------------------------------------------------
+// ---- sixteen doubles: the plain path for fp64 -----------------------------------------------------------------------
 
 struct D16 {
   double v[kLanes];

@@ -14,8 +14,7 @@
 namespace sn::cuda {
 namespace {
 
-// ---- traits
-// --------------------------------------------------------------------------------------------------
+// ---- traits ---------------------------------------------------------------------------------------------------------
 
 template <typename T>
 struct RowTraits;
@@ -53,16 +52,14 @@ constexpr int kMinBlocks = 4;
 static_assert(kThreads <= 1024, "a block has at most 1024 threads");
 static_assert((kWarpSize & (kWarpSize - 1)) == 0, "the butterfly halves the warp until one lane is left");
 
-// ---- kernel
-// --------------------------------------------------------------------------------------------------
+// ---- kernel ---------------------------------------------------------------------------------------------------------
 
 // gFeatures [rows, dims] with row stride `row_stride`, unit stride along dims. kAligned: every row starts at
 // a multiple of 16 bytes, so that whole packs are one load.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    prepare_kernel(const T* __restrict__ gFeatures, std::int64_t rows, std::int64_t dims,
-                   std::int64_t row_stride, typename RowTraits<T>::Acc* __restrict__ gSquaredNorms,
-                   std::int32_t* __restrict__ gNonfinite) {
+    prepare_kernel(const T* __restrict__ gFeatures, std::int64_t rows, std::int64_t dims, std::int64_t row_stride,
+                   typename RowTraits<T>::Acc* __restrict__ gSquaredNorms, std::int32_t* __restrict__ gNonfinite) {
   using Traits = RowTraits<T>;
   using Acc = typename Traits::Acc;
   using Bits = typename Traits::Bits;
@@ -106,8 +103,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
-// ---- launch
-// --------------------------------------------------------------------------------------------------
+// ---- launch ---------------------------------------------------------------------------------------------------------
 
 template <typename T>
 cudaError_t launch_prepare(const PrepareArgs& args, cudaStream_t stream) {
@@ -117,8 +113,7 @@ cudaError_t launch_prepare(const PrepareArgs& args, cudaStream_t stream) {
   const std::int64_t rows = args.features.rows;
   const std::int64_t row_stride = args.features.row_stride;
   const std::int64_t row_bytes = row_stride * static_cast<std::int64_t>(sizeof(T));
-  const bool aligned =
-      reinterpret_cast<std::uintptr_t>(features) % kPackBytes == 0 && row_bytes % kPackBytes == 0;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(features) % kPackBytes == 0 && row_bytes % kPackBytes == 0;
   const LaunchShape shape{(rows + kWarpsPerBlock - 1) / kWarpsPerBlock, kThreads, 0};
   const auto kernel = aligned ? prepare_kernel<T, true> : prepare_kernel<T, false>;
   return launch(kernel, shape, stream, features, rows, args.dims, row_stride, squared_norms, args.nonfinite);
@@ -126,8 +121,7 @@ cudaError_t launch_prepare(const PrepareArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
-// ---- dispatch
-// ------------------------------------------------------------------------------------------------
+// ---- dispatch -------------------------------------------------------------------------------------------------------
 
 cudaError_t prepare(const PrepareArgs& args, cudaStream_t stream) {
   if (args.features.rows == 0) return cudaSuccess;

@@ -14,8 +14,7 @@ namespace sn::cuda {
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 
-// ---- where a thread is
-// ---------------------------------------------------------------------------------------
+// ---- where a thread is ----------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int lane_id() {
   return static_cast<int>(threadIdx.x) % kWarpSize;
@@ -27,16 +26,14 @@ __device__ __forceinline__ std::int64_t block_id() {
   return static_cast<std::int64_t>(blockIdx.x);
 }
 
-// ---- exchange within a warp; every lane takes part
-// -----------------------------------------------------------
+// ---- exchange within a warp; every lane takes part ------------------------------------------------------------------
 
 template <typename T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(kFullWarp, value, mask);
 }
 
-// ---- bits
-// ----------------------------------------------------------------------------------------------------
+// ---- bits -----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ std::uint32_t bits_of(float value) {
   return __float_as_uint(value);
@@ -51,8 +48,7 @@ __device__ __forceinline__ std::uint64_t bits_of(double value) {
   return static_cast<std::uint64_t>(__double_as_longlong(value));
 }
 
-// ---- arithmetic, IEEE round to nearest, never flushed to zero
-// ------------------------------------------------
+// ---- arithmetic, IEEE round to nearest, never flushed to zero -------------------------------------------------------
 
 __device__ __forceinline__ float widen(float value) {
   return value;
@@ -80,8 +76,7 @@ __device__ __forceinline__ double add(double a, double b) {
   return __dadd_rn(a, b);
 }
 
-// ---- global memory
-// -------------------------------------------------------------------------------------------
+// ---- global memory --------------------------------------------------------------------------------------------------
 
 inline constexpr int kPackBytes = 16;  // the widest load a lane can make
 
@@ -107,8 +102,7 @@ __device__ __forceinline__ T load(const T* source) {
   return __ldg(source);
 }
 
-// ---- launching
-// -----------------------------------------------------------------------------------------------
+// ---- launching ------------------------------------------------------------------------------------------------------
 
 struct LaunchShape {
   std::int64_t blocks;

@@ -32,8 +32,8 @@ void check(bool holds, const std::string& what) {
   ++checks;
 }
 
-void threaded_for(std::int64_t begin, std::int64_t end, std::int64_t,
-                  void (*body)(std::int64_t, std::int64_t, void*), void* context) {
+void threaded_for(std::int64_t begin, std::int64_t end, std::int64_t, void (*body)(std::int64_t, std::int64_t, void*),
+                  void* context) {
   std::vector<std::thread> threads;
   for (std::int64_t i = begin; i < end; ++i) threads.emplace_back([=] { body(i, i + 1, context); });
   for (std::thread& thread : threads) thread.join();
@@ -151,9 +151,9 @@ void check_selection(const Problem& p, const Result& r, const std::string& where
     std::sort(order.begin(), order.end());
     for (std::int64_t e = 0; e < K; ++e) {
       const std::int32_t want = e < static_cast<std::int64_t>(order.size()) ? order[e].second : -1;
-      check(r.indices[i * (K + 2) + e] == want, where + ": anchor " + std::to_string(i) + " slot " +
-                                                    std::to_string(e) + " expected " + std::to_string(want) +
-                                                    " got " + std::to_string(r.indices[i * (K + 2) + e]));
+      check(r.indices[i * (K + 2) + e] == want, where + ": anchor " + std::to_string(i) + " slot " + std::to_string(e) +
+                                                    " expected " + std::to_string(want) + " got " +
+                                                    std::to_string(r.indices[i * (K + 2) + e]));
     }
     check(r.near[i] == near && r.far[i] == far, where + ": positives of anchor " + std::to_string(i));
   }
@@ -192,8 +192,7 @@ void check_gradient(const Problem& p, const Result& r, sn::Reduction reduction, 
   }
   for (std::size_t at = 0; at < of_candidates.size(); ++at) {
     const double bound = 2e-6 * candidate_size[at / p.D] + 1e-30;
-    check(std::abs(r.grad_candidates[at] - of_candidates[at]) <= bound,
-          where + ": gradient of the candidates");
+    check(std::abs(r.grad_candidates[at] - of_candidates[at]) <= bound, where + ": gradient of the candidates");
   }
 }
 
@@ -234,8 +233,8 @@ Problem make(const std::string& kind, std::int64_t N, std::int64_t M, std::int64
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
   Problem p;
-  p.name = kind + " " + std::to_string(N) + "x" + std::to_string(M) + "x" + std::to_string(D) + " k" +
-           std::to_string(k);
+  p.name =
+      kind + " " + std::to_string(N) + "x" + std::to_string(M) + "x" + std::to_string(D) + " k" + std::to_string(k);
   p.N = N;
   p.M = M;
   p.D = D;
@@ -317,21 +316,19 @@ void check_problem(const Problem& p) {
 int main(int argc, char** argv) {
   const bool quick = argc > 1 && std::string(argv[1]) == "--quick";
   unsigned seed = 1;
-  const std::vector<std::string> kinds = {"random",    "clusters",   "two",   "collapsed",
-                                          "identical", "duplicates", "grid",  "outlier",
-                                          "tiny",      "huge",       "mixed", "bank"};
+  const std::vector<std::string> kinds = {"random", "clusters", "two",  "collapsed", "identical", "duplicates",
+                                          "grid",   "outlier",  "tiny", "huge",      "mixed",     "bank"};
   for (const std::int64_t D : {128, 512, 1000}) check_problem(make_aligned(D, ++seed));
   for (const std::string& kind : kinds) {
-    for (const auto& [N, M, D, k, identities] :
-         std::vector<std::array<std::int64_t, 5>>{{1, 1, 1, 1, 1},
-                                                  {2, 2, 3, 1, 1},
-                                                  {17, 17, 65, 10, 4},
-                                                  {49, 49, 31, 60, 3},
-                                                  {97, 97, 100, 10, 100000},
-                                                  {130, 130, 257, 3, 30},
-                                                  {5, 300, 70, 10, 7},
-                                                  {200, 131, 33, 20, 1},
-                                                  {333, 333, 300, 10, 80}}) {
+    for (const auto& [N, M, D, k, identities] : std::vector<std::array<std::int64_t, 5>>{{1, 1, 1, 1, 1},
+                                                                                         {2, 2, 3, 1, 1},
+                                                                                         {17, 17, 65, 10, 4},
+                                                                                         {49, 49, 31, 60, 3},
+                                                                                         {97, 97, 100, 10, 100000},
+                                                                                         {130, 130, 257, 3, 30},
+                                                                                         {5, 300, 70, 10, 7},
+                                                                                         {200, 131, 33, 20, 1},
+                                                                                         {333, 333, 300, 10, 80}}) {
       check_problem(make(kind, N, M, D, k, identities, ++seed));
     }
     if (quick) continue;

@@ -234,7 +234,7 @@ void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& ker
     kernels.backward_columns(args.dtype, own_columns[block % 2], other_columns[block % 2], edges, args.dims,
                              block * kBackwardColumns, cuts[item], cuts[item + 1], out);
   };
-  gather_and_use(pool, workers, blocks, own_items + other_items, parts, line_up, use);
+  gather_and_use(pool, workers, blocks, own_items + other_items, parts, false, line_up, use);
 }
 
 // Entries of edge lists held at a time: 512 bytes a row and some megabytes. K = 10 never needs a second

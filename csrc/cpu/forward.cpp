@@ -637,7 +637,7 @@ void refine(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kern
       kernels.refine_columns(screen, buffers[segment % 2], candidate_buffers[segment % 2], p);
     }
   };
-  gather_and_use(pool, workers, segments, anchor_items + candidate_items, anchor_items, gather, use);
+  gather_and_use(pool, workers, segments, anchor_items + candidate_items, anchor_items, true, gather, use);
 }
 
 // False if the rows cannot be screened; nothing has been written then.

@@ -80,12 +80,12 @@ void for_blocks(const ThreadPool& pool, int workers, std::int64_t count, std::in
 }
 
 // A gather-and-use pipeline over two buffers, in one parallel region: gather(stage, item) fills buffer stage % 2 and
-// use(stage, item) reads it, every use of a stage after every use of the stage before. Items are handed out in an order
-// in which each waits only for items before it, so that whoever runs the first unfinished item never waits: no number of
-// workers can block.
+// use(stage, item) reads it; with `in_order`, uses of a stage start when those of the stage before are done, so that
+// they may add to what those left. Items are handed out in an order in which each waits only for items before it, so
+// that whoever runs the first unfinished item never waits: no number of workers can block.
 template <class Gather, class Use>
 void gather_and_use(const ThreadPool& pool, int workers, std::int64_t stages, std::int64_t gathers, std::int64_t uses,
-                    const Gather& gather, const Use& use) {
+                    bool in_order, const Gather& gather, const Use& use) {
   struct Stage {
     std::atomic<std::int64_t> gathered{0};
     std::atomic<std::int64_t> used{0};
@@ -109,7 +109,7 @@ void gather_and_use(const ThreadPool& pool, int workers, std::int64_t stages, st
       done[step].gathered.fetch_add(1, std::memory_order_release);
     } else if (step > 0) {
       wait_for(done[step - 1].gathered, gathers);
-      if (step >= 2) wait_for(done[step - 2].used, uses);  // an item may add to what it did in the stage before
+      if (in_order && step >= 2) wait_for(done[step - 2].used, uses);
       use(step - 1, at - gathers);
       done[step - 1].used.fetch_add(1, std::memory_order_release);
     }

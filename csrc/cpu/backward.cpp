@@ -189,6 +189,20 @@ std::vector<std::int64_t> balanced_rows(const std::vector<std::int64_t>& begin, 
   return cuts;
 }
 
+std::int64_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : (dtype == DType::kFloat32 ? 4 : 2);
+}
+
+// Writes to each page of an output that is about to be overwritten.
+void touch(const ThreadPool& pool, int workers, void* out, std::int64_t bytes) {
+  constexpr std::int64_t kPage = 4096;
+  constexpr std::int64_t kPart = std::int64_t{2} << 20;
+  for_blocks(pool, workers, bytes, kPart, [&](std::int64_t begin, std::int64_t end) {
+    volatile char* memory = static_cast<char*>(out);
+    for (std::int64_t at = begin; at < end; at += kPage) memory[at] = 0;
+  });
+}
+
 // A strip of one side: out_r = sum_e weight_e (own_r - other_e).
 void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& kernels, const FeatureView& own,
             const FeatureView& other, const EdgeLists& edges, const std::vector<std::int64_t>& begin, void* out) {
@@ -221,17 +235,19 @@ void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& ker
   const std::int64_t blocks = (args.dims + kBackwardColumns - 1) / kBackwardColumns;
   const std::int64_t own_items = (own.rows + kRows - 1) / kRows;
   const std::int64_t other_items = (other_rows + kRows - 1) / kRows;
-  const auto line_up = [&](std::int64_t block, std::int64_t item) {
+  // Every worker writes to every row: touch fresh pages first, each by one worker, or they all fault on the same ones.
+  if (edges.first_row == 0) touch(pool, workers, out, own.rows * args.dims * element_bytes(args.dtype));
+  const auto line_up = [&](std::int64_t block, std::int64_t item, std::int64_t buffer) {
     const bool of_own = item < own_items;
     const FeatureView& side = of_own ? own : other;
     const std::int64_t first = (of_own ? item : item - own_items) * kRows;
     const std::int64_t column = block * kBackwardColumns;
     kernels.gather_columns(args.dtype, side, nullptr, first, std::min(side.rows, first + kRows), column,
                            std::min(kBackwardColumns, args.dims - column), kBackwardColumns,
-                           of_own ? own_columns[block % 2] : other_columns[block % 2]);
+                           of_own ? own_columns[buffer] : other_columns[buffer]);
   };
-  const auto use = [&](std::int64_t block, std::int64_t item) {
-    kernels.backward_columns(args.dtype, own_columns[block % 2], other_columns[block % 2], edges, args.dims,
+  const auto use = [&](std::int64_t block, std::int64_t item, std::int64_t buffer) {
+    kernels.backward_columns(args.dtype, own_columns[buffer], other_columns[buffer], edges, args.dims,
                              block * kBackwardColumns, cuts[item], cuts[item + 1], out);
   };
   gather_and_use(pool, workers, blocks, own_items + other_items, parts, false, line_up, use);

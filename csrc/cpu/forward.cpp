@@ -612,9 +612,8 @@ void refine(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kern
       for (std::int64_t e = 0; e < screen.list_counts[p]; ++e) screen.lists[p * screen.capacity + e].score = 0.0f;
     }
   });
-  // Rows are far apart in memory and wanted many times: gather a segment of columns where it stays in cache,
-  // use it for all lists, go on. The screening copy is no longer needed and makes room; one segment is
-  // gathered while the one before is used.
+  // Rows are far apart in memory and wanted many times: gather a segment of columns where it stays in cache, use it for
+  // all lists, go on. The screening copy is no longer needed and makes room for two such buffers.
   const std::int64_t M = args.symmetric ? 0 : args.candidates.rows;
   float* buffers[2] = {reinterpret_cast<float*>(screen.anchors.packed), nullptr};
   float* candidate_buffers[2] = {reinterpret_cast<float*>(screen.candidates.packed), nullptr};
@@ -623,18 +622,18 @@ void refine(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kern
   const std::int64_t segments = (args.dims + kRefineColumns - 1) / kRefineColumns;
   const std::int64_t anchor_items = (N + kRows - 1) / kRows;
   const std::int64_t candidate_items = (M + kRows - 1) / kRows;
-  const auto gather = [&](std::int64_t segment, std::int64_t item) {
+  const auto gather = [&](std::int64_t segment, std::int64_t item, std::int64_t buffer) {
     const bool of_anchors = item < anchor_items;
     const ScreenSide& side = of_anchors ? screen.anchors : screen.candidates;
     const std::int64_t begin = (of_anchors ? item : item - anchor_items) * kRows;
     const std::int64_t column = segment * kRefineColumns;
     kernels.gather_columns(args.dtype, side.features, side.order, begin, std::min(side.rows, begin + kRows), column,
                            std::min(kRefineColumns, args.dims - column), kRefineColumns,
-                           of_anchors ? buffers[segment % 2] : candidate_buffers[segment % 2]);
+                           of_anchors ? buffers[buffer] : candidate_buffers[buffer]);
   };
-  const auto use = [&](std::int64_t segment, std::int64_t item) {
+  const auto use = [&](std::int64_t, std::int64_t item, std::int64_t buffer) {
     for (std::int64_t p = item * kRows; p < std::min(N, (item + 1) * kRows); ++p) {
-      kernels.refine_columns(screen, buffers[segment % 2], candidate_buffers[segment % 2], p);
+      kernels.refine_columns(screen, buffers[buffer], candidate_buffers[buffer], p);
     }
   };
   gather_and_use(pool, workers, segments, anchor_items + candidate_items, anchor_items, true, gather, use);

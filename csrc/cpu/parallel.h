@@ -79,39 +79,84 @@ void for_blocks(const ThreadPool& pool, int workers, std::int64_t count, std::in
   });
 }
 
-// A gather-and-use pipeline over two buffers, in one parallel region: gather(stage, item) fills buffer stage % 2 and
-// use(stage, item) reads it; with `in_order`, uses of a stage start when those of the stage before are done, so that
-// they may add to what those left. Items are handed out in an order in which each waits only for items before it, so
-// that whoever runs the first unfinished item never waits: no number of workers can block.
+// Items of one stage, handed out so that a worker gets the same ones in every stage (what it left in its cache is there
+// again) and helps the others when its own are done.
+class Shares {
+ public:
+  // Sets up `shares` parts of `items`.
+  void reset(int shares, std::int64_t items) {
+    next_ = std::vector<std::atomic<std::int64_t>>(static_cast<std::size_t>(shares));
+    items_ = items;
+    for (int s = 0; s < shares; ++s) next_[s].store(begin(s), std::memory_order_relaxed);
+  }
+  // body(item) for items nobody has taken yet, those of share `own` first.
+  template <class Body>
+  void take(int own, const Body& body) {
+    const int shares = static_cast<int>(next_.size());
+    for (int turn = 0; turn < shares; ++turn) {
+      const int share = (own + turn) % shares;
+      const std::int64_t end = begin(share + 1);
+      for (std::int64_t item; (item = next_[share].fetch_add(1, std::memory_order_relaxed)) < end;) {
+        body(item);
+        done_.fetch_add(1, std::memory_order_release);
+      }
+    }
+  }
+  // Until everything is done; what is not was taken by a worker that is running.
+  void wait() const {
+    constexpr int kSpins = 2000;
+    for (int spins = 0; done_.load(std::memory_order_acquire) < items_; ++spins) {
+      if (spins >= kSpins) std::this_thread::yield();
+    }
+  }
+
+ private:
+  std::int64_t begin(int share) const { return share * items_ / static_cast<std::int64_t>(next_.size()); }
+
+  std::vector<std::atomic<std::int64_t>> next_;
+  std::atomic<std::int64_t> done_{0};
+  std::int64_t items_ = 0;
+};
+
+// Stages of gathering into one of two buffers and using it: gather(stage, item, buffer), use(stage, item, buffer). With
+// `in_order`, uses of a stage start when those of the stage before are done, so that they may add to what those left.
+//
+// Up to two workers gather everything for themselves, each into its own buffer, and never wait: lines that another core
+// has just written cost more than gathering them twice. More workers share the gathering in a pipeline over the
+// buffers, in one parallel region. There a worker waits only for items that running workers have taken, and takes every
+// item that is left before it waits: however few of the workers really run, none blocks.
 template <class Gather, class Use>
 void gather_and_use(const ThreadPool& pool, int workers, std::int64_t stages, std::int64_t gathers, std::int64_t uses,
                     bool in_order, const Gather& gather, const Use& use) {
-  struct Stage {
-    std::atomic<std::int64_t> gathered{0};
-    std::atomic<std::int64_t> used{0};
-  };
-  std::vector<Stage> done(static_cast<std::size_t>(stages));
-  const auto wait_for = [](const std::atomic<std::int64_t>& count, std::int64_t all) {
-    constexpr int kSpins = 2000;
-    for (int spins = 0; count.load(std::memory_order_acquire) < all; ++spins) {
-      if (spins >= kSpins) std::this_thread::yield();
-    }
-  };
-  // Step t: the gathers of stage t, into the buffer that stage t - 2 has been used from, and the uses of stage t - 1.
-  const std::int64_t step_items = gathers + uses;
-  for_each(pool, workers, (stages + 1) * step_items, [&](std::int64_t item) {
-    const std::int64_t step = item / step_items;
-    const std::int64_t at = item % step_items;
-    if (at < gathers) {
-      if (step == stages) return;
-      if (step >= 2) wait_for(done[step - 2].used, uses);
-      gather(step, at);
-      done[step].gathered.fetch_add(1, std::memory_order_release);
-    } else if (step > 0) {
-      wait_for(done[step - 1].gathered, gathers);
-      if (in_order && step >= 2) wait_for(done[step - 2].used, uses);
-      use(step - 1, at - gathers);
-      done[step - 1].used.fetch_add(1, std::memory_order_release);
+  constexpr int kBuffers = 2;
+  if (workers <= kBuffers) {
+    for_each(pool, workers, workers, [&](std::int64_t worker) {
+      for (std::int64_t stage = 0; stage < stages; ++stage) {
+        for (std::int64_t item = 0; item < gathers; ++item) gather(stage, item, worker);
+        for (std::int64_t item = worker * uses / workers; item < (worker + 1) * uses / workers; ++item) {
+          use(stage, item, worker);
+        }
+      }
+    });
+    return;
+  }
+  std::vector<Shares> gathered(static_cast<std::size_t>(stages));
+  std::vector<Shares> used(static_cast<std::size_t>(stages));
+  for (std::int64_t stage = 0; stage < stages; ++stage) {
+    gathered[stage].reset(workers, gathers);
+    used[stage].reset(workers, uses);
+  }
+  for_each(pool, workers, workers, [&](std::int64_t worker) {
+    const int own = static_cast<int>(worker);
+    for (std::int64_t step = 0; step <= stages; ++step) {
+      if (step < stages) {
+        if (step >= kBuffers) used[step - kBuffers].wait();
+        gathered[step].take(own, [&](std::int64_t item) { gather(step, item, step % kBuffers); });
+      }
+      if (step == 0) continue;
+      gathered[step - 1].wait();
+      if (in_order && step >= 2) used[step - 2].wait();
+      used[step - 1].take(own, [&](std::int64_t item) { use(step - 1, item, (step - 1) % kBuffers); });
     }
   });
 }

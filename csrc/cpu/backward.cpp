@@ -91,7 +91,7 @@ class Adjacency {
     merge_ = own && incoming && args.edges <= std::numeric_limits<std::int16_t>::max();
     if (merge_) {
       reverse_.resize(static_cast<std::size_t>(N * args.edges));
-      for_blocks(pool, workers_for(pool, 40.0 * static_cast<double>(N * args.edges)), N, 256,
+      for_blocks(pool, workers_for(pool, 150.0 * static_cast<double>(N * args.edges)), N, 256,
                  [&](std::int64_t begin, std::int64_t end) {
                    for (std::int64_t i = begin; i < end; ++i) find_reverses(i);
                  });

@@ -37,7 +37,7 @@
 namespace sn::cpu {
 namespace {
 
-constexpr std::int64_t kAnchorBlock = 256;  // anchors whose losses are added first: fixed, so that sums are too
+constexpr std::int64_t kAnchorBlock = 64;  // anchors whose losses are added first: fixed, so that sums are too
 
 // ---- identities -----------------------------------------------------------------------------------------------------
 
@@ -311,7 +311,7 @@ void forward_direct(const ForwardArgs& args, const ThreadPool& pool, const Kerne
       }
     });
     // Anchors of one block are summed by one worker: blocks of the strip must be blocks of the whole.
-    const int selectors = workers_for(pool, static_cast<double>(rows) * (static_cast<double>(M) + 500.0));
+    const int selectors = workers_for(pool, static_cast<double>(rows) * (static_cast<double>(M) + 2500.0));
     const std::int64_t first_block = first / kAnchorBlock;
     const std::int64_t last_block = (first + rows - 1) / kAnchorBlock;
     for_each(pool, selectors, last_block - first_block + 1, [&](std::int64_t item) {
@@ -699,7 +699,7 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   find_positives(args, pool, kernels, identities, loss);
   refine(args, pool, kernels, layout);
 
-  const int workers = workers_for(pool, static_cast<double>(N) * 500.0);
+  const int workers = workers_for(pool, static_cast<double>(N) * 2500.0);
   for_blocks(pool, workers, N, kAnchorBlock, [&](std::int64_t begin, std::int64_t end) {
     std::uint64_t keys[kListMost];
     std::int32_t support[kListMost];

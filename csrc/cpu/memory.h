@@ -43,37 +43,49 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std:
 #endif
 }
 
-// Scratch of one call. Up to kKept bytes come from one block that is kept between calls, so that a training
-// loop does not fault its pages in again and again; a second call at the same time, and anything larger, gets
-// memory of its own.
+// Scratch of one call. The block of the last call is kept for the next, up to kKeptMost bytes, so that a training loop
+// does not fault its pages in again and again; a second call at the same time gets memory of its own.
 class Scratch {
  public:
-  explicit Scratch(std::size_t bytes) : kept_(bytes <= kKept) {
+  explicit Scratch(std::size_t bytes) {
     if (bytes == 0) return;
-    if (kept_) data_ = spare().exchange(nullptr, std::memory_order_acquire);
-    if (data_ != nullptr) return;
-    const std::size_t size = kept_ ? kKept : (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    data_ = std::aligned_alloc(kAlignment, size);
-    if (data_ == nullptr) throw std::bad_alloc();
-    prefer_huge_pages(data_, size);
+    block_ = spare().exchange(nullptr, std::memory_order_acq_rel);
+    if (block_ != nullptr && block_->bytes >= bytes) return;
+    release(block_);
+    block_ = allocate(bytes);
   }
   ~Scratch() {
-    if (kept_) data_ = spare().exchange(data_, std::memory_order_acq_rel);
-    std::free(data_);
+    if (block_ != nullptr && block_->bytes <= kKeptMost) block_ = spare().exchange(block_, std::memory_order_acq_rel);
+    release(block_);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  void* data() const { return data_; }
+  void* data() const { return block_ == nullptr ? nullptr : block_->data; }
 
  private:
-  static constexpr std::size_t kAlignment = std::size_t{1} << 12;
-  static constexpr std::size_t kKept = std::size_t{4} << 20;
-  static std::atomic<void*>& spare() {
-    static std::atomic<void*> block{nullptr};
-    return block;
+  static constexpr std::size_t kPage = std::size_t{1} << 12;
+  static constexpr std::size_t kKeptMost = std::size_t{64} << 20;
+  struct Block {
+    void* data;
+    std::size_t bytes;
+  };
+  static Block* allocate(std::size_t bytes) {
+    const std::size_t size = (bytes + kPage - 1) / kPage * kPage;
+    void* data = std::aligned_alloc(kPage, size);
+    if (data == nullptr) throw std::bad_alloc();
+    prefer_huge_pages(data, size);
+    return new Block{data, size};
   }
-  bool kept_;
-  void* data_ = nullptr;
+  static void release(Block* block) {
+    if (block == nullptr) return;
+    std::free(block->data);
+    delete block;
+  }
+  static std::atomic<Block*>& spare() {
+    static std::atomic<Block*> kept{nullptr};
+    return kept;
+  }
+  Block* block_ = nullptr;
 };
 
 }  // namespace sn::cpu

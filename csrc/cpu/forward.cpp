@@ -1,24 +1,21 @@
 // Forward: features and labels to a loss and a support graph.
 //
-// Two paths, one answer. "direct" computes every distance in the one summation order (kernels_direct.h).
-// "screen" multiplies a bfloat16 copy to bound every distance, and computes in that same order only those the
-// bounds leave open.
+// Two paths, one answer. "direct" computes every distance in the one summation order (kernels_direct.h). "screen"
+// multiplies a bfloat16 copy to bound every distance, and computes in that same order only those the bounds leave open.
 //
-// The bound of the screening (notation of kernels_screen.h; u = 2^-24; all inequalities are worst case). With
-// exact a = x - mean and r = a - A, |a.b - A.B| <= |A||r_b| + |r_a||B| + |r_a||r_b|, and for any theta > 0
+// The bound of the screening (notation of kernels_screen.h; u = 2^-24; all inequalities are worst case). With exact
+// a = x - mean and r = a - A, |a.b - A.B| <= |A||r_b| + |r_a||B| + |r_a||r_b|, and for any theta > 0
 //   2 |A||r_b| <= theta |A|^2 + |r_b|^2 / theta,      2 |r_a||r_b| <= |r_a|^2 + |r_b|^2,
-// so the error of 2 a.b splits into one term a row: theta |A|^2 + (1/theta + 1) |r|^2. theta is the root mean
-// square of |r| / |t| over all rows, but any value is right: an outlier loosens only its own bound. To it are
-// added, a row:
-//   g |t|^2        accumulation of products: at most (D + 2) steps of relative error `product_rounding` each,
-//   on a sum
-//                  of magnitudes of at most |A||B| <= (|A|^2 + |B|^2) / 2
-//   c |t|^2        the norm: t rounded once (2 u), D/16 + 8 additions of squares
-//   2 f |t|^2      the direct sum itself (relative error f, kernels_direct.h) on d2 <= 2 |a|^2 + 2 |b|^2
-//   32 u |t|^2     scores, upper bounds and thresholds: a few roundings of numbers below 2 |a|^2 + 2 |b|^2
-//   D 2^-120       products and squares that underflow
-// |r| is the stored residual's root plus u |t| for the rounding of t; a margin of 1 % covers the products of
-// these small numbers and the float arithmetic on the bound itself.
+// so the error of 2 a.b splits into one term a row: theta |A|^2 + (1/theta + 1) |r|^2. theta is the root mean square of
+// |r| / |t| over all rows, but any value is right: an outlier loosens only its own bound. To it are added, a row:
+//   g |t|^2      accumulation of the products: at most D + 2 steps of relative error `product_rounding` each, on a sum
+//                of magnitudes of at most |A||B| <= (|A|^2 + |B|^2) / 2
+//   c |t|^2      the norm: t rounded once (2 u), D / 16 + 8 additions of squares
+//   2 f |t|^2    the direct sum itself (relative error f, kernels_direct.h) on d2 <= 2 |a|^2 + 2 |b|^2
+//   32 u |t|^2   scores, upper bounds and thresholds: a few roundings of numbers below 2 |a|^2 + 2 |b|^2
+//   D 2^-120     products and squares that underflow
+// |r| is the stored residual's root plus u |t| for the rounding of t; a margin of 1 % covers the products of these
+// small numbers and the float arithmetic on the bound itself.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

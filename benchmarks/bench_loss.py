@@ -48,7 +48,7 @@ MEMORY_PAIRS = (1 << 20, 1 << 24)
 MEMORY_PRODUCTS = 1 << 33
 MEMORY_KINDS = ("random", "file")
 # Seconds of sampling a table.
-BUDGET = 1.2
+BUDGET = 0.5
 QUICK_BUDGET = 0.8
 # Accuracy costs another pass; contestants slower than this are judged on smaller shapes.
 ACCURACY_SECONDS = 1.0

@@ -28,6 +28,7 @@ LOOP_ANCHORS = 256
 CDIST_PAIRS = 1 << 20
 COMPILE_PAIRS = 1 << 20
 EAGER_PAIRS = 1 << 24
+EAGER_PRODUCTS = 1 << 34
 REFERENCE_PRODUCTS = {"quick": 30_000_000, "default": 300_000_000, "slow": 10_000_000_000}
 
 
@@ -99,8 +100,9 @@ def _compiled() -> Contestant:
 
 
 def _eager_limit(batch: Batch, recipe: Recipe, setting: Setting) -> str | None:
-    if setting.pace != "slow" and batch.n * batch.m > EAGER_PAIRS:
-        return "many seconds a call; above 4096 x 4096 pairs only with --slow"
+    products = batch.n * batch.m * batch.d
+    if setting.pace != "slow" and (batch.n * batch.m > EAGER_PAIRS or products > EAGER_PRODUCTS):
+        return "seconds a call; above 4096 x 4096 pairs or 2^34 products only with --slow"
     needed = batch.n * batch.m * EAGER_BYTES_PER_PAIR
     if setting.device.type == "cpu" and needed > 0.8 * harness.available_bytes():
         return f"would need about {needed / 2**30:.0f} GiB for its N x M buffers"

@@ -340,7 +340,7 @@ def sn_loss(
             candidate o + i; an integer tensor `[N]`, anchor i is candidate self_index[i], -1 for none.
         reduction: "mean" over the valid anchors, "sum", or "none" for the anchors' losses `[N]`.
         backend: "auto" or a name in `backends()`; a named backend that cannot serve raises. "reference" is plain
-            PyTorch, the others are fused: fast, deterministic and without N x M matrices.
+            PyTorch, the others are fused: fast, deterministic, and without N x M matrices for large batches.
         group: not available in this version.
         return_stats: also return `SNStats`.
 

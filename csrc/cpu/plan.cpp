@@ -13,7 +13,7 @@ constexpr std::int64_t kFixedScratch = std::int64_t{6} << 20;
 constexpr std::int64_t kListBytesPerRow = 880;
 constexpr std::int64_t kEntryBytes = sizeof(Entry);
 constexpr std::int64_t kDirectScratch = std::int64_t{4} << 20;
-// Rows that fit the second-level cache need no gathering, and short ones come in whole lines anyway.
+// Features about the size of the first-level cache need no gathering, and short rows come in whole lines anyway.
 constexpr std::int64_t kCachedFeatures = std::int64_t{1} << 16;
 constexpr std::int64_t kGatherFromDims = 256;
 static_assert(2 * kRefineColumns * sizeof(float) <= 2 * kGatherFromDims, "two segments fit in the copy's place");

@@ -359,8 +359,9 @@ def sn_loss(
     """
     options = check_options(k, alpha, weight, squeeze, reduction, backend, group)
     labels, candidate_labels, index, offset = _check_batch(feats, labels, candidates, candidate_labels, self_index)
-    serve = reference.loss if _choose_backend(backend, feats) == "reference" else ops.loss
-    loss, stats = serve(feats, labels, candidates, candidate_labels, index, offset, *options)
+    arguments = (feats, labels, candidates, candidate_labels, index, offset, *options)
+    chosen = _choose_backend(backend, feats)
+    loss, stats = reference.loss(*arguments) if chosen == "reference" else ops.loss(chosen, *arguments)
     if not return_stats:
         return loss
     return loss, SNStats(stats[0].long(), *stats[1:5].to(loss.dtype).unbind())

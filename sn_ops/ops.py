@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -90,27 +91,19 @@ def version() -> str:
 # ---- operators by backend -----------------------------------------------------------------------
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    if CORE is None:
-        return _missing
-    operator: Callable[..., Any] = getattr(torch.ops.sn_ops, name).default
-    return operator
+class Operators(NamedTuple):
+    """The two operators of a backend, arguments and results as in `reference.forward` and `reference.backward`."""
+
+    forward: Callable[..., Graph]
+    backward: Callable[..., tuple[Tensor, Tensor]]
 
 
 def _missing(*_: object) -> NoReturn:
     raise RuntimeError(f"sn_ops: the operators are not available: {LOAD_ERROR['cpu']}")
 
 
-_forward = _operator("forward")
-_backward = _operator("backward")
-
-# "cpu" and "cuda" are one operator: the dispatcher goes by the tensors' device.
-_FORWARD: dict[str, Callable[..., Graph]] = {"cpu": _forward, "cuda": _forward, "reference": reference.forward}
-_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "cpu": _backward,
-    "cuda": _backward,
-    "reference": reference.backward,
-}
+OPERATORS: dict[str, Operators] = {"reference": Operators(reference.forward, reference.backward)}
+"""Backend name -> its operators; `register` adds to it."""
 
 
 def forward(backend: str, *args: Any) -> Graph:
@@ -118,12 +111,12 @@ def forward(backend: str, *args: Any) -> Graph:
 
     Differentiable through the dispatcher for the fused backends; "reference" is not (see `reference.loss`).
     """
-    return _FORWARD[backend](*args)
+    return OPERATORS[backend].forward(*args)
 
 
 def backward(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
     """The backward operator of a backend, arguments and results as in `reference.backward`."""
-    return _BACKWARD[backend](*args)
+    return OPERATORS[backend].backward(*args)
 
 
 # ---- shapes for tracing -------------------------------------------------------------------------
@@ -199,13 +192,15 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Graph) -> None
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Gradients for the twelve arguments of the forward operator."""
+def _differentiate(
+    operator: Callable[..., tuple[Tensor, Tensor]], ctx: Any, grad_loss: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    """Gradients for the twelve arguments of the forward operator, by the backward operator."""
     grads: list[Tensor | None] = [None] * 12
     if grad_loss is not None:
         feats, candidates, indices, coefficients, stats = ctx.saved_tensors
         need_feats, need_candidates = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        grad_feats, grad_candidates = _backward(
+        grad_feats, grad_candidates = operator(
             grad_loss, feats, candidates, indices, coefficients, stats, ctx.reduction, need_feats, need_candidates
         )
         grads[0] = grad_feats if need_feats else None
@@ -229,30 +224,31 @@ class _EagerLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, feats: Tensor, candidates: Tensor | None, arguments: tuple[Any, ...]
+        ctx: Any, feats: Tensor, candidates: Tensor | None, operators: Operators, arguments: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            value, indices, coefficients, _, _, _, stats = _forward(*arguments)
+            value, indices, coefficients, _, _, _, stats = operators.forward(*arguments)
         ctx.save_for_backward(feats, candidates, indices, coefficients, stats)
+        ctx.operator = operators.backward
         ctx.reduction = arguments[_REDUCTION_ARGUMENT]
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return value, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None, None]:
         if grad_loss is None:
-            return None, None, None
+            return None, None, None, None
         feats, candidates, indices, coefficients, stats = ctx.saved_tensors
-        need_feats, need_candidates, _ = ctx.needs_input_grad
+        need_feats, need_candidates = ctx.needs_input_grad[:2]
         args = (grad_loss, feats, candidates, indices, coefficients, stats, ctx.reduction, need_feats, need_candidates)
         if torch.is_grad_enabled():
             # create_graph=True: through the dispatcher, whose autograd refuses the next derivative.
-            grad_feats, grad_candidates = _backward(*args)
+            grad_feats, grad_candidates = ctx.operator(*args)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grad_feats, grad_candidates = _backward(*args)
-        return grad_feats if need_feats else None, grad_candidates if need_candidates else None, None
+                grad_feats, grad_candidates = ctx.operator(*args)
+        return grad_feats if need_feats else None, grad_candidates if need_candidates else None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: object) -> NoReturn:
@@ -260,6 +256,7 @@ class _EagerLoss(torch.autograd.Function):
 
 
 def loss(
+    backend: str,
     feats: Tensor,
     labels: Tensor,
     candidates: Tensor | None,
@@ -272,26 +269,45 @@ def loss(
     squeeze: int,
     reduction: int,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.loss` by the fused operators: the differentiable loss, and the statistics `[6]`, detached."""
+    """`reference.loss` by the operators of a fused backend: the differentiable loss, the statistics `[6]` detached."""
     arguments = (
         feats, labels, candidates, candidate_labels, self_index, self_offset,
         k, alpha, weight, squeeze, reduction, False,
     )  # fmt: skip
+    operators = OPERATORS[backend]
     if torch.compiler.is_compiling():
-        outputs = _forward(*arguments)
+        outputs = operators.forward(*arguments)
         return outputs[0], outputs[6]
     wants_grad = feats.requires_grad or (candidates is not None and candidates.requires_grad)
     # Forward-mode tangents do not show in requires_grad; the Function refuses them, a bare operator would drop them.
     if (wants_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-        pair: tuple[Tensor, Tensor] = _EagerLoss.apply(feats, candidates, arguments)
+        pair: tuple[Tensor, Tensor] = _EagerLoss.apply(feats, candidates, operators, arguments)
         return pair
     with torch._C._AutoDispatchBelowAutograd():
-        outputs = _forward(*arguments)
+        outputs = operators.forward(*arguments)
     return outputs[0], outputs[6]
 
 
-if CORE is not None:
-    torch.library.register_fake("sn_ops::forward", _fake_forward)
-    torch.library.register_fake("sn_ops::backward", _fake_backward)
-    torch.library.register_autograd("sn_ops::forward", _differentiate, setup_context=_keep_for_backward)
-    torch.library.register_autograd("sn_ops::backward", _refuse_second_derivative)
+# ---- registration -------------------------------------------------------------------------------
+
+
+def register(backends: Iterable[str], namespace: str) -> None:
+    """Makes the operators `namespace::forward` and `namespace::backward` those of the backends: shapes for tracing and
+    autograd for the two, and their place in OPERATORS."""
+    library = getattr(torch.ops, namespace)
+    operators = Operators(library.forward.default, library.backward.default)
+    torch.library.register_fake(f"{namespace}::forward", _fake_forward)
+    torch.library.register_fake(f"{namespace}::backward", _fake_backward)
+    torch.library.register_autograd(
+        f"{namespace}::forward", partial(_differentiate, operators.backward), setup_context=_keep_for_backward
+    )
+    torch.library.register_autograd(f"{namespace}::backward", _refuse_second_derivative)
+    for backend in backends:
+        OPERATORS[backend] = operators
+
+
+# "cpu" and "cuda" are one pair of operators: the dispatcher goes by the tensors' device.
+if CORE is None:
+    OPERATORS["cpu"] = OPERATORS["cuda"] = Operators(_missing, _missing)
+else:
+    register(("cpu", "cuda"), "sn_ops")

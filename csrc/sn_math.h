@@ -78,6 +78,36 @@ SN_INLINE double clamped_distance(Acc d2) {
   return sqrt(wide > kSquaredDistanceFloor ? wide : kSquaredDistanceFloor);
 }
 
+// Finite or not, without <cmath>, which device code may not call through std.
+template <class Acc>
+SN_INLINE bool is_finite_number(Acc value) {
+  return value - value == Acc(0);
+}
+
+// A group of lanes that works on one anchor. On the CPU it is one lane; a GPU's warp has the same members. `rank` and
+// `size` share out the edges: e = rank, rank + size, ...; what the members return is the same in all lanes.
+struct OneLane {
+  SN_INLINE std::int64_t rank() const { return 0; }
+  SN_INLINE std::int64_t size() const { return 1; }
+  SN_INLINE double sum(double value) const { return value; }
+  SN_INLINE std::int64_t sum(std::int64_t value) const { return value; }
+  SN_INLINE std::int64_t least(std::int64_t value) const { return value; }     // values are in [0, K + 2)
+  SN_INLINE std::int64_t greatest(std::int64_t value) const { return value; }  // values are in [0, K + 2)
+  SN_INLINE bool any(bool vote) const { return vote; }
+};
+
+// The support set of an anchor as plain arrays. A GPU's lies in shared memory and has the same members.
+template <class Acc>
+struct SupportArrays {
+  const std::int32_t* indices;    // [K] in order, -1: unused
+  const Acc* squared_distances;   // [K]
+  const std::uint8_t* positives;  // [K] 1 where the slot's candidate has the anchor's label
+
+  SN_INLINE std::int32_t index(std::int64_t e) const { return indices[e]; }
+  SN_INLINE Acc d2(std::int64_t e) const { return squared_distances[e]; }
+  SN_INLINE bool positive(std::int64_t e) const { return positives[e] != 0; }
+};
+
 // One anchor, from its selection to its loss and edge coefficients. The scalar stage runs in double: it is
 // cheap, and exp(-alpha d) amplifies every rounding of d by alpha.
 //
@@ -86,88 +116,113 @@ SN_INLINE double clamped_distance(Acc d2) {
 //   N.
 // Neither form subtracts nearly equal numbers, and neither overflows for any alpha d.
 //
-// indices    [K + 2]  slots 0..K-1 hold S_i in order (-1: unused) on entry; slots K and K + 1 are set here
-// (sn_types.h) d2         [K]      squared distances of S_i positive   [K]      1 where the slot's candidate
-// has the anchor's label coefficients [K + 2] out: (dL_i / dd_ij) / d_ij of each edge
-template <class Acc>
-SN_INLINE AnchorTerms anchor_terms(const LossOptions& options, std::int64_t K, std::int32_t* indices, const Acc* d2,
-                                   const std::uint8_t* positive, Positive<Acc> near, Positive<Acc> far,
-                                   Acc* coefficients) {
+// Every lane of the group calls it with the same arguments and gets the same result. An edge belongs to one lane, which
+// alone touches its entries of the outputs; entries of `support` are read by all.
+//
+// support             S_i in order: index (-1: unused, only behind the used ones), d2, positive
+// extra_indices [2]   out: near_i and far_i where they are edges of their own, else -1 (sn_types.h)
+// coefficients [K + 2] out: (dL_i / dd_ij) / d_ij of each edge
+template <class Acc, class Group, class Support>
+SN_INLINE AnchorTerms anchor_terms(const Group& group, const LossOptions& options, std::int64_t K,
+                                   const Support& support, Positive<Acc> near, Positive<Acc> far,
+                                   std::int32_t* extra_indices, Acc* coefficients) {
   AnchorTerms terms;
-  indices[K] = -1;
-  indices[K + 1] = -1;
-  for (std::int64_t e = 0; e < K + kExtraEdges; ++e) coefficients[e] = Acc(0);
-  if (near.index < 0) return terms;
+  const std::int64_t first = group.rank();
+  const std::int64_t step = group.size();
+  const std::int64_t edges = K + kExtraEdges;
+  const bool owns_near = K % step == first;
+  const bool owns_far = (K + 1) % step == first;
+  if (near.index < 0) {
+    for (std::int64_t e = first; e < edges; e += step) coefficients[e] = Acc(0);
+    if (owns_near) extra_indices[0] = -1;
+    if (owns_far) extra_indices[1] = -1;
+    return terms;
+  }
   terms.valid = 1;
 
-  // Where the special edges live. The first positive of S_i is near_i: both are first in the same order.
+  // What each side adds up to, and where the special edges live. The first positive of S_i is near_i: both are first in
+  // the same order.
+  const bool spans = options.squeeze == Squeeze::kSpan;
+  const double near_d = clamped_distance(near.d2);
   std::int64_t near_slot = K;
   std::int64_t far_slot = K + 1;
-  bool finite = true;
-  for (std::int64_t e = K - 1; e >= 0; --e) {
-    if (indices[e] < 0) continue;
-    finite = finite && std::isfinite(d2[e]);
-    if (positive[e]) {
-      near_slot = e;
-      ++terms.support_positives;
-    }
-    if (indices[e] == far.index) far_slot = e;
-  }
-  const bool spans = options.squeeze == Squeeze::kSpan;
-  if (near_slot == K) indices[K] = near.index;
-  if (far_slot == K + 1) {
-    if (far.index == near.index) {
-      far_slot = near_slot;
-    } else if (spans) {
-      indices[K + 1] = far.index;
-    }
-  }
-  finite = finite && std::isfinite(near.d2) && (!spans || std::isfinite(far.d2));
-  terms.nearest_is_positive = near_slot == 0 && K > 0 ? 1 : 0;
-
-  // Smallest distance of each side, for the log-sum-exps.
-  const double near_d = clamped_distance(near.d2);
-  double nearest_negative = 0.0;
-  std::int64_t last_positive = near_slot;  // farthest member of P_i, the lower index on a tie
-  for (std::int64_t e = 0; e < K; ++e) {
-    if (indices[e] < 0) continue;
-    const double d = clamped_distance(d2[e]);
-    if (positive[e]) {
+  std::int64_t first_negative = K;
+  std::int64_t last_positive = 0;
+  bool finite = is_finite_number(near.d2) && (!spans || is_finite_number(far.d2));
+  double own_d = 0.0;  // of this lane's first edge: most lanes of a GPU have no other
+  for (std::int64_t e = first; e < K; e += step) {
+    const std::int32_t index = support.index(e);
+    if (index < 0) continue;
+    const Acc d2 = support.d2(e);
+    const double d = clamped_distance(d2);
+    if (e == first) own_d = d;
+    finite = finite && is_finite_number(d2);
+    if (index == far.index) far_slot = e;
+    if (support.positive(e)) {
+      if (near_slot == K) near_slot = e;
+      last_positive = e;
       terms.positive_sum += d;
       ++terms.positives;
-      if (last_positive == K || d2[e] > d2[last_positive]) last_positive = e;
     } else {
-      if (terms.negatives == 0) nearest_negative = d;
+      if (first_negative == K) first_negative = e;
       terms.negative_sum += d;
       ++terms.negatives;
     }
   }
+  finite = !group.any(!finite);
+  near_slot = group.least(near_slot);
+  far_slot = group.least(far_slot);
+  first_negative = group.least(first_negative);
+  last_positive = group.greatest(last_positive);
+  terms.positive_sum = group.sum(terms.positive_sum);
+  terms.negative_sum = group.sum(terms.negative_sum);
+  terms.positives = group.sum(terms.positives);
+  terms.negatives = group.sum(terms.negatives);
+  terms.support_positives = terms.positives;
+  terms.nearest_is_positive = near_slot == 0 && K > 0 ? 1 : 0;
   if (near_slot == K) {
     terms.positive_sum = near_d;
     terms.positives = 1;
   }
+
+  const bool near_edge = near_slot == K;  // an edge of its own
+  if (far_slot == K + 1 && far.index == near.index) far_slot = near_slot;
+  const bool far_edge = far_slot == K + 1 && spans;
+  if (owns_near) extra_indices[0] = near_edge ? near.index : -1;
+  if (owns_far) extra_indices[1] = far_edge ? far.index : -1;
+
   if (!finite) {
     // A selected distance overflowed: say so loudly, in the loss and in every gradient this anchor feeds.
     terms.loss = HUGE_VAL;
-    for (std::int64_t e = 0; e < K + kExtraEdges; ++e) {
-      if (indices[e] >= 0) coefficients[e] = Acc(NAN);
+    for (std::int64_t e = first; e < edges; e += step) {
+      const bool used = e < K ? support.index(e) >= 0 : (e == K ? near_edge : far_edge);
+      coefficients[e] = used ? Acc(NAN) : Acc(0);
     }
     return terms;
   }
 
   double separation = 0.0;
   double share = 0.0;  // s above
-  double positive_mass = near_slot == K ? 1.0 : 0.0;
+  double positive_mass = 0.0;
   double negative_mass = 0.0;
+  Acc own_mass = Acc(0);
   if (terms.negatives > 0) {
-    for (std::int64_t e = 0; e < K; ++e) {
-      if (indices[e] < 0) continue;
-      const double d = clamped_distance(d2[e]);
-      const double mass = exp(-options.alpha * (d - (positive[e] ? near_d : nearest_negative)));
-      (positive[e] ? positive_mass : negative_mass) += mass;
-      coefficients[e] = static_cast<Acc>(mass);  // kept for the slopes below
+    const double nearest_negative = clamped_distance(support.d2(first_negative));
+    for (std::int64_t e = first; e < K; e += step) {
+      if (support.index(e) < 0) continue;
+      const double d = e == first ? own_d : clamped_distance(support.d2(e));
+      const bool positive = support.positive(e);
+      const double mass = exp(-options.alpha * (d - (positive ? near_d : nearest_negative)));
+      (positive ? positive_mass : negative_mass) += mass;
+      // Kept for the slopes below.
+      if (e == first) {
+        own_mass = static_cast<Acc>(mass);
+      } else {
+        coefficients[e] = static_cast<Acc>(mass);
+      }
     }
-    if (near_slot == K) coefficients[K] = Acc(1);
+    positive_mass = near_edge ? 1.0 : group.sum(positive_mass);
+    negative_mass = group.sum(negative_mass);
     const double v = log(negative_mass / positive_mass) + options.alpha * (near_d - nearest_negative);
     const double tail = exp(-fabs(v));
     separation = (v > 0.0 ? v : 0.0) + log1p(tail);
@@ -185,8 +240,14 @@ SN_INLINE AnchorTerms anchor_terms(const LossOptions& options, std::int64_t K, s
       break;
     case Squeeze::kSupport:
       if (terms.positives > 1) {
-        opposite = last_positive;
-        opposite_d = clamped_distance(d2[last_positive]);
+        // Farthest member of P_i, the lower index on a tie: the first positive as far as the last.
+        const Acc farthest = support.d2(last_positive);
+        std::int64_t candidate = last_positive;
+        for (std::int64_t e = last_positive; e >= 0 && support.d2(e) == farthest; --e) {
+          if (support.positive(e)) candidate = e;
+        }
+        opposite = candidate;
+        opposite_d = clamped_distance(farthest);
       } else {
         near_squeeze = 1.0;
       }
@@ -205,19 +266,22 @@ SN_INLINE AnchorTerms anchor_terms(const LossOptions& options, std::int64_t K, s
   }
   terms.loss = separation + options.weight * squeeze;
 
-  for (std::int64_t e = 0; e < K + kExtraEdges; ++e) {
-    if (indices[e] < 0) continue;
-    const Acc edge_d2 = e < K ? d2[e] : (e == K ? near.d2 : far.d2);
-    const double mass = static_cast<double>(coefficients[e]);
-    coefficients[e] = Acc(0);
-    if (static_cast<double>(edge_d2) < kSquaredDistanceFloor) continue;  // the clamp holds: no gradient
-    const double d = clamped_distance(edge_d2);
+  for (std::int64_t e = first; e < edges; e += step) {
+    const bool used = e < K ? support.index(e) >= 0 : (e == K ? near_edge : far_edge);
+    const Acc edge_d2 = !used ? Acc(0) : (e < K ? support.d2(e) : (e == K ? near.d2 : far.d2));
+    if (static_cast<double>(edge_d2) < kSquaredDistanceFloor) {  // unused, or the clamp holds: no gradient
+      coefficients[e] = Acc(0);
+      continue;
+    }
+    const double d = e < K && e == first ? own_d : clamped_distance(edge_d2);
     double slope = 0.0;
     if (share > 0.0) {
-      if (e == near_slot || (e < K && positive[e])) {
-        slope = options.alpha * share * mass / positive_mass;
+      if (e == K) {
+        slope = options.alpha * share / positive_mass;  // near_i outside the support set: all of its side
       } else if (e < K) {
-        slope = -options.alpha * share * mass / negative_mass;
+        const double mass = static_cast<double>(e == first ? own_mass : coefficients[e]);
+        slope = support.positive(e) ? options.alpha * share * mass / positive_mass
+                                    : -options.alpha * share * mass / negative_mass;
       }
     }
     if (e == near_slot) slope += options.weight * near_squeeze;

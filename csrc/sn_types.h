@@ -7,6 +7,13 @@
 namespace sn {
 
 enum class DType : std::int32_t { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
+constexpr std::int64_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : (dtype == DType::kFloat32 ? 4 : 2);
+}
+constexpr std::int64_t accumulator_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : 4;
+}
+
 enum class Squeeze : std::int32_t { kSpan = 0, kSupport = 1, kNearest = 2, kNone = 3 };
 enum class Reduction : std::int32_t { kMean = 0, kSum = 1, kNone = 2 };
 
@@ -68,7 +75,7 @@ struct ForwardArgs {
   void* coefficients;               // acc [N, K + 2]
   std::int32_t* nearest_positive;   // [N]
   std::int32_t* farthest_positive;  // [N]
-  void* distances;                  // acc [N, K], or null
+  void* squared;                    // acc [N, K + 2], or null: unclamped d2 of each edge, +inf where there is none
   double* stats;                    // [kStatsSize]
 };
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, NoReturn, cast, overload
 
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import ops, reference, triton
 
 # The default loss options, the authors' recipe for Market-1501.
 K = 10
@@ -26,7 +27,6 @@ _BACKEND_DEVICES: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu",),
     "reference": (),
 }
-_BACKENDS = ("auto", *_BACKEND_DEVICES)
 
 _FLOATING = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 _INTEGER = frozenset(
@@ -125,22 +125,19 @@ def _real(argument: str, value: object, positive: bool) -> float:
 
 
 def check_options(
-    k: object, alpha: object, weight: object, squeeze: object, reduction: object, backend: object, group: object
+    k: object, alpha: object, weight: object, squeeze: object, reduction: object, backend: object
 ) -> tuple[int, float, float, int, int]:
     """The options of the loss as the operators take them: k, alpha, weight, squeeze and reduction codes.
 
     Raises:
         TypeError, ValueError: naming the option, what is allowed and what came.
-        NotImplementedError: for a `group`.
     """
     if not isinstance(squeeze, str) or squeeze not in _SQUEEZE:
         _reject_name("squeeze", tuple(_SQUEEZE), squeeze)
     if not isinstance(reduction, str) or reduction not in _REDUCTION:
         _reject_name("reduction", tuple(_REDUCTION), reduction)
-    if not isinstance(backend, str) or backend not in _BACKENDS:
-        _reject_name("backend", _BACKENDS, backend)
-    if group is not None:
-        raise NotImplementedError("sn_ops: group: gathering over ranks is not available in this version, expected None")
+    if not isinstance(backend, str) or not (backend == "auto" or backend in _BACKEND_DEVICES):
+        _reject_name("backend", ("auto", *_BACKEND_DEVICES), backend)
     return (
         _count(k),
         _real("alpha", alpha, positive=True),
@@ -236,16 +233,27 @@ def backends() -> dict[str, BackendInfo]:
         Backend name -> (usable, reason if not, device types it serves; none stands for any).
     """
     return {
-        name: BackendInfo(name not in ops.LOAD_ERROR, ops.LOAD_ERROR.get(name, ""), devices)
-        for name, devices in _BACKEND_DEVICES.items()
+        name: BackendInfo(name not in ops.LOAD_ERROR, ops.LOAD_ERROR.get(name, ""), _devices_of(name))
+        for name in _BACKEND_DEVICES
     }
+
+
+def add_backend(name: str, devices: tuple[str, ...]) -> None:
+    """A backend from elsewhere, whose operators `ops.register` has; "auto" asks it last for tensors on `devices`."""
+    _BACKEND_DEVICES[name] = devices
+
+
+def _devices_of(backend: str) -> tuple[str, ...]:
+    """The device types a backend serves when it is named: for Triton the CPU under its interpreter, which "auto" never
+    takes."""
+    return triton.DEVICES if backend == "triton" else _BACKEND_DEVICES[backend]
 
 
 def _choose_backend(backend: str, feats: Tensor) -> str:
     device = feats.device.type
     if backend == "auto":
         for name, devices in _BACKEND_DEVICES.items():
-            if device in devices and name not in ops.LOAD_ERROR:
+            if device in devices and name not in ops.LOAD_ERROR and not ops.unfit(name, feats.device):
                 backend = name
                 break
         else:
@@ -254,9 +262,11 @@ def _choose_backend(backend: str, feats: Tensor) -> str:
         return backend
     elif backend in ops.LOAD_ERROR:
         raise ValueError(f"sn_ops: backend: {backend!r} is not usable: {ops.LOAD_ERROR[backend]}")
-    elif device not in _BACKEND_DEVICES[backend]:
-        served = " or ".join(_BACKEND_DEVICES[backend])
+    elif device not in _devices_of(backend):
+        served = " or ".join(_devices_of(backend))
         _reject("backend", f"one that serves {device} tensors, as feats is ({backend!r} serves {served})", backend)
+    elif reason := ops.unfit(backend, feats.device):
+        raise ValueError(f"sn_ops: backend: {backend!r} cannot serve {feats.device}: {reason}")
     ops.refuse_transforms()
     return backend
 
@@ -279,6 +289,7 @@ def sn_loss(
     reduction: str = ...,
     backend: str = ...,
     group: Any = ...,
+    sizes: Sequence[int] | None = ...,
     return_stats: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -296,6 +307,7 @@ def sn_loss(
     reduction: str = ...,
     backend: str = ...,
     group: Any = ...,
+    sizes: Sequence[int] | None = ...,
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, SNStats]: ...
 def sn_loss(
@@ -312,6 +324,7 @@ def sn_loss(
     reduction: str = "mean",
     backend: str = "auto",
     group: Any = None,
+    sizes: Sequence[int] | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, SNStats]:
     """The Support Neighbor loss of a batch of embeddings.
@@ -341,7 +354,16 @@ def sn_loss(
         reduction: "mean" over the valid anchors, "sum", or "none" for the anchors' losses `[N]`.
         backend: "auto" or a name in `backends()`; a named backend that cannot serve raises. "reference" is plain
             PyTorch, the others are fused: fast, deterministic, and without N x M matrices for large batches.
-        group: not available in this version.
+        group: a `torch.distributed` process group, or `sn_ops.distributed.Exchange` for a say in how rows travel.
+            Every rank passes its own batch, of any size; neighbours are looked for in the batches of all ranks, in rank
+            order, and the loss and the statistics are those of one process that holds them all ("none": this rank's
+            anchors). A rank's gradients are world size times that process's, so that DistributedDataParallel's average
+            is exact. `candidates` are then a bank of this rank alone, behind the gathered rows, and self_index says
+            where an anchor is in that bank too. Options must be the same on every rank, and backward() must run on
+            every rank or on none.
+        sizes: with group only: the rows of every rank in rank order, if they are known. Ranks then agree on nothing
+            beforehand, which saves a collective and, on a GPU, a wait for it; but neither do they notice that sizes or
+            options differ, and when one raises on bad input the others wait for the group's timeout.
         return_stats: also return `SNStats`.
 
     Returns:
@@ -351,17 +373,32 @@ def sn_loss(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or value, or a named backend that cannot serve.
-        NotImplementedError: a `group`.
+        ValueError: a wrong shape, device or value, a named backend that cannot serve, or ranks whose options differ.
+        RuntimeError: another rank of the group was given bad input, which the message quotes.
 
     Source: Li, Ding, Li, Zhang and Fu, "Support Neighbor Loss for Person Re-Identification", ACM MM 2018,
     arXiv 1808.06030. `sn_ops/reference.py` is the definition in plain PyTorch.
     """
-    options = check_options(k, alpha, weight, squeeze, reduction, backend, group)
-    labels, candidate_labels, index, offset = _check_batch(feats, labels, candidates, candidate_labels, self_index)
-    arguments = (feats, labels, candidates, candidate_labels, index, offset, *options)
-    chosen = _choose_backend(backend, feats)
-    loss, stats = reference.loss(*arguments) if chosen == "reference" else ops.loss(chosen, *arguments)
+
+    def checked() -> tuple[Any, ...]:
+        options = check_options(k, alpha, weight, squeeze, reduction, backend)
+        own_labels, bank_labels, index, offset = _check_batch(feats, labels, candidates, candidate_labels, self_index)
+        chosen = _choose_backend(backend, feats)
+        return chosen, feats, own_labels, candidates, bank_labels, index, offset, *options
+
+    if group is not None:
+        from . import distributed  # imports torch.distributed, which most processes do not need
+
+        # Checked inside: what is wrong with this rank's arguments must reach the other ranks, which wait for it.
+        def prepare() -> distributed.Call:
+            return distributed.Call(bool(return_stats), *checked())
+
+        loss, stats = distributed.loss(group, sizes, prepare)
+    else:
+        if sizes is not None:
+            _reject("sizes", "None without a group", sizes)
+        chosen, *arguments = checked()
+        loss, stats = reference.loss(*arguments) if chosen == "reference" else ops.loss(chosen, *arguments)
     if not return_stats:
         return loss
     return loss, SNStats(stats[0].long(), *stats[1:5].to(loss.dtype).unbind())
@@ -397,13 +434,14 @@ def support_neighbors(
     Raises:
         TypeError, ValueError: as `sn_loss`.
     """
-    k, alpha, weight, squeeze, reduction = check_options(k, ALPHA, WEIGHT, "none", "sum", backend, None)
+    k, alpha, weight, squeeze, reduction = check_options(k, ALPHA, WEIGHT, "none", "sum", backend)
     labels, candidate_labels, index, offset = _check_batch(feats, labels, candidates, candidate_labels, self_index)
     with torch.no_grad():
-        _, edges, _, nearest, farthest, distances, _ = ops.forward(
+        _, edges, _, nearest, farthest, squared, _ = ops.forward(
             _choose_backend(backend, feats), feats, labels, candidates, candidate_labels, index, offset,
             k, alpha, weight, squeeze, reduction, True,
         )  # fmt: skip
+        distances = reference.distances_of(squared[:, :-2])
         support = edges[:, :-2].long()
         neighbour_labels = reference.take(labels if candidate_labels is None else candidate_labels, support)
         is_positive = (neighbour_labels == labels[:, None]) & (support >= 0)

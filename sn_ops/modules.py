@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ class SNLoss(nn.Module):
         k, alpha, weight, squeeze, reduction, backend, group, return_stats: as in `sn_loss`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: for a bad option, at once.
+        TypeError, ValueError: for a bad option, at once.
 
     Shapes and source: see `sn_loss`.
 
@@ -40,7 +41,11 @@ class SNLoss(nn.Module):
         return_stats: bool = False,
     ) -> None:
         super().__init__()
-        self.k, self.alpha, self.weight, _, _ = check_options(k, alpha, weight, squeeze, reduction, backend, group)
+        self.k, self.alpha, self.weight, _, _ = check_options(k, alpha, weight, squeeze, reduction, backend)
+        if group is not None:
+            from . import distributed
+
+            distributed.check_group(group)
         self.squeeze = squeeze
         self.reduction = reduction
         self.backend = backend
@@ -54,8 +59,10 @@ class SNLoss(nn.Module):
         candidates: Tensor | None = None,  # [M, D]
         candidate_labels: Tensor | None = None,  # [M]
         self_index: int | Tensor | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> Tensor | tuple[Tensor, SNStats]:
-        """The loss, or (loss, `SNStats`) with return_stats: arguments, results and errors of `sn_loss`."""
+        """The loss, or (loss, `SNStats`) with return_stats: arguments, results and errors of `sn_loss`; `sizes` may
+        differ from call to call, as batches do."""
         return sn_loss(
             feats,
             labels,
@@ -69,6 +76,7 @@ class SNLoss(nn.Module):
             reduction=self.reduction,
             backend=self.backend,
             group=self.group,
+            sizes=sizes,
             return_stats=self.return_stats,
         )
 
@@ -77,4 +85,6 @@ class SNLoss(nn.Module):
             f"k={self.k}, alpha={self.alpha}, weight={self.weight}, squeeze={self.squeeze!r}, "
             f"reduction={self.reduction!r}, backend={self.backend!r}"
         )
+        if self.group is not None:
+            text += f", group={self.group!r}"
         return text + ", return_stats=True" if self.return_stats else text

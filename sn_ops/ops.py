@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import reference, triton
 
 Graph = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -80,12 +80,42 @@ def _load_cuda(core: ModuleType | None) -> str:
 CORE = _load_core()
 if _reason := _load_cuda(CORE):
     LOAD_ERROR["cuda"] = _reason
-LOAD_ERROR["triton"] = "it is not part of this version of sn_ops"
+if _reason := triton.missing():
+    LOAD_ERROR["triton"] = _reason
 
 
 def version() -> str:
     """The version this package was built as; pyproject.toml has it, and an unbuilt checkout cannot know it."""
     return "0+unbuilt" if CORE is None else str(CORE.build_info()["version"])
+
+
+def unfit(backend: str, device: torch.device) -> str:
+    """Why a backend that loaded cannot serve this device, of a type that it serves; empty if it can."""
+    if backend == "triton":
+        return triton.unfit(device)
+    if backend == "cuda" and CORE is not None:
+        built = CORE.build_info()["cuda_architectures"]
+        capability = torch.cuda.get_device_capability(device)
+        if not runs_on(built, capability):
+            return f"it was built for {built}, {device} is {capability[0]}{capability[1]}"
+    return ""
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability runs code for `architectures`, such as "80 90a 120+PTX": code runs on
+    the same major version from its own minor version on, "90a" on 9.0 alone, PTX on everything newer."""
+    number = 10 * capability[0] + capability[1]
+    for name in architectures.split():
+        base = int(name.rstrip("afPTX+"))
+        if name.endswith("+PTX"):
+            fits = number >= base
+        elif name.endswith("a"):
+            fits = number == base
+        else:
+            fits = number >= base and number // 10 == base // 10
+        if fits:
+            return True
+    return False
 
 
 # ---- operators by backend -----------------------------------------------------------------------
@@ -134,7 +164,7 @@ def _fake_forward(
     weight: float,
     squeeze: int,
     reduction: int,
-    want_distances: bool,
+    want_squared: bool,
 ) -> Graph:
     n = feats.shape[0]
     neighbours = torch.sym_min(k, n if candidates is None else candidates.shape[0])
@@ -145,7 +175,7 @@ def _fake_forward(
         feats.new_empty((n, neighbours + 2), dtype=acc),
         feats.new_empty((n,), dtype=torch.int32),
         feats.new_empty((n,), dtype=torch.int32),
-        feats.new_empty((n, neighbours) if want_distances else (0,), dtype=acc),
+        feats.new_empty((n, neighbours + 2) if want_squared else (0,), dtype=acc),
         feats.new_empty((6,), dtype=torch.float64),
     )
 
@@ -185,10 +215,10 @@ def _use_reference(what: str) -> NoReturn:
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Graph) -> None:
     feats, _, candidates = inputs[:3]
-    _, indices, coefficients, nearest, farthest, distances, stats = output
+    _, indices, coefficients, nearest, farthest, squared, stats = output
     ctx.save_for_backward(feats, candidates, indices, coefficients, stats)
     ctx.reduction = inputs[_REDUCTION_ARGUMENT]
-    ctx.mark_non_differentiable(indices, coefficients, nearest, farthest, distances, stats)
+    ctx.mark_non_differentiable(indices, coefficients, nearest, farthest, squared, stats)
     ctx.set_materialize_grads(False)
 
 
@@ -311,3 +341,6 @@ if CORE is None:
     OPERATORS["cpu"] = OPERATORS["cuda"] = Operators(_missing, _missing)
 else:
     register(("cpu", "cuda"), "sn_ops")
+if "triton" not in LOAD_ERROR:
+    triton.define()
+    register(("triton",), "sn_triton")

@@ -68,6 +68,11 @@ def _scalar_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def distances_of(squared: Tensor) -> Tensor:
+    """Clamped distances of squared ones, of any shape: rounded once, to the dtype they came in."""
+    return squared.to(_scalar_dtype(squared.device)).clamp(min=SQUARED_DISTANCE_FLOOR).sqrt().to(squared.dtype)
+
+
 # ---- the neighbours ------------------------------------------------------------------------------
 
 
@@ -153,11 +158,16 @@ class Edges(NamedTuple):
 @torch.no_grad()
 def list_edges(selection: Selection, labels: Tensor, candidate_labels: Tensor, squeeze: int) -> Edges:
     """The edges of every anchor for a selection, labels `[N]` and candidate_labels `[M]`."""
+    same_label = take(candidate_labels, selection.support).eq(labels[:, None])
+    return edges_of(selection, same_label & (selection.support >= 0), squeeze)
+
+
+@torch.no_grad()
+def edges_of(selection: Selection, same_label: Tensor, squeeze: int) -> Edges:
+    """The edges of every anchor for a selection; same_label, `[N, K]` bool: the positives of the support set."""
     support, nearest, farthest = (s if s.dim() == 2 else s[:, None] for s in selection)  # [N, K], [N, 1], [N, 1]
     valid = nearest >= 0
-
     used = support >= 0
-    same_label = used & take(candidate_labels, support).eq(labels[:, None])
     missing = valid & ~same_label.any(1, keepdim=True)
     near_edge = nearest.masked_fill(~missing, -1)
     if squeeze == Squeeze.SPAN:
@@ -270,7 +280,7 @@ def _poison(*feats: Tensor) -> Tensor:
     return torch.stack([(f.detach() * 0).sum() for f in feats]).sum()
 
 
-def _statistics(squared: Tensor, edges: Edges, poison: Tensor) -> Tensor:
+def statistics(squared: Tensor, edges: Edges, poison: Tensor) -> Tensor:
     """`[6]`: the entries of `SNStats`, 0 where they are undefined, and the poison."""
     distances = squared.clamp(min=SQUARED_DISTANCE_FLOOR).sqrt()
     positive = edges.positive & edges.valid[:, None]
@@ -353,7 +363,7 @@ def loss(
     poison = _poison(*inputs)
     for tensor in inputs:
         value = value + (tensor * poison).sum()
-    return value, _statistics(squared.detach(), edges, poison)
+    return value, statistics(squared.detach(), edges, poison)
 
 
 @torch.no_grad()
@@ -369,14 +379,15 @@ def forward(
     weight: float,
     squeeze: int,
     reduction: int,
-    want_distances: bool,
+    want_squared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`sn_ops::forward`: the arguments of `loss` to the loss and its support graph, no autograd.
 
     Returns:
         loss (acc, 0-d or `[N]`), indices (int32 `[N, K + 2]`), coefficients (acc `[N, K + 2]`, before the reduction's
-        factor), nearest_positive and farthest_positive (int32 `[N]`), distances of the support set (acc `[N, K]`, inf
-        where unused; `[0]` unless `want_distances`), stats (`[6]`, see `SNStats`; the last entry is the poison).
+        factor), nearest_positive and farthest_positive (int32 `[N]`), squared distances of the edges, not clamped (acc
+        `[N, K + 2]`, inf where unused; `[0]` unless `want_squared`), stats (`[6]`, see `SNStats`; the last entry is
+        the poison).
     """
     anchors, pool, selection, edges = _find_edges(
         feats, labels, candidates, candidate_labels, self_index, self_offset, k, squeeze
@@ -385,15 +396,14 @@ def forward(
     poison = _poison(anchors, pool)
     squared = edge_squared_distances(anchors, pool, edges).to(_scalar_dtype(feats.device))
     losses = anchor_losses(squared, edges, alpha, weight, squeeze)
-    distances = squared.clamp(min=SQUARED_DISTANCE_FLOOR).sqrt().where(edges.indices >= 0, math.inf)[:, :-2]
     return (
         _reduce(losses, edges.valid, reduction).to(acc) + poison,
         edges.indices.int(),
         edge_coefficients(squared, edges, alpha, weight, squeeze).to(acc),
         selection.nearest.int(),
         selection.farthest.int(),
-        distances.to(acc) if want_distances else torch.empty(0, dtype=acc, device=feats.device),
-        _statistics(squared, edges, poison),
+        squared.where(edges.indices >= 0, math.inf).to(acc) if want_squared else feats.new_empty(0, dtype=acc),
+        statistics(squared, edges, poison),
     )
 
 

@@ -189,10 +189,6 @@ std::vector<std::int64_t> balanced_rows(const std::vector<std::int64_t>& begin, 
   return cuts;
 }
 
-std::int64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : (dtype == DType::kFloat32 ? 4 : 2);
-}
-
 // Writes to each page of an output that is about to be overwritten.
 void touch(const ThreadPool& pool, int workers, void* out, std::int64_t bytes) {
   constexpr std::int64_t kPage = 4096;

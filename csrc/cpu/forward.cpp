@@ -168,18 +168,20 @@ class Loss {
       indices[e] = e < count ? support[e] : -1;
       positive[e] = e < count && args_.candidate_labels[support[e]] == label ? 1 : 0;
     }
-    const AnchorTerms terms = anchor_terms<Acc>(args_.options, K_, indices, d2, positive,
-                                                Positive<Acc>{args_.nearest_positive[anchor], near_d2_[anchor]},
-                                                Positive<Acc>{args_.farthest_positive[anchor], far_d2_[anchor]},
-                                                static_cast<Acc*>(args_.coefficients) + anchor * (K_ + kExtraEdges));
+    const AnchorTerms terms =
+        anchor_terms<Acc>(OneLane(), args_.options, K_, SupportArrays<Acc>{indices, d2, positive},
+                          Positive<Acc>{args_.nearest_positive[anchor], near_d2_[anchor]},
+                          Positive<Acc>{args_.farthest_positive[anchor], far_d2_[anchor]}, indices + K_,
+                          static_cast<Acc*>(args_.coefficients) + anchor * (K_ + kExtraEdges));
     blocks_[anchor / kAnchorBlock].add(terms);
     if (args_.options.reduction == Reduction::kNone)
       static_cast<Acc*>(args_.loss)[anchor] = static_cast<Acc>(terms.loss);
-    if (args_.distances != nullptr) {
-      Acc* distances = static_cast<Acc*>(args_.distances) + anchor * K_;
-      for (std::int64_t e = 0; e < K_; ++e) {
-        distances[e] = e < count ? static_cast<Acc>(clamped_distance(d2[e])) : std::numeric_limits<Acc>::infinity();
-      }
+    if (args_.squared != nullptr) {
+      Acc* squared = static_cast<Acc*>(args_.squared) + anchor * (K_ + kExtraEdges);
+      constexpr Acc kNone = std::numeric_limits<Acc>::infinity();
+      for (std::int64_t e = 0; e < K_; ++e) squared[e] = e < count ? d2[e] : kNone;
+      squared[K_] = indices[K_] >= 0 ? near_d2_[anchor] : kNone;
+      squared[K_ + 1] = indices[K_ + 1] >= 0 ? far_d2_[anchor] : kNone;
     }
   }
 
@@ -207,7 +209,7 @@ class Loss {
     std::fill_n(args_.indices, N_ * (K_ + kExtraEdges), -1);
     std::fill_n(static_cast<Acc*>(args_.coefficients), N_ * (K_ + kExtraEdges), Acc(0));
     std::fill_n(static_cast<Acc*>(args_.loss), args_.options.reduction == Reduction::kNone ? N_ : 1, kNaN);
-    if (args_.distances != nullptr) std::fill_n(static_cast<Acc*>(args_.distances), N_ * K_, kNaN);
+    if (args_.squared != nullptr) std::fill_n(static_cast<Acc*>(args_.squared), N_ * (K_ + kExtraEdges), kNaN);
     std::fill_n(args_.stats, static_cast<int>(kStatsSize), std::numeric_limits<double>::quiet_NaN());
   }
 

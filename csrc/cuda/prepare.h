@@ -1,25 +1,92 @@
-// First pass of the CUDA backend over a feature matrix: which rows are not finite, and each row's squared
-// norm.
+// First step of the screened paths: what the screening knows of each row, and the half-precision copy it multiplies.
+//
+// After enqueue_prepare
+//   Control      zeroed, then: nonfinite, unscreenable, largest, exponent set
+//   counts       zeroed, all 2 * wave_rows of them (later waves and passes: whoever sets the thresholds zeroes again)
+//   anchors, candidates (ScreenSide below): rows, n, rho. kBank: only the anchors; the score kernel finds n and rho of
+//                the candidates that it reads, and notes what is not finite in them.
+//
+// Units. Everything is in units of the cast: a row x stands for v = (x - m) 2^e with one vector m and one exponent e
+// for the whole call (half-precision inputs: m = 0, e = 0), h is v rounded to half precision (half inputs: the row
+// itself).
+//   n    |h|^2, off by at most a relative (Dpad / 32 + 16) 2^-24
+//   rho  >= |v - h|; 0 for half inputs; +inf for a row of which the copy says nothing, because it is out of the range
+//        of the copy or of the products. Such a row has n = 0 (and h = 0 unless it serves in place); it is appended to
+//        the candidates of every anchor, whatever its score, and as an anchor nothing can be certified for it: its
+//        place is the ladder. A row with a NaN or Inf is such a row and sets Control.nonfinite.
+// Control.unscreenable: e would be outside of +-60 or the sample has no value but 0. Then no cast is worth anything:
+// rho is +inf and n is 0 for all rows, the score kernels write NOTHING (no scores, no entries, no facts of bank rows),
+// and every row goes to the ladder.
 #pragma once
-
-#include <cuda_runtime_api.h>
 
 #include <cstdint>
 
 #include "../sn_types.h"
+#include "plan.h"
+#include "platform.h"
+#include "sizes_screen.h"
 
 namespace sn::cuda {
 
-struct PrepareArgs {
-  DType dtype;
-  std::int64_t dims;     // D
-  FeatureView features;  // [N, D]
+// The exponent e is such that the sample's largest |v| is in [2^kTargetExponent, 2^(kTargetExponent + 1)). In the
+// middle of fp16's range: an outlier 1000 times as large still fits (below 2^16), and values 2^18 times smaller still
+// have all their bits (down to 2^-14).
+inline constexpr int kTargetExponent = 4;
+inline constexpr int kLargestExponent = 60;
 
-  void* squared_norms;      // acc [N]; meaningless for a row that is not finite
-  std::int32_t* nonfinite;  // [N]; 1 where a value of the row is NaN or Inf, else 0
+// One matrix as the screening sees it.
+struct ScreenSide {
+  // fp16 (bf16 for bf16 inputs) [count][stride]; rows start at multiples of 16 bytes. Null: the candidates of kBank.
+  const void* rows;
+  std::int64_t count;
+  std::int64_t stride;  // in elements
+  std::int64_t dims;    // elements of a row that may be read, a multiple of 8; what lies beyond counts as 0
+  float* n;             // [count]
+  float* rho;           // [count]
 };
 
-// Enqueues on `stream`, which belongs to the current device. No rows: nothing is launched.
-cudaError_t prepare(const PrepareArgs& args, cudaStream_t stream);
+// What anchors keep candidates by; set between passes (bound.cuh tells how), read by the score kernels. [N] each, by
+// the anchor's number (not its number in the wave).
+struct Thresholds {
+  float* T;   // T of the support test; -inf: keeps nothing (but candidates with rho = +inf), +inf: keeps everything
+  float* u;   // 2 t >= 0
+  float* G;   // G of the far test; +inf: never, -inf: every positive
+  float* g2;  // 2 g >= 0
+};
+
+template <typename T>
+T* piece(char* workspace, const Piece& place) {
+  return reinterpret_cast<T*>(workspace + place.offset);
+}
+
+inline ScreenSide anchor_side(const ForwardArgs& args, const ForwardPlan& plan, char* workspace) {
+  const std::int64_t N = args.anchors.rows;
+  float* facts = piece<float>(workspace, plan.anchor_facts);
+  if (plan.cast_anchors) {
+    return {workspace + plan.anchor_cast.offset, N, plan.padded_dims, plan.padded_dims, facts, facts + N};
+  }
+  return {args.anchors.data, N, args.anchors.row_stride, args.dims, facts, facts + N};
+}
+
+// With `symmetric` the anchors' side serves as both.
+inline ScreenSide candidate_side(const ForwardArgs& args, const ForwardPlan& plan, char* workspace) {
+  if (args.symmetric) return anchor_side(args, plan, workspace);
+  const std::int64_t M = args.candidates.rows;
+  float* facts = piece<float>(workspace, plan.candidate_facts);
+  if (plan.path == ForwardPath::kBank) return {nullptr, M, 0, 0, facts, facts + M};
+  if (plan.cast_candidates) {
+    return {workspace + plan.candidate_cast.offset, M, plan.padded_dims, plan.padded_dims, facts, facts + M};
+  }
+  return {args.candidates.data, M, args.candidates.row_stride, args.dims, facts, facts + M};
+}
+
+inline Thresholds thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace) {
+  const std::int64_t N = args.anchors.rows;
+  float* facts = piece<float>(workspace, plan.anchor_facts);
+  return {facts + 2 * N, facts + 3 * N, facts + 4 * N, facts + 5 * N};
+}
+
+// kPrepareLaunches kernels. N, M and D are at least 1, the path is kDense, kScreen or kBank.
+cudaError_t enqueue_prepare(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
 
 }  // namespace sn::cuda

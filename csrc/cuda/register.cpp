@@ -6,16 +6,28 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <tuple>
+#include <atomic>
+#include <optional>
 
-#include "../checks.h"
+#include "../operators.h"
 #include "../sn_types.h"
-#include "prepare.h"
+#include "forward.h"
 
 namespace {
 
+using sn::cuda::ForwardPath;
+using sn::operators::Output;
+using sn::operators::Place;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Set by tests alone, so that they reach every path.
+std::atomic<ForwardPath> forced_path{ForwardPath::kAuto};
+
+void force_path(std::int64_t path) {
+  sn::checks::expect_between("cuda_force_path", "path", path, 0, static_cast<std::int64_t>(ForwardPath::kBank));
+  forced_path = static_cast<ForwardPath>(path);
+}
 
 cudaStream_t current_stream(std::int32_t device) {
   void* stream = nullptr;
@@ -23,32 +35,67 @@ cudaStream_t current_stream(std::int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-std::tuple<Tensor, Tensor> cuda_prepare(const Tensor& feats) {
-  constexpr const char* op = "cuda_prepare";
-  sn::checks::expect_cuda(op, "feats", feats);
-  sn::checks::expect_dim(op, "feats", feats, 2);
-  const sn::DType dtype = sn::checks::feature_dtype(op, "feats", feats);
-  sn::checks::expect_rows(op, "feats", feats.size(0));
+int attribute(cudaDeviceAttr name, std::int32_t device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
 
+// Attributes come from the driver's table, without a synchronisation; four look-ups cost less than a cache's lock.
+sn::cuda::DeviceFacts device_facts(std::int32_t device) {
+  return {.major = attribute(cudaDevAttrComputeCapabilityMajor, device),
+          .minor = attribute(cudaDevAttrComputeCapabilityMinor, device),
+          .multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device),
+          .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+}
+
+sn::operators::ForwardOutputs forward_cuda(const Tensor& feats, const Tensor& labels,
+                                           const std::optional<Tensor>& candidates,
+                                           const std::optional<Tensor>& candidate_labels,
+                                           const std::optional<Tensor>& self_index, std::int64_t self_offset,
+                                           std::int64_t k, double alpha, double weight, std::int64_t squeeze,
+                                           std::int64_t reduction, bool want_squared) {
+  sn::checks::expect_cuda("forward", "feats", feats);
   const std::int32_t device = feats.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor rows = sn::checks::unit_stride(feats);
-  const std::int64_t count = rows.size(0);
-  const Tensor squared_norms = torch::stable::new_empty(rows, {count}, sn::checks::accumulation_type(dtype));
-  const Tensor nonfinite = torch::stable::new_empty(rows, {count}, ScalarType::Int);
-  const sn::cuda::PrepareArgs args{
-      .dtype = dtype,
-      .dims = rows.size(1),
-      .features = sn::checks::feature_view(rows),
-      .squared_norms = squared_norms.mutable_data_ptr(),
-      .nonfinite = static_cast<std::int32_t*>(nonfinite.mutable_data_ptr()),
-  };
-  STD_CUDA_CHECK(sn::cuda::prepare(args, current_stream(device)));
-  return {squared_norms, nonfinite};
+  const Place place = Place::cuda_device(device);
+  return sn::operators::forward_operator(
+      place, feats, labels, candidates, candidate_labels, self_index, self_offset, k, alpha, weight, squeeze, reduction,
+      want_squared, [&](const sn::ForwardArgs& args) {
+        const sn::cuda::Problem problem = sn::cuda::problem_of(args);
+        const sn::cuda::DeviceFacts facts = device_facts(device);
+        const ForwardPath wanted = forced_path;
+        const sn::cuda::ForwardPlan plan = sn::cuda::plan_forward(
+            problem, facts, sn::cuda::serves(wanted, problem, facts) ? wanted : ForwardPath::kAuto);
+        const Output workspace(place, {plan.workspace_bytes}, ScalarType::Byte);
+        STD_CUDA_CHECK(sn::cuda::forward(args, plan, workspace.data<char>(), current_stream(device)));
+      });
+}
+
+sn::operators::BackwardOutputs backward_cuda(const Tensor& grad_loss, const Tensor& feats,
+                                             const std::optional<Tensor>& candidates, const Tensor& indices,
+                                             const Tensor& coefficients, const Tensor& stats, std::int64_t reduction,
+                                             bool need_feats, bool need_candidates) {
+  sn::checks::expect_cuda("backward", "feats", feats);
+  const std::int32_t device = feats.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Place place = Place::cuda_device(device);
+  return sn::operators::backward_operator(
+      place, grad_loss, feats, candidates, indices, coefficients, stats, reduction, need_feats, need_candidates,
+      [&](const sn::BackwardArgs& args) {
+        const sn::cuda::BackwardPlan plan = sn::cuda::plan_backward(sn::cuda::problem_of(args), device_facts(device));
+        const Output workspace(place, {plan.workspace_bytes}, ScalarType::Byte);
+        STD_CUDA_CHECK(sn::cuda::backward(args, plan, workspace.data<char>(), current_stream(device)));
+      });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sn_ops, CUDA, library) {
-  library.impl("cuda_prepare", TORCH_BOX(&cuda_prepare));
+  library.impl("forward", TORCH_BOX(&forward_cuda));
+  library.impl("backward", TORCH_BOX(&backward_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sn_ops, CompositeExplicitAutograd, library) {
+  library.impl("cuda_force_path", TORCH_BOX(&force_path));
 }

@@ -49,7 +49,7 @@ struct Problem {
 };
 
 struct Result {
-  std::vector<float> loss, coefficients, distances, grad_anchors, grad_candidates;
+  std::vector<float> loss, coefficients, squared, grad_anchors, grad_candidates;
   std::vector<std::int32_t> indices, near, far;
   std::vector<double> stats;
 };
@@ -59,7 +59,7 @@ Result run(const Problem& p, int threads, sn::Squeeze squeeze, sn::Reduction red
   Result r;
   r.loss.assign(reduction == sn::Reduction::kNone ? p.N : 1, -7.0f);
   r.coefficients.assign(p.N * (K + 2), -7.0f);
-  r.distances.assign(p.N * K, -7.0f);
+  r.squared.assign(p.N * (K + sn::kExtraEdges), -7.0f);
   r.indices.assign(p.N * (K + 2), -7);
   r.near.assign(p.N, -7);
   r.far.assign(p.N, -7);
@@ -82,7 +82,7 @@ Result run(const Problem& p, int threads, sn::Squeeze squeeze, sn::Reduction red
   f.coefficients = r.coefficients.data();
   f.nearest_positive = r.near.data();
   f.farthest_positive = r.far.data();
-  f.distances = r.distances.data();
+  f.squared = r.squared.data();
   f.stats = r.stats.data();
   const sn::ThreadPool pool{threads, threaded_for};
   sn::cpu::forward(f, pool);
@@ -300,7 +300,7 @@ void check_problem(const Problem& p) {
         }
         check(same_bits(r.indices, first.indices), where + ": indices differ");
         check(same_bits(r.near, first.near) && same_bits(r.far, first.far), where + ": positives differ");
-        check(same_bits(r.distances, first.distances), where + ": distances differ");
+        check(same_bits(r.squared, first.squared), where + ": squared distances differ");
         check(same_bits(r.coefficients, first.coefficients), where + ": coefficients differ");
         check(same_bits(r.loss, first.loss), where + ": loss differs");
         check(same_bits(r.stats, first.stats), where + ": statistics differ");

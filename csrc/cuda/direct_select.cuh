@@ -1,0 +1,294 @@
+// A block selects one anchor's neighbours from its row of partial sums and finishes the anchor. Shared by the direct
+// path and the cluster path.
+//
+// Short rows (at most 32 kPerLane candidates, K <= 32): the block adds the slices up into shared memory; then one warp
+// holds the row in registers and extracts the least key K times, two reductions each, while another looks for near and
+// far. Long rows, or larger K: all threads look for near and far as they add up; a radix selection (select.cuh) and a
+// sort follow. Either way the first warp finishes.
+#pragma once
+
+#include <cstdint>
+
+#include "finish.cuh"
+#include "ptx.cuh"
+#include "select.cuh"
+#include "sizes_direct.h"
+
+namespace sn::cuda {
+
+template <int kPerLane>
+inline constexpr int kSelectThreads = kPerLane == 0 ? 256 : 128;
+// Registers for the loads of a whole span to be under way at once.
+template <int kPerLane>
+inline constexpr int kSelectBlocks = 512 / kSelectThreads<kPerLane>;
+
+// ---- the sums of a row ----------------------------------------------------------------------------------------------
+
+// The aligned pairwise tree over kParts values from the first on; those from `count` on are +0.
+template <class A, int kParts, class Source>
+__device__ __forceinline__ A tree_of(const Source& source, int first, int count) {
+  if constexpr (kParts == 1) {
+    return first < count ? source(first) : A(0);
+  } else {
+    const A low = tree_of<A, kParts / 2>(source, first, count);
+    return add(low, tree_of<A, kParts / 2>(source, first + kParts / 2, count));
+  }
+}
+
+// The slices' values, in order, to the final sum. kSpanSlices: slices of one span; source(s) is slice s.
+template <class A, int kSpanSlices, class Source>
+__device__ __forceinline__ A combine_slices(const Source& source, int slices) {
+  A rTotal = 0;
+  for (int first = 0; first < slices; first += kSpanSlices) {
+    const A span = tree_of<A, kSpanSlices>(source, first, slices);
+    rTotal = first == 0 ? span : add(rTotal, span);
+  }
+  return no_nan(rTotal);
+}
+template <class A, class Source>
+__device__ __forceinline__ A combine_slices(const Source& source, int slices, int span_slices) {
+  static_assert(kSpan / kChunk == 32 && kSpan / kLargestSlice == 8, "the cases below");
+  switch (span_slices) {
+    case 8:
+      return combine_slices<A, 8>(source, slices);
+    case 16:
+      return combine_slices<A, 16>(source, slices);
+    default:
+      return combine_slices<A, 32>(source, slices);
+  }
+}
+
+// A row of gPartials.
+template <class A>
+struct PlaneSums {
+  A* gRow;             // [M] of the first slice
+  std::int64_t plane;  // from slice to slice
+  int slices;
+  int span_slices;
+
+  struct Slices {
+    const A* gValue;
+    std::int64_t plane;
+    __device__ __forceinline__ A operator()(int slice) const { return gValue[slice * plane]; }
+  };
+  __device__ __forceinline__ A get(std::int64_t j) const {
+    return combine_slices<A>(Slices{gRow + j, plane}, slices, span_slices);
+  }
+  // Keeps the sum for at(); only the block that owns the row reads or writes it.
+  __device__ __forceinline__ void keep(std::int64_t j, A d2) const { gRow[j] = d2; }
+  __device__ __forceinline__ A at(std::int64_t j) const { return gRow[j]; }
+};
+
+template <class A>
+__device__ __forceinline__ Positive<A> near_of(const Key<A>& key) {
+  return is_last(key) ? Positive<A>{-1, A(0)} : Positive<A>{index_of(key), d2_of(key)};
+}
+template <class A>
+__device__ __forceinline__ Positive<A> far_of(const Key<A>& key) {
+  return is_last(key) ? Positive<A>{-1, A(0)} : Positive<A>{index_of(key), d2_of_far(key)};
+}
+
+// ---- short rows -----------------------------------------------------------------------------------------------------
+
+// Least value of the lanes.
+__device__ __forceinline__ std::uint32_t least_bits(std::uint32_t bits) {
+  return reduce_min(bits);
+}
+__device__ __forceinline__ std::uint64_t least_bits(std::uint64_t bits) {
+  const std::uint32_t high = static_cast<std::uint32_t>(bits >> 32);
+  const std::uint32_t least_high = reduce_min(high);
+  const std::uint32_t least_low = reduce_min(high == least_high ? static_cast<std::uint32_t>(bits) : ~0u);
+  return static_cast<std::uint64_t>(least_high) << 32 | least_low;
+}
+__device__ __forceinline__ float value_of(std::uint32_t bits) {
+  return float_from_bits(bits);
+}
+__device__ __forceinline__ double value_of(std::uint64_t bits) {
+  return double_from_bits(bits);
+}
+
+// Lane i gets the i-th of the K <= 32 first keys of the row sRow [M], last_key where there are fewer. One warp.
+template <class A, int kPerLane>
+__device__ __forceinline__ Key<A> extract_least(const Shared<A>& sRow, int M, std::int64_t self, int K) {
+  using Bits = decltype(bits_of(A()));
+  constexpr Bits kNone = ~Bits{0};  // above +inf
+  Bits rBits[kPerLane];
+  Bits rLeast = kNone;
+  int rWhere = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int j = i * kWarpSize + lane_id();
+    rBits[i] = j < M && j != self ? bits_of(sRow.get(j)) : kNone;
+    if (rBits[i] < rLeast) {
+      rLeast = rBits[i];
+      rWhere = i;
+    }
+  }
+  Key<A> rKey = last_key<Key<A>>();
+  for (int rank = 0; rank < K; ++rank) {
+    const Bits least = least_bits(rLeast);
+    if (least == kNone) break;
+    const std::uint32_t index =
+        reduce_min(rLeast == least ? static_cast<std::uint32_t>(rWhere * kWarpSize + lane_id()) : ~0u);
+    if (lane_id() == rank) rKey = make_key(value_of(least), static_cast<std::int32_t>(index));
+    if (lane_id() == static_cast<int>(index % kWarpSize)) {
+      const int taken = rWhere;
+      rLeast = kNone;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        if (i == taken) rBits[i] = kNone;
+        if (rBits[i] < rLeast) {
+          rLeast = rBits[i];
+          rWhere = i;
+        }
+      }
+    }
+  }
+  return rKey;
+}
+
+// near_i and far_i, as they are found.
+template <class A>
+struct SpecialKeys {
+  Key<A> near = last_key<Key<A>>();
+  Key<A> far = last_key<Key<A>>();
+
+  __device__ __forceinline__ void offer(A d2, std::int64_t j) {
+    const Key<A> candidate_near = make_key(d2, static_cast<std::int32_t>(j));
+    const Key<A> candidate_far = far_key(d2, static_cast<std::int32_t>(j));
+    if (before(candidate_near, near)) near = candidate_near;
+    if (before(candidate_far, far)) far = candidate_far;
+  }
+  __device__ __forceinline__ void meet() {
+    near = least_key(near);
+    far = least_key(far);
+  }
+};
+
+// Of a short row, by one warp; the result is in all lanes.
+template <class A>
+__device__ __forceinline__ SpecialKeys<A> find_special(const ForwardArgs& args, std::int64_t anchor, std::int64_t self,
+                                                       const Shared<A>& sRow) {
+  const std::int64_t label = load(args.anchor_labels + anchor);
+  SpecialKeys<A> rSpecial;
+  for (int j = lane_id(); j < args.candidates.rows; j += kWarpSize) {
+    if (j != self && load(args.candidate_labels + j) == label) rSpecial.offer(sRow.get(j), j);
+  }
+  rSpecial.meet();
+  return rSpecial;
+}
+
+template <class A, int kPerLane>
+class SelectState {
+ public:
+  static int bytes(std::int64_t M, std::int64_t) {
+    return shared_bytes<A>(static_cast<int>(M)) + shared_bytes<Key<A>>(kWarpSize) + shared_bytes<Key<A>>(2);
+  }
+  __device__ __forceinline__ SelectState(SharedArena& arena, std::int64_t M, std::int64_t)
+      : sRow_(arena.take<A>(static_cast<int>(M))),
+        sKeys_(arena.take<Key<A>>(kWarpSize)),
+        sSpecial_(arena.take<Key<A>>(2)) {}
+
+  // By all threads of the block; the record is the first warp's.
+  template <class Sums>
+  __device__ AnchorRecord select_and_finish(const ForwardArgs& args, std::int64_t anchor, std::int64_t K,
+                                            const Sums& sums, Key<A>*) const {
+    const int M = static_cast<int>(args.candidates.rows);
+    const std::int64_t self = self_of(args, anchor);
+    for (int j = thread_id(); j < M; j += thread_count()) sRow_.set(j, sums.get(j));
+    sync_block();
+    if (warp_id() == 0) {
+      sKeys_.set(lane_id(), extract_least<A, kPerLane>(sRow_, M, self, static_cast<int>(K)));
+    } else if (warp_id() == 1) {
+      const SpecialKeys<A> rSpecial = find_special<A>(args, anchor, self, sRow_);
+      if (lane_id() == 0) {
+        sSpecial_.set(0, rSpecial.near);
+        sSpecial_.set(1, rSpecial.far);
+      }
+    }
+    sync_block();
+    if (warp_id() != 0) return {};
+    const std::int64_t others = M - (self >= 0 ? 1 : 0);
+    return finish_anchor<A>(args, anchor, K, K < others ? K : others, sKeys_, near_of<A>(sSpecial_.get(0)),
+                            far_of<A>(sSpecial_.get(1)));
+  }
+
+ private:
+  Shared<A> sRow_;           // [M]
+  Shared<Key<A>> sKeys_;     // [kWarpSize]
+  Shared<Key<A>> sSpecial_;  // near, far
+};
+
+// ---- long rows ------------------------------------------------------------------------------------------------------
+
+template <class A>
+class SelectState<A, 0> {
+ public:
+  static constexpr int kWarps = kSelectThreads<0> / kWarpSize;
+
+  static int bytes(std::int64_t, std::int64_t shared_keys) {
+    return shared_bytes<std::uint32_t>(SelectMemory::kWords) + shared_bytes<Key<A>>(2 * kWarps) +
+           shared_bytes<Key<A>>(static_cast<int>(shared_keys));
+  }
+  __device__ __forceinline__ SelectState(SharedArena& arena, std::int64_t, std::int64_t shared_keys)
+      : memory_{arena.take<std::uint32_t>(SelectMemory::kWords)},
+        sSpecial_(arena.take<Key<A>>(2 * kWarps)),
+        sKeys_(arena.take<Key<A>>(static_cast<int>(shared_keys))) {}
+
+  template <class Sums>
+  __device__ AnchorRecord select_and_finish(const ForwardArgs& args, std::int64_t anchor, std::int64_t K,
+                                            const Sums& sums, Key<A>* gKeys) const {
+    const std::int64_t M = args.candidates.rows;
+    const std::int64_t self = self_of(args, anchor);
+    const std::int64_t label = load(args.anchor_labels + anchor);
+    SpecialKeys<A> rSpecial;
+    for (std::int64_t j = thread_id(); j < M; j += thread_count()) {
+      const A d2 = sums.get(j);
+      sums.keep(j, d2);
+      if (j != self && load(args.candidate_labels + j) == label) rSpecial.offer(d2, j);
+    }
+    rSpecial.meet();
+    if (lane_id() == 0) {
+      sSpecial_.set(2 * warp_id(), rSpecial.near);
+      sSpecial_.set(2 * warp_id() + 1, rSpecial.far);
+    }
+    sync_block();
+
+    const std::int64_t others = M - (self >= 0 ? 1 : 0);
+    const std::int64_t found = K < others ? K : others;
+    return gKeys == nullptr ? finish(args, anchor, K, found, sums, self, sKeys_)
+                            : finish(args, anchor, K, found, sums, self, gKeys);
+  }
+
+ private:
+  template <class Sums>
+  struct Row {
+    const Sums& sums;
+    std::int64_t M;
+    std::int64_t self;
+    __device__ __forceinline__ std::int64_t length() const { return M; }
+    __device__ __forceinline__ Key<A> key(std::int64_t j) const {
+      return j == self ? last_key<Key<A>>() : make_key(sums.at(j), static_cast<std::int32_t>(j));
+    }
+  };
+
+  template <class Sums, class Keys>
+  __device__ AnchorRecord finish(const ForwardArgs& args, std::int64_t anchor, std::int64_t K, std::int64_t found,
+                                 const Sums& sums, std::int64_t self, Keys keys) const {
+    if (found > 0) {
+      block_select<A>(Row<Sums>{sums, args.candidates.rows, self}, found, keys, memory_);
+      sort_keys(BlockTeam(), keys, found);
+    }
+    if (warp_id() != 0) return {};
+    const bool reads = lane_id() < kWarps;
+    const Key<A> near = least_key(reads ? sSpecial_.get(2 * lane_id()) : last_key<Key<A>>());
+    const Key<A> far = least_key(reads ? sSpecial_.get(2 * lane_id() + 1) : last_key<Key<A>>());
+    return finish_anchor<A>(args, anchor, K, found, keys, near_of<A>(near), far_of<A>(far));
+  }
+
+  SelectMemory memory_;
+  Shared<Key<A>> sSpecial_;  // [kWarps] near, far
+  Shared<Key<A>> sKeys_;     // [shared_keys]
+};
+
+}  // namespace sn::cuda

@@ -1,0 +1,206 @@
+// The one place where a problem meets its kernels. Thresholds between paths are the ones that ../cuda/README.md derives
+// from instruction and byte counts; a measurement that says otherwise belongs here.
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "sizes_direct.h"
+#include "sizes_screen.h"
+#include "sizes_screened.h"
+
+namespace sn::cuda {
+namespace {
+
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+constexpr std::int64_t divide_up(std::int64_t value, std::int64_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
+// No scratch of N x M beyond this many entries: larger problems go in waves of anchors.
+constexpr std::int64_t kScratchEntries = std::int64_t{1} << 22;
+// Candidate buffers of one wave of the screening: 65536 anchors with 384 + 256 entries of 8 bytes are 320 MiB.
+constexpr std::int64_t kBufferBytes = std::int64_t{320} << 20;
+// Sums of products up to which tiles of direct sums beat the screening with its longer chain of kernels.
+constexpr std::int64_t kDirectProducts = std::int64_t{1} << 28;
+// Dense scores serve every anchor's whole row of candidates up to here; beyond, a sample bounds what is kept.
+constexpr std::int64_t kDenseCandidates = 1024;
+constexpr int kClusterBlocks = 8;  // the largest cluster that needs no opt-in
+constexpr int kClusterMajor = 9;
+
+// A sample of one in r leaves about r K candidates to look at, distributed as r times a Gamma(K) variable: this many
+// hold all of them but for about one row in 10^6 (r = 16, K = 10: 493).
+constexpr std::int64_t kSampleRatio = 16;
+std::int64_t expected_entries(std::int64_t K, std::int64_t ratio) {
+  const double k = static_cast<double>(K);
+  return ratio * static_cast<std::int64_t>(std::ceil(k + 5.0 * std::sqrt(k) + 5.0));
+}
+constexpr std::int64_t kSmallestBuffer = 512;
+// Very many anchors: a quarter less memory for one row in 5000 that the ladder serves.
+constexpr std::int64_t kLeanBuffer = 384;
+constexpr std::int64_t kLeanFrom = 32768;
+constexpr std::int64_t kFarCapacity = 256;
+constexpr std::int64_t kSmallestSample = 64;
+constexpr std::int64_t kSampleMultiple = 64;
+
+class Workspace {
+ public:
+  Piece take(std::int64_t bytes) {
+    const Piece piece{offset_, bytes};
+    offset_ += round_up(bytes, kWorkspaceAlignment);
+    return piece;
+  }
+  std::int64_t bytes() const { return offset_; }
+
+ private:
+  std::int64_t offset_ = 0;
+};
+
+void plan_cluster(ForwardPlan& plan, const Problem& problem) {
+  plan.cluster = kClusterBlocks;
+  plan.slice_elements = kChunk;
+  while (direct_slices(problem.D, plan.slice_elements) > plan.cluster && plan.slice_elements < kLargestSlice) {
+    plan.slice_elements *= 2;
+  }
+  plan.d_slices = direct_slices(problem.D, plan.slice_elements);
+  while (plan.cluster / 2 >= plan.d_slices) plan.cluster /= 2;
+  plan.wave_rows = problem.N;
+  plan.waves = 1;
+  plan.launches = 1;
+  plan.workspace_bytes = 0;
+}
+
+void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
+  const DirectShape shape = direct_shape(problem, device, kScratchEntries);
+  plan.slice_elements = shape.slice_elements;
+  plan.d_slices = shape.d_slices;
+  plan.wave_rows = shape.wave_rows;
+  plan.waves = shape.waves;
+  plan.triangular = shape.triangular;
+
+  Workspace workspace;
+  plan.control = workspace.take(sizeof(Control));
+  plan.records = workspace.take(problem.N * static_cast<std::int64_t>(sizeof(AnchorRecord)));
+  plan.flags = workspace.take(direct_flag_bytes(plan, problem));
+  plan.partials = workspace.take(direct_partial_bytes(plan, problem));
+  plan.sort_keys = workspace.take(direct_sort_key_bytes(plan, problem));
+  plan.launches = direct_launches(plan);
+  plan.workspace_bytes = workspace.bytes();
+}
+
+// What the screened paths share: the cast copies, facts of rows, lists of positives, buffers.
+void plan_screened(ForwardPlan& plan, const Problem& problem) {
+  const std::int64_t N = problem.N;
+  const std::int64_t M = problem.M;
+  const std::int64_t K = plan.K;
+  const bool dense = plan.path == ForwardPath::kDense;
+  const bool in_place = problem.dtype != DType::kFloat32 && problem.aligned && problem.D % kCopyElements == 0;
+  plan.padded_dims = round_up(problem.D, kStageColumns);
+  plan.cast_anchors = !in_place;
+  plan.cast_candidates = !problem.symmetric && !in_place && plan.path != ForwardPath::kBank;
+
+  if (dense) {
+    plan.sample_columns = M;
+    plan.sample_stride = 1;
+    plan.buffer_capacity = ladder_entries(K);
+    plan.far_capacity = 0;
+    plan.wave_rows = std::min({N, std::max<std::int64_t>(1, kScratchEntries / M),
+                               std::max<std::int64_t>(1, kBufferBytes / (8 * plan.buffer_capacity))});
+  } else {
+    // Two samplings of ratio sqrt(M / sample) each serve more candidates than one of ratio kSampleRatio can.
+    const std::int64_t lean = N >= kLeanFrom ? kLeanBuffer : kSmallestBuffer;
+    const std::int64_t least = std::max<std::int64_t>(kSmallestSample, 2 * K);
+    std::int64_t sample = std::max(least, round_up(M / kSampleRatio, kSampleMultiple));
+    std::int64_t ratio = kSampleRatio;
+    const std::int64_t largest = 2 * std::max(lean, ladder_entries(K));  // scores that fit the place of the buffer
+    if (sample > largest) {
+      sample = largest;
+      ratio = std::max(kSampleRatio, static_cast<std::int64_t>(std::ceil(std::sqrt(static_cast<double>(M) / sample))));
+      plan.second_stride = ratio;
+    }
+    sample = std::min(sample, M);
+    plan.sample_stride = M / sample;
+    plan.sample_columns = divide_up(M, plan.sample_stride);
+    const std::int64_t enough = N >= kLeanFrom && K <= 10 ? kLeanBuffer : expected_entries(K, ratio);
+    plan.buffer_capacity = std::max({lean, ladder_entries(K), round_up(enough, kSampleMultiple)});
+    plan.far_capacity = kFarCapacity;
+    plan.wave_rows = std::min(N, std::max<std::int64_t>(1, kBufferBytes / (8 * (plan.buffer_capacity + kFarCapacity))));
+  }
+  plan.waves = divide_up(N, plan.wave_rows);
+  plan.triangular = problem.symmetric && plan.waves == 1;
+
+  Workspace workspace;
+  plan.control = workspace.take(sizeof(Control));
+  plan.records = workspace.take(N * static_cast<std::int64_t>(sizeof(AnchorRecord)));
+  plan.mean = workspace.take(problem.dtype == DType::kFloat32 ? mean_bytes(plan.padded_dims) : 0);
+  plan.anchor_cast = workspace.take(plan.cast_anchors ? N * plan.padded_dims * 2 : 0);
+  plan.candidate_cast = workspace.take(plan.cast_candidates ? M * plan.padded_dims * 2 : 0);
+  plan.anchor_facts = workspace.take(N * 6 * 4);
+  plan.candidate_facts = workspace.take(problem.symmetric ? 0 : M * 2 * 4);
+  plan.positive_count = workspace.take(N * 4);
+  plan.positive_list = workspace.take(N * kListedPositives * 4);
+  plan.counts = workspace.take(plan.wave_rows * 2 * 4);
+  plan.buffer = workspace.take(plan.wave_rows * std::max(plan.buffer_capacity * 8, plan.sample_columns * 4));
+  plan.far_buffer = workspace.take(plan.wave_rows * plan.far_capacity * 8);
+  plan.queue = workspace.take(plan.wave_rows * 4);
+  plan.launches = screened_launches(plan, problem);
+  plan.workspace_bytes = workspace.bytes();
+}
+
+ForwardPath choose(const Problem& problem, const DeviceFacts& device) {
+  if (serves(ForwardPath::kCluster, problem, device)) return ForwardPath::kCluster;
+  if (!serves(ForwardPath::kScreen, problem, device)) return ForwardPath::kDirect;
+  const std::int64_t pairs = problem.N * problem.M;
+  const std::int64_t sums = problem.symmetric ? pairs / 2 : pairs;
+  if (pairs <= kScratchEntries && sums * problem.D <= kDirectProducts) return ForwardPath::kDirect;
+  if (pairs <= kScratchEntries || problem.M <= kDenseCandidates) return ForwardPath::kDense;
+  return serves(ForwardPath::kBank, problem, device) ? ForwardPath::kBank : ForwardPath::kScreen;
+}
+
+}  // namespace
+
+bool serves(ForwardPath path, const Problem& problem, const DeviceFacts& device) {
+  const bool some = problem.N > 0 && problem.M > 0 && problem.D > 0;
+  const bool screenable = some && problem.dtype != DType::kFloat64 && std::min(problem.k, problem.M) <= kFastNeighbours;
+  const std::int64_t planes = divide_up(problem.D, kLargestSlice * kClusterBlocks);
+  switch (path) {
+    case ForwardPath::kAuto:
+    case ForwardPath::kDirect:
+      return true;
+    case ForwardPath::kCluster:
+      return some && device.major >= kClusterMajor && problem.N <= kClusterRows && problem.M <= kClusterRows &&
+             problem.dtype != DType::kFloat64 && planes <= kLargestPlanes &&
+             cluster_shared_bytes(planes) <= device.shared_bytes;
+    case ForwardPath::kDense:
+    case ForwardPath::kScreen:
+      return screenable;
+    case ForwardPath::kBank:
+      return screenable && !problem.symmetric && problem.N <= kBankAnchorRows && problem.dtype == DType::kFloat32 &&
+             device.shared_bytes >= kBankSharedBytes;
+  }
+  return false;
+}
+
+ForwardPlan plan_forward(const Problem& problem, const DeviceFacts& device, ForwardPath wanted) {
+  ForwardPlan plan;
+  plan.path = wanted == ForwardPath::kAuto ? choose(problem, device) : wanted;
+  plan.K = std::min(problem.k, problem.M);
+  switch (plan.path) {
+    case ForwardPath::kCluster:
+      plan_cluster(plan, problem);
+      break;
+    case ForwardPath::kAuto:
+    case ForwardPath::kDirect:
+      plan_direct(plan, problem, device);
+      break;
+    case ForwardPath::kDense:
+    case ForwardPath::kScreen:
+    case ForwardPath::kBank:
+      plan_screened(plan, problem);
+      break;
+  }
+  return plan;
+}
+
+}  // namespace sn::cuda

@@ -1,0 +1,98 @@
+// The plan of the backward. Traffic decides: figures below are bytes through the second-level cache, which is what the
+// gather is bound by.
+#include <algorithm>
+
+#include "plan.h"
+
+namespace sn::cuda {
+namespace {
+
+constexpr std::int64_t kWarp = 32;
+constexpr std::int64_t kPack = 16;  // bytes of the widest load
+
+// Without buckets every block scans all edges. The three kernels that make buckets cost about 7 us, in which the
+// second-level cache of an H200 delivers some 40 MB; and a block that scans more than 16 windows of 2048 edges waits
+// longer for them than that, however many blocks there are.
+constexpr std::int64_t kScanBytes = std::int64_t{48} << 20;
+constexpr std::int64_t kScanEdges = std::int64_t{1} << 15;
+
+// A group of 8 targets scans its bucket: with 64 targets a bucket that is 8 (K + 2) entries of 4 bytes for some
+// 2 (K + 2) rows of up to 1 KB, below 3 %. Counters of a bucket lie in shared memory, so there are not too many.
+constexpr int kBucketShift = 6;
+constexpr std::int64_t kMostBuckets = 4096;
+static_assert((1 << kBucketShift) % kBackwardGroup == 0, "a group of targets lies in one bucket");
+
+// A warp counts and places a part. Parts are few enough that the histogram stays below 16 MB, and a multiple of the
+// warps of a block.
+constexpr std::int64_t kSmallestPart = 256;
+constexpr std::int64_t kMostParts = 1024;
+constexpr std::int64_t kPartsMultiple = 8;
+
+constexpr std::int64_t divide_up(std::int64_t value, std::int64_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return divide_up(value, multiple) * multiple;
+}
+
+void choose_slices(const BackwardProblem& problem, const DeviceFacts& device, std::int64_t groups, BackwardPlan* plan) {
+  const std::int64_t pack_elements = kPack / element_bytes(problem.dtype);
+  const std::int64_t packs = std::max<std::int64_t>(1, divide_up(problem.D, pack_elements));
+  plan->packs_per_lane = 1;
+  plan->row_lanes = 1;
+  while (plan->row_lanes < kWarp && plan->row_lanes < packs) plan->row_lanes *= 2;
+  // Two packs a lane halve the scans and the walks over edge lists; half inputs have 8 elements in one pack already.
+  // Small problems take one: twice as many blocks fill the device.
+  constexpr std::int64_t kBlocksEach = 2;
+  if (element_bytes(problem.dtype) > 2 && packs > kWarp &&
+      groups * divide_up(packs, 2 * kWarp) >= kBlocksEach * device.multiprocessors) {
+    plan->packs_per_lane = 2;
+  }
+  plan->slice_elements = plan->packs_per_lane * plan->row_lanes * pack_elements;
+  plan->slices = divide_up(problem.D, plan->slice_elements);
+}
+
+}  // namespace
+
+BackwardPlan plan_backward(const BackwardProblem& problem, const DeviceFacts& device) {
+  BackwardPlan plan;
+  const bool candidates = problem.need_candidates && !problem.symmetric;
+  const std::int64_t anchor_groups = problem.need_anchors ? divide_up(problem.N, kBackwardGroup) : 0;
+  const std::int64_t candidate_groups = candidates ? divide_up(problem.M, kBackwardGroup) : 0;
+  choose_slices(problem, device, anchor_groups + candidate_groups, &plan);
+  if ((anchor_groups + candidate_groups) * plan.slices == 0) return plan;
+  plan.launches = 1;
+
+  // Own edges are found by their anchor; only incoming ones are looked for.
+  const std::int64_t scanning = (problem.symmetric ? anchor_groups : candidate_groups) * plan.slices;
+  const std::int64_t edges = problem.N * problem.edges;
+  if (scanning == 0 || edges == 0 || problem.partition == Partition::kNever) return plan;
+  const double scan_bytes = 4.0 * static_cast<double>(scanning) * static_cast<double>(edges);
+  if (problem.partition == Partition::kAuto && edges <= kScanEdges && scan_bytes <= static_cast<double>(kScanBytes)) {
+    return plan;
+  }
+
+  plan.partitioned = true;
+  plan.launches += 3;
+  const std::int64_t targets = problem.symmetric ? problem.N : problem.M;
+  plan.bucket_shift = kBucketShift;
+  while (divide_up(targets, std::int64_t{1} << plan.bucket_shift) > kMostBuckets) ++plan.bucket_shift;
+  plan.buckets = divide_up(targets, std::int64_t{1} << plan.bucket_shift);
+  plan.part_edges = std::max(kSmallestPart, round_up(divide_up(edges, kMostParts), kWarp));
+  plan.parts = round_up(divide_up(edges, plan.part_edges), kPartsMultiple);
+
+  const auto take = [&plan](std::int64_t bytes) {
+    const Piece piece{plan.workspace_bytes, bytes};
+    plan.workspace_bytes += round_up(bytes, kWorkspaceAlignment);
+    return piece;
+  };
+  plan.histogram = take(plan.buckets * plan.parts * 4);
+  plan.totals = take(plan.buckets * 4);
+  plan.begins = take((plan.buckets + 1) * 4);
+  plan.placed_targets = take(edges * 4);
+  plan.placed_sources = take(edges * 4);
+  plan.placed_weights = take(edges * accumulator_bytes(problem.dtype));
+  return plan;
+}
+
+}  // namespace sn::cuda

@@ -1,0 +1,104 @@
+// What the kernels behind the screening are told: the problem, the pieces of the workspace, the constants of the bounds.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../sn_types.h"
+#include "bound.cuh"
+#include "plan.h"
+#include "platform.h"
+#include "prepare.h"
+#include "sizes_direct.h"
+#include "sizes_screened.h"
+
+namespace sn::cuda {
+
+struct RefineArgs {
+  ForwardArgs forward;
+  std::int64_t K;
+  bool aligned;    // rows of both matrices start at multiples of 16 bytes
+  bool many_rows;  // rows alone fill the machine
+  bool dense;      // entries are the scores of all candidates; there are no thresholds and no far buffer
+
+  // The wave.
+  std::int64_t row_begin;
+  std::int64_t rows;
+
+  const float* gAnchorN;  // [N]
+  const float* gAnchorRho;
+  const float* gCandidateN;  // [M]
+  const float* gCandidateRho;
+  Thresholds thresholds;
+  const std::int32_t* gPositiveCount;  // [N]
+  const std::int32_t* gPositiveList;   // [N][kListedPositives]
+
+  const float* gScores;  // [rows][columns], where the buffer is
+  std::int64_t columns;
+  std::int64_t column_stride;
+  std::uint32_t* gCounts;     // [wave_rows]
+  std::uint32_t* gFarCounts;  // [wave_rows]
+  std::uint64_t* gBuffer;     // [wave_rows][capacity]
+  std::int64_t capacity;
+  std::uint64_t* gFarBuffer;  // [wave_rows][far_capacity]
+  std::int64_t far_capacity;
+
+  std::int32_t* gQueue;  // [wave_rows]
+  Control* gControl;
+  AnchorRecord* gRecords;  // [N]
+  bool last_wave;
+
+  // Constants of the bounds (refine.cu).
+  float eta;
+  float stretch;
+  float shrink;
+  float underflow_distance;
+  float underflow_key;
+};
+
+// The derivation stands above the code of refine.cu.
+inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, std::int64_t row_begin,
+                              std::int64_t rows) {
+  const ScreenSide anchors = anchor_side(args, plan, workspace);
+  const ScreenSide candidates = candidate_side(args, plan, workspace);
+  auto* counts = piece<std::uint32_t>(workspace, plan.counts);
+  const auto D = static_cast<double>(args.dims);
+  const double spans = std::ceil(D / static_cast<double>(kSpan));
+  const double gamma = (64.0 + 5.0 + spans + 4.0) * 0x1p-24;
+  const auto up = [](double value) { return std::nextafter(static_cast<float>(value), 2.0f); };
+  const auto down = [](double value) { return std::nextafter(static_cast<float>(value), 0.0f); };
+  return {.forward = args,
+          .K = plan.K,
+          .aligned = rows_aligned(args.anchors, args.dtype) && rows_aligned(args.candidates, args.dtype),
+          .many_rows = plan.path == ForwardPath::kScreen,
+          .dense = plan.path == ForwardPath::kDense,
+          .row_begin = row_begin,
+          .rows = rows,
+          .gAnchorN = anchors.n,
+          .gAnchorRho = anchors.rho,
+          .gCandidateN = candidates.n,
+          .gCandidateRho = candidates.rho,
+          .thresholds = thresholds(args, plan, workspace),
+          .gPositiveCount = piece<std::int32_t>(workspace, plan.positive_count),
+          .gPositiveList = piece<std::int32_t>(workspace, plan.positive_list),
+          .gScores = piece<float>(workspace, plan.buffer),
+          .columns = plan.sample_columns,
+          .column_stride = plan.sample_stride,
+          .gCounts = counts,
+          .gFarCounts = counts + plan.wave_rows,
+          .gBuffer = piece<std::uint64_t>(workspace, plan.buffer),
+          .capacity = plan.buffer_capacity,
+          .gFarBuffer = piece<std::uint64_t>(workspace, plan.far_buffer),
+          .far_capacity = plan.far_capacity,
+          .gQueue = piece<std::int32_t>(workspace, plan.queue),
+          .gControl = piece<Control>(workspace, plan.control),
+          .gRecords = piece<AnchorRecord>(workspace, plan.records),
+          .last_wave = row_begin + rows == args.anchors.rows,
+          .eta = screening_error(plan.padded_dims),
+          .stretch = up(1.0 + 2.0 * gamma),
+          .shrink = down(1.0 - 2.0 * gamma),
+          .underflow_distance = up(std::sqrt(2.0 * D) * 0x1p-74),
+          .underflow_key = up(2.0 * D * 0x1p-149)};
+}
+
+}  // namespace sn::cuda

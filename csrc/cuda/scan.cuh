@@ -1,0 +1,286 @@
+// One block, one anchor: the K nearest of the candidates that it is offered, by exact keys, and the nearest and farthest of
+// those that are told to be positives. The refinement offers what the screening could not rule out, the ladder whole
+// stretches of candidates.
+//
+// The result depends on the set of offered candidates alone: keys are exact and distinct, so neither the order in which
+// they come nor what is abandoned on the way can show. A candidate is abandoned once its partial sum is strictly above
+// `bound`, and bound is never below the key of the K-th nearest: it starts at a proven bound (or +inf) and falls to the
+// K-th of the keys seen so far. A key that ties with the K-th in d2 is never abandoned: ties are decided by index.
+#pragma once
+
+#include <cstdint>
+
+#include "../sn_math.h"
+#include "bound.cuh"
+#include "direct_sum.cuh"
+#include "plan.h"
+#include "ptx.cuh"
+#include "select.cuh"
+
+namespace sn::cuda {
+
+// ---- traits ---------------------------------------------------------------------------------------------------------
+
+// Keys sorted at once, by a block of so many warps: the K best so far and the ones pending. A few warps per anchor finish an
+// anchor soonest; one warp per anchor keeps most anchors under way, and waits for no other warp.
+template <int kWarps>
+struct ScanShape {
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kKeys = kWarps == 1 ? 256 : 512;
+  static constexpr int kPending = kKeys - static_cast<int>(kFastNeighbours);
+  static constexpr int kVoteWords = 2 * kWarps;
+  static constexpr int kStagedBounds = 2 * kKeys;  // floats that fit the place of the keys
+  static_assert((kKeys & (kKeys - 1)) == 0, "sorting networks pad to powers of two");
+  static_assert(kPending >= 2 * kThreads, "an offer of a whole block fits behind another one");
+};
+
+__device__ __forceinline__ std::uint64_t smaller(std::uint64_t a, std::uint64_t b) {
+  return a < b ? a : b;
+}
+
+__device__ __forceinline__ Positive<float> positive_from(std::uint64_t key) {
+  return key == kNoKey ? Positive<float>{-1, 0.0f} : Positive<float>{index_of(key), d2_of(key)};
+}
+__device__ __forceinline__ Positive<float> positive_from_far(std::uint64_t key) {
+  return key == kNoKey ? Positive<float>{-1, 0.0f} : Positive<float>{index_of(key), d2_of_far(key)};
+}
+
+// ---- k-th smallest --------------------------------------------------------------------------------------------------
+
+inline constexpr int kRadixBits = 8;
+inline constexpr int kRadixBins = 1 << kRadixBits;
+inline constexpr int kRadixPasses = 3;
+inline constexpr int kRadixLow = 31 - kRadixPasses * kRadixBits;  // bits of a non-negative float that stay unresolved
+inline constexpr std::uint32_t kNoBits = 0xffffffffu;             // no value
+inline constexpr std::uint32_t kInfinityBits = 0x7f800000u;
+
+// An upper bound, within a relative 2^-16, of the k-th smallest of the values bits_at(0 .. count - 1), bits of floats >= 0 or
+// kNoBits; +inf if there are fewer than k >= 1. By the whole block, the same in all threads. Starts and ends such that
+// sBins may be used by others right before and after.
+template <class BitsAt>
+__device__ __forceinline__ float kth_smallest(Shared<std::uint32_t> sBins, std::int64_t count, std::int64_t k,
+                                              const BitsAt& bits_at) {
+  static_assert(kRadixBins % kWarpSize == 0);
+  constexpr int kLaneBins = kRadixBins / kWarpSize;
+  std::uint32_t prefix = 0;
+  auto left = static_cast<std::uint32_t>(k);
+  for (int pass = 0; pass < kRadixPasses; ++pass) {
+    const int shift = 31 - (pass + 1) * kRadixBits;
+    sync_block();
+    for (int bin = thread_id(); bin < kRadixBins; bin += thread_count()) sBins.set(bin, 0u);
+    sync_block();
+    for (std::int64_t first = 0; first < count; first += thread_count()) {
+      const std::int64_t e = first + thread_id();
+      const std::uint32_t bits = e < count ? bits_at(e) : kNoBits;
+      const bool taken = bits != kNoBits && (pass == 0 || bits >> (shift + kRadixBits) == prefix);
+      const std::uint32_t bin = taken ? (bits >> shift) & (kRadixBins - 1) : kNoBits;
+      if (pass == 0) {
+        // Upper bounds share their exponents: one addition for all lanes that have the same.
+        const std::uint32_t same = match_any(bin);
+        if (taken && (same & lanes_below()) == 0) {
+          sBins.atomic_add(static_cast<int>(bin), static_cast<std::uint32_t>(popcount(same)));
+        }
+      } else if (taken) {
+        sBins.atomic_add(static_cast<int>(bin), 1u);
+      }
+    }
+    sync_block();
+    // Every warp finds the bin for itself.
+    std::uint32_t rBins[kLaneBins];
+    std::uint32_t rMine = 0;
+#pragma unroll
+    for (int b = 0; b < kLaneBins; ++b) {
+      rBins[b] = sBins.get(lane_id() * kLaneBins + b);
+      rMine += rBins[b];
+    }
+    std::uint32_t rUpTo = rMine;
+#pragma unroll
+    for (int step = 1; step < kWarpSize; step *= 2) {
+      const std::uint32_t other = shuffle_up(rUpTo, step);
+      if (lane_id() >= step) rUpTo += other;
+    }
+    const std::uint32_t reached = ballot(rUpTo >= left);
+    if (reached == 0) {
+      sync_block();
+      return kInfinity;
+    }
+    const int lane = find_first(reached);
+    std::uint32_t rBelow = rUpTo - rMine;
+    std::uint32_t bin = static_cast<std::uint32_t>(lane_id() * kLaneBins);
+    bool found = false;
+#pragma unroll
+    for (int b = 0; b < kLaneBins; ++b) {
+      found = found || rBelow + rBins[b] >= left;
+      if (!found) {
+        rBelow += rBins[b];
+        ++bin;
+      }
+    }
+    left -= shuffle(rBelow, lane);
+    prefix = (prefix << kRadixBits) | shuffle(bin, lane);
+  }
+  sync_block();
+  const std::uint32_t bits = (prefix << kRadixLow) | ((1u << kRadixLow) - 1u);
+  return bits < kInfinityBits ? float_from_bits(bits) : kInfinity;
+}
+
+// ---- the scan -------------------------------------------------------------------------------------------------------
+
+template <class T, int kWarps>
+class Scan {
+ public:
+  using Sums = WarpSums<T>;
+  using Shape = ScanShape<kWarps>;
+  static constexpr int scan_bytes(std::int64_t dims) {
+    return shared_bytes<T>(kWarps * Sums::elements(dims)) + shared_bytes<std::uint64_t>(Shape::kKeys) +
+           shared_bytes<std::int32_t>(Shape::kPending) + shared_bytes<std::uint32_t>(kRadixBins) +
+           shared_bytes<std::uint32_t>(Shape::kVoteWords);
+  }
+
+  __device__ __forceinline__ Scan(SharedArena& arena, const FeatureView& candidates, std::int64_t dims, bool aligned,
+                                  std::int64_t K)
+      : sums_(arena.take<T>(kWarps * Sums::elements(dims)).offset(warp_id() * Sums::elements(dims)),
+              static_cast<const T*>(candidates.data), candidates.row_stride, dims, aligned),
+        sKeys(arena.take<std::uint64_t>(Shape::kKeys)),
+        sPending_(arena.take<std::int32_t>(Shape::kPending)),
+        sBins(arena.take<std::uint32_t>(kRadixBins)),
+        sVotes_(arena.take<std::uint32_t>(Shape::kVoteWords)),
+        K_(static_cast<int>(K)) {
+    int slots = 1;
+    while (slots < kSpanChunks && slots * kChunk < dims) slots *= 2;
+    at_once_ = kWarpSize / slots;
+  }
+
+  // A new anchor: nothing is kept, nothing pending. `start`: no member of its true support set has a larger key.
+  __device__ __forceinline__ void begin(const T* gAnchor, float start) {
+    sync_block();  // the previous anchor's keys have been read
+    sums_.set_anchor(gAnchor);
+    for (int slot = thread_id(); slot < K_; slot += Shape::kThreads) sKeys.set(slot, kNoKey);
+    bound = start;
+    near = kNoKey;
+    far = kNoKey;
+    pending_ = 0;
+    tracked_ = 0;
+    sync_block();
+  }
+
+  // A candidate for each thread that is `present`, by the whole block. Positives that are to be tracked come before all
+  // others of the same flush. Deterministic: in the order of threads.
+  __device__ __forceinline__ void offer(bool present, std::int32_t candidate, bool tracked) {
+    const std::uint32_t votes = ballot(present);
+    const int slot = parity_ * kWarps;
+    parity_ ^= 1;
+    // Two sets of words: whoever still reads these has not passed the next offer's barrier, so nobody is two offers ahead.
+    if (lane_id() == 0) sVotes_.set(slot + warp_id(), static_cast<std::uint32_t>(popcount(votes)));
+    sync_block();
+    int place = pending_ + popcount(votes & lanes_below());
+    int total = 0;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      const int count = static_cast<int>(sVotes_.get(slot + warp));
+      if (warp < warp_id()) place += count;
+      total += count;
+    }
+    if (present) sPending_.set(place, candidate);
+    pending_ += total;
+    if (tracked) tracked_ = pending_;
+  }
+  __device__ __forceinline__ bool full() const { return pending_ > Shape::kPending - Shape::kThreads; }
+  __device__ __forceinline__ int pending() const { return pending_; }
+
+  // Exact keys of what is pending. `insert`: they compete for the K places; else only near and far follow the tracked ones.
+  __device__ __forceinline__ void flush(bool insert) {
+    if (pending_ == 0) return;
+    sync_block();  // the pending ones are all written
+    measure<false>(0, tracked_);
+    measure<true>(tracked_, pending_);
+    sync_block();
+    evaluated += static_cast<std::uint32_t>(pending_);
+
+    // Every warp looks at the new keys for itself.
+    const std::uint64_t worst = sKeys.get(K_ - 1);
+    bool better = false;
+    std::uint64_t rNear = kNoKey;
+    std::uint64_t rFar = kNoKey;
+    for (int e = lane_id(); e < pending_; e += kWarpSize) {
+      const std::uint64_t key = sKeys.get(K_ + e);
+      better = better || key < worst;
+      if (e < tracked_) {
+        rNear = smaller(rNear, key);
+        rFar = smaller(rFar, far_key(d2_of(key), index_of(key)));
+      }
+    }
+    if (tracked_ > 0) {
+#pragma unroll
+      for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
+        rNear = smaller(rNear, shuffle_xor(rNear, mask));
+        rFar = smaller(rFar, shuffle_xor(rFar, mask));
+      }
+      near = smaller(near, rNear);
+      far = smaller(far, rFar);
+    }
+    if (insert && any_lane(better)) {
+      sync_block();
+      sort_keys(BlockTeam(), sKeys, K_ + pending_);
+      const std::uint64_t last = sKeys.get(K_ - 1);
+      if (last != kNoKey && key_squared_distance(last) < bound) bound = key_squared_distance(last);
+    }
+    pending_ = 0;
+    tracked_ = 0;
+    sync_block();
+  }
+
+  // Somebody else has proven a bound.
+  __device__ __forceinline__ void tighten(float proven) {
+    if (proven < bound) bound = proven;
+  }
+  // The K-th key so far; kNoKey while fewer are known.
+  __device__ __forceinline__ std::uint64_t worst_key() const { return sKeys.get(K_ - 1); }
+
+ private:
+  Sums sums_;
+
+ public:
+  Shared<std::uint64_t> sKeys;  // the first K are the result, in order, after a flush
+  float bound = 0;              // d2 above which a candidate that is not tracked is abandoned
+  std::uint64_t near = kNoKey;  // of the tracked ones
+  std::uint64_t far = kNoKey;   // a far_key
+  std::uint32_t evaluated = 0;  // candidates since the kernel began
+
+ private:
+  // The warps share [begin, end) of the pending ones; the key of the e-th goes behind the K kept.
+  template <bool kBounded>
+  __device__ __forceinline__ void measure(int begin, int end) {
+    const int groups = (end - begin + at_once_ - 1) / at_once_;
+    const int share = (groups + kWarps - 1) / kWarps * at_once_;
+    const int last = begin + (warp_id() + 1) * share < end ? begin + (warp_id() + 1) * share : end;
+    for (int first = begin + warp_id() * share; first < last; first += kWarpSize) {
+      const int count = last - first < kWarpSize ? last - first : kWarpSize;
+      const bool mine = lane_id() < count;
+      const std::int32_t candidate = mine ? sPending_.get(first + lane_id()) : -1;
+      float d2;
+      if constexpr (kBounded) {
+        d2 = sums_.sums_within(candidate, count, bound);
+      } else {
+        d2 = sums_.sums(candidate, count);
+      }
+      const bool kept = !kBounded || d2 <= bound;
+      if (mine) sKeys.set(K_ + first + lane_id(), kept ? pack_key(d2, candidate) : kNoKey);
+    }
+  }
+
+  Shared<std::int32_t> sPending_;
+
+ public:
+  Shared<std::uint32_t> sBins;  // for kth_smallest
+
+ private:
+  Shared<std::uint32_t> sVotes_;
+  int K_;
+  int at_once_;  // candidates that a warp sums together
+  int parity_ = 0;
+  int pending_ = 0;
+  int tracked_ = 0;
+};
+
+}  // namespace sn::cuda

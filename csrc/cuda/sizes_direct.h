@@ -1,0 +1,104 @@
+// Sizes of the direct path that the plan needs: no toolkit, no kernels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "plan.h"
+
+namespace sn::cuda {
+
+inline constexpr std::int64_t kDirectTile = 64;  // a block of the tile kernel serves so many anchors and candidates
+
+// D is cut into slices of 2^p chunks, at most this many elements: a thread of the tile kernel keeps the open subtrees
+// of its pairs in registers, one a level. The selection adds the slices up, in the one order.
+inline constexpr std::int64_t kLargestSlice = 4 * kChunk;
+static_assert(kSpan % kLargestSlice == 0, "slices are subtrees of a span");
+
+// Keys of one anchor's support set are sorted in shared memory up to this many bytes, in the workspace beyond.
+inline constexpr std::int64_t kSharedSortBytes = 32 * 1024;
+constexpr std::int64_t direct_key_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 16 : 8;
+}
+// Sorting networks work on powers of two.
+constexpr std::int64_t direct_sort_keys(std::int64_t K) {
+  std::int64_t keys = 1;
+  while (keys < K) keys *= 2;
+  return keys;
+}
+
+// How a problem is cut, with at most `scratch_entries` partial sums at a time (one anchor's, if those are more), and
+// slices enough to give every multiprocessor a block where D and the scratch allow.
+struct DirectShape {
+  std::int64_t slice_elements;
+  std::int64_t d_slices;
+  std::int64_t wave_rows;
+  std::int64_t waves;
+  bool triangular;
+};
+constexpr std::int64_t direct_slices(std::int64_t D, std::int64_t slice_elements) {
+  return D <= slice_elements ? 1 : (D + slice_elements - 1) / slice_elements;
+}
+// Tiles of one wave; never none, so that a matrix without a counterpart is still looked at for NaN and Inf.
+constexpr std::int64_t direct_tiles(std::int64_t wave_rows, std::int64_t M, bool triangular) {
+  const std::int64_t down = std::max<std::int64_t>(1, (wave_rows + kDirectTile - 1) / kDirectTile);
+  const std::int64_t across = std::max<std::int64_t>(1, (M + kDirectTile - 1) / kDirectTile);
+  return triangular ? down * (down + 1) / 2 : down * across;
+}
+constexpr DirectShape direct_shape(const Problem& problem, const DeviceFacts& device, std::int64_t scratch_entries) {
+  DirectShape shape{};
+  const std::int64_t N = std::max<std::int64_t>(problem.N, 1);
+  const std::int64_t M = std::max<std::int64_t>(problem.M, 1);
+  shape.slice_elements = kChunk;
+  while (shape.slice_elements < problem.D && shape.slice_elements < kLargestSlice) shape.slice_elements *= 2;
+  shape.d_slices = direct_slices(problem.D, shape.slice_elements);
+  shape.wave_rows = std::min(N, std::max<std::int64_t>(1, scratch_entries / shape.d_slices / M));
+  if (shape.wave_rows > kDirectTile && shape.wave_rows < N) shape.wave_rows -= shape.wave_rows % kDirectTile;
+  shape.waves = (N + shape.wave_rows - 1) / shape.wave_rows;
+  shape.triangular = problem.symmetric && shape.waves == 1;
+  const std::int64_t tiles = direct_tiles(shape.wave_rows, M, shape.triangular);
+  while (shape.slice_elements > kChunk && tiles * shape.d_slices < device.multiprocessors &&
+         direct_slices(problem.D, shape.slice_elements / 2) <= scratch_entries / shape.wave_rows / M) {
+    shape.slice_elements /= 2;
+    shape.d_slices = direct_slices(problem.D, shape.slice_elements);
+  }
+  return shape;
+}
+
+// Whether every row starts at a multiple of 16 bytes, the widest copy.
+inline bool rows_aligned(const FeatureView& view, DType dtype) {
+  constexpr std::int64_t kCopyBytes = 16;
+  return reinterpret_cast<std::uintptr_t>(view.data) % kCopyBytes == 0 &&
+         (view.rows <= 1 || view.row_stride * element_bytes(dtype) % kCopyBytes == 0);
+}
+
+// Bytes of the pieces of the workspace, once the plan's shape is set.
+constexpr std::int64_t direct_partial_bytes(const ForwardPlan& plan, const Problem& problem) {
+  return plan.d_slices * plan.wave_rows * problem.M * accumulator_bytes(problem.dtype);
+}
+constexpr std::int64_t direct_flag_bytes(const ForwardPlan& plan, const Problem& problem) {
+  return direct_tiles(plan.wave_rows, problem.M, plan.triangular) * plan.d_slices * 4;
+}
+constexpr std::int64_t direct_sort_key_bytes(const ForwardPlan& plan, const Problem& problem) {
+  const std::int64_t bytes = direct_sort_keys(plan.K) * direct_key_bytes(problem.dtype);
+  return bytes <= kSharedSortBytes ? 0 : plan.wave_rows * bytes;
+}
+constexpr std::int64_t direct_launches(const ForwardPlan& plan) {
+  return 2 * plan.waves;
+}
+
+// ---- the path of one cluster ----------------------------------------------------------------------------------------
+
+inline constexpr std::int64_t kClusterRows = 64;   // anchors, and candidates: one tile
+inline constexpr std::int64_t kLargestPlanes = 8;  // slices that one block of the cluster may keep
+// Sums of one anchor in a plane: 8 more than the tile has, against bank conflicts.
+inline constexpr std::int64_t kClusterPitch = 72;
+inline constexpr std::int64_t kClusterOther = 76 * 1024;  // bytes of shared memory beside the planes, an upper bound
+constexpr std::int64_t cluster_planes(const ForwardPlan& plan) {
+  return (plan.d_slices + plan.cluster - 1) / plan.cluster;
+}
+constexpr std::int64_t cluster_shared_bytes(std::int64_t planes) {
+  return kClusterOther + planes * kClusterRows * kClusterPitch * 4;
+}
+
+}  // namespace sn::cuda

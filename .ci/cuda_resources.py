@@ -1,0 +1,176 @@
+"""What each CUDA kernel takes of a multiprocessor, as a table: from ptxas' report and the launches of the host harness.
+
+    cuda_resources.py PTXAS_LOG LAUNCH_LOG [--write]
+
+PTXAS_LOG is the output of a build with SN_OPS_PTXAS_VERBOSE=ON. LAUNCH_LOG has a line "kernel<TAB>threads<TAB>shared
+bytes<TAB>cluster" for each kernel that the harness launched (SN_SIMT_LAUNCH_LOG). The table is compared with the
+committed one, csrc/cuda/resources.txt, which `--write` replaces; so a change of registers or occupancy shows. Fails on
+a spill, on a missing architecture, on a kernel that no test of the harness launches, and on a difference (where the
+compiler is the one that made the committed table; another one's registers are not comparable, and only shown).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+TABLE = Path(__file__).resolve().parent.parent / "csrc" / "cuda" / "resources.txt"
+
+
+class Architecture(NamedTuple):
+    """Limits of a multiprocessor, from the CUDA programming guide's table of compute capabilities."""
+
+    warps: int
+    blocks: int
+    shared: int  # bytes, of which every resident block takes 1 KB beside its own
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(64, 32, 164 * 1024),
+    "sm_86": Architecture(48, 16, 100 * 1024),
+    "sm_89": Architecture(48, 24, 100 * 1024),
+    "sm_90a": Architecture(64, 32, 228 * 1024),
+    "sm_100": Architecture(64, 32, 228 * 1024),
+    "sm_120": Architecture(48, 24, 100 * 1024),
+}
+REGISTERS = 65536
+REGISTERS_ALLOCATED = 256  # a warp's registers come in pieces of so many
+SYSTEM_SHARED = 1024
+
+ENTRY = re.compile(
+    r"Compiling entry function '(\S+)' for '(\S+)'"
+    r".*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+    re.DOTALL,
+)
+
+
+class Launch(NamedTuple):
+    """The largest launch of a kernel that the harness saw."""
+
+    threads: int
+    shared: int
+    cluster: int
+
+
+def short_name(demangled: str) -> str:
+    """`tile_kernel<float, true>` of `void sn::cuda::(anonymous namespace)::tile_kernel<float, true>(...)`."""
+    name = re.sub(r"\(anonymous namespace\)::|sn::cuda::|sn::", "", demangled)
+    name = re.sub(r"^void ", "", name)
+    depth = 0
+    for position, letter in enumerate(name):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0 and position > 0:
+            name = name[:position]
+            break
+    # One name for a type, whichever compiler printed it.
+    for ours, theirs in {"half": "__half", "bfloat16": "__nv_bfloat16"}.items():
+        name = name.replace(theirs, ours)
+    name = re.sub(r"\bHalf\b", "half", name)
+    name = re.sub(r"\bBFloat16\b", "bfloat16", name)
+    name = re.sub(r"\((\w+)\)(\d+)", r"\2", name)  # (bool)1, (ScoreMode)0
+    return name.replace("true", "1").replace("false", "0").replace(" ", "")
+
+
+def demangle(names: list[str]) -> list[str]:
+    """Names as c++filt spells them."""
+    return subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )[: len(names)]
+
+
+def read_registers(log: str) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Kernel -> architecture -> registers, and what spills."""
+    found = ENTRY.findall(log)
+    names = dict(zip((e[0] for e in found), demangle([e[0] for e in found]), strict=True))
+    registers: dict[str, dict[str, int]] = {}
+    spills = []
+    for mangled, arch, stores, loads, count in found:
+        name = short_name(names[mangled])
+        registers.setdefault(name, {})[arch] = int(count)
+        if int(stores) + int(loads) > 0:
+            spills.append(f"{name} on {arch}: {stores} bytes stored, {loads} loaded")
+    return registers, spills
+
+
+def read_launches(text: str) -> dict[str, Launch]:
+    """Kernel -> its largest launch."""
+    launches: dict[str, Launch] = {}
+    for line in text.splitlines():
+        name, *numbers = line.split("\t")
+        seen = Launch(*map(int, numbers))
+        key = short_name(name)
+        known = launches.get(key, seen)
+        launches[key] = Launch(*map(max, known, seen))
+    return launches
+
+
+def resident_blocks(arch: Architecture, registers: int, launch: Launch) -> int:
+    """Blocks that a multiprocessor holds at a time."""
+    warps = -(-launch.threads // 32)
+    warp_registers = -(-registers * 32 // REGISTERS_ALLOCATED) * REGISTERS_ALLOCATED
+    return min(
+        arch.blocks,
+        arch.warps // warps,
+        REGISTERS // (warp_registers * warps),
+        arch.shared // (launch.shared + SYSTEM_SHARED),
+    )
+
+
+def table(registers: dict[str, dict[str, int]], launches: dict[str, Launch], compiler: str) -> str:
+    """One line a kernel: registers a thread and resident warps of all that the multiprocessor can hold."""
+    lines = [
+        f"# {compiler}; cells: registers a thread / warps a multiprocessor holds, of at most "
+        + ", ".join(f"{arch.warps} ({name})" for name, arch in ARCHITECTURES.items()),
+        "# shared: the most bytes that a test of the host harness asked for; made by .ci/cuda_resources.py",
+        " ".join(["kernel".ljust(72), "threads", " shared", *(name.rjust(9) for name in ARCHITECTURES)]),
+    ]
+    for name in sorted(registers):
+        launch = launches.get(name)
+        cells = []
+        for arch, limits in ARCHITECTURES.items():
+            count = registers[name].get(arch)
+            warps = "?"
+            if launch is not None and count is not None:
+                warps = str(resident_blocks(limits, count, launch) * (-(-launch.threads // 32)))
+            cells.append(f"{count}/{warps}".rjust(9) if count is not None else "-".rjust(9))
+        shape = ["?".rjust(7)] * 2 if launch is None else [str(launch.threads).rjust(7), str(launch.shared).rjust(7)]
+        lines.append(" ".join([name.ljust(72), *shape, *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Builds the table, shows and compares it."""
+    log, launch_log, *rest = sys.argv[1:]
+    text = Path(log).read_text()
+    registers, spills = read_registers(text)
+    launches = read_launches(Path(launch_log).read_text())
+    version = re.search(r"release (\d+\.\d+), V(\S+)", subprocess.run(
+        ["nvcc", "--version"], capture_output=True, text=True, check=True).stdout)  # fmt: skip
+    made = table(registers, launches, f"nvcc {version[2] if version else 'unknown'}")
+    print(made)
+    if rest == ["--write"]:
+        TABLE.write_text(made)
+    faults = [f"a kernel spills: {spill}" for spill in spills]
+    seen = {arch for row in registers.values() for arch in row}
+    faults += [f"not compiled for {arch}" for arch in ARCHITECTURES if arch not in seen]
+    faults += [f"no test of the harness launches {name}" for name in registers if name not in launches]
+    committed = TABLE.read_text() if TABLE.exists() else ""
+    difference = list(
+        difflib.unified_diff(committed.splitlines(), made.splitlines(), "committed", "built", lineterm="", n=0)
+    )
+    if difference:
+        print(*difference, sep="\n")
+        if committed.split(";")[0] == made.split(";")[0] or not committed:
+            faults.append(
+                "the table differs from csrc/cuda/resources.txt: if that is meant, commit what --write makes of it"
+            )
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""The operators of the loss by the CUDA kernels on the host harness, for CPU tensors.
+
+`load` takes the library that the CMake target sn_simt builds, and defines `sn_simt::forward` and `sn_simt::backward` with
+the schemas of `sn_ops::forward` and `sn_ops::backward`. How they run is in `settings`: the schedule, the error of the
+products, the device that the plan is made for, the path. A fault of the harness is a RuntimeError with its text.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PATHS = ("auto", "cluster", "direct", "dense", "screen", "bank")
+MMA_ERRORS = ("none", "random", "extreme", "plus", "minus")
+PARTITIONS = ("auto", "never", "always")
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_STATS_SIZE = 6
+_EXTRA_EDGES = 2
+_NO_REDUCTION = 2
+
+_FORWARD_SCHEMA = (
+    "forward(Tensor feats, Tensor labels, Tensor? candidates, Tensor? candidate_labels, Tensor? self_index, "
+    "SymInt self_offset, SymInt k, float alpha, float weight, int squeeze, int reduction, bool want_squared) -> "
+    "(Tensor loss, Tensor indices, Tensor coefficients, Tensor nearest_positive, Tensor farthest_positive, "
+    "Tensor squared, Tensor stats)"
+)
+_BACKWARD_SCHEMA = (
+    "backward(Tensor grad_loss, Tensor feats, Tensor? candidates, Tensor indices, Tensor coefficients, Tensor stats, "
+    "int reduction, bool need_feats, bool need_candidates) -> (Tensor grad_feats, Tensor grad_candidates)"
+)
+
+
+# ---- how calls are run ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`sn_simt_settings` of capi.h."""
+
+    seed: int = 1
+    mma_seed: int = 1
+    mma_error_scale: float = 1.0
+    mma_error: str = "random"
+    path: str = "auto"
+    partition: str = "auto"
+    major: int = 9
+    minor: int = 0
+    multiprocessors: int = 132
+    shared_bytes: int = 232448
+    wave_rows: int = 0
+    slice_elements: int = 0
+    score_tile: int = 0
+    sample_stride: int = 0
+    second_stride: int = 0
+    far_capacity: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the last call took and did."""
+
+    path: str
+    partitioned: bool
+    launches: int
+    workspace_bytes: int
+    refined: int
+    laddered: int
+
+
+settings = Settings()
+last_report: Report | None = None
+
+
+@contextmanager
+def using(**changes: object) -> Iterator[None]:
+    """Settings changed for a while: `with backend.using(path="screen", seed=3): ...`"""
+    global settings
+    before = settings
+    settings = replace(before, **changes)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        settings = before
+
+
+# ---- the plain structures of sn_types.h and capi.h -----------------------------------------------
+
+
+class _FeatureView(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("rows", ctypes.c_int64), ("row_stride", ctypes.c_int64)]
+
+
+class _SelfMap(ctypes.Structure):
+    _fields_ = [("index", ctypes.c_void_p), ("offset", ctypes.c_int64)]
+
+
+class _LossOptions(ctypes.Structure):
+    _fields_ = [
+        ("k", ctypes.c_int64),
+        ("alpha", ctypes.c_double),
+        ("weight", ctypes.c_double),
+        ("squeeze", ctypes.c_int32),
+        ("reduction", ctypes.c_int32),
+    ]
+
+
+class _ForwardArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int32),
+        ("dims", ctypes.c_int64),
+        ("anchors", _FeatureView),
+        ("candidates", _FeatureView),
+        ("anchor_labels", ctypes.c_void_p),
+        ("candidate_labels", ctypes.c_void_p),
+        ("self_map", _SelfMap),
+        ("symmetric", ctypes.c_bool),
+        ("options", _LossOptions),
+        ("loss", ctypes.c_void_p),
+        ("indices", ctypes.c_void_p),
+        ("coefficients", ctypes.c_void_p),
+        ("nearest_positive", ctypes.c_void_p),
+        ("farthest_positive", ctypes.c_void_p),
+        ("squared", ctypes.c_void_p),
+        ("stats", ctypes.c_void_p),
+    ]
+
+
+class _BackwardArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int32),
+        ("dims", ctypes.c_int64),
+        ("edges", ctypes.c_int64),
+        ("anchors", _FeatureView),
+        ("candidates", _FeatureView),
+        ("symmetric", ctypes.c_bool),
+        ("reduction", ctypes.c_int32),
+        ("grad_loss", ctypes.c_void_p),
+        ("indices", ctypes.c_void_p),
+        ("coefficients", ctypes.c_void_p),
+        ("stats", ctypes.c_void_p),
+        ("grad_anchors", ctypes.c_void_p),
+        ("grad_candidates", ctypes.c_void_p),
+    ]
+
+
+class _Settings(ctypes.Structure):
+    _fields_ = [
+        ("seed", ctypes.c_uint64),
+        ("mma_seed", ctypes.c_uint64),
+        ("mma_error_scale", ctypes.c_double),
+        ("mma_error", ctypes.c_int32),
+        ("path", ctypes.c_int32),
+        ("partition", ctypes.c_int32),
+        ("major", ctypes.c_int32),
+        ("minor", ctypes.c_int32),
+        ("multiprocessors", ctypes.c_int32),
+        ("shared_bytes", ctypes.c_int32),
+        ("wave_rows", ctypes.c_int32),
+        ("slice_elements", ctypes.c_int32),
+        ("score_tile", ctypes.c_int32),
+        ("sample_stride", ctypes.c_int32),
+        ("second_stride", ctypes.c_int32),
+        ("far_capacity", ctypes.c_int32),
+    ]
+
+
+class _Control(ctypes.Structure):
+    _fields_ = [
+        ("nonfinite", ctypes.c_uint32),
+        ("ticket", ctypes.c_uint32),
+        ("queued", ctypes.c_uint32),
+        ("unscreenable", ctypes.c_uint32),
+        ("largest", ctypes.c_uint32),
+        ("exponent", ctypes.c_int32),
+        ("refined", ctypes.c_uint32),
+        ("laddered", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32 * 8),
+    ]
+
+
+class _Report(ctypes.Structure):
+    _fields_ = [
+        ("workspace_bytes", ctypes.c_int64),
+        ("planned_launches", ctypes.c_int64),
+        ("launches", ctypes.c_int64),
+        ("switches", ctypes.c_int64),
+        ("path", ctypes.c_int32),
+        ("partitioned", ctypes.c_int32),
+        ("control", _Control),
+        ("fault", ctypes.c_char * 8192),
+    ]
+
+
+def _run(function: ctypes._NamedFuncPointer, args: ctypes.Structure) -> None:
+    global last_report
+    names = {"mma_error": MMA_ERRORS, "path": PATHS, "partition": PARTITIONS}
+    plain = _Settings(**{f: names[f].index(v) if f in names else v for f, v in vars(settings).items()})
+    report = _Report()
+    error = function(ctypes.byref(args), ctypes.byref(plain), ctypes.byref(report))
+    last_report = Report(
+        path=PATHS[report.path],
+        partitioned=bool(report.partitioned),
+        launches=report.launches,
+        workspace_bytes=report.workspace_bytes,
+        refined=report.control.refined,
+        laddered=report.control.laddered,
+    )
+    if error != 0:
+        raise RuntimeError(f"sn_simt: {report.fault.decode()} ({settings})")
+
+
+# ---- the operators -------------------------------------------------------------------------------
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """The tensor with unit stride along its last dimension; rows may lie anywhere."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _view(rows: Tensor) -> _FeatureView:
+    return _FeatureView(rows.data_ptr(), rows.shape[0], rows.stride(0))
+
+
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _forward(
+    library: ctypes.CDLL,
+    feats: Tensor,
+    labels: Tensor,
+    candidates: Tensor | None,
+    candidate_labels: Tensor | None,
+    self_index: Tensor | None,
+    self_offset: int,
+    k: int,
+    alpha: float,
+    weight: float,
+    squeeze: int,
+    reduction: int,
+    want_squared: bool,
+) -> tuple[Tensor, ...]:
+    symmetric = candidates is None or candidate_labels is None
+    anchors, own_labels = _unit_stride(feats), _unit_stride(labels)
+    pool, pool_labels = anchors, own_labels
+    if candidates is not None and candidate_labels is not None:
+        pool, pool_labels = _unit_stride(candidates), _unit_stride(candidate_labels)
+    own_rows = None if self_index is None else _unit_stride(self_index)
+    n, neighbours = len(feats), min(k, len(pool))
+    acc = _accumulation(feats.dtype)
+    loss = torch.empty((n,) if reduction == _NO_REDUCTION else (), dtype=acc)
+    indices = torch.empty((n, neighbours + _EXTRA_EDGES), dtype=torch.int32)
+    coefficients = torch.empty((n, neighbours + _EXTRA_EDGES), dtype=acc)
+    nearest, farthest = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
+    squared = torch.empty((n, neighbours + _EXTRA_EDGES) if want_squared else (0,), dtype=acc)
+    stats = torch.empty(_STATS_SIZE, dtype=torch.float64)
+    _run(
+        library.sn_simt_forward,
+        _ForwardArgs(
+            dtype=_DTYPES[feats.dtype],
+            dims=feats.shape[1],
+            anchors=_view(anchors),
+            candidates=_view(pool),
+            anchor_labels=own_labels.data_ptr(),
+            candidate_labels=pool_labels.data_ptr(),
+            self_map=_SelfMap(None if own_rows is None else own_rows.data_ptr(), self_offset),
+            symmetric=symmetric,
+            options=_LossOptions(k, alpha, weight, squeeze, reduction),
+            loss=loss.data_ptr(),
+            indices=indices.data_ptr(),
+            coefficients=coefficients.data_ptr(),
+            nearest_positive=nearest.data_ptr(),
+            farthest_positive=farthest.data_ptr(),
+            squared=squared.data_ptr() if want_squared else None,
+            stats=stats.data_ptr(),
+        ),
+    )
+    return loss, indices, coefficients, nearest, farthest, squared, stats
+
+
+def _backward(
+    library: ctypes.CDLL,
+    grad_loss: Tensor,
+    feats: Tensor,
+    candidates: Tensor | None,
+    indices: Tensor,
+    coefficients: Tensor,
+    stats: Tensor,
+    reduction: int,
+    need_feats: bool,
+    need_candidates: bool,
+) -> tuple[Tensor, Tensor]:
+    need_candidates = need_candidates and candidates is not None
+    anchors = _unit_stride(feats)
+    pool = anchors if candidates is None else _unit_stride(candidates)
+    upstream, edges, weights, facts = (x.contiguous() for x in (grad_loss, indices, coefficients, stats))
+    grad_feats = torch.empty(feats.shape if need_feats else (0,), dtype=feats.dtype)
+    grad_candidates = torch.empty(pool.shape if need_candidates else (0,), dtype=feats.dtype)
+    if need_feats or need_candidates:
+        _run(
+            library.sn_simt_backward,
+            _BackwardArgs(
+                dtype=_DTYPES[feats.dtype],
+                dims=feats.shape[1],
+                edges=indices.shape[1],
+                anchors=_view(anchors),
+                candidates=_view(pool),
+                symmetric=candidates is None,
+                reduction=reduction,
+                grad_loss=upstream.data_ptr(),
+                indices=edges.data_ptr(),
+                coefficients=weights.data_ptr(),
+                stats=facts.data_ptr(),
+                grad_anchors=grad_feats.data_ptr() if need_feats else None,
+                grad_candidates=grad_candidates.data_ptr() if need_candidates else None,
+            ),
+        )
+    return grad_feats, grad_candidates
+
+
+_registered: list[object] = []  # a torch.library.Library lives as long as something refers to it
+
+
+def load(path: Path) -> None:
+    """Loads the library and defines the two operators. Once a process."""
+    if _registered:
+        return
+    library = ctypes.CDLL(str(path))
+    operators = torch.library.Library("sn_simt", "DEF")
+    operators.define(_FORWARD_SCHEMA)
+    operators.define(_BACKWARD_SCHEMA)
+    operators.impl("forward", lambda *args: _forward(library, *args), "CPU")
+    operators.impl("backward", lambda *args: _backward(library, *args), "CPU")
+    _registered.extend((library, operators))

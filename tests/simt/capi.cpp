@@ -1,0 +1,262 @@
+#include "capi.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cuda/forward.h"
+#include "cuda/sizes_direct.h"
+#include "cuda/sizes_screened.h"
+#include "simt.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+#define SN_SIMT_EXPORT __attribute__((visibility("default")))
+
+namespace {
+
+using sn::cuda::Piece;
+
+// As float 1.3e36, as half 6.1e4, as an index out of any range: nothing that a result could be taken for.
+constexpr int kPoison = 0x7b;
+constexpr std::int64_t kGuardBytes = 512;
+static_assert(kGuardBytes % sn::cuda::kWorkspaceAlignment == 0);
+
+std::mutex one_at_a_time;
+
+// Empty, or why these are not pieces of a workspace of so many bytes.
+std::string refuse(std::vector<Piece*> pieces, std::int64_t bytes) {
+  std::erase_if(pieces, [](const Piece* piece) { return piece->bytes == 0; });
+  std::sort(pieces.begin(), pieces.end(), [](const Piece* a, const Piece* b) { return a->offset < b->offset; });
+  std::int64_t end = 0;
+  for (const Piece* piece : pieces) {
+    if (piece->bytes < 0 || piece->offset < end) return "pieces of the plan overlap";
+    if (piece->offset % sn::cuda::kWorkspaceAlignment != 0) return "a piece of the plan is not aligned";
+    end = piece->offset + piece->bytes;
+  }
+  return end > bytes ? "a piece of the plan lies outside its workspace" : "";
+}
+
+// A workspace for the pieces of a plan, moved apart so that a guard lies behind each.
+class Workspace {
+ public:
+  explicit Workspace(const std::vector<Piece*>& pieces) {
+    for (Piece* piece : pieces) {
+      if (piece->bytes == 0) continue;
+      piece->offset = bytes_;
+      guards_.push_back(bytes_ + piece->bytes);
+      bytes_ = (guards_.back() + kGuardBytes + sn::cuda::kWorkspaceAlignment - 1) / sn::cuda::kWorkspaceAlignment *
+               sn::cuda::kWorkspaceAlignment;
+      next_.push_back(bytes_);
+    }
+    bytes_ = std::max<std::int64_t>(bytes_, 1);
+    void* memory = nullptr;
+    if (posix_memalign(&memory, sn::cuda::kWorkspaceAlignment, static_cast<std::size_t>(bytes_)) != 0) {
+      throw std::bad_alloc();
+    }
+    data_.reset(static_cast<char*>(memory));
+    std::memset(data_.get(), kPoison, static_cast<std::size_t>(bytes_));
+#if defined(__SANITIZE_ADDRESS__)
+    for (std::size_t g = 0; g < guards_.size(); ++g) {
+      __asan_poison_memory_region(data_.get() + guards_[g], static_cast<std::size_t>(next_[g] - guards_[g]));
+    }
+#endif
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { lift(); }
+
+  char* data() { return data_.get(); }
+  // Empty, or what is wrong.
+  std::string inspect() {
+    lift();
+    for (std::size_t g = 0; fault_.empty() && g < guards_.size(); ++g) {
+      for (std::int64_t at = guards_[g]; at < next_[g]; ++at) {
+        if (data_.get()[at] == static_cast<char>(kPoison)) continue;
+        fault_ = "a write " + std::to_string(at - guards_[g]) + " bytes behind piece " + std::to_string(g) +
+                 " of the workspace";
+        break;
+      }
+    }
+    return fault_;
+  }
+
+ private:
+  void lift() {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(data_.get(), static_cast<std::size_t>(bytes_));
+#endif
+  }
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::vector<std::int64_t> guards_;  // where the guard behind each piece begins
+  std::vector<std::int64_t> next_;    // and where it ends
+  std::int64_t bytes_ = 0;
+  std::unique_ptr<char, Free> data_;
+  std::string fault_;
+};
+
+std::vector<Piece*> pieces_of(sn::cuda::ForwardPlan& plan) {
+  return {&plan.control,        &plan.flags,          &plan.records,        &plan.partials,
+          &plan.sort_keys,      &plan.mean,           &plan.anchor_cast,    &plan.candidate_cast,
+          &plan.anchor_facts,   &plan.candidate_facts, &plan.positive_count, &plan.positive_list,
+          &plan.counts,         &plan.buffer,         &plan.far_buffer,     &plan.queue};
+}
+std::vector<Piece*> pieces_of(sn::cuda::BackwardPlan& plan) {
+  return {&plan.histogram,      &plan.totals,         &plan.begins,
+          &plan.placed_targets, &plan.placed_sources, &plan.placed_weights};
+}
+
+// What the settings change of a plan, and what follows from it.
+void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const sn_simt_settings& settings) {
+  using sn::cuda::ForwardPath;
+  if (plan.path == ForwardPath::kCluster || problem.N == 0 || problem.M == 0) return;
+  if (settings.wave_rows > 0 && settings.wave_rows < plan.wave_rows) {
+    plan.wave_rows = settings.wave_rows;
+    plan.waves = (problem.N + plan.wave_rows - 1) / plan.wave_rows;
+    plan.triangular = problem.symmetric && plan.waves == 1;
+  }
+  if (plan.path == ForwardPath::kDirect) {
+    if (settings.slice_elements > 0) {
+      plan.slice_elements = settings.slice_elements;
+      plan.d_slices = sn::cuda::direct_slices(problem.D, plan.slice_elements);
+    }
+    plan.flags.bytes = sn::cuda::direct_flag_bytes(plan, problem);
+    plan.partials.bytes = sn::cuda::direct_partial_bytes(plan, problem);
+    plan.sort_keys.bytes = sn::cuda::direct_sort_key_bytes(plan, problem);
+    plan.launches = sn::cuda::direct_launches(plan);
+    return;
+  }
+  if (settings.score_tile > 0) plan.score_tile = settings.score_tile;
+  if (plan.path != ForwardPath::kDense) {
+    if (settings.sample_stride > 0) plan.sample_stride = settings.sample_stride;
+    plan.sample_columns = (problem.M + plan.sample_stride - 1) / plan.sample_stride;
+    if (settings.second_stride > 0) plan.second_stride = settings.second_stride;
+    if (settings.far_capacity > 0) plan.far_capacity = settings.far_capacity;
+  }
+  plan.counts.bytes = plan.wave_rows * 2 * 4;
+  plan.buffer.bytes = plan.wave_rows * std::max(plan.buffer_capacity * 8, plan.sample_columns * 4);
+  plan.far_buffer.bytes = plan.wave_rows * plan.far_capacity * 8;
+  plan.queue.bytes = plan.wave_rows * 4;
+  plan.launches = sn::cuda::screened_launches(plan, problem);
+}
+
+void poison(void* data, std::int64_t bytes) {
+  if (data != nullptr && bytes > 0) std::memset(data, kPoison, static_cast<std::size_t>(bytes));
+}
+
+sn::cuda::DeviceFacts facts_of(const sn_simt_settings& settings) {
+  return {.major = settings.major,
+          .minor = settings.minor,
+          .multiprocessors = settings.multiprocessors,
+          .shared_bytes = settings.shared_bytes};
+}
+
+void prepare(const sn_simt_settings& settings, sn_simt_report& report) {
+  report = {};
+  constexpr int kFirstWithClusters = 9;
+  sn::simt::reset({.seed = settings.seed,
+                   .mma_error = static_cast<sn::simt::MmaError>(settings.mma_error),
+                   .mma_seed = settings.mma_seed,
+                   .mma_error_scale = settings.mma_error_scale,
+                   .shared_bytes = settings.shared_bytes,
+                   .max_cluster = settings.major >= kFirstWithClusters ? 8 : 1});
+}
+
+int finish(cudaError_t error, std::string fault, std::int64_t planned, sn_simt_report& report) {
+  report.planned_launches = planned;
+  report.launches = sn::simt::statistics().launches;
+  report.switches = sn::simt::statistics().switches;
+  if (!sn::simt::fault().empty()) fault = sn::simt::fault();
+  if (fault.empty() && error != cudaSuccess) fault = std::string("the call returned ") + cudaGetErrorString(error);
+  if (fault.empty() && report.launches != planned) {
+    fault = "planned " + std::to_string(planned) + " launches, made " + std::to_string(report.launches);
+  }
+  if (!fault.empty() && error == cudaSuccess) error = cudaErrorLaunchFailure;
+  const std::size_t length = std::min(fault.size(), sizeof(report.fault) - 1);
+  std::memcpy(report.fault, fault.data(), length);
+  report.fault[length] = '\0';
+  return error;
+}
+
+template <typename F>
+int guarded(sn_simt_report& report, F body) {
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    return finish(cudaErrorUnknown, std::string("exception: ") + error.what(), 0, report);
+  }
+}
+
+}  // namespace
+
+extern "C" SN_SIMT_EXPORT int sn_simt_forward(const sn::ForwardArgs* args, const sn_simt_settings* settings,
+                                              sn_simt_report* report) {
+  return guarded(*report, [&] {
+    prepare(*settings, *report);
+    const sn::cuda::Problem problem = sn::cuda::problem_of(*args);
+    const sn::cuda::DeviceFacts facts = facts_of(*settings);
+    auto wanted = static_cast<sn::cuda::ForwardPath>(settings->path);
+    if (!sn::cuda::serves(wanted, problem, facts)) wanted = sn::cuda::ForwardPath::kAuto;
+    sn::cuda::ForwardPlan plan = sn::cuda::plan_forward(problem, facts, wanted);
+    report->path = static_cast<std::int32_t>(plan.path);
+    report->workspace_bytes = plan.workspace_bytes;
+
+    const std::int64_t N = problem.N;
+    const std::int64_t edges = plan.K + sn::kExtraEdges;
+    const std::int64_t acc = sn::accumulator_bytes(args->dtype);
+    poison(args->loss, acc * (args->options.reduction == sn::Reduction::kNone ? N : 1));
+    poison(args->indices, N * edges * 4);
+    poison(args->coefficients, N * edges * acc);
+    poison(args->nearest_positive, N * 4);
+    poison(args->farthest_positive, N * 4);
+    poison(args->squared, N * edges * acc);
+    poison(args->stats, sn::kStatsSize * static_cast<std::int64_t>(sizeof(double)));
+
+    std::string fault = refuse(pieces_of(plan), plan.workspace_bytes);
+    if (!fault.empty()) return finish(cudaErrorInvalidValue, fault, 0, *report);
+    change(plan, problem, *settings);
+    Workspace workspace(pieces_of(plan));
+    const cudaError_t error = sn::cuda::forward(*args, plan, workspace.data(), nullptr);
+    fault = workspace.inspect();
+    if (plan.control.bytes >= static_cast<std::int64_t>(sizeof(sn::cuda::Control))) {
+      std::memcpy(&report->control, workspace.data() + plan.control.offset, sizeof(sn::cuda::Control));
+    }
+    return finish(error, fault, plan.launches, *report);
+  });
+}
+
+extern "C" SN_SIMT_EXPORT int sn_simt_backward(const sn::BackwardArgs* args, const sn_simt_settings* settings,
+                                               sn_simt_report* report) {
+  return guarded(*report, [&] {
+    prepare(*settings, *report);
+    sn::cuda::BackwardProblem problem = sn::cuda::problem_of(*args);
+    problem.partition = static_cast<sn::cuda::Partition>(settings->partition);
+    sn::cuda::BackwardPlan plan = sn::cuda::plan_backward(problem, facts_of(*settings));
+    report->workspace_bytes = plan.workspace_bytes;
+    report->partitioned = plan.partitioned ? 1 : 0;
+    const std::int64_t row = problem.D * sn::element_bytes(args->dtype);
+    poison(args->grad_anchors, problem.N * row);
+    poison(args->grad_candidates, problem.M * row);
+
+    const std::string fault = refuse(pieces_of(plan), plan.workspace_bytes);
+    if (!fault.empty()) return finish(cudaErrorInvalidValue, fault, 0, *report);
+    Workspace workspace(pieces_of(plan));
+    const cudaError_t error = sn::cuda::backward(*args, plan, workspace.data(), nullptr);
+    return finish(error, workspace.inspect(), plan.launches, *report);
+  });
+}
+
+extern "C" SN_SIMT_EXPORT int sn_simt_serves(std::int32_t path, const sn::cuda::Problem* problem,
+                                             const sn_simt_settings* settings) {
+  return sn::cuda::serves(static_cast<sn::cuda::ForwardPath>(path), *problem, facts_of(*settings)) ? 1 : 0;
+}

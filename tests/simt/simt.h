@@ -1,0 +1,244 @@
+// The host harness: runs the very sources of the CUDA kernels on a CPU and reports what they do wrong.
+//
+// csrc/cuda/ptx.cuh, compiled with SN_SIMT, takes its device side from simt_device.h, which calls what is declared
+// here. A thread of a kernel is a fiber with a stack of its own; all run in the calling thread, one at a time, and
+// change over only inside the wrappers: where a lane waits for its warp, its block or its cluster, and now and then at
+// global atomics and fences. Which one goes on is drawn from a seeded generator, over lanes, warps and the blocks that
+// are resident together, so that a seed is a schedule and repeats exactly. Blocks start in a random order.
+//
+// What it reports, as a fault that ends the launch and carries the kernel's launch site, block, thread and source line:
+//   - a warp collective that not all 32 lanes reach (some have returned, wait elsewhere, or are at another collective),
+//     a block or cluster barrier that not all threads reach, or that they reach in different places;
+//   - accesses to shared memory outside the array, misaligned, or of bytes that nothing has written;
+//   - races in shared memory: two accesses of different threads, one of them a write, with no barrier between them that
+//     orders both: sync_warp within a warp, sync_block within a block, sync_cluster across blocks. Shuffles, votes and
+//     mma order nothing, as CUDA says. This is decided from what was ordered, not from the schedule that happened, so
+//     one run finds a race that any schedule with the same accesses could show. Atomics race with plain accesses only;
+//   - reads and overwriting of bytes that cp.async still has under way; before its wait they hold poison or, at random,
+//     already the data;
+//   - more shared memory, threads or clusters than the device has; a block that leaves while its cluster still reads it;
+//   - with AddressSanitizer, whatever global memory is overrun: buffers of the tests have their exact size.
+//
+// mma multiplies exactly and then errs, up to the bound that the kernels rely on (mma_error_bound), in a direction the
+// options choose, as a function of its operands and the seed alone, so that schedules compare bit for bit.
+//
+// What it cannot show: a missing fence or a weak ordering in global memory (here every store is seen at once); races in
+// global memory, except as results that change with the schedule; missing proxy fences and the asynchronous side of
+// anything but cp.async; forward progress and deadlock between blocks (a kernel that spins hangs here too); anything
+// about speed, registers or spills; what nvcc makes of the source (contraction, a miscompilation, a missing
+// __launch_bounds__); and wrappers whose device side says something else than their host side: for those there are the
+// GPU tests and compute-sanitizer.
+#pragma once
+
+#include <cstdint>
+#include <source_location>
+#include <string>
+#include <vector>
+
+#include "simt_platform.h"
+
+namespace sn::simt {
+
+// ---- control --------------------------------------------------------------------------------------------------------
+
+enum class MmaError : std::int32_t {
+  kNone = 0,     // rounded once
+  kRandom = 1,   // uniform within the bound
+  kExtreme = 2,  // the bound, sign at random
+  kPlus = 3,     // the bound, upwards
+  kMinus = 4     // the bound, downwards
+};
+
+struct Options {
+  std::uint64_t seed = 1;  // of the schedule, the order of blocks and the moments of copies
+  MmaError mma_error = MmaError::kRandom;
+  std::uint64_t mma_seed = 1;
+  double mma_error_scale = 1.0;        // of the injected error: above 1 it breaks the bound
+  int shared_bytes = 232448;           // a block may have
+  int max_cluster = 16;                // blocks; 1: a device without clusters
+  std::uint64_t max_switches = 1ull << 36;  // a launch that takes more is taken to hang
+};
+
+struct Statistics {
+  std::int64_t launches = 0;
+  std::int64_t blocks = 0;
+  std::int64_t switches = 0;
+  std::int64_t mmas = 0;
+};
+
+// One thread at a time uses the harness. `reset` sets the options, forgets faults and statistics, and restarts the
+// sequence of schedules. After a fault every launch fails until the next reset.
+//
+// With SN_SIMT_LAUNCH_LOG in the environment the process leaves in the file so named, when it ends, a line for each
+// kernel that it launched: name, threads, most shared memory in bytes, largest cluster, separated by tabs.
+void reset(const Options& options);
+const Options& options();
+const std::string& fault();  // empty: none
+const Statistics& statistics();
+
+// |error| of one mma.m16n8k16 is at most this times (|accumulator| + sum |products|).
+inline constexpr double mma_error_bound = 1.25 * 16 / 8388608.0;
+
+// ---- records of shared memory ---------------------------------------------------------------------------------------
+
+// Each 4-byte word of shared memory has a record of its last write and one of its reads since:
+//   time << 32 | source line << 16 | split << 14 | in flight << 13 | atomic << 12 | scope << 10 | thread
+// Time is a count of barriers: it goes up whenever one completes. `scope` tells how far those who did it are spread:
+// one thread; several lanes of the thread's warp; several warps; several blocks. A word that is used in parts is split:
+// its bytes have records of their own.
+using Record = std::uint64_t;
+inline constexpr Record kThreadMask = 0x3ff;
+inline constexpr int kScopeShift = 10;
+inline constexpr Record kAtomic = 1u << 12;
+inline constexpr Record kInFlight = 1u << 13;
+inline constexpr Record kSplit = 1u << 14;
+inline constexpr int kLineShift = 16;
+enum Scope : int { kOneThread = 0, kOneWarp = 1, kOneBlock = 2, kOneCluster = 3 };
+
+// ---- threads --------------------------------------------------------------------------------------------------------
+
+struct Block;
+struct Warp;
+
+struct Site {
+  const char* file = "";
+  unsigned line = 0;
+};
+inline Site site_of(std::source_location where) {
+  return {where.file_name(), static_cast<unsigned>(where.line())};
+}
+
+// What a lane waits for.
+enum class Op : std::uint8_t {
+  kNothing,
+  kShuffle,
+  kVote,
+  kMatch,
+  kReduce,
+  kSyncWarp,
+  kLoadMatrix,
+  kLoadMatrixTransposed,
+  kMma,
+  kSyncBlock,
+  kSyncCluster
+};
+
+struct Copy {
+  std::uint32_t position;
+  const void* source;  // null: zeros
+  bool delivered;
+  unsigned line;
+};
+
+struct Lane {
+  void* stack_pointer = nullptr;
+  Warp* warp = nullptr;
+  Block* block = nullptr;
+  int lane = 0;
+  int thread = 0;
+  int phase = 0;  // which of the warp's two meeting places is next
+  Op waits_for = Op::kNothing;
+  bool returned = false;
+  Site site;
+  std::vector<Copy> copies;         // of groups not waited for yet, and of the open one
+  std::vector<std::size_t> groups;  // copies in each closed group
+  std::size_t open_copies = 0;
+  char* stack = nullptr;
+  void* fake_stack = nullptr;  // AddressSanitizer's
+};
+
+// Where the lanes of a warp meet. There are two, used in turn: nobody can come to the one after next before all have
+// left this one.
+struct Meeting {
+  Op op = Op::kNothing;
+  Site site;
+  std::uint32_t arrived = 0;
+  alignas(16) std::uint64_t values[32] = {};
+  alignas(16) std::uint32_t words[32][10] = {};  // operands of mma, rows and results of ldmatrix
+  alignas(16) std::uint32_t results[32][4] = {};
+};
+
+struct Warp {
+  Block* block = nullptr;
+  Lane* lanes = nullptr;
+  std::uint32_t runnable = 0;
+  std::uint32_t returned = 0;
+  int place = -1;  // in the list of warps with a runnable lane
+  // When the last barrier was that orders this warp with: itself, its block, its cluster. [kOneThread] is for ever.
+  std::uint32_t sync[4] = {};
+  Meeting meetings[2];
+};
+
+struct Cluster;
+
+struct Block {
+  std::int64_t id = 0;
+  int rank = 0;
+  Cluster* cluster = nullptr;
+  std::uint32_t start = 0;  // records from before are of other blocks
+  int shared_bytes = 0;
+  unsigned char* shared = nullptr;
+  Record* writes = nullptr;  // of words
+  Record* reads = nullptr;
+  Record* byte_writes = nullptr;  // of split words
+  Record* byte_reads = nullptr;
+  int capacity = 0;
+  int waiting = 0;  // threads at the barrier
+  int returned = 0;
+  Site barrier;
+  int warp_count = 0;
+  std::vector<Warp> warps;  // never fewer than before: lanes own stacks
+  std::vector<Lane> lanes;
+};
+
+struct Cluster {
+  std::vector<Block*> blocks;
+  std::vector<Block*> slots;  // owns them
+  int waiting = 0;
+  int returned = 0;
+  Site barrier;
+  std::int64_t id = 0;
+};
+
+struct Grid {
+  std::int64_t blocks = 0;
+  int threads = 0;
+  int shared_bytes = 0;
+  int cluster = 1;
+  std::source_location where;
+  const void* kernel = nullptr;  // names it
+};
+
+// The fiber that runs now.
+extern Lane* current;
+extern Grid grid;
+
+[[noreturn]] void report(const std::string& what, Site site);
+
+// Runs `call(context)` once for each thread of the grid.
+cudaError_t run(const Grid& shape, void (*call)(void*), void* context);
+
+// ---- what the wrappers call -----------------------------------------------------------------------------------------
+
+// Meets the other lanes; returns the place where the values lie, valid until this lane's next meeting but one.
+Meeting& meet(Op op, std::uint64_t value, Site site);
+void sync_warp(Site site);
+void sync_block(Site site);
+void sync_cluster(Site site);
+void maybe_switch();
+
+void load_matrix(std::uint32_t (&r)[4], std::uint32_t position, bool transposed, Site site);
+void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], bool bfloat, Site site);
+
+void async_copy(std::uint32_t position, const void* source, bool valid, Site site);
+void async_commit();
+void async_wait(int pending);
+
+// Check and note an access of this lane's block, or (reads) of another block of the cluster; `position` and `bytes` are
+// in range and aligned. They return where the bytes are.
+const unsigned char* note_read(std::uint32_t position, int bytes, Site site);
+const unsigned char* note_remote_read(int rank, std::uint32_t position, int bytes, Site site);
+unsigned char* note_write(std::uint32_t position, int bytes, Site site);
+unsigned char* note_atomic(std::uint32_t position, int bytes, Site site);
+
+}  // namespace sn::simt

@@ -1,0 +1,54 @@
+"""The backend "simt" of the suite: the CUDA kernels compiled for this CPU, on the host harness of tests/simt."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TREE = ROOT / "build" / "simt"
+
+
+def _tool(name: str) -> str | None:
+    """A program of this environment, activated or not, or of PATH."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+@cache
+def library() -> Path:
+    """Builds the harness and the kernels, what changed of them, and gives the library.
+
+    SN_SIMT_LIBRARY names one that is there already.
+
+    Raises:
+        RuntimeError: with the output of a build that failed.
+    """
+    if given := os.environ.get("SN_SIMT_LIBRARY"):
+        return Path(given)
+    cmake, ninja = _tool("cmake"), _tool("ninja")
+    if cmake is None:
+        raise RuntimeError("the backend 'simt' is built with cmake, which is in the extra 'test'; found none")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    for command in (
+        [cmake, "-S", str(ROOT), "-B", str(TREE), *generator, "-DSN_OPS_CUDA=OFF"],
+        [cmake, "--build", str(TREE), "--target", "sn_simt", "--parallel", str(os.cpu_count() or 1)],
+    ):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}")
+    return TREE / "libsn_simt.so"
+
+
+@cache
+def enable() -> None:
+    """Registers the backend with sn_ops, for CPU tensors. Once."""
+    from simt import backend
+    from sn_ops import functional, ops
+
+    backend.load(library())
+    ops.register(("simt",), "sn_simt")
+    functional.add_backend("simt", ("cpu",))

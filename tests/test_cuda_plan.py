@@ -1,0 +1,144 @@
+"""The CUDA backend's plan, a pure function of shapes and device facts: read here without a GPU."""
+
+from __future__ import annotations
+
+from itertools import product
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+F32, F64, F16, BF16 = range(4)
+ELEMENT = {F32: 4, F64: 8, F16: 2, BF16: 2}
+SCRATCH = 2**22
+"""Entries: no N x M scratch is larger."""
+
+# capability, multiprocessors, shared bytes a block may have: from the smallest to the largest that is supported
+DEVICES = {
+    "sm_80": ((8, 0), 108, 166912),
+    "sm_86": ((8, 6), 28, 101376),
+    "sm_89": ((8, 9), 128, 101376),
+    "sm_90": ((9, 0), 132, 232448),
+    "sm_100": ((10, 0), 148, 232448),
+    "sm_120": ((12, 0), 170, 101376),
+}
+SHAPES = [0, 1, 2, 63, 64, 65, 257, 1024, 1025, 8192, 65536, 1_000_000]
+DIMS = [1, 64, 127, 512, 2048, 2049, 4096]
+PATHS = ("cluster", "direct", "dense", "screen", "bank")
+
+
+def plan(core: ModuleType, n: int, m: int, d: int, device: str = "sm_90", **options: Any) -> dict[str, Any]:
+    capability, multiprocessors, shared = DEVICES[device]
+    options = {"k": 10, "dtype": F32, "symmetric": n == m} | options
+    return dict(
+        core.cuda_plan(
+            N=n, M=m, D=d, capability=capability, multiprocessors=multiprocessors, shared_bytes=shared, **options
+        )
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16])
+def test_workspace_is_bounded(core: ModuleType, device: str, dtype: int) -> None:
+    """One cast copy, O(N + M), and a fixed rest: what SPEC allows, for every shape, in the default choice of path."""
+    for n, m, d, k in product(SHAPES, SHAPES, DIMS, (1, 10, 128, 1000)):
+        if n * d * ELEMENT[dtype] > 2**38 or m * d * ELEMENT[dtype] > 2**38:
+            continue
+        facts = plan(core, n, m, d, device, dtype=dtype, k=k)
+        padded = (d + 63) // 64 * 64
+        copy = 2 * padded * (n + m) if facts["path"] in ("dense", "screen", "bank") else 0
+        linear = 1024 * (n + m) + 16 * 1024
+        # Scratch of the direct path, or dense scores, or candidate buffers of one wave.
+        fixed = max(8 * SCRATCH, 320 * 2**20) + 16 * max(m, 1) * 2
+        assert facts["workspace_bytes"] <= copy + linear + fixed, (n, m, d, k, facts)
+        assert facts["waves"] * facts["wave_rows"] >= n
+
+
+def test_large_batch_at_the_size_of_the_goals(core: ModuleType) -> None:
+    """65536 x 2048 in float32: peak memory beyond inputs and gradients within 1.25 times the features."""
+    facts = plan(core, 65536, 65536, 2048)
+    graph = 65536 * 12 * 8
+    assert facts["path"] == "screen" and facts["waves"] == 1 and facts["triangular"]
+    assert facts["workspace_bytes"] + graph <= 1.25 * 65536 * 2048 * 4
+
+
+def test_small_batches_take_few_launches(core: ModuleType) -> None:
+    """Forward and backward of a small batch: two launches with clusters, three without."""
+    for n, d in product((1, 2, 33, 64), (1, 128, 2048, 5000)):
+        facts = plan(core, n, n, d)
+        assert (facts["path"], facts["launches"]) == ("cluster", 1)
+        assert 1 <= facts["cluster"] <= 8 and facts["d_slices"] <= 4 * facts["cluster"]
+        assert plan(core, n, n, d, "sm_80")["launches"] <= 2
+    for n in (128, 256, 384):
+        assert plan(core, n, n, 2048)["launches"] <= 2
+    for n in (1, 64, 128, 256, 384):
+        assert core.cuda_backward_plan(N=n, M=n, D=2048, k=10, dtype=F32, symmetric=True)["launches"] == 1
+
+
+def test_slices_fill_the_device_and_follow_the_order_of_sums(core: ModuleType) -> None:
+    """D is cut where the one summation order allows: into aligned subtrees of its chunks of 64."""
+    for n, d in product((65, 128, 256, 384, 700), DIMS):
+        facts = plan(core, n, n, d, path="direct")
+        slices, width = facts["d_slices"], facts["slice_elements"]
+        assert slices * width >= d and (slices - 1) * width < d
+        assert width in (64, 128, 256, 512)
+        assert slices * facts["wave_rows"] * n <= SCRATCH
+    assert plan(core, 128, 128, 2048, path="direct")["d_slices"] >= 32
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d", "options", "path"),
+    [
+        (64, 64, 2048, {}, "cluster"),
+        (64, 64, 2048, {"device": "sm_80"}, "direct"),
+        (64, 64, 2048, {"dtype": F64}, "direct"),
+        (256, 256, 2048, {}, "direct"),
+        (1024, 1024, 2048, {}, "dense"),
+        (8192, 8192, 512, {}, "screen"),
+        (8192, 8192, 512, {"k": 129}, "direct"),
+        (8192, 8192, 512, {"dtype": F64}, "direct"),
+        (65536, 100, 512, {}, "dense"),
+        (256, 65536, 2048, {}, "bank"),
+        (256, 65536, 2048, {"dtype": BF16}, "screen"),
+        (0, 100, 8, {}, "direct"),
+        (100, 0, 8, {}, "direct"),
+    ],
+)
+def test_path(core: ModuleType, n: int, m: int, d: int, options: dict[str, Any], path: str) -> None:
+    """The regimes."""
+    assert plan(core, n, m, d, **options)["path"] == path
+
+
+def test_forced_path(core: ModuleType) -> None:
+    """Whatever can serve can be asked for; what cannot says so."""
+    for path in PATHS[:4]:
+        assert plan(core, 50, 50, 70, path=path)["path"] == path
+    assert plan(core, 50, 80, 70, path="bank")["path"] == "bank"
+    for path, options in {
+        "cluster": {"device": "sm_89"},
+        "dense": {"dtype": F64},
+        "screen": {"k": 60},
+        "bank": {"symmetric": True},
+    }.items():
+        n = 200 if path == "screen" else 50
+        with pytest.raises(ValueError, match=f"{path} cannot serve"):
+            plan(core, n, n, 70, path=path, **(options if path != "screen" else {"k": 129}))
+
+
+def test_buffers_hold_what_a_sample_leaves(core: ModuleType) -> None:
+    """About ratio x K candidates pass the thresholds of a sample of one in `ratio`; there is room for twice that."""
+    for m, k in product((2000, 8192, 65536, 1_000_000), (1, 10, 33, 128)):
+        facts = plan(core, 8192, m, 512, k=k, symmetric=False, path="screen")
+        assert facts["sample_columns"] >= min(m, 2 * k)
+        ratio = facts["second_stride"] or -(-m // facts["sample_columns"])
+        assert facts["buffer_capacity"] >= (1.4 if k > 33 else 2) * ratio * k, (m, k, facts)
+        assert facts["buffer_capacity"] >= 16 * k
+
+
+def test_bad_arguments(core: ModuleType) -> None:
+    with pytest.raises(ValueError, match="expected N, M, D >= 0"):
+        plan(core, -1, 1, 1)
+    with pytest.raises(ValueError, match="dtype: expected 0"):
+        plan(core, 1, 1, 1, dtype=7)
+    with pytest.raises(ValueError, match="expected one of auto, cluster"):
+        plan(core, 1, 1, 1, path="fast")

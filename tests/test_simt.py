@@ -1,0 +1,144 @@
+"""The CUDA kernels on emulated threads: every path against the oracle and, bit for bit, against the others.
+
+The backend "simt" runs the whole semantic suite on the path that the plan chooses; small problems end on two of them.
+Here every path is forced, with the schedule of threads and the error of the tensor core's products varied.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+import judge
+import oracle
+import problems
+import simt_build
+from problems import Case
+
+simt_build.enable()
+from simt import backend as simt  # noqa: E402
+
+PATHS = ("cluster", "direct", "dense", "screen", "bank")
+ADVERSARIAL = [name for name in problems.ADVERSARIAL if name not in ("random", "signs", "bf16-exact")]
+
+
+@cache
+def direct(name: str) -> list[torch.Tensor]:
+    """Neighbours of a case by direct sums alone."""
+    with simt.using(path="direct"):
+        return list(judge.neighbors_of(problems.CASES[name](), "simt"))
+
+
+def served(case: Case, path: str) -> bool:
+    """Whether the last call took the path; where it did not, the path must be one that cannot serve the case."""
+    assert simt.last_report is not None
+    if simt.last_report.path == path:
+        return True
+    n, d = case.feats.shape
+    m = n if case.candidates is None else case.candidates.shape[0]
+    empty = min(n, m, d) == 0
+    wide = path in ("dense", "screen", "bank") and (case.feats.dtype == torch.float64 or min(case.k, m) > 128)
+    tall = path == "cluster" and (max(n, m) > 64 or case.feats.dtype == torch.float64)
+    foreign = path == "bank" and (case.candidates is None or n > 256 or case.feats.dtype != torch.float32)
+    assert empty or wide or tall or foreign, f"{path} did not serve {n} x {m} x {d}"
+    return False
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "direct"])
+@pytest.mark.parametrize("name", problems.CASES)
+def test_every_path_selects_what_direct_sums_do(name: str, path: str) -> None:
+    """All cases of the semantic suite; the direct path is held against the oracle by the suite itself."""
+    case = problems.CASES[name]()
+    with simt.using(path=path):
+        found = judge.neighbors_of(case, "simt")
+        if served(case, path):
+            for got, expected in zip(found, direct(name), strict=True):
+                assert judge.same_bits(got, expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("squeeze", oracle.SQUEEZES)
+@pytest.mark.parametrize("name", ["self-33x65-ids8-k10", "bank-33-65x100-k1-tensor", "duplicates", "one-identity"])
+def test_loss_on_every_path(name: str, squeeze: str, path: str) -> None:
+    """Loss, gradients and statistics against the oracle."""
+    case = problems.CASES[name]()
+    with simt.using(path=path):
+        judge.check_loss(case, "simt", judge.check_neighbors(case, "simt"), squeeze=squeeze, reductions=("mean",))
+
+
+@pytest.mark.parametrize("mma_error", ["none", "random", "plus", "minus", "extreme"])
+@pytest.mark.parametrize("path", ["dense", "screen"])
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_no_error_within_the_bound_shows(name: str, path: str, mma_error: str) -> None:
+    """Products as wrong as the bound allows, on inputs made to defeat it."""
+    case = problems.adversarial_case(name, 150, 70)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path=path, mma_error=mma_error, seed=3, mma_seed=5):
+        found = judge.neighbors_of(case, "simt")
+        assert served(case, path)
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+def test_large_batch_takes_the_screening() -> None:
+    """Where a sample bounds what is kept, few candidates are summed exactly, and no row is left for the ladder."""
+    case = problems.self_case(1300, 64, 325, seed=4)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path="screen"):
+        found = judge.neighbors_of(case, "simt")
+        report = simt.last_report
+    assert report is not None and report.path == "screen"
+    assert report.laddered == 0
+    assert 1300 * 10 <= report.refined <= 1300 * 40
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["clusters-1e-6", "collapsed-to-rounding", "all-identical", "norms-overflowing"])
+def test_the_ladder_serves_what_the_screening_cannot(name: str) -> None:
+    """Where the bound tells candidates of a row apart no more, the row is summed directly."""
+    case = problems.adversarial_case(name, 700, 40)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path="screen"):
+        found = judge.neighbors_of(case, "simt")
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_schedule_and_device_do_not_show(path: str) -> None:
+    """The same bits whatever order threads run in, and on a device of other size."""
+    case = problems.bank_case(40, 60, 90, 8, self_kind="offset", seed=2)
+    seen = []
+    for seed, multiprocessors in ((1, 132), (2, 132), (3, 28), (4, 200)):
+        leaves = case.leaves()
+        with simt.using(path=path, seed=seed, multiprocessors=multiprocessors):
+            neighbours = judge.neighbors_of(case, "simt")
+            loss = judge.sn_ops.sn_loss(**leaves.arguments(), backend="simt")
+            seen.append([loss.detach(), *torch.autograd.grad(loss, leaves.inputs()), *neighbours])
+    for other in seen[1:]:
+        for got, wanted in zip(other, seen[0], strict=True):
+            assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("partition", ["never", "always"])
+@pytest.mark.parametrize(
+    "name", ["self-127x100-ids30-k10", "bank-129-191x16-k33-offset", "all-identical", "duplicates"]
+)
+def test_backward_with_and_without_buckets(name: str, partition: str) -> None:
+    """Edges put in buckets of targets first, or looked for among all: the same sums in the same order."""
+    case = problems.CASES[name]()
+    grads = []
+    for chosen in ("auto", partition):
+        leaves = case.leaves()
+        with simt.using(partition=chosen):
+            loss = judge.sn_ops.sn_loss(**leaves.arguments(), backend="simt")
+            grads.append(torch.autograd.grad(loss, leaves.inputs()))
+            assert simt.last_report is not None and simt.last_report.partitioned == (chosen == "always")
+    for got, wanted in zip(*grads, strict=True):
+        assert judge.same_bits(got, wanted)

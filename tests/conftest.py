@@ -9,11 +9,23 @@ import hypothesis
 import pytest
 import torch
 
-import sn_ops
+import simt_build
+import triton_interpreter
+
+triton_interpreter.switch_on()
+
+import sn_ops  # noqa: E402
+from ranks import Ranks  # noqa: E402
+
+triton_interpreter.speed_up()
 
 # Every backend the suite runs. A new one is a line here, and the device its tensors live on a line in problems.DEVICES.
-# Both of these are part of every build: one that is not usable fails the suite, it does not skip it.
-BACKENDS = ("reference", "cpu")
+# All of these are part of every installation for tests: one that is not usable fails the suite, it does not skip it.
+# "simt" are the CUDA kernels on emulated threads. Only "cuda" may be missing, where there is no GPU: its tests are
+# skipped then, with that as the reason.
+BACKENDS = ("reference", "cpu", "triton", "simt", "cuda")
+# Emulated a thread or a program at a time: right at every size, but too slow for large ones.
+EMULATED = ("simt",) if torch.cuda.is_available() else ("simt", "triton")
 
 hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, max_examples=40, database=None, print_blob=True
@@ -21,8 +33,19 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
+def gpu_reason(name: str) -> str:
+    """Why the tests of a backend on a GPU cannot run here; empty if they can."""
+    if not torch.cuda.is_available():
+        return f"no GPU here for the backend {name!r}"
+    return sn_ops.backends()[name].reason
+
+
 def require(name: str) -> str:
     """The name, if that backend is usable here."""
+    if name == "simt":
+        simt_build.enable()
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip(gpu_reason(name))
     facts = sn_ops.backends()[name]
     assert facts.usable, f"backend {name!r} must be usable to run its tests: {facts.reason}"
     return name
@@ -45,6 +68,12 @@ def fused_backend(request: pytest.FixtureRequest) -> str:
     return require(request.param)
 
 
+@pytest.fixture(scope="session", params=[name for name in BACKENDS if name not in ("reference", *EMULATED)])
+def full_speed_backend(request: pytest.FixtureRequest) -> str:
+    """Each fused backend that can be given a large batch here."""
+    return require(request.param)
+
+
 @pytest.fixture
 def core() -> Iterator[ModuleType]:
     """The native module; the CPU capability, path and number of threads are restored afterwards."""
@@ -58,3 +87,11 @@ def core() -> Iterator[ModuleType]:
     module.set_cpu_capability(capability)
     module.set_cpu_path("auto")
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Four processes for the whole session: 1, 2 or 3 of them make the smaller worlds."""
+    pool = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()

@@ -14,7 +14,7 @@ from torch import Tensor
 import oracle
 
 # Where a backend's tensors live, when not on the CPU.
-DEVICES: dict[str, str] = {}
+DEVICES = {"cuda": "cuda"} | ({"triton": "cuda"} if torch.cuda.is_available() else {})
 
 
 @dataclass(frozen=True)

@@ -32,18 +32,18 @@ def _batch(kind: str, rows: int, dims: int) -> Case:
         ("clusters-1e-3", 4096, 128),
     ],
 )
-def test_sampled_anchors(fused_backend: str, kind: str, rows: int, dims: int) -> None:
+def test_sampled_anchors(full_speed_backend: str, kind: str, rows: int, dims: int) -> None:
     """Selection and loss of sampled anchors; gradients with an upstream that is zero for all others."""
     case = _batch(kind, rows, dims)
     problem = problems.to_oracle(case)
     sample = sorted({0, 1, 63, 64, rows // 2, rows - 2, rows - 1, *range(17, rows, rows // 24)})
-    found = judge.selection_of(judge.neighbors_of(case, fused_backend))
+    found = judge.selection_of(judge.neighbors_of(case, full_speed_backend))
     chosen = oracle.Selection(found.support[sample], found.nearest[sample], found.farthest[sample])
     oracle.check_selection(problem, case.k, chosen, sample)
 
     for squeeze in ("span", "nearest"):
         leaves = case.leaves()
-        loss = sn_ops.sn_loss(**leaves.arguments(), squeeze=squeeze, reduction="none", backend=fused_backend)
+        loss = sn_ops.sn_loss(**leaves.arguments(), squeeze=squeeze, reduction="none", backend=full_speed_backend)
         result = oracle.evaluate(problem, chosen, alpha=50.0, weight=0.1, squeeze=squeeze, rows=sample)
         bound = judge.loss_bound(result.largest_distance, 50.0, 0.1)
         judge.assert_within(abs(judge.numbers(loss)[sample] - result.losses), bound, "loss of an anchor")
@@ -59,14 +59,14 @@ def test_sampled_anchors(fused_backend: str, kind: str, rows: int, dims: int) ->
 
 
 @pytest.mark.parametrize("kind", ["random", "clusters-1e-4"])
-def test_whole_gradient(fused_backend: str, kind: str) -> None:
+def test_whole_gradient(full_speed_backend: str, kind: str) -> None:
     """N = 2048, every anchor, mean: the merged gather of own and incoming edges."""
     case = _batch(kind, 2048, 64)
     problem = problems.to_oracle(case)
-    selection = judge.check_neighbors(case, fused_backend)
+    selection = judge.check_neighbors(case, full_speed_backend)
     result = oracle.evaluate(problem, selection, alpha=50.0, weight=0.1, squeeze="span")
     leaves = case.leaves()
-    loss, stats = sn_ops.sn_loss(**leaves.arguments(), backend=fused_backend, return_stats=True)
+    loss, stats = sn_ops.sn_loss(**leaves.arguments(), backend=full_speed_backend, return_stats=True)
     bound = judge.loss_bound(result.largest_distance, 50.0, 0.1)[result.valid].mean()
     judge.assert_within(abs(loss.item() - result.total("mean")), bound, "loss")
     judge.check_stats(stats, result)
@@ -76,33 +76,33 @@ def test_whole_gradient(fused_backend: str, kind: str) -> None:
     )
 
 
-def test_a_hub(fused_backend: str) -> None:
+def test_a_hub(full_speed_backend: str) -> None:
     """One candidate is everybody's neighbour: thousands of edges come in at one row."""
     generator = torch.Generator().manual_seed(4)
     feats = torch.nn.functional.normalize(torch.randn(3000, 128, generator=generator), dim=1)
     feats[1234] = 0.0
     case = Case(feats, torch.arange(3000) % 2, k=3)
     problem = problems.to_oracle(case)
-    selection = judge.selection_of(judge.neighbors_of(case, fused_backend))
+    selection = judge.selection_of(judge.neighbors_of(case, full_speed_backend))
     assert (selection.support == 1234).any(axis=1).mean() > 0.9
     result = oracle.evaluate(problem, selection, alpha=50.0, weight=0.1, squeeze="span")
     leaves = case.leaves()
-    loss = sn_ops.sn_loss(**leaves.arguments(), backend=fused_backend)
+    loss = sn_ops.sn_loss(**leaves.arguments(), backend=full_speed_backend)
     upstream = result.valid / result.valid.sum()
     expected = oracle.gradients(problem, result, upstream)
     judge.check_gradients(loss, leaves, torch.tensor(1.0), expected, result, upstream, 50.0, 0.1)
 
 
-def test_a_large_bank(fused_backend: str) -> None:
+def test_a_large_bank(full_speed_backend: str) -> None:
     """300 anchors against 20,000 candidates."""
     case = problems.bank_case(300, 20_000, 64, 500, 10, self_kind="tensor", seed=3)
     problem = problems.to_oracle(case)
     sample = list(range(0, 300, 7))
-    found = judge.selection_of(judge.neighbors_of(case, fused_backend))
+    found = judge.selection_of(judge.neighbors_of(case, full_speed_backend))
     chosen = oracle.Selection(found.support[sample], found.nearest[sample], found.farthest[sample])
     oracle.check_selection(problem, case.k, chosen, sample)
     leaves = case.leaves()
-    loss = sn_ops.sn_loss(**leaves.arguments(), reduction="none", backend=fused_backend)
+    loss = sn_ops.sn_loss(**leaves.arguments(), reduction="none", backend=full_speed_backend)
     result = oracle.evaluate(problem, chosen, alpha=50.0, weight=0.1, squeeze="span", rows=sample)
     upstream = torch.zeros(300)
     upstream[sample] = 1.0

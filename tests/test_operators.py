@@ -36,14 +36,14 @@ GRAPH_CASES = [
 
 
 def forward_arguments(
-    case: Case, *, squeeze: str = "span", reduction: str = "mean", want_distances: bool = False
+    case: Case, *, squeeze: str = "span", reduction: str = "mean", want_squared: bool = False
 ) -> tuple[Any, ...]:
     """The arguments of the forward operator."""
     tensor = case.self_index if isinstance(case.self_index, torch.Tensor) else None
     offset = 0 if case.candidates is None else case.self_index if isinstance(case.self_index, int) else -1
     return (
         case.feats, case.labels, case.candidates, case.candidate_labels, tensor, offset,
-        case.k, 50.0, 0.1, SQUEEZE[squeeze], REDUCTION[reduction], want_distances,
+        case.k, 50.0, 0.1, SQUEEZE[squeeze], REDUCTION[reduction], want_squared,
     )  # fmt: skip
 
 
@@ -55,6 +55,16 @@ def backward_arguments(case: Case, outputs: tuple[torch.Tensor, ...], reduction:
     return grad_loss, case.feats, case.candidates, indices, coefficients, stats, REDUCTION[reduction], True, banked
 
 
+def check_squared(problem: oracle.Problem, anchor: int, edges: oracle.Array, squared: oracle.Array) -> None:
+    """Squared distances of an anchor's edges: not clamped, exact to the rounding of their sums, inf without an edge."""
+    used = edges >= 0
+    low, high = oracle.rounding_interval(
+        oracle.squared_distances(problem, anchor)[edges[used]], problem.sizes[2], problem.accumulation
+    )
+    assert ((squared[used] >= low) & (squared[used] <= high)).all(), f"squared distances of anchor {anchor}: {squared}"
+    assert np.isposinf(squared[~used]).all()
+
+
 @pytest.mark.parametrize("squeeze", oracle.SQUEEZES)
 @pytest.mark.parametrize("name", GRAPH_CASES)
 def test_support_graph(backend: str, name: str, squeeze: str) -> None:
@@ -63,11 +73,11 @@ def test_support_graph(backend: str, name: str, squeeze: str) -> None:
     problem = problems.to_oracle(case)
     n, m, _ = problem.sizes
     slots = min(case.k, m)
-    outputs = ops.forward(backend, *forward_arguments(case, squeeze=squeeze, want_distances=True))
-    loss, indices, coefficients, nearest, farthest, distances, stats = outputs
+    outputs = ops.forward(backend, *forward_arguments(case, squeeze=squeeze, want_squared=True))
+    loss, indices, coefficients, nearest, farthest, squared, stats = outputs
     acc = loss.dtype
     assert [x.dtype for x in outputs] == [acc, torch.int32, acc, torch.int32, torch.int32, acc, torch.float64]
-    assert indices.shape == coefficients.shape == (n, slots + 2) and distances.shape == (n, slots)
+    assert indices.shape == coefficients.shape == squared.shape == (n, slots + 2)
     assert nearest.shape == farthest.shape == (n,) and stats.shape == (6,)
     assert stats[5] == 0  # nothing is poisoned
 
@@ -82,6 +92,7 @@ def test_support_graph(backend: str, name: str, squeeze: str) -> None:
         wants_far = squeeze == "span" and far not in inside and far != near
         assert found[i, slots + 1] == (far if wants_far else -1)
         assert (weights[i][found[i] < 0] == 0).all()
+        check_squared(problem, i, found[i], judge.numbers(squared)[i])
         if not result.valid[i]:
             assert (weights[i] == 0).all()
             continue
@@ -89,7 +100,8 @@ def test_support_graph(backend: str, name: str, squeeze: str) -> None:
             continue
         used = found[i] >= 0
         wanted = np.array([result.coefficients[i].get(int(j), 0.0) for j in found[i][used]])
-        bound = 2e-6 * (1 + 50 * result.largest_distance[i]) * (np.abs(wanted) + 50.1 / distances[i, 0].item())
+        nearest_distance = max(squared[i, 0].item(), oracle.FLOOR) ** 0.5
+        bound = 2e-6 * (1 + 50 * result.largest_distance[i]) * (np.abs(wanted) + 50.1 / nearest_distance)
         judge.assert_within(np.abs(weights[i][used] - wanted), bound, f"coefficients of anchor {i}")
     short = ops.forward(backend, *forward_arguments(case, squeeze=squeeze))
     assert short[5].shape == (0,) and short[1].equal(indices) and judge.same_bits(short[0], loss)
@@ -176,10 +188,10 @@ OPCHECK_CASES = [
 @pytest.mark.parametrize(("name", "dtype", "squeeze", "reduction"), OPCHECK_CASES)
 def test_opcheck_forward(fused_backend: str, name: str, dtype: torch.dtype, squeeze: str, reduction: str) -> None:
     case = problems.CASES[name]().to(dtype).leaves()
-    for want_distances in (False, True):
+    for want_squared in (False, True):
         torch.library.opcheck(
-            torch.ops.sn_ops.forward.default,
-            forward_arguments(case, squeeze=squeeze, reduction=reduction, want_distances=want_distances),
+            ops.OPERATORS[fused_backend].forward,
+            forward_arguments(case, squeeze=squeeze, reduction=reduction, want_squared=want_squared),
         )
 
 
@@ -187,4 +199,4 @@ def test_opcheck_forward(fused_backend: str, name: str, dtype: torch.dtype, sque
 def test_opcheck_backward(fused_backend: str, name: str, dtype: torch.dtype, squeeze: str, reduction: str) -> None:
     case = problems.CASES[name]().to(dtype)
     outputs = ops.forward(fused_backend, *forward_arguments(case, squeeze=squeeze, reduction=reduction))
-    torch.library.opcheck(torch.ops.sn_ops.backward.default, backward_arguments(case, outputs, reduction))
+    torch.library.opcheck(ops.OPERATORS[fused_backend].backward, backward_arguments(case, outputs, reduction))

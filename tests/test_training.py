@@ -31,7 +31,7 @@ def test_mean_average_precision_by_hand() -> None:
     assert mean_average_precision(points, labels) == pytest.approx(sum(expected) / 5)
 
 
-def test_digits(fused_backend: str) -> None:
+def test_digits(full_speed_backend: str) -> None:
     """Raw pixels of the unseen half reach a mAP of about 0.69, the trained embedding about 0.95."""
     digits = load_digits()
     pixels = torch.from_numpy(digits.images).float()[:, None] / 16
@@ -46,7 +46,7 @@ def test_digits(fused_backend: str) -> None:
         nn.Conv2d(24, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(48 * 4, 64),
     )  # fmt: skip
-    criterion = sn_ops.SNLoss(k=10, alpha=10.0, backend=fused_backend)
+    criterion = sn_ops.SNLoss(k=10, alpha=10.0, backend=full_speed_backend)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     members = [train[labels[train] == digit] for digit in range(10)]
     losses = []

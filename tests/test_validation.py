@@ -124,19 +124,24 @@ def test_module_refuses_when_it_is_made(name: str) -> None:
     assert_named(raised.value, argument, said)
 
 
-def test_group_says_that_it_is_not_there_yet(backend: str) -> None:
-    with pytest.raises(NotImplementedError, match="group"):
-        sn_ops.sn_loss(FEATS, LABELS, group=object(), backend=backend)
-    with pytest.raises(NotImplementedError, match="group"):
+def test_a_group_that_is_none(backend: str) -> None:
+    with pytest.raises(TypeError, match=r"group: expected None, a torch.distributed process group .* got 'world'"):
+        sn_ops.sn_loss(FEATS, LABELS, group="world", backend=backend)
+    with pytest.raises(TypeError, match=r"group: expected None, a torch.distributed process group"):
         sn_ops.SNLoss(group=object())
+    with pytest.raises(ValueError, match=r"group: .* member"):
+        sn_ops.SNLoss(group=torch.distributed.GroupMember.NON_GROUP_MEMBER)
+    with pytest.raises(ValueError, match="sizes: expected None without a group"):
+        sn_ops.sn_loss(FEATS, LABELS, sizes=[6], backend=backend)
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_a_backend_that_cannot_serve_says_why(name: str) -> None:
     """An explicit backend never falls back silently."""
     facts = sn_ops.backends()[name]
+    elsewhere = "meta" if "cpu" in facts.devices else "cpu"  # Triton's interpreter serves the CPU
     with pytest.raises((ValueError, RuntimeError)) as raised:
-        sn_ops.sn_loss(FEATS, LABELS, backend=name)  # tensors of the CPU
+        sn_ops.sn_loss(FEATS.to(elsewhere), LABELS.to(elsewhere), backend=name)
     assert name in str(raised.value)
     assert facts.usable or facts.reason in str(raised.value)
 

@@ -1,0 +1,59 @@
+"""The Triton backend: the loss on a GPU where there is no CUDA toolkit, and a second definition of the algorithm.
+
+`kernels.py` is the loss from direct sums, to be read from top to bottom; `screening.py` finds the same neighbours
+faster for large batches; `operators.py` launches; `tuning.py` has the launch shapes. This module registers the
+operators `sn_triton::forward` and `sn_triton::backward` and needs neither a GPU nor Triton to be imported: the first
+call imports Triton.
+
+CPU tensors are served only under Triton's interpreter, for tests: set TRITON_INTERPRET=1 before sn_ops is imported.
+`backend="auto"` never does.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+
+import torch
+
+from . import operators, tuning
+
+OLDEST = (3, 6)
+"""Triton's oldest version that the kernels are tested with."""
+
+OLDEST_CAPABILITY = (8, 0)
+
+DEVICES = ("cuda", "cpu") if tuning.INTERPRETED else ("cuda",)
+
+_LIBRARY = torch.library.Library("sn_triton", "DEF")  # what it registers lives as long as it does
+
+
+def missing() -> str:
+    """Why this installation cannot use the backend; empty if it can. Asks packages for their version, imports none."""
+    wanted = ".".join(map(str, OLDEST))
+    try:
+        found = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return f"it needs the package triton, {wanted} or newer, which is not installed (PyTorch for CUDA brings it)"
+    numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
+    return "" if numbers >= OLDEST else f"it needs triton {wanted} or newer, found {found}"
+
+
+def unfit(device: torch.device) -> str:
+    """Why the backend cannot serve this device; empty if it can."""
+    if device.type != "cuda":
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_CAPABILITY:
+        return ""
+    wanted, found = (".".join(map(str, version)) for version in (OLDEST_CAPABILITY, capability))
+    return f"it needs compute capability {wanted} or newer, {device} has {found}"
+
+
+def define() -> None:
+    """Registers the two operators, for CUDA tensors, and under the interpreter for CPU tensors too."""
+    for schema, function in ((operators.FORWARD, operators.forward), (operators.BACKWARD, operators.backward)):
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for device in DEVICES:
+            _LIBRARY.impl(name, function, device.upper())

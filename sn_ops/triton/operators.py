@@ -1,0 +1,410 @@
+"""The operators `sn_triton::forward` and `sn_triton::backward`: what is allocated, and which kernel runs when.
+
+Nothing here reads a value of a tensor: every decision is made from shapes, so that a call can be captured in a CUDA
+graph. The kernels' modules need Triton and are imported by the first call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import Reduction, accumulation_dtype
+from . import tuning
+from .tuning import cdiv
+
+Graph = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+FORWARD = (
+    "forward(Tensor feats, Tensor labels, Tensor? candidates, Tensor? candidate_labels, Tensor? self_index, "
+    "SymInt self_offset, SymInt k, float alpha, float weight, int squeeze, int reduction, bool want_squared) -> "
+    "(Tensor loss, Tensor indices, Tensor coefficients, Tensor nearest_positive, Tensor farthest_positive, "
+    "Tensor squared, Tensor stats)"
+)
+BACKWARD = (
+    "backward(Tensor grad_loss, Tensor feats, Tensor? candidates, Tensor indices, Tensor coefficients, Tensor stats, "
+    "int reduction, bool need_feats, bool need_candidates) -> (Tensor grad_feats, Tensor grad_candidates)"
+)
+
+
+def _unit_stride(rows: Tensor) -> Tensor:
+    """The kernels want unit stride along D; rows may lie anywhere."""
+    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def _halves(value: float) -> tuple[float, float]:
+    """A float64 as the sum of two float32, which is how a kernel can get it."""
+    largest = 3.4e38
+    high = ctypes.c_float(max(-largest, min(largest, value))).value
+    return high, max(-largest, min(largest, value - high))
+
+
+class Batch(NamedTuple):
+    """The arguments of a forward as the kernels take them."""
+
+    feats: Tensor  # [N, D]
+    labels: Tensor  # [N]
+    candidates: Tensor  # [M, D]; feats in the self case
+    candidate_labels: Tensor  # [M]
+    self_index: Tensor | None  # [N]
+    self_offset: int
+    symmetric: bool
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, M, D."""
+        return self.feats.shape[0], self.candidates.shape[0], self.feats.shape[1]
+
+    def self_arguments(self) -> tuple[Tensor, int]:
+        """gSelf and self_offset; without an index some int64 tensor stands in its place, and is not read."""
+        return self.labels if self.self_index is None else self.self_index, self.self_offset
+
+
+class Selection(NamedTuple):
+    """What a forward selected; the support set is in columns 0 to K - 1 of the graph's indices."""
+
+    d2: Tensor  # [N, K] acc
+    near_d2: Tensor  # [N] acc
+    near: Tensor  # [N] int32, -1 for none
+    far_d2: Tensor
+    far: Tensor
+
+    @staticmethod
+    def empty(anchors: int, neighbours: int, like: Tensor, acc: torch.dtype) -> Selection:
+        def new(*size: int, dtype: torch.dtype = acc) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=like.device)
+
+        return Selection(
+            new(anchors, neighbours),
+            new(anchors), new(anchors, dtype=torch.int32), new(anchors), new(anchors, dtype=torch.int32),
+        )  # fmt: skip
+
+
+def _inspect(batch: Batch) -> Tensor:
+    """Flags of blocks of rows, int32: is there a value that is not finite?"""
+    from . import kernels
+
+    rows, block = (64, 256) if tuning.INTERPRETED else (4, 1024)
+    acc = kernels.type_of(accumulation_dtype(batch.feats.dtype))
+    n, m, d = batch.sizes
+    own, others = cdiv(n, rows), 0 if batch.symmetric else cdiv(m, rows)
+    flags = torch.empty(own + others, dtype=torch.int32, device=batch.feats.device)
+    if own:
+        kernels.inspect_kernel[(own,)](
+            batch.feats, batch.feats.stride(0), n, d, flags, 0, rows, block, acc, **kernels.EXACT
+        )
+    if others:
+        pool = batch.candidates
+        kernels.inspect_kernel[(others,)](pool, pool.stride(0), m, d, flags, own, rows, block, acc, **kernels.EXACT)
+    return flags
+
+
+def _scan(batch: Batch, neighbours: int, indices: Tensor, selection: Selection) -> None:
+    """Selection from direct sums of all pairs."""
+    from . import kernels
+
+    n, m, d = batch.sizes
+    acc = selection.d2.dtype
+    wide = acc == torch.float64
+    device = batch.feats.device
+    # float64 keys do not pack, and long lists do not fit registers: those rows are sorted whole.
+    dense = wide or neighbours > tuning.MAX_LISTED_K
+    wave = tuning.dense_rows(n, m) if dense else n
+    for first in range(0, n, wave):
+        rows = min(wave, n - first)
+        plan = tuning.scan_plan(rows, m, neighbours, wide, dense)
+        log_kp = plan.list_size.bit_length() - 1
+        segments = plan.segments
+        keys = torch.empty((0,) if dense else (rows, segments, plan.list_size), dtype=torch.int64, device=device)
+        squared = torch.empty((rows, m) if dense else (0,), dtype=acc, device=device)
+        extremes = Selection.empty(rows * segments, 0, batch.feats, acc)[1:]
+        kernels.scan_kernel[(cdiv(rows, plan.rows) * segments,)](
+            batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
+            batch.labels, batch.candidate_labels, *batch.self_arguments(),
+            first, rows, m, d, segments, plan.segment_size,
+            keys, *extremes, squared,
+            R=plan.rows, C=plan.columns, KP=plan.list_size, LOG_KP=log_kp,
+            LOG_GROUPS=(plan.columns // plan.list_size).bit_length() - 1,
+            HAS_SELF=batch.self_index is not None, DENSE=dense, ACC=kernels.type_of(acc),
+            ONE_SPAN=d <= kernels.SPAN.value, num_warps=plan.warps, **kernels.EXACT,
+        )  # fmt: skip
+        merge_rows = min(64, tuning.power_of_two(rows)) if tuning.INTERPRETED else max(1, 128 // plan.list_size)
+        kernels.merge_kernel[(cdiv(rows, merge_rows),)](
+            keys, *extremes, first, rows, neighbours, segments,
+            indices, selection.d2, *selection[1:],
+            R=merge_rows, KP=plan.list_size, LOG_KP=log_kp, DENSE=dense, ACC=kernels.type_of(acc),
+            num_warps=1, **kernels.EXACT,
+        )  # fmt: skip
+        if dense:
+            # Stable, so that ties stay in the order of indices; NaN, an anchor itself, comes behind infinity.
+            ordered, order = squared.sort(dim=1, stable=True)
+            ordered, order = ordered[:, :neighbours], order[:, :neighbours]
+            itself = ordered.isnan()
+            selection.d2[first : first + rows] = ordered.masked_fill(itself, torch.inf)
+            indices[first : first + rows, :neighbours] = order.masked_fill(itself, -1)
+
+
+class Screened(NamedTuple):
+    """Rows as the products take them, one entry a row of the matrix they were made from."""
+
+    half: Tensor  # [rows, D or more] half precision
+    scale: Tensor  # [rows] what a product is multiplied by
+    norm: Tensor
+    rho: Tensor
+
+
+def _centre(rows: Tensor) -> Tensor:
+    """[D] float32: about the middle of the rows, by the median of a few, which neither outliers nor NaN move."""
+    few = rows[:: max(1, rows.shape[0] // 64)][:64]
+    middle = few.sort(dim=0).values[few.shape[0] // 2]
+    return middle.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _prepare(rows: Tensor, centre: Tensor | None, flags: Tensor, first_flag: int, block_rows: int) -> Screened:
+    from . import kernels, screening
+
+    n, d = rows.shape
+    half = rows if centre is None else rows.new_empty((n, cdiv(d, 64) * 64), dtype=torch.float16)
+    scale, norm, rho = torch.empty((3, n), dtype=torch.float32, device=rows.device)
+    if n:
+        screening.prepare_kernel[(cdiv(n, block_rows),)](
+            rows, rows.stride(0), n, d, rows if centre is None else centre, half, half.stride(0),
+            scale, norm, rho, flags, first_flag,
+            CAST=centre is not None, R=block_rows, BLOCK=512, num_warps=4, **kernels.EXACT,
+        )  # fmt: skip
+    return Screened(half, scale, norm, rho)
+
+
+def _positives(batch: Batch, selection: Selection) -> None:
+    """near and far of every anchor, from direct sums within identities."""
+    from . import kernels, screening
+
+    n, _, d = batch.sizes
+    labels, candidate_order = batch.candidate_labels.sort(stable=True)
+    anchor_order = candidate_order if batch.symmetric else batch.labels.sort(stable=True).indices
+    ordered = batch.labels[anchor_order]
+    begin = torch.searchsorted(labels, ordered, out_int32=True)
+    end = torch.searchsorted(labels, ordered, right=True, out_int32=True)
+    plan = tuning.scan_plan(n, batch.sizes[1], 1, False, False)
+    screening.positives_kernel[(cdiv(n, plan.rows),)](
+        batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
+        batch.labels, batch.candidate_labels, *batch.self_arguments(), anchor_order, candidate_order, begin, end, n, d,
+        *selection[1:],
+        R=plan.rows, C=plan.columns, HAS_SELF=batch.self_index is not None, ONE_SPAN=d <= kernels.SPAN.value,
+        num_warps=plan.warps, **kernels.EXACT,
+    )  # fmt: skip
+
+
+def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tensor, selection: Selection) -> Tensor:
+    """Selection through products of half precision; returns the flags of `_inspect`."""
+    from . import kernels, screening
+
+    n, m, d = batch.sizes
+    device = batch.feats.device
+    block_rows = 256 if tuning.INTERPRETED else 4
+    own_flags = cdiv(n, block_rows)
+    flags = torch.empty(own_flags + (0 if batch.symmetric else cdiv(m, block_rows)), dtype=torch.int32, device=device)
+    centre = _centre(batch.candidates) if batch.feats.dtype == torch.float32 else None
+    anchors = _prepare(batch.feats, centre, flags, 0, block_rows)
+    pool = anchors if batch.symmetric else _prepare(batch.candidates, centre, flags, own_flags, block_rows)
+    depth = anchors.half.shape[1]
+    product = {
+        "BM": plan.tile[0], "BN": plan.tile[1], "BK": plan.tile[2], "GROUP": 8, "EVEN": depth % plan.tile[2] == 0,
+        "UPCAST": tuning.INTERPRETED, "num_warps": plan.warps, "num_stages": plan.stages, **kernels.EXACT,
+    }  # fmt: skip
+
+    def new(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    wave = plan.wave
+    least = new(wave, plan.groups, dtype=torch.float32)
+    limit, twice = new(2, wave, dtype=torch.float32)
+    count, short_count, queue = new(3, wave)
+    queue_count = new(1)
+    buffer = new(wave, plan.capacity, dtype=torch.int64)
+    short = new(wave, plan.short)
+    log_kp = plan.list_size.bit_length() - 1
+    width = max(tuning.power_of_two(neighbours + 1), 2)  # of the thresholds' lists, which hold one key more
+    sample_width = max(width, tuning.power_of_two(plan.groups))
+    scan = tuning.scan_plan(n, m, neighbours, False, False)
+    one_span = d <= kernels.SPAN.value
+    has_self = batch.self_index is not None
+
+    def groups_of(wide: int, narrow: int) -> int:
+        return (wide // narrow).bit_length() - 1
+
+    for first in range(0, n, wave):
+        rows = min(wave, n - first)
+        row_tiles = cdiv(rows, plan.tile[0])
+        screening.sample_kernel[(row_tiles * cdiv(plan.samples, plan.tile[1]),)](
+            anchors.half, anchors.half.stride(0), *anchors[1:], pool.half, pool.half.stride(0), *pool[1:],
+            first, rows, plan.samples, plan.stride, depth, least, plan.groups, GROUP_SIZE=plan.group_size, **product,
+        )  # fmt: skip
+        block = min(64, tuning.power_of_two(rows)) if tuning.INTERPRETED else max(1, 512 // sample_width)
+        screening.threshold_kernel[(cdiv(rows, block),)](
+            least, plan.groups, first, rows, neighbours, depth, anchors.norm, anchors.rho, count, queue_count, limit,
+            twice,
+            C=sample_width, KP=width, LOG_KP=width.bit_length() - 1, LOG_GROUPS=groups_of(sample_width, width),
+            R=block, num_warps=4, **kernels.EXACT,
+        )  # fmt: skip
+        screening.screen_kernel[(row_tiles * cdiv(m, plan.tile[1]),)](
+            anchors.half, anchors.half.stride(0), anchors.scale, pool.half, pool.half.stride(0), *pool[1:],
+            limit, twice, first, rows, m, depth, count, buffer, CAPACITY=plan.capacity, **product,
+        )  # fmt: skip
+        block = min(64, tuning.power_of_two(rows)) if tuning.INTERPRETED else 1
+        screening.shortlist_kernel[(cdiv(rows, block),)](
+            anchors.norm, anchors.rho, pool.norm, pool.rho, *batch.self_arguments(), first, rows, neighbours, depth,
+            count, buffer, short, short_count, queue, queue_count,
+            HAS_SELF=has_self, CAPACITY=plan.capacity, SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp,
+            LOG_GROUPS=groups_of(plan.capacity, plan.list_size), R=block, num_warps=4, **kernels.EXACT,
+        )  # fmt: skip
+        columns = max(16, plan.list_size)
+        screening.refine_kernel[(cdiv(rows, block),)](
+            batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
+            first, rows, neighbours, d, short, short_count, indices, selection.d2,
+            SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp, LOG_GROUPS=groups_of(columns, plan.list_size),
+            R=block, C=columns, ONE_SPAN=one_span, UNROLL=plan.unroll, num_warps=4, **kernels.EXACT,
+        )  # fmt: skip
+        screening.ladder_kernel[(plan.ladder_programs,)](
+            batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
+            batch.labels, batch.candidate_labels, *batch.self_arguments(), first, m, d,
+            cdiv(cdiv(m, plan.ladder_segments), scan.columns) * scan.columns, queue, queue_count, buffer,
+            R=scan.rows, C=scan.columns, KP=plan.list_size, LOG_KP=log_kp,
+            LOG_GROUPS=groups_of(scan.columns, plan.list_size), SEGMENTS=plan.ladder_segments, HAS_SELF=has_self,
+            ONE_SPAN=one_span, num_warps=scan.warps, **kernels.EXACT,
+        )  # fmt: skip
+        block = 64 if tuning.INTERPRETED else max(1, 128 // plan.list_size)
+        screening.settle_kernel[(cdiv(rows, block),)](
+            queue, queue_count, buffer, first, neighbours, indices, selection.d2,
+            R=block, KP=plan.list_size, LOG_KP=log_kp, SEGMENTS=plan.ladder_segments, num_warps=1, **kernels.EXACT,
+        )  # fmt: skip
+    _positives(batch, selection)
+    return flags
+
+
+def forward(
+    feats: Tensor,
+    labels: Tensor,
+    candidates: Tensor | None,
+    candidate_labels: Tensor | None,
+    self_index: Tensor | None,
+    self_offset: int,
+    k: int,
+    alpha: float,
+    weight: float,
+    squeeze: int,
+    reduction: int,
+    want_squared: bool,
+) -> Graph:
+    """`sn_triton::forward`; arguments and results as in `reference.forward`."""
+    from . import kernels
+
+    feats, labels = _unit_stride(feats), labels.contiguous()
+    if candidates is None or candidate_labels is None:
+        batch = Batch(feats, labels, feats, labels, None, 0, True)
+    else:
+        batch = Batch(
+            feats, labels, _unit_stride(candidates), candidate_labels.contiguous(),
+            None if self_index is None else self_index.contiguous(), self_offset, False,
+        )  # fmt: skip
+    n, m, _ = batch.sizes
+    neighbours = min(k, m)
+    acc = accumulation_dtype(feats.dtype)
+
+    def new(*size: int, dtype: torch.dtype = acc) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=feats.device)
+
+    loss = new(n) if reduction == Reduction.NONE else new()
+    indices = new(n, neighbours + 2, dtype=torch.int32)
+    coefficients = new(n, neighbours + 2)
+    squared = new(n, neighbours + 2) if want_squared else new(0)
+    stats = new(6, dtype=torch.float64)
+    selection = Selection.empty(n, neighbours, feats, acc)
+    with torch.cuda.device_of(feats):
+        screen = tuning.screen_plan(*batch.sizes, neighbours, wide=acc == torch.float64)
+        if screen is None:
+            flags = _inspect(batch)
+            if n:
+                _scan(batch, neighbours, indices, selection)
+        else:
+            flags = _screen(batch, neighbours, screen, indices, selection)
+        plan = tuning.loss_plan(n, neighbours)
+        records = new(cdiv(n, plan.rows), kernels.RECORD_SIZE, dtype=torch.float64)
+        if n:
+            kernels.loss_kernel[(records.shape[0],)](
+                indices, *selection, batch.labels, batch.candidate_labels, flags, flags.numel(),
+                n, neighbours, *_halves(alpha), *_halves(weight),
+                loss, coefficients, squared, records,
+                SQUEEZE=squeeze, REDUCTION=reduction, WANT_SQUARED=want_squared,
+                R=plan.rows, BLOCK=plan.block, ACC=kernels.type_of(acc), num_warps=plan.warps, **kernels.EXACT,
+            )  # fmt: skip
+        kernels.reduce_kernel[(1,)](
+            records, records.shape[0], flags, flags.numel(), loss, stats,
+            REDUCTION=reduction, R=64, ACC=kernels.type_of(acc), num_warps=4, **kernels.EXACT,
+        )  # fmt: skip
+    return loss, indices, coefficients, selection.near, selection.far, squared, stats
+
+
+def backward(
+    grad_loss: Tensor,
+    feats: Tensor,
+    candidates: Tensor | None,
+    indices: Tensor,
+    coefficients: Tensor,
+    stats: Tensor,
+    reduction: int,
+    need_feats: bool,
+    need_candidates: bool,
+) -> tuple[Tensor, Tensor]:
+    """`sn_triton::backward`; arguments and results as in `reference.backward`."""
+    from . import kernels
+
+    symmetric = candidates is None
+    feats = _unit_stride(feats)
+    pool = feats if candidates is None else _unit_stride(candidates)
+    indices, coefficients = indices.contiguous(), coefficients.contiguous()
+    grad_loss, stats = grad_loss.contiguous(), stats.contiguous()
+    (n, edges), (m, d) = indices.shape, pool.shape
+    need_candidates = need_candidates and not symmetric
+    grad_feats = torch.empty((n, d) if need_feats else (0,), dtype=feats.dtype, device=feats.device)
+    grad_candidates = torch.empty((m, d) if need_candidates else (0,), dtype=feats.dtype, device=feats.device)
+    plan = tuning.gradient_plan(max(n, m), d, edges)
+    acc = coefficients.dtype
+    columns = cdiv(d, plan.block)
+
+    with torch.cuda.device_of(feats):
+        targets = order = bounds = indices
+        chunks = torch.empty(0, dtype=acc, device=feats.device)
+        incoming = need_candidates or (symmetric and need_feats)
+        if incoming and n:
+            targets, order = indices.flatten().sort(stable=True)
+            rows = torch.arange(m + 1, dtype=torch.int32, device=feats.device)
+            bounds = torch.searchsorted(targets, rows)
+            whole = targets.numel() // plan.chunk
+            if whole and columns:
+                chunks = torch.empty((whole, d), dtype=acc, device=feats.device)
+                kernels.hub_kernel[(cdiv(whole, plan.rows), columns)](
+                    feats, feats.stride(0), pool, pool.stride(0), targets, order, coefficients, grad_loss, stats,
+                    whole, edges, d, chunks,
+                    REDUCTION=reduction, CHUNK=plan.chunk, R=plan.rows, EDGES=plan.edges, BLOCK=plan.block,
+                    ACC=kernels.type_of(acc), num_warps=plan.warps, **kernels.EXACT,
+                )  # fmt: skip
+        for grad, own, into in (
+            (grad_feats, True, symmetric) if need_feats else (grad_feats, False, False),
+            (grad_candidates, False, True) if need_candidates else (grad_candidates, False, False),
+        ):
+            if grad.numel() == 0:
+                continue
+            if into and n == 0:  # nobody's candidates
+                grad.copy_(stats[5].expand_as(grad))
+                continue
+            kernels.gradient_kernel[(cdiv(grad.shape[0], plan.rows), columns)](
+                feats, feats.stride(0), pool, pool.stride(0), indices, coefficients, bounds, order, grad_loss, stats,
+                grad.shape[0], edges, d, chunks, grad,
+                OWN=own, INCOMING=into, REDUCTION=reduction, CHUNK=plan.chunk, R=plan.rows, EDGES=plan.edges,
+                BLOCK=plan.block, ACC=kernels.type_of(acc), num_warps=plan.warps, **kernels.EXACT,
+            )  # fmt: skip
+    return grad_feats, grad_candidates

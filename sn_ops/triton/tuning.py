@@ -1,0 +1,173 @@
+"""Which launch shapes each kernel gets, by regime: the one place that holds them.
+
+**No entry was measured on a GPU.** All are chosen by reasoning from registers, shared memory and occupancy, which the
+ahead-of-time compile (`.ci/triton_resources.py`) reads from the compiled code, and hold until they are measured. There
+is no autotuning: a first call compiles the kernels it needs, one variant each.
+
+Results do not depend on anything here: selections by the one summation order and a total order of keys, the loss and
+gradients up to rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+# Read once, as Triton does: under its interpreter kernels run on CPU tensors, one operation on a tile after the other
+# in NumPy. Few large tiles suit it; a GPU wants many that fit its registers.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+MAX_LISTED_K = 128
+"""Above this the first k are found by sorting whole rows of distances, not in lists."""
+
+DENSE_PAIRS = 1 << 22
+"""Squared distances held at a time where rows are sorted whole."""
+
+_PROGRAMS = 1024
+"""About how many programs a kernel should have where the batch is small: a few for each SM of any GPU."""
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class ScanPlan:
+    """How `scan_kernel` cuts N x M into tiles, and the tiles' candidates into segments."""
+
+    rows: int  # R anchors of a tile
+    columns: int  # C candidates
+    list_size: int  # KP
+    segments: int
+    segment_size: int
+    warps: int
+
+
+def scan_plan(anchors: int, candidates: int, neighbours: int, wide: bool, dense: bool) -> ScanPlan:
+    """A tile has R x C pairs of 32 lanes: 512 pairs are 64 registers a thread of 8 warps, as many in float64 with half
+    the pairs. A list of KP keys a row needs C >= KP. Segments fill the GPU where there are few groups of anchors."""
+    list_size = 1 if dense else power_of_two(max(neighbours, 2))
+    if INTERPRETED:
+        rows = min(64, power_of_two(anchors))
+        columns = max(list_size, min(128, power_of_two(candidates)))
+    else:
+        columns = max(32, list_size)
+        rows = max(1, (256 if wide else 512) // columns)
+    groups = cdiv(anchors, rows)
+    tiles = max(1, cdiv(candidates, columns))
+    segments = 1 if INTERPRETED else max(1, min(cdiv(_PROGRAMS, groups), tiles, 32))
+    size = cdiv(tiles, segments) * columns
+    return ScanPlan(rows, columns, list_size, max(1, cdiv(candidates, size)), size, 8)
+
+
+def dense_rows(anchors: int, candidates: int) -> int:
+    """How many anchors' rows of distances are sorted at a time."""
+    return max(1, min(anchors, DENSE_PAIRS // max(1, candidates)))
+
+
+@dataclass(frozen=True)
+class ScreenPlan:
+    """How a forward is screened; the kernels of `screening.py`, in waves of anchors."""
+
+    wave: int  # anchors at a time: the buffers of a wave are what is held beyond O(N + M)
+    stride: int  # one candidate of so many is in the sample
+    samples: int
+    group_size: int  # samples whose least upper bound is kept
+    groups: int
+    capacity: int  # of an anchor's buffer
+    short: int  # of its shortlist
+    list_size: int  # KP, for lists of K keys
+    tile: tuple[int, int, int]  # BM, BN, BK of the products
+    stages: int
+    warps: int
+    unroll: int  # steps of a direct sum whose loads are in flight together
+    ladder_segments: int
+    ladder_programs: int
+
+
+_LEAST_CANDIDATES = 1024
+"""Below this direct sums of all pairs are fewer launches and about the same work."""
+
+_WAVE_ENTRIES = 1 << 21
+"""Entries of 8 bytes in the buffers of a wave: 16 MB."""
+
+
+def screen_plan(anchors: int, candidates: int, dims: int, neighbours: int, wide: bool) -> ScreenPlan | None:
+    """None where direct sums of all pairs serve.
+
+    A sample of 1/8 of the candidates costs 1/8 of the product and leaves about 8 (K + 1) candidates below the
+    threshold: a buffer of 16 KP has room for their spread. A product tile of 128 x 64 x 64 has 32 float32 accumulators
+    a thread of 8 warps and 24 KB of shared memory a stage; with 128 columns the places of what is kept spill (compiled
+    for sm_90, 382 instructions), so that the wider tile's reuse is given up.
+    """
+    least = max(_LEAST_CANDIDATES, 64 * neighbours)
+    if wide or neighbours > MAX_LISTED_K or candidates < least or anchors < 1 or dims < 16:
+        return None
+    stride = 8
+    list_size = power_of_two(max(neighbours, 2))
+    capacity = max(256, 16 * list_size)
+    tile = (128, 128, 512) if INTERPRETED else (128, 64, 64)
+    samples = min(candidates // stride, 512 * tile[1])
+    stride = candidates // samples
+    group_size = 1
+    while group_size < tile[1] and samples // (2 * group_size) >= 4 * (neighbours + 1):
+        group_size *= 2
+    return ScreenPlan(
+        wave=min(anchors, max(tile[0], _WAVE_ENTRIES // capacity)),
+        stride=stride,
+        samples=samples,
+        group_size=group_size,
+        groups=cdiv(samples, group_size),
+        capacity=capacity,
+        short=max(64, 4 * list_size),
+        list_size=list_size,
+        tile=tile,
+        stages=3,
+        warps=8,
+        unroll=1 if INTERPRETED else 4,
+        ladder_segments=16,
+        ladder_programs=8 if INTERPRETED else 528,
+    )
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """R anchors of a program, BLOCK slots at a time."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+def loss_plan(anchors: int, neighbours: int) -> LossPlan:
+    """The float64 stage wants many registers a slot: about four slots a thread."""
+    block = min(128, power_of_two(max(1, neighbours)))
+    if INTERPRETED:
+        return LossPlan(min(256, power_of_two(anchors)), block, 4)
+    return LossPlan(max(1, 256 // block), block, 4)
+
+
+@dataclass(frozen=True)
+class GradientPlan:
+    """R rows, EDGES edges of each at a time, in blocks of BLOCK columns; sorted edges in chunks of CHUNK."""
+
+    rows: int
+    edges: int
+    block: int
+    chunk: int
+    warps: int
+
+
+def gradient_plan(rows: int, dims: int, edges: int) -> GradientPlan:
+    """A tile of 4 x 512 values puts 16 registers a thread in flight, so that the latency of gathered rows is hidden.
+    Chunks of 16 times the edges of an anchor keep their sums below a quarter byte a feature."""
+    if INTERPRETED:
+        block, slots = min(2048, power_of_two(max(dims, 16))), 16
+        few = max(1, min(power_of_two(rows), (1 << 18) // (slots * block)))
+        return GradientPlan(few, slots, block, max(64, power_of_two(4 * edges)), 4)
+    return GradientPlan(1, 4, min(512, power_of_two(max(dims, 16))), max(128, power_of_two(16 * edges)), 4)

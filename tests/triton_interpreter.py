@@ -1,0 +1,47 @@
+"""Triton's interpreter for the suite: switched on where there is no GPU, and made quick enough to run every case.
+
+The interpreter prepares Triton's language for each call of a function inside a kernel, minima and sums among them, at
+ten times the cost of what the call computes. Once for each module and launch is enough, as the language stays prepared
+until the launch ends. It also prepares it for all threads at once: here launches of several threads take turns. No
+result depends on either.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import torch
+
+
+def switch_on() -> None:
+    """Before Triton is imported, which reads it. With a GPU the kernels are compiled and run there."""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def speed_up() -> None:
+    """Prepare the language once for each module and launch, where the interpreter has the two places to do so."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    prepared: set[int] = set()
+    turn = threading.Lock()
+    launch, prepare = interpreter.GridExecutor.__call__, interpreter._patch_lang
+
+    def launch_afresh(self: Any, *arguments: Any, **options: Any) -> Any:
+        with turn:
+            prepared.clear()
+            return launch(self, *arguments, **options)
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        module = id(self.fn.__globals__)
+        if module not in prepared:
+            prepare(self.fn)
+            prepared.add(module)
+        return self.rewrite()(*arguments, **options)
+
+    interpreter.GridExecutor.__call__ = launch_afresh
+    interpreter.InterpretedFunction.__call__ = call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -190,7 +190,7 @@ def test_opcheck_forward(fused_backend: str, name: str, dtype: torch.dtype, sque
     case = problems.CASES[name]().to(dtype).leaves()
     for want_squared in (False, True):
         torch.library.opcheck(
-            ops.OPERATORS[fused_backend].forward,
+            cast(Any, ops.OPERATORS[fused_backend].forward),
             forward_arguments(case, squeeze=squeeze, reduction=reduction, want_squared=want_squared),
         )
 
@@ -199,4 +199,6 @@ def test_opcheck_forward(fused_backend: str, name: str, dtype: torch.dtype, sque
 def test_opcheck_backward(fused_backend: str, name: str, dtype: torch.dtype, squeeze: str, reduction: str) -> None:
     case = problems.CASES[name]().to(dtype)
     outputs = ops.forward(fused_backend, *forward_arguments(case, squeeze=squeeze, reduction=reduction))
-    torch.library.opcheck(ops.OPERATORS[fused_backend].backward, backward_arguments(case, outputs, reduction))
+    torch.library.opcheck(
+        cast(Any, ops.OPERATORS[fused_backend].backward), backward_arguments(case, outputs, reduction)
+    )

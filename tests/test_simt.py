@@ -7,6 +7,7 @@ Here every path is forced, with the schedule of threads and the error of the ten
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,51 @@ def test_the_ladder_serves_what_the_screening_cannot(name: str) -> None:
         expected = judge.neighbors_of(case, "simt")
     with simt.using(path="screen"):
         found = judge.neighbors_of(case, "simt")
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"path": "direct", "wave_rows": 64},
+        {"path": "direct", "slice_elements": 128},
+        {"path": "dense", "wave_rows": 40},
+        {"path": "dense", "score_tile": 128},
+        {"path": "screen", "wave_rows": 70},
+        {"path": "screen", "score_tile": 128},
+        {"path": "screen", "score_tile": 128, "wave_rows": 150},
+        {"path": "screen", "sample_stride": 8, "second_stride": 3},
+        {"path": "screen", "far_capacity": 1},
+    ],
+    ids=str,
+)
+def test_however_the_work_is_cut(cut: dict[str, Any]) -> None:
+    """Waves, tiles, slices and samples that only large problems are planned with; one identity is too large to list."""
+    case = problems.self_case(301, 130, 12, seed=8)
+    labels = torch.where(torch.arange(301) % 2 == 0, 0, case.labels)
+    case = Case(case.feats, labels, k=10)
+    with simt.using(path="direct"):
+        judge.check_neighbors(case, "simt")
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(**cut):
+        found = judge.neighbors_of(case, "simt")
+        assert served(case, cut["path"])
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+def test_a_bank_is_certified_as_it_is_read() -> None:
+    """Few anchors against many candidates: no row is left for the ladder, few sums are exact."""
+    case = problems.bank_case(20, 3000, 70, 300, self_kind="offset", seed=3)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path="bank"):
+        found = judge.neighbors_of(case, "simt")
+        report = simt.last_report
+    assert report is not None and report.path == "bank"
+    assert report.laddered == 0
+    assert report.refined <= 20 * 60
     for got, wanted in zip(found, expected, strict=True):
         assert judge.same_bits(got, wanted)
 

@@ -389,11 +389,13 @@ __device__ __forceinline__ void atomic_store(T* destination, T value) {
   if constexpr (sizeof(T) == 4) {
     std::uint32_t bits;
     memcpy(&bits, &value, sizeof(T));
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(destination)), "r"(bits) : "memory");
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(destination)), "r"(bits)
+                 : "memory");
   } else {
     std::uint64_t bits;
     memcpy(&bits, &value, sizeof(T));
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(destination)), "l"(bits) : "memory");
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(destination)), "l"(bits)
+                 : "memory");
   }
 }
 

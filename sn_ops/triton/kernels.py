@@ -1,9 +1,10 @@
 """The Support Neighbor loss in Triton: distances, selection, loss and gradients. `screening.py` makes selection faster.
 
-A forward is four kernels. `inspect_kernel` looks for NaN and Inf. `scan_kernel` sums squared differences tile by tile
+A forward is five kernels. `inspect_kernel` looks for NaN and Inf. `scan_kernel` sums squared differences tile by tile
 and keeps, for a group of anchors and a segment of the candidates, the first K in order and the two extreme positives;
 no N x M matrix is written. `merge_kernel` merges the segments. `loss_kernel` and `reduce_kernel` turn a selection into
-the loss, the coefficients of its edges, and the statistics. A backward is two: `hub_kernel` and `gradient_kernel`.
+the loss, the coefficients of its edges, and the statistics. A backward is `hub_kernel` and `gradient_kernel`, and
+`mean_kernel` before them under the mean.
 
 Shapes: N anchors, M candidates, D dims, K = min(k, M) neighbours, E = K + 2 edges. "acc" is the accumulation type:
 float32, or float64 for float64 features. Offsets into matrices are 64-bit.
@@ -620,27 +621,22 @@ def reduce_kernel(
 
 
 @triton.jit
-def common_upstream(gGradLoss, gStats, REDUCTION: tl.constexpr, ACC: tl.constexpr):
-    """The factor g that every anchor has, 1 if each has its own; a division in a loop would cost registers."""
-    g = tl.full((), 1.0, ACC)
-    if REDUCTION != NONE:
-        g = tl.load(gGradLoss)
-        if REDUCTION == MEAN:
-            valid = tl.load(gStats).to(ACC)
-            g = tl.where(valid > 0, g / tl.maximum(valid, 1.0), 0.0)
-    return g
+def mean_kernel(gGradLoss, gStats, gUpstream, ACC: tl.constexpr):
+    """The factor that every anchor has under the mean; by itself, as the division costs the kernels below registers."""
+    valid = tl.load(gStats).to(ACC)
+    tl.store(gUpstream, tl.where(valid > 0, tl.load(gGradLoss) / tl.maximum(valid, 1.0), 0.0))
 
 
 @triton.jit
-def upstream_of(gGradLoss, g, anchor, used, REDUCTION: tl.constexpr):
-    """g_i: the factor that the reduction and the gradient of the loss give anchors, of the shape of `anchor`."""
-    return tl.load(gGradLoss + anchor, used, 0.0) if REDUCTION == NONE else tl.where(used, g, 0.0)
+def upstream_of(gUpstream, anchor, used, EACH: tl.constexpr):
+    """g_i: the factor that the reduction and the gradient of the loss give anchors: EACH its own, or all the same."""
+    return tl.load(gUpstream + anchor, used, 0.0) if EACH else tl.where(used, tl.load(gUpstream), 0.0)
 
 
 @triton.jit
 def incoming(
-    gX, x_stride, gOrder, gCoefficients, gGradLoss, g, begin, end, E, z, column, inside,
-    REDUCTION: tl.constexpr, EDGES: tl.constexpr, ACC: tl.constexpr,
+    gX, x_stride, gOrder, gCoefficients, gUpstream, begin, end, E, z, column, inside,
+    EACH: tl.constexpr, EDGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """[R, BLOCK]: for each of R rows, its own z and range: g_i w (x_i - z) summed over sorted edges begin to end."""
     total = tl.zeros(z.shape, ACC)
@@ -651,7 +647,7 @@ def incoming(
         w = tl.load(gCoefficients + edge, within, 0.0)
         active = w != 0  # an edge without coefficient is not multiplied: no 0 * Inf
         anchor = edge // E
-        w = w * upstream_of(gGradLoss, g, anchor, active, REDUCTION)
+        w = w * upstream_of(gUpstream, anchor, active, EACH)
         x = tl.load(
             gX + anchor[:, :, None] * x_stride + column[None, None, :], active[:, :, None] & inside[None, None, :], 0.0
         ).to(ACC)
@@ -662,8 +658,8 @@ def incoming(
 
 @triton.jit(do_not_specialize=["whole"])
 def hub_kernel(
-    gX, x_stride, gZ, z_stride, gTargets, gOrder, gCoefficients, gGradLoss, gStats, whole, E, D, gChunks,
-    REDUCTION: tl.constexpr, CHUNK: tl.constexpr, R: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr,
+    gX, x_stride, gZ, z_stride, gTargets, gOrder, gCoefficients, gUpstream, whole, E, D, gChunks,
+    EACH: tl.constexpr, CHUNK: tl.constexpr, R: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """gChunks [whole, D]: the sum over each chunk of sorted edges that has one target; others are left alone."""
@@ -678,18 +674,17 @@ def hub_kernel(
         tile = is_hub[:, None] & inside[None, :]
         z = tl.load(gZ + target[:, None] * z_stride + column[None, :], tile, 0.0).to(ACC)
         begin = chunk * CHUNK
-        common = common_upstream(gGradLoss, gStats, REDUCTION, ACC)
         total = incoming(
-            gX, x_stride, gOrder, gCoefficients, gGradLoss, common, begin, tl.where(is_hub, begin + CHUNK, begin), E, z,
-            column, inside, REDUCTION, EDGES, ACC,
+            gX, x_stride, gOrder, gCoefficients, gUpstream, begin, tl.where(is_hub, begin + CHUNK, begin), E, z,
+            column, inside, EACH, EDGES, ACC,
         )  # fmt: skip
         tl.store(gChunks + chunk[:, None] * D + column[None, :], total, tile)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gradient_kernel(
-    gX, x_stride, gZ, z_stride, gIndices, gCoefficients, gBounds, gOrder, gGradLoss, gStats, rows, E, D, gChunks, gGrad,
-    OWN: tl.constexpr, INCOMING: tl.constexpr, REDUCTION: tl.constexpr, CHUNK: tl.constexpr,
+    gX, x_stride, gZ, z_stride, gIndices, gCoefficients, gBounds, gOrder, gUpstream, gStats, rows, E, D, gChunks, gGrad,
+    OWN: tl.constexpr, INCOMING: tl.constexpr, EACH: tl.constexpr, CHUNK: tl.constexpr,
     R: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A block of columns of R rows of a gradient: of anchors (OWN), of candidates (INCOMING), of both in one."""
@@ -698,11 +693,10 @@ def gradient_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < D
     tile = used[:, None] & inside[None, :]
-    common = common_upstream(gGradLoss, gStats, REDUCTION, ACC)
     total = tl.zeros((R, BLOCK), ACC)
     if OWN:
         x = tl.load(gX + row[:, None] * x_stride + column[None, :], tile, 0.0).to(ACC)
-        factor = upstream_of(gGradLoss, common, row, used, REDUCTION)
+        factor = upstream_of(gUpstream, row, used, EACH)
         for first in range(0, E, EDGES):
             slot = first + tl.arange(0, EDGES)[None, :]
             listed = used[:, None] & (slot < E)
@@ -723,16 +717,16 @@ def gradient_kernel(
         first_whole = tl.minimum((begin + CHUNK - 1) // CHUNK * CHUNK, end)
         last_whole = tl.maximum(end // CHUNK * CHUNK, first_whole)
         total -= incoming(
-            gX, x_stride, gOrder, gCoefficients, gGradLoss, common, begin, first_whole, E, z, column, inside,
-            REDUCTION, EDGES, ACC,
+            gX, x_stride, gOrder, gCoefficients, gUpstream, begin, first_whole, E, z, column, inside,
+            EACH, EDGES, ACC,
         )  # fmt: skip
         chunk = first_whole // CHUNK
         for step in range(tl.max(last_whole // CHUNK - chunk, axis=0)):
             within = tile & (chunk + step < last_whole // CHUNK)[:, None]
             total -= tl.load(gChunks + (chunk + step)[:, None] * D + column[None, :], within, 0.0)
         total -= incoming(
-            gX, x_stride, gOrder, gCoefficients, gGradLoss, common, last_whole, end, E, z, column, inside,
-            REDUCTION, EDGES, ACC,
+            gX, x_stride, gOrder, gCoefficients, gUpstream, last_whole, end, E, z, column, inside,
+            EACH, EDGES, ACC,
         )  # fmt: skip
     poison = tl.load(gStats + 5)
     total = tl.where(poison == poison, total, float("nan"))

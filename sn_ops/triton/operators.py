@@ -229,7 +229,8 @@ def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Ten
     log_kp = plan.list_size.bit_length() - 1
     width = max(tuning.power_of_two(neighbours + 1), 2)  # of the thresholds' lists, which hold one key more
     sample_width = max(width, tuning.power_of_two(plan.groups))
-    scan = tuning.scan_plan(n, m, neighbours, False, False)
+    # Widening half precision beside the ladder's loop takes registers: half the pairs of a tile, as for float64.
+    scan = tuning.scan_plan(n, m, neighbours, batch.feats.dtype != torch.float32, False)
     one_span = d <= kernels.SPAN.value
     has_self = batch.self_index is not None
 
@@ -376,6 +377,11 @@ def backward(
     columns = cdiv(d, plan.block)
 
     with torch.cuda.device_of(feats):
+        each = reduction == Reduction.NONE
+        upstream = grad_loss
+        if reduction == Reduction.MEAN:
+            upstream = torch.empty_like(grad_loss)
+            kernels.mean_kernel[(1,)](grad_loss, stats, upstream, kernels.type_of(acc), num_warps=1, **kernels.EXACT)
         targets = order = bounds = indices
         chunks = torch.empty(0, dtype=acc, device=feats.device)
         incoming = need_candidates or (symmetric and need_feats)
@@ -387,9 +393,9 @@ def backward(
             if whole and columns:
                 chunks = torch.empty((whole, d), dtype=acc, device=feats.device)
                 kernels.hub_kernel[(cdiv(whole, plan.rows), columns)](
-                    feats, feats.stride(0), pool, pool.stride(0), targets, order, coefficients, grad_loss, stats,
+                    feats, feats.stride(0), pool, pool.stride(0), targets, order, coefficients, upstream,
                     whole, edges, d, chunks,
-                    REDUCTION=reduction, CHUNK=plan.chunk, R=plan.rows, EDGES=plan.edges, BLOCK=plan.block,
+                    EACH=each, CHUNK=plan.chunk, R=plan.rows, EDGES=plan.edges, BLOCK=plan.block,
                     ACC=kernels.type_of(acc), num_warps=plan.warps, **kernels.EXACT,
                 )  # fmt: skip
         for grad, own, into in (
@@ -402,9 +408,9 @@ def backward(
                 grad.copy_(stats[5].expand_as(grad))
                 continue
             kernels.gradient_kernel[(cdiv(grad.shape[0], plan.rows), columns)](
-                feats, feats.stride(0), pool, pool.stride(0), indices, coefficients, bounds, order, grad_loss, stats,
+                feats, feats.stride(0), pool, pool.stride(0), indices, coefficients, bounds, order, upstream, stats,
                 grad.shape[0], edges, d, chunks, grad,
-                OWN=own, INCOMING=into, REDUCTION=reduction, CHUNK=plan.chunk, R=plan.rows, EDGES=plan.edges,
+                OWN=own, INCOMING=into, EACH=each, CHUNK=plan.chunk, R=plan.rows, EDGES=plan.edges,
                 BLOCK=plan.block, ACC=kernels.type_of(acc), num_warps=plan.warps, **kernels.EXACT,
             )  # fmt: skip
     return grad_feats, grad_candidates

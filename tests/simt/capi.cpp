@@ -105,10 +105,10 @@ class Workspace {
 };
 
 std::vector<Piece*> pieces_of(sn::cuda::ForwardPlan& plan) {
-  return {&plan.control,        &plan.flags,          &plan.records,        &plan.partials,
-          &plan.sort_keys,      &plan.mean,           &plan.anchor_cast,    &plan.candidate_cast,
-          &plan.anchor_facts,   &plan.candidate_facts, &plan.positive_count, &plan.positive_list,
-          &plan.counts,         &plan.buffer,         &plan.far_buffer,     &plan.queue};
+  return {&plan.control,        &plan.flags,         &plan.records,        &plan.partials,     &plan.sort_keys,
+          &plan.mean,           &plan.anchor_cast,   &plan.candidate_cast, &plan.anchor_facts, &plan.candidate_facts,
+          &plan.positive_count, &plan.positive_list, &plan.counts,         &plan.buffer,       &plan.far_buffer,
+          &plan.queue};
 }
 std::vector<Piece*> pieces_of(sn::cuda::BackwardPlan& plan) {
   return {&plan.histogram,      &plan.totals,         &plan.begins,
@@ -137,9 +137,11 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
   }
   if (settings.score_tile > 0) plan.score_tile = settings.score_tile;
   if (plan.path != ForwardPath::kDense) {
-    if (settings.sample_stride > 0) plan.sample_stride = settings.sample_stride;
+    // A sample must hold K candidates that are not the anchor.
+    const auto enough = [&](std::int64_t stride) { return stride > 0 && problem.M / stride > plan.K; };
+    if (enough(settings.sample_stride)) plan.sample_stride = settings.sample_stride;
     plan.sample_columns = (problem.M + plan.sample_stride - 1) / plan.sample_stride;
-    if (settings.second_stride > 0) plan.second_stride = settings.second_stride;
+    if (enough(settings.second_stride)) plan.second_stride = settings.second_stride;
     if (settings.far_capacity > 0) plan.far_capacity = settings.far_capacity;
   }
   plan.counts.bytes = plan.wave_rows * 2 * 4;

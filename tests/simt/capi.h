@@ -37,8 +37,8 @@ struct sn_simt_report {
   std::int64_t planned_launches;
   std::int64_t launches;
   std::int64_t switches;
-  std::int32_t path;         // taken
-  std::int32_t partitioned;  // of the backward
+  std::int32_t path;          // taken
+  std::int32_t partitioned;   // of the backward
   sn::cuda::Control control;  // as the forward left it; zeros on a path without one
   char fault[8192];           // empty: none
 };

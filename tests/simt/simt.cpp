@@ -319,8 +319,18 @@ Lane* pick() {
   std::abort();
 }
 
+std::string kernel_text();
+
+// A kernel that waits for what never comes, with something else always able to go on.
+void expect_progress() {
+  if (rt.switches > rt.options.max_switches) {
+    throw Fault{kernel_text() + ": more than " + std::to_string(rt.options.max_switches) + " changes of threads"};
+  }
+}
+
 // The fiber that runs waits; it is not runnable any more.
 void wait() {
+  expect_progress();
   Lane* next = pick();
   if (next == nullptr) leave(Outcome::kStuck);
   switch_to(*next);
@@ -365,9 +375,10 @@ std::string text_of(Site site) {
 // dladdr alone does not know them.
 std::string symbol_of(const void* address) {
   Dl_info info{};
-  if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return "?";
-  std::ifstream file(info.dli_fname, std::ios::binary);
-  if (!file) file = std::ifstream("/proc/self/exe", std::ios::binary);
+  const bool found = dladdr(address, &info) != 0 && info.dli_fname != nullptr;
+  std::ifstream file;
+  if (found) file.open(info.dli_fname, std::ios::binary);
+  if (!file.is_open()) file.open("/proc/self/exe", std::ios::binary);  // the program itself, or one linked statically
   const auto read_at = [&](std::uint64_t offset, void* out, std::size_t bytes) {
     file.seekg(static_cast<std::streamoff>(offset));
     return static_cast<bool>(file.read(static_cast<char*>(out), static_cast<std::streamsize>(bytes)));
@@ -376,7 +387,7 @@ std::string symbol_of(const void* address) {
   if (!read_at(0, &header, sizeof(header)) || std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0) return "?";
   std::vector<ElfW(Shdr)> sections(header.e_shnum);
   if (!read_at(header.e_shoff, sections.data(), sections.size() * sizeof(sections[0]))) return "?";
-  const std::uint64_t base = header.e_type == ET_EXEC ? 0 : reinterpret_cast<std::uint64_t>(info.dli_fbase);
+  const std::uint64_t base = header.e_type == ET_EXEC || !found ? 0 : reinterpret_cast<std::uint64_t>(info.dli_fbase);
   const std::uint64_t wanted = reinterpret_cast<std::uint64_t>(address) - base;
   for (const ElfW(Shdr) & section : sections) {
     if (section.sh_type != SHT_SYMTAB) continue;
@@ -456,8 +467,8 @@ std::string stuck_text() {
 
 void report(const std::string& what, Site site) {
   const Lane& lane = *current;
-  throw Fault{kernel_text() + ": block " + std::to_string(lane.block->id) + ", thread " +
-              std::to_string(lane.thread) + ", " + text_of(site) + ": " + what};
+  throw Fault{kernel_text() + ": block " + std::to_string(lane.block->id) + ", thread " + std::to_string(lane.thread) +
+              ", " + text_of(site) + ": " + what};
 }
 
 // ---- meetings and barriers ------------------------------------------------------------------------------------------
@@ -599,6 +610,7 @@ void sync_cluster(Site site) {
 
 void maybe_switch() {
   if ((draw() >> 40 & 7) != 0) return;
+  expect_progress();
   Lane* next = pick();
   if (next != nullptr) switch_to(*next);
 }
@@ -719,7 +731,8 @@ void atomic_record(const Block& block, Record& write, Record& read, std::uint32_
       together = std::max({together, scope_of(read),
                            static_cast<int>(apart == 0 ? kOneThread : (apart < kLanes ? kOneWarp : kOneBlock))});
     }
-    read = (std::max(time_of(read), time_of(write)) == time_of(write) ? write : (read & ~kThreadMask) | (write & kThreadMask));
+    read = (std::max(time_of(read), time_of(write)) == time_of(write) ? write
+                                                                      : (read & ~kThreadMask) | (write & kThreadMask));
     read = (read & ~(Record{3} << kScopeShift)) | static_cast<Record>(together) << kScopeShift;
   }
   write = tag(known ? static_cast<int>(kOneThread) : scope, site.line) | kAtomic;
@@ -769,17 +782,15 @@ const unsigned char* note_read(std::uint32_t position, int bytes, Site site) {
 
 unsigned char* note_write(std::uint32_t position, int bytes, Site site) {
   Block& block = *current->block;
-  for_records(block, position, bytes, [&](Record& write, Record& read, std::uint32_t byte) {
-    write_record(block, write, read, byte, site);
-  });
+  for_records(block, position, bytes,
+              [&](Record& write, Record& read, std::uint32_t byte) { write_record(block, write, read, byte, site); });
   return block.shared + position;
 }
 
 unsigned char* note_atomic(std::uint32_t position, int bytes, Site site) {
   Block& block = *current->block;
-  for_records(block, position, bytes, [&](Record& write, Record& read, std::uint32_t byte) {
-    atomic_record(block, write, read, byte, site);
-  });
+  for_records(block, position, bytes,
+              [&](Record& write, Record& read, std::uint32_t byte) { atomic_record(block, write, read, byte, site); });
   return block.shared + position;
 }
 
@@ -900,8 +911,8 @@ double widened(std::uint32_t bits, bool bfloat) {
 
 // What the unit is off by, in units of the bound: between -1 and 1.
 double drawn_error(double exact, int element) {
-  const std::uint64_t word =
-      mix(rt.options.mma_seed * 0x9e3779b97f4a7c15u ^ std::bit_cast<std::uint64_t>(exact) ^ static_cast<std::uint64_t>(element));
+  const std::uint64_t word = mix(rt.options.mma_seed * 0x9e3779b97f4a7c15u ^ std::bit_cast<std::uint64_t>(exact) ^
+                                 static_cast<std::uint64_t>(element));
   switch (rt.options.mma_error) {
     case MmaError::kNone:
       break;
@@ -1001,9 +1012,9 @@ void expect_none_wait() {
            block.barrier);
   }
   if (block.cluster->waiting > 0) {
-    report("divergent barrier: returns while " + std::to_string(block.cluster->waiting) +
-               " threads wait at sync_cluster",
-           block.cluster->barrier);
+    report(
+        "divergent barrier: returns while " + std::to_string(block.cluster->waiting) + " threads wait at sync_cluster",
+        block.cluster->barrier);
   }
 }
 
@@ -1152,7 +1163,8 @@ struct LaunchLog {
     if (path == nullptr || kernels.empty()) return;
     std::ofstream out(path, std::ios::app);
     for (const auto& [which, most] : kernels) {
-      out << symbol_of(which.first) << '\t' << which.second << '\t' << most.shared_bytes << '\t' << most.cluster << '\n';
+      out << symbol_of(which.first) << '\t' << which.second << '\t' << most.shared_bytes << '\t' << most.cluster
+          << '\n';
     }
   }
 };
@@ -1165,7 +1177,8 @@ void log_launch(const Grid& shape) {
 }
 
 std::string refusal(const Grid& shape) {
-  if (shape.blocks <= 0 || shape.blocks > 0x7fffffff) return "expected 1 to 2^31 - 1 blocks, got " + std::to_string(shape.blocks);
+  if (shape.blocks <= 0 || shape.blocks > 0x7fffffff)
+    return "expected 1 to 2^31 - 1 blocks, got " + std::to_string(shape.blocks);
   if (shape.threads <= 0 || shape.threads > kMaxThreads || shape.threads % kLanes != 0) {
     return "expected whole warps of at most 1024 threads, got " + std::to_string(shape.threads);
   }

@@ -53,10 +53,10 @@ struct Options {
   std::uint64_t seed = 1;  // of the schedule, the order of blocks and the moments of copies
   MmaError mma_error = MmaError::kRandom;
   std::uint64_t mma_seed = 1;
-  double mma_error_scale = 1.0;        // of the injected error: above 1 it breaks the bound
-  int shared_bytes = 232448;           // a block may have
-  int max_cluster = 16;                // blocks; 1: a device without clusters
-  std::uint64_t max_switches = 1ull << 36;  // a launch that takes more is taken to hang
+  double mma_error_scale = 1.0;                       // of the injected error: above 1 it breaks the bound
+  int shared_bytes = 232448;                          // a block may have
+  int max_cluster = 16;                               // blocks; 1: a device without clusters
+  std::int64_t max_switches = std::int64_t{1} << 31;  // a launch that takes more is taken to hang
 };
 
 struct Statistics {

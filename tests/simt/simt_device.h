@@ -385,8 +385,7 @@ inline float maximum(float a, float b) {
 // ---- global memory --------------------------------------------------------------------------------------------------
 
 namespace detail {
-inline void expect_aligned(const void* address, std::size_t bytes, const char* what,
-                           std::source_location where) {
+inline void expect_aligned(const void* address, std::size_t bytes, const char* what, std::source_location where) {
   if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) {
     simt::report(std::string(what) + " of global memory is not aligned to " + std::to_string(bytes) + " bytes",
                  simt::site_of(where));
@@ -504,7 +503,8 @@ class Shared {
   // For the wrappers: where element i lies in the block's shared memory, once it is sure that it does.
   SN_SIMT_INLINE std::uint32_t address(int i, int bytes, int alignment, std::source_location where) const {
     const std::int64_t at = position_ + static_cast<std::int64_t>(i) * static_cast<std::int64_t>(sizeof(T));
-    if (at < begin_ || at + bytes > end_ || at % alignment != 0) [[unlikely]] refuse(i, at, bytes, where);
+    if (at < begin_ || at + bytes > end_ || at % alignment != 0) [[unlikely]]
+      refuse(i, at, bytes, where);
     return static_cast<std::uint32_t>(at);
   }
 

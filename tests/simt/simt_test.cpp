@@ -222,6 +222,11 @@ __global__ void remote_kernel(bool before, bool after) {
 __global__ void divergent_cluster_kernel() {
   if (cluster_rank() != 1) sync_cluster();
 }
+// Waits for a flag that nobody sets.
+__global__ void spin_kernel(const std::uint32_t* gFlag) {
+  while (atomic_load(gFlag) == 0) {
+  }
+}
 __global__ void nothing_kernel() {}
 
 void caught(const std::string& name, const std::string& expected, const std::function<cudaError_t()>& launch_it) {
@@ -276,16 +281,14 @@ void test_faults() {
          [&] { return launch(write_after_many_reads_kernel, plain, nullptr, Barrier::kWarp); });
   passes("many reads, sync_block",
          [&] { return launch(write_after_many_reads_kernel, plain, nullptr, Barrier::kBlock); });
-  passes("one warp, sync_warp", [&] {
-    return launch(write_after_many_reads_kernel, LaunchShape{2, 32, 16}, nullptr, Barrier::kWarp);
-  });
+  passes("one warp, sync_warp",
+         [&] { return launch(write_after_many_reads_kernel, LaunchShape{2, 32, 16}, nullptr, Barrier::kWarp); });
   passes("neighbour, sync_warp",
          [&] { return launch(read_after_write_kernel, LaunchShape{2, 32, 256}, nullptr, 1, Barrier::kWarp); });
   caught("shuffle is no barrier", "race", [&] { return launch(shuffle_for_barrier_kernel, plain, nullptr); });
   for (const Barrier kind : {Barrier::kNone, Barrier::kWarp}) {
     caught("atomic, then plain", "race", [&] { return launch(atomic_and_plain_kernel, plain, nullptr, kind); });
-    caught("plain, then atomic", "race",
-           [&] { return launch(plain_and_atomic_kernel, plain, nullptr, kind); });
+    caught("plain, then atomic", "race", [&] { return launch(plain_and_atomic_kernel, plain, nullptr, kind); });
   }
   passes("atomic, sync_block", [&] { return launch(atomic_and_plain_kernel, plain, nullptr, Barrier::kBlock); });
   passes("plain, sync_block", [&] { return launch(plain_and_atomic_kernel, plain, nullptr, Barrier::kBlock); });
@@ -302,12 +305,15 @@ void test_faults() {
   passes("shuffle of all", [&] { return launch(divergent_shuffle_kernel, plain, nullptr, 32); });
   caught("vote of lanes that are left", "divergent warp collective",
          [&] { return launch(returned_lanes_kernel, plain, nullptr); });
-  caught("two collectives", "divergent warp collective", [&] { return launch(two_collectives_kernel, plain, nullptr); });
+  caught("two collectives", "divergent warp collective",
+         [&] { return launch(two_collectives_kernel, plain, nullptr); });
   caught("two shuffles", "divergent warp collective", [&] { return launch(two_shuffles_kernel, plain, nullptr); });
   caught("ragged loop", "divergent warp collective", [&] { return launch(ragged_loop_kernel, plain, nullptr); });
 
   const auto copy = [&](int groups, int pending, Barrier kind, int apart) {
-    return [=] { return launch(early_copy_kernel, LaunchShape{2, kThreads, 4096}, nullptr, gSource, groups, pending, kind, apart); };
+    return [=] {
+      return launch(early_copy_kernel, LaunchShape{2, kThreads, 4096}, nullptr, gSource, groups, pending, kind, apart);
+    };
   };
   caught("copy read at once", "before the wait", copy(1, -1, Barrier::kNone, 0));
   caught("copy read behind barrier", "before the wait", copy(1, -1, Barrier::kBlock, 0));
@@ -316,9 +322,12 @@ void test_faults() {
   caught("copy of another warp", "", copy(1, 0, Barrier::kWarp, 32));
   passes("own copy", copy(1, 0, Barrier::kNone, 0));
   passes("copy of another", copy(2, 0, Barrier::kBlock, 33));
-  caught("copy not committed", "before the wait", [&] { return launch(uncommitted_copy_kernel, plain, nullptr, gSource); });
-  caught("copy overwritten", "before the wait", [&] { return launch(overwritten_copy_kernel, plain, nullptr, gSource); });
-  caught("matrix not synchronised", "race", [&] { return launch(early_matrix_kernel, plain, nullptr, Barrier::kNone); });
+  caught("copy not committed", "before the wait",
+         [&] { return launch(uncommitted_copy_kernel, plain, nullptr, gSource); });
+  caught("copy overwritten", "before the wait",
+         [&] { return launch(overwritten_copy_kernel, plain, nullptr, gSource); });
+  caught("matrix not synchronised", "race",
+         [&] { return launch(early_matrix_kernel, plain, nullptr, Barrier::kNone); });
   passes("matrix synchronised", [&] { return launch(early_matrix_kernel, plain, nullptr, Barrier::kWarp); });
 
   const LaunchShape pairs{6, kThreads, 64, 2};
@@ -333,6 +342,14 @@ void test_faults() {
     left += launch(remote_kernel, pairs, nullptr, true, false) != cudaSuccess ? 1 : 0;
   }
   check(left > 0, "remote block that leaves: never caught");
+
+  const std::uint32_t flag = 0;
+  simt::Options impatient = with_seed(1);
+  impatient.max_switches = 10000;
+  simt::reset(impatient);
+  check(launch(spin_kernel, plain, nullptr, &flag) != cudaSuccess &&
+            simt::fault().find("changes of threads") != std::string::npos,
+        "a kernel that hangs");
 
   caught("not whole warps", "whole warps", [&] { return launch(nothing_kernel, LaunchShape{1, 33, 0}, nullptr); });
   caught("too much shared memory", "shared memory",
@@ -357,7 +374,8 @@ __global__ void copy_overrun_kernel(const float* gData) {
 int overrun(const std::string& kind) {
   std::unique_ptr<float, void (*)(void*)> data(static_cast<float*>(std::aligned_alloc(16, 4 * kThreads)), std::free);
   simt::reset(with_seed(1));
-  if (kind == "store") return launch(overrun_kernel, LaunchShape{1, 2 * kThreads, 0}, nullptr, data.get(), kThreads + 1);
+  if (kind == "store")
+    return launch(overrun_kernel, LaunchShape{1, 2 * kThreads, 0}, nullptr, data.get(), kThreads + 1);
   if (kind == "copy") return launch(copy_overrun_kernel, LaunchShape{1, kThreads, 1024}, nullptr, data.get());
   return launch(overrun_kernel, LaunchShape{1, 2 * kThreads, 0}, nullptr, data.get(), kThreads);
 }
@@ -401,7 +419,8 @@ void test_shuffles() {
   for (const int amount : {0, 1, 5, 16, 31}) {
     simt::reset(with_seed(amount));
     std::vector<T> out(4 * kThreads * 5);
-    const cudaError_t error = launch(shuffles_kernel<T>, LaunchShape{5, kThreads, 0}, nullptr, in.data(), out.data(), amount);
+    const cudaError_t error =
+        launch(shuffles_kernel<T>, LaunchShape{5, kThreads, 0}, nullptr, in.data(), out.data(), amount);
     check(error == cudaSuccess, simt::fault());
     for (int t = 0; t < kThreads * 5; ++t) {
       const int lane = t % 32;
@@ -441,7 +460,8 @@ void test_votes() {
     for (std::uint32_t& value : in) value = random() % 100;
     std::vector<std::uint32_t> out(16 * kThreads);
     simt::reset(with_seed(round));
-    check(launch(votes_kernel, LaunchShape{1, kThreads, 0}, nullptr, in.data(), out.data()) == cudaSuccess, simt::fault());
+    check(launch(votes_kernel, LaunchShape{1, kThreads, 0}, nullptr, in.data(), out.data()) == cudaSuccess,
+          simt::fault());
     for (int t = 0; t < kThreads; ++t) {
       const std::uint32_t* warp = &in[t / 32 * 32];
       const std::uint32_t mine = in[t];
@@ -464,16 +484,27 @@ void test_votes() {
         zeros = 31 - b;
         if (first < 0) first = b;
       }
-      const std::uint32_t expected[14] = {
-          votes, any, all, same, wide, least, most, sum, either, (1u << t % 32) - 1u,
-          static_cast<std::uint32_t>(bits + 100 * first + 10000 * zeros), static_cast<std::uint32_t>(mine == 0 ? 64 : zeros + 12),
-          static_cast<std::uint32_t>(t % 32 + 100 * (t / 32) + 10000 * kThreads), 1};
+      const std::uint32_t expected[14] = {votes,
+                                          any,
+                                          all,
+                                          same,
+                                          wide,
+                                          least,
+                                          most,
+                                          sum,
+                                          either,
+                                          (1u << t % 32) - 1u,
+                                          static_cast<std::uint32_t>(bits + 100 * first + 10000 * zeros),
+                                          static_cast<std::uint32_t>(mine == 0 ? 64 : zeros + 12),
+                                          static_cast<std::uint32_t>(t % 32 + 100 * (t / 32) + 10000 * kThreads),
+                                          1};
       for (int e = 0; e < 14; ++e) check(out[16 * t + e] == expected[e], "votes, entry " + std::to_string(e));
     }
   }
 }
 
-__global__ void atomics_kernel(std::uint32_t* gWords, std::int32_t* gSigned, std::uint64_t* gLong, std::uint32_t* gOrder) {
+__global__ void atomics_kernel(std::uint32_t* gWords, std::int32_t* gSigned, std::uint64_t* gLong,
+                               std::uint32_t* gOrder) {
   SharedArena arena;
   const Shared<std::uint32_t> sWords = arena.take<std::uint32_t>(4);
   const Shared<std::int32_t> sSigned = arena.take<std::int32_t>(2);
@@ -529,12 +560,14 @@ void test_atomics() {
     std::vector<std::int32_t> signs{-1000, 1000};
     std::vector<std::uint64_t> longs{0, 0, ~std::uint64_t{0}};
     simt::reset(with_seed(seed));
-    check(launch(atomics_kernel, LaunchShape{7, kThreads, 256}, nullptr, words.data(), signs.data(), longs.data(), order.data()) == cudaSuccess,
+    check(launch(atomics_kernel, LaunchShape{7, kThreads, 256}, nullptr, words.data(), signs.data(), longs.data(),
+                 order.data()) == cudaSuccess,
           simt::fault());
     const std::uint32_t sum = kCount * (kCount - 1) / 2;
     check(words[0] == sum && words[1] == ~0u && words[2] == kCount - 1 && words[3] == 0, "atomics of uint32");
     check(signs[0] == static_cast<std::int32_t>(kCount) - 501 && signs[1] == -500, "atomics of int32");
-    check(longs[0] == static_cast<std::uint64_t>(sum) << 33 && longs[1] == static_cast<std::uint64_t>(kCount - 1) << 33 && longs[2] == 0,
+    check(longs[0] == static_cast<std::uint64_t>(sum) << 33 &&
+              longs[1] == static_cast<std::uint64_t>(kCount - 1) << 33 && longs[2] == 0,
           "atomics of uint64");
     check(words[4] == kCount && words[5] == 0, "tickets");
     if (seed == 1) first_order = order;
@@ -563,7 +596,8 @@ void test_clusters() {
     std::vector<double> in(blocks * kThreads), out(in.size());
     for (std::size_t i = 0; i < in.size(); ++i) in[i] = static_cast<double>(i % 1013);
     simt::reset(with_seed(cluster));
-    check(launch(exchange_kernel, LaunchShape{blocks, kThreads, shared_bytes<double>(kThreads), cluster}, nullptr, in.data(), out.data()) == cudaSuccess,
+    check(launch(exchange_kernel, LaunchShape{blocks, kThreads, shared_bytes<double>(kThreads), cluster}, nullptr,
+                 in.data(), out.data()) == cudaSuccess,
           simt::fault());
     for (int b = 0; b < blocks; ++b) {
       const int first = b / cluster * cluster;
@@ -650,15 +684,21 @@ void test_products() {
       options.mma_error = mode;
       std::vector<float> d(kRows * kColumns), again(d.size());
       simt::reset(options);
-      check(launch(product_kernel<T16>, LaunchShape{1, 32, 8192}, nullptr, a.data(), b.data(), d.data(), false) == cudaSuccess, simt::fault());
-      check(launch(product_kernel<T16>, LaunchShape{1, 32, 8192}, nullptr, a.data(), b.data(), again.data(), true) == cudaSuccess, simt::fault());
+      check(launch(product_kernel<T16>, LaunchShape{1, 32, 8192}, nullptr, a.data(), b.data(), d.data(), false) ==
+                cudaSuccess,
+            simt::fault());
+      check(launch(product_kernel<T16>, LaunchShape{1, 32, 8192}, nullptr, a.data(), b.data(), again.data(), true) ==
+                cudaSuccess,
+            simt::fault());
       check(std::memcmp(d.data(), again.data(), d.size() * sizeof(float)) == 0, "errors depend on the operands alone");
       if (mode == simt::MmaError::kNone) first = d;
       for (int row = 0; row < kRows; ++row) {
         for (int column = 0; column < kColumns; ++column) {
           double sum = 0.0, size = 0.0, allowed = 0.0;
           for (int depth = 0; depth < kDepth; ++depth) {
-            const double product = column == 7 ? 0.0 : static_cast<double>(widen(a[row * kDepth + depth])) * widen(b[column * kDepth + depth]);
+            const double product =
+                column == 7 ? 0.0
+                            : static_cast<double>(widen(a[row * kDepth + depth])) * widen(b[column * kDepth + depth]);
             sum += product;
             size += std::fabs(product);
             if (depth % 16 == 15) allowed += simt::mma_error_bound * (1 + 1e-5) * size;
@@ -742,14 +782,18 @@ void test_conversions(std::uint16_t infinity) {
     if (magnitude == infinity) {
       check(wide == sign * HUGE_VAL && !is_finite(half), "infinity");
     } else {
-      check(wide == sign * table.values[magnitude] && std::signbit(wide) == (bits >= 0x8000u) && is_finite(half), "widen");
+      check(wide == sign * table.values[magnitude] && std::signbit(wide) == (bits >= 0x8000u) && is_finite(half),
+            "widen");
     }
-    check(bits_of(narrow<T16>(wide)) == bits && bits_of(narrow<T16>(static_cast<double>(wide))) == bits, "there and back");
+    check(bits_of(narrow<T16>(wide)) == bits && bits_of(narrow<T16>(static_cast<double>(wide))) == bits,
+          "there and back");
     if (magnitude == infinity) continue;
     // Between this value and the next: the middle, and next to it.
-    const double next = magnitude + 1u < infinity ? table.values[magnitude + 1] : 2 * table.overflow - table.values[magnitude];
+    const double next =
+        magnitude + 1u < infinity ? table.values[magnitude + 1] : 2 * table.overflow - table.values[magnitude];
     const double middle = sign * (table.values[magnitude] + (next - table.values[magnitude]) / 2);
-    for (const double value : {middle, std::nextafter(middle, 0.0), std::nextafter(middle, 2 * middle), 0.9999 * middle}) {
+    for (const double value :
+         {middle, std::nextafter(middle, 0.0), std::nextafter(middle, 2 * middle), 0.9999 * middle}) {
       check(bits_of(narrow<T16>(value)) == table.nearest(value), "narrow of double");
     }
     const auto narrowed = static_cast<float>(middle);
@@ -771,7 +815,8 @@ void test_conversions(std::uint16_t infinity) {
 void test_directed_rounding() {
   std::mt19937 random(11);
   const auto any = [&](int spread) {
-    const std::uint32_t exponent = 127u - static_cast<std::uint32_t>(spread) + random() % (2 * static_cast<std::uint32_t>(spread) + 1);
+    const std::uint32_t exponent =
+        127u - static_cast<std::uint32_t>(spread) + random() % (2 * static_cast<std::uint32_t>(spread) + 1);
     return float_from_bits((random() & 0x807fffffu) | exponent << 23);
   };
   const auto around = [&](float down, float up, long double exact, const char* what) {
@@ -834,7 +879,8 @@ void test_schedules() {
   for (int seed = 1; seed <= 30; ++seed) {
     std::vector<float> out(in.size(), -1.0f);
     simt::reset(with_seed(seed));
-    check(launch(pipeline_kernel, LaunchShape{kBlocks, kWide, shared_bytes<float>(kWide)}, nullptr, in.data(), out.data(), kRounds) == cudaSuccess,
+    check(launch(pipeline_kernel, LaunchShape{kBlocks, kWide, shared_bytes<float>(kWide)}, nullptr, in.data(),
+                 out.data(), kRounds) == cudaSuccess,
           simt::fault());
     check(out == expected, "a pipeline under seed " + std::to_string(seed));
   }

@@ -5,6 +5,8 @@ Shapes lie just beyond tile boundaries; features repeat and cluster, so that thr
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def features(rows: int, dims: int, dtype: torch.dtype) -> Tensor:
 def call(feats: Tensor, k: int, candidates: Tensor | None) -> None:
     """Forward and backward, everything asked for."""
     feats = feats.clone().requires_grad_()
-    more = {}
+    more: dict[str, Any] = {}
     if candidates is not None:
         candidates = candidates.clone().requires_grad_()
         more = {"candidates": candidates, "candidate_labels": torch.arange(len(candidates), device="cuda") // 3}

@@ -114,15 +114,16 @@ def test_forced_path(core: ModuleType) -> None:
     for path in PATHS[:4]:
         assert plan(core, 50, 50, 70, path=path)["path"] == path
     assert plan(core, 50, 80, 70, path="bank")["path"] == "bank"
-    for path, options in {
-        "cluster": {"device": "sm_89"},
-        "dense": {"dtype": F64},
-        "screen": {"k": 60},
-        "bank": {"symmetric": True},
-    }.items():
-        n = 200 if path == "screen" else 50
+    impossible: list[tuple[str, int, dict[str, Any]]] = [
+        ("cluster", 50, {"device": "sm_89"}),
+        ("cluster", 65, {}),
+        ("dense", 50, {"dtype": F64}),
+        ("screen", 200, {"k": 129}),
+        ("bank", 50, {"symmetric": True}),
+    ]
+    for path, n, options in impossible:
         with pytest.raises(ValueError, match=f"{path} cannot serve"):
-            plan(core, n, n, 70, path=path, **(options if path != "screen" else {"k": 129}))
+            plan(core, n, n, 70, path=path, **options)
 
 
 def test_buffers_hold_what_a_sample_leaves(core: ModuleType) -> None:

@@ -98,9 +98,7 @@ def test_peak(rows: int, bank: int, dims: int, k: int, dtype: str, threads: int)
     """8 MB + 2 (N + M) D bytes + 1 KB a row; a row is an anchor, or a candidate that is none."""
     candidates = bank or rows
     budget = 8 * 2**20 + 2 * (rows + candidates) * dims + 1024 * (rows + bank)
-    for name, used in zip(
-        ("forward", "backward"), excess(rows, bank, dims, k, dtype, "cpu", threads), strict=True
-    ):
+    for name, used in zip(("forward", "backward"), excess(rows, bank, dims, k, dtype, "cpu", threads), strict=True):
         assert used <= budget + NOISE, f"{name}: {used / 2**20:.1f} MB > {budget / 2**20:.1f} MB"
 
 

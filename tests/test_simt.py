@@ -16,6 +16,7 @@ import judge
 import oracle
 import problems
 import simt_build
+import sn_ops
 from problems import Case
 
 simt_build.enable()
@@ -165,7 +166,7 @@ def test_schedule_and_device_do_not_show(path: str) -> None:
         leaves = case.leaves()
         with simt.using(path=path, seed=seed, multiprocessors=multiprocessors):
             neighbours = judge.neighbors_of(case, "simt")
-            loss = judge.sn_ops.sn_loss(**leaves.arguments(), backend="simt")
+            loss = sn_ops.sn_loss(**leaves.arguments(), backend="simt")
             seen.append([loss.detach(), *torch.autograd.grad(loss, leaves.inputs()), *neighbours])
     for other in seen[1:]:
         for got, wanted in zip(other, seen[0], strict=True):
@@ -183,7 +184,7 @@ def test_backward_with_and_without_buckets(name: str, partition: str) -> None:
     for chosen in ("auto", partition):
         leaves = case.leaves()
         with simt.using(partition=chosen):
-            loss = judge.sn_ops.sn_loss(**leaves.arguments(), backend="simt")
+            loss = sn_ops.sn_loss(**leaves.arguments(), backend="simt")
             grads.append(torch.autograd.grad(loss, leaves.inputs()))
             assert simt.last_report is not None and simt.last_report.partitioned == (chosen == "always")
     for got, wanted in zip(*grads, strict=True):

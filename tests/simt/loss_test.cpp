@@ -630,7 +630,7 @@ void for_runs(const Problem& p, const std::function<void(const Result&, const sn
        {ForwardPath::kDirect, ForwardPath::kCluster, ForwardPath::kDense, ForwardPath::kScreen, ForwardPath::kBank}) {
     if (!path_serves(p, path, settings_for(seed, sn::simt::MmaError::kNone, path))) continue;
     const bool screened = path >= ForwardPath::kDense;
-    const int runs = screened ? 3 : 2;
+    const int runs = screened && p.anchors.dtype == DType::kFloat32 ? 3 : 2;
     for (int run = 0; run < runs; ++run) {
       ++seed;
       const auto error =

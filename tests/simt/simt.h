@@ -17,7 +17,8 @@
 //   - reads and overwriting of bytes that cp.async still has under way; before its wait they hold poison or, at random,
 //     already the data;
 //   - more shared memory, threads or clusters than the device has; a block that leaves while its cluster still reads it;
-//   - with AddressSanitizer, whatever global memory is overrun: buffers of the tests have their exact size.
+//   - with AddressSanitizer, whatever global memory is overrun: buffers of the tests have their exact size, and the
+//     pieces of a workspace have guards between them (capi.cpp, which looks at the guards without it too).
 //
 // mma multiplies exactly and then errs, up to the bound that the kernels rely on (mma_error_bound), in a direction the
 // options choose, as a function of its operands and the seed alone, so that schedules compare bit for bit.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
@@ -89,8 +89,14 @@ def version() -> str:
     return "0+unbuilt" if CORE is None else str(CORE.build_info()["version"])
 
 
+@torch.compiler.assume_constant_result
 def unfit(backend: str, device: torch.device) -> str:
     """Why a backend that loaded cannot serve this device, of a type that it serves; empty if it can."""
+    return _unfit(backend, device)
+
+
+@cache  # asked at every call
+def _unfit(backend: str, device: torch.device) -> str:
     if backend == "triton":
         return triton.unfit(device)
     if backend == "cuda" and CORE is not None:

@@ -372,7 +372,7 @@ def backward(
     need_candidates = need_candidates and not symmetric
     grad_feats = torch.empty((n, d) if need_feats else (0,), dtype=feats.dtype, device=feats.device)
     grad_candidates = torch.empty((m, d) if need_candidates else (0,), dtype=feats.dtype, device=feats.device)
-    plan = tuning.gradient_plan(max(n, m), d, edges)
+    plan = tuning.gradient_plan(max(n, m), d, edges, feats.element_size() == 2)
     acc = coefficients.dtype
     columns = cdiv(d, plan.block)
 

@@ -163,11 +163,13 @@ class GradientPlan:
     warps: int
 
 
-def gradient_plan(rows: int, dims: int, edges: int) -> GradientPlan:
-    """A tile of 4 x 512 values puts 16 registers a thread in flight, so that the latency of gathered rows is hidden.
-    Chunks of 16 times the edges of an anchor keep their sums below a quarter byte a feature."""
+def gradient_plan(rows: int, dims: int, edges: int, half: bool) -> GradientPlan:
+    """A tile of 4 x 512 values puts 16 registers a thread in flight, so that the latency of gathered rows is hidden;
+    half as many in half precision, which is widened beside them. Chunks of 16 times the edges of an anchor keep their
+    sums below a quarter byte a feature."""
     if INTERPRETED:
         block, slots = min(2048, power_of_two(max(dims, 16))), 16
         few = max(1, min(power_of_two(rows), (1 << 18) // (slots * block)))
         return GradientPlan(few, slots, block, max(64, power_of_two(4 * edges)), 4)
-    return GradientPlan(1, 4, min(512, power_of_two(max(dims, 16))), max(128, power_of_two(16 * edges)), 4)
+    block = min(256 if half else 512, power_of_two(max(dims, 16)))
+    return GradientPlan(1, 4, block, max(128, power_of_two(16 * edges)), 4)

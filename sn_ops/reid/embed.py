@@ -1,0 +1,149 @@
+"""Images to embeddings, and embeddings to a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .requirements import need
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+
+Transform = Callable[[Any], Tensor]
+"""From a `PIL.Image.Image` in RGB to a float tensor `[3, H, W]`, as the model was evaluated with."""
+
+
+def image_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """All images below a folder, by suffix, sorted by name so that the order does not depend on the file system.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image below it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"sn_ops.reid: images: expected a folder, got {folder}")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        raise FileNotFoundError(f"sn_ops.reid: images: expected {', '.join(sorted(SUFFIXES))} in {folder}, got none")
+    return found
+
+
+class _Images(torch.utils.data.Dataset[Tensor]):
+    def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = need("PIL.Image")
+        try:
+            with image.open(self.paths[index]) as opened:
+                return self.transform(opened.convert("RGB"))
+        except OSError as error:
+            raise OSError(f"sn_ops.reid: images: expected an image, got {self.paths[index]}: {error}") from error
+
+
+@torch.inference_mode()
+def embed_images(
+    model: nn.Module,
+    paths: Sequence[str | os.PathLike[str]],
+    transform: Transform,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    workers: int = 0,
+    normalize: bool = True,
+    tick: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Embeddings of image files.
+
+    Args:
+        model: maps `[n, 3, H, W]` to `[n, D]` in eval mode. It is put into eval mode, moved to the device, and left in
+            the mode it was in.
+        paths: image files, in the order of the result.
+        transform: one image to the model's input.
+        batch_size: images at a time.
+        device: where to compute; default: where the model's first parameter is.
+        workers: processes that read images; 0 reads in this one.
+        normalize: rows of unit length, as the loss and retrieval take them.
+        tick: told the number of images after each batch, for a progress bar.
+
+    Returns:
+        float32 `[len(paths), D]` on the CPU.
+
+    Raises:
+        OSError: a file is missing or not an image; the message has its path.
+        ValueError: no path, or a model that does not return `[n, D]`.
+        ImportError: pillow is missing.
+    """
+    if not paths:
+        raise ValueError("sn_ops.reid: images: expected at least one path, got none")
+    if device is None:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    images = _Images([Path(path) for path in paths], transform)
+    loader = torch.utils.data.DataLoader(images, batch_size=batch_size, num_workers=workers)
+    training = model.training
+    model.to(device).eval()
+    rows = []
+    try:
+        for batch in loader:
+            out = model(batch.to(device))
+            if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(batch):
+                got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+                raise ValueError(f"sn_ops.reid: model: expected output [{len(batch)}, D], got {got}")
+            rows.append((nn.functional.normalize(out.float()) if normalize else out.float()).cpu())
+            if tick is not None:
+                tick(len(batch))
+    finally:
+        model.train(training)
+    return torch.cat(rows)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings and the images that they are of."""
+
+    paths: Sequence[str]
+    features: Tensor
+    """float32 `[n, D]`."""
+
+
+def save_embeddings(file: str | os.PathLike[str], embeddings: Embeddings) -> Path:
+    """Writes an .npz with `features` float32 `[n, D]` and `paths` `[n]` (text, no pickles), replacing it atomically.
+
+    Raises:
+        ValueError: another suffix, or numbers that differ.
+    """
+    file = Path(file)
+    if file.suffix != ".npz":
+        raise ValueError(f"sn_ops.reid: embeddings: expected a file name that ends in .npz, got {file}")
+    if len(embeddings.paths) != len(embeddings.features):
+        raise ValueError(
+            f"sn_ops.reid: embeddings: expected {len(embeddings.paths)} rows, got {len(embeddings.features)}"
+        )
+    unfinished = file.with_name(file.name + ".part")
+    with unfinished.open("wb") as out:
+        np.savez(out, features=embeddings.features.float().cpu().numpy(), paths=np.array(embeddings.paths, dtype=str))
+    os.replace(unfinished, file)
+    return file
+
+
+def load_embeddings(file: str | os.PathLike[str]) -> Embeddings:
+    """What `save_embeddings` wrote.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return Embeddings([str(path) for path in arrays["paths"]], torch.from_numpy(arrays["features"]))
+    except (KeyError, ValueError, EOFError) as error:
+        raise ValueError(f"sn_ops.reid: embeddings: expected arrays features and paths in {file}: {error}") from error

@@ -1,0 +1,30 @@
+"""Retrieval scores: CMC, mean average precision in both definitions, mINP, multiple query, re-ranking, distractors."""
+
+from __future__ import annotations
+
+from .distances import Distances, FeatureDistances, MatrixDistances
+from .distractors import evaluate_with_distractors
+from .lists import RankedLists, ranked_lists
+from .metrics import PerQuery, Scores
+from .multiquery import multi_query_features
+from .protocol import distances_of, evaluate, evaluate_matrix
+from .ranking import Protocol
+from .rerank import ReRank, RerankedDistances
+
+__all__ = [
+    "Distances",
+    "FeatureDistances",
+    "MatrixDistances",
+    "PerQuery",
+    "Protocol",
+    "RankedLists",
+    "ReRank",
+    "RerankedDistances",
+    "Scores",
+    "distances_of",
+    "evaluate",
+    "evaluate_matrix",
+    "evaluate_with_distractors",
+    "multi_query_features",
+    "ranked_lists",
+]

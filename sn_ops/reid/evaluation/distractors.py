@@ -1,0 +1,72 @@
+"""Accuracy against the size of the gallery: the paper's robustness figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .distances import FeatureDistances, Metric
+from .metrics import AveragePrecision, Scores, Unmatched, scores
+from .ranking import CHUNK, Protocol
+
+
+def evaluate_with_distractors(
+    query: Tensor,
+    query_ids: Tensor,
+    query_cameras: Tensor,
+    gallery: Tensor,
+    gallery_ids: Tensor,
+    gallery_cameras: Tensor,
+    distractors: Tensor,
+    *,
+    counts: Sequence[int] | None = None,
+    seed: int | None = 0,
+    metric: Metric = "euclidean",
+    max_rank: int = 50,
+    average_precision: AveragePrecision = "standard",
+    unmatched: Unmatched = "skip",
+    chunk: int = CHUNK,
+) -> list[Scores]:
+    """The scores with more and more distractors in the gallery, in one pass over the largest.
+
+    Args:
+        query to gallery_cameras, metric to chunk: as `evaluate`.
+        distractors: features `[M, D]` of images that match no query.
+        counts: how many distractors to add, ascending, each set containing the one before. Default: 0 and M, and the
+            powers of ten and their halves in between.
+        seed: distractors come in an order drawn with it; None: in the order given.
+
+    Returns:
+        One `Scores` for each count; `Scores.gallery` is the size of that gallery.
+
+    Raises:
+        TypeError, ValueError: as `evaluate`; counts that are not ascending or more than there are.
+    """
+    m = len(distractors)
+    if counts is None:
+        steps = {digit * 10**power for power in range(2, len(str(m)) + 1) for digit in (1, 2, 5)}
+        counts = sorted({0, m} | {step for step in steps if step < m})
+    if not counts or list(counts) != sorted(set(counts)) or not 0 <= counts[0] <= counts[-1] <= m:
+        raise ValueError(f"sn_ops.reid: counts: expected ascending numbers up to {m} distractors, got {list(counts)}")
+    if seed is not None:
+        order = torch.randperm(m, generator=torch.Generator().manual_seed(seed)).to(distractors.device)
+        distractors = distractors[order]
+    # They stand behind the gallery: a tie between an image of the gallery and a distractor goes to the former.
+    distances = FeatureDistances(query, torch.cat([gallery, distractors[: counts[-1]]]), metric)
+    ids, cameras = gallery_ids.cpu().long(), gallery_cameras.cpu().long()
+    # An identity of their own: 0 is a person in some data sets.
+    nobody = int(torch.cat([ids, query_ids.cpu().long()]).amax()) + 1
+    ids = torch.cat([ids, torch.full((counts[-1],), nobody)])
+    cameras = torch.cat([cameras, torch.full((counts[-1],), -1)])
+    protocol = Protocol(query_ids, query_cameras, ids, cameras, distances.device)
+    return scores(
+        distances,
+        protocol,
+        stops=[len(gallery) + count for count in counts],
+        max_rank=max_rank,
+        average_precision=average_precision,
+        unmatched=unmatched,
+        chunk=chunk,
+    )

@@ -1,0 +1,101 @@
+"""`evaluate`: features of queries and gallery in, scores out."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .distances import Distances, FeatureDistances, MatrixDistances, Metric
+from .metrics import AveragePrecision, Scores, Unmatched, scores
+from .ranking import CHUNK, Protocol
+from .rerank import ReRank, RerankedDistances
+
+
+def distances_of(
+    query: Tensor, gallery: Tensor, metric: Metric = "euclidean", rerank: ReRank | None = None
+) -> Distances:
+    """The distances that an evaluation ranks by, see `evaluate`."""
+    if rerank is None:
+        return FeatureDistances(query, gallery, metric)
+    return RerankedDistances(query, gallery, rerank, metric)
+
+
+def evaluate(
+    query: Tensor,
+    query_ids: Tensor,
+    query_cameras: Tensor | None,
+    gallery: Tensor,
+    gallery_ids: Tensor,
+    gallery_cameras: Tensor | None,
+    *,
+    metric: Metric = "euclidean",
+    max_rank: int = 50,
+    average_precision: AveragePrecision = "standard",
+    unmatched: Unmatched = "skip",
+    chunk: int = CHUNK,
+    rerank: ReRank | None = None,
+) -> Scores:
+    """Scores of a retrieval, by the protocol of Market-1501, DukeMTMC-reID, MSMT17 and CUHK03 (new protocol).
+
+    For a query of identity p under camera c, gallery images of p under c and images of a negative identity (junk) are
+    left out; identity 0 (distractors) needs no special case, no query has it. Gallery images are ordered by (distance,
+    index in the gallery): a tie goes to the lower index. Distances are direct float64 sums over the features as given,
+    up to their rounding: neither chunk nor threads nor the other rows change a rank.
+
+    Args:
+        query: features `[Q, D]`, floating point, CPU or GPU.
+        query_ids, query_cameras: integer `[Q]`, any device.
+        gallery: features `[G, D]` on query's device.
+        gallery_ids, gallery_cameras: integer `[G]`. Cameras may be None on both sides: nothing of the query's identity
+            is left out then.
+        metric: "euclidean", or "cosine" (1 - cos).
+        max_rank: length of the CMC.
+        average_precision: which definition `Scores.mAP` is, "standard" or "market" (the official Market-1501 code's).
+            Both are in the result under their names.
+        unmatched: "skip" leaves queries without a match out; "zero" counts them 0, as the official Market-1501 code.
+        chunk: about how many distances are held at a time. Memory beyond the features is about 50 bytes times that
+            plus O(Q + G), and does not grow with Q x G.
+        rerank: re-rank by k-reciprocal encoding with these constants.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; no query with a match.
+
+    Source: Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015 (protocol, CMC, mAP); Ye et al.,
+    "Deep Learning for Person Re-identification: A Survey and Outlook", 2020 (mINP).
+    """
+    distances = distances_of(query, gallery, metric, rerank)
+    protocol = Protocol(query_ids, query_cameras, gallery_ids, gallery_cameras, distances.device)
+    (result,) = scores(
+        distances,
+        protocol,
+        max_rank=max_rank,
+        average_precision=average_precision,
+        unmatched=unmatched,
+        chunk=chunk,
+    )
+    return result
+
+
+def evaluate_matrix(
+    matrix: Tensor,
+    query_ids: Tensor,
+    query_cameras: Tensor | None,
+    gallery_ids: Tensor,
+    gallery_cameras: Tensor | None,
+    *,
+    max_rank: int = 50,
+    average_precision: AveragePrecision = "standard",
+    unmatched: Unmatched = "skip",
+    chunk: int = CHUNK,
+) -> Scores:
+    """As `evaluate`, for distances that are already a matrix `[Q, G]`, floating point; +inf is allowed, NaN is not."""
+    distances = MatrixDistances(matrix)
+    protocol = Protocol(query_ids, query_cameras, gallery_ids, gallery_cameras, distances.device)
+    (result,) = scores(
+        distances,
+        protocol,
+        max_rank=max_rank,
+        average_precision=average_precision,
+        unmatched=unmatched,
+        chunk=chunk,
+    )
+    return result

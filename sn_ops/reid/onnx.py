@@ -1,0 +1,133 @@
+"""ONNX export of an embedding network, and its check against PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .requirements import need
+
+INPUT, OUTPUT = "images", "embeddings"
+
+
+class _Embedding(nn.Module):
+    """The network as it is used for retrieval: one input by a fixed name, rows of unit length if asked for."""
+
+    def __init__(self, model: nn.Module, normalize: bool) -> None:
+        super().__init__()
+        self.model, self.normalize = model, normalize
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[n, 3, H, W]` to `[n, D]`."""
+        out = self.model(images)
+        return nn.functional.normalize(out) if self.normalize else out
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    height: int = 256,
+    width: int = 128,
+    normalize: bool = True,
+    tolerance: float = 1e-4,
+) -> Path:
+    """Writes the network in eval mode as ONNX, with any batch size, and checks the file against PyTorch.
+
+    The input is `images`, float32 `[n, 3, height, width]`, normalised as the network was trained; the output is
+    `embeddings`, float32 `[n, D]`. The file is complete in itself, and replaced only when it has passed the check.
+
+    Args:
+        model: maps `[n, 3, H, W]` to `[n, D]` in eval mode; left in the mode it was in.
+        path: file to write.
+        height, width: of the images.
+        normalize: rows of unit length.
+        tolerance: for `check_onnx`.
+
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime is missing.
+        ValueError: the file does not compute what the network does.
+    """
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        need(module)
+    path = Path(path)
+    training = model.training
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    wrapped = _Embedding(model, normalize).eval()
+    example = torch.randn(2, 3, height, width, device=device, generator=_generator(device))
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        program = torch.onnx.export(
+            wrapped,
+            (example,),
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
+            verbose=False,
+        )
+        if program is None:
+            raise RuntimeError("sn_ops.reid: onnx: expected a program from torch.onnx.export, got None")
+        program.save(unfinished, external_data=False)
+        check_onnx(model, unfinished, height=height, width=width, normalize=normalize, tolerance=tolerance)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        model.train(training)
+    return path
+
+
+@torch.inference_mode()
+def check_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    height: int = 256,
+    width: int = 128,
+    normalize: bool = True,
+    batches: Sequence[int] = (1, 2, 5),
+    tolerance: float = 1e-4,
+) -> float:
+    """The largest difference of an embedding's entry between onnxruntime on a CPU and PyTorch, on random images.
+
+    Args:
+        model, height, width, normalize: as `export_onnx`.
+        path: the ONNX file.
+        batches: sizes to try.
+        tolerance: of the difference, relative to the largest entry.
+
+    Raises:
+        ImportError: onnxruntime is missing.
+        ValueError: the difference is larger, NaN, or of another shape.
+    """
+    runtime = need("onnxruntime")
+    session = runtime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    training = model.training
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    wrapped = _Embedding(model, normalize).eval()
+    worst = 0.0
+    try:
+        for n in batches:
+            images = torch.randn(n, 3, height, width, device=device, generator=_generator(device))
+            ours = wrapped(images).float().cpu()
+            theirs = torch.from_numpy(session.run([OUTPUT], {INPUT: images.cpu().numpy()})[0])
+            if theirs.shape != ours.shape:
+                raise ValueError(f"sn_ops.reid: onnx: expected shape {list(ours.shape)}, got {list(theirs.shape)}")
+            difference = float((theirs - ours).abs().max())
+            if not difference <= tolerance * float(ours.abs().max()):
+                raise ValueError(
+                    f"sn_ops.reid: onnx: expected embeddings within {tolerance:g} of PyTorch's, got {difference:g} "
+                    f"in a batch of {n}"
+                )
+            worst = max(worst, difference)
+    finally:
+        model.train(training)
+    return worst
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)

@@ -1,0 +1,167 @@
+"""Embedding files, ranking a folder, ONNX against PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sn_ops.reid.embed import Embeddings, embed_images, image_files, load_embeddings, save_embeddings
+from sn_ops.reid.onnx import check_onnx, export_onnx
+from sn_ops.reid.rank import rank_images, write_ranking
+
+image_module = pytest.importorskip("PIL.Image", reason="pillow is not installed: pip install 'sn_ops[reid]'")
+
+HEIGHT, WIDTH = 32, 16
+
+
+class Small(nn.Module):
+    """A network with everything that behaves differently in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Dropout(0.5),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[n, 3, H, W]` to `[n, 12]`."""
+        return self.body(x).mean((2, 3))
+
+
+@pytest.fixture
+def model() -> Small:
+    """With running statistics that are not the initial ones, in training mode."""
+    torch.manual_seed(0)
+    network = Small().train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(8, 3, HEIGHT, WIDTH))
+    return network
+
+
+def transform(image: Any) -> Tensor:
+    """To [3, H, W] in [0, 1]."""
+    small = image.resize((WIDTH, HEIGHT))
+    return torch.tensor(list(small.tobytes()), dtype=torch.float32).view(HEIGHT, WIDTH, 3).permute(2, 0, 1) / 255
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Nine images in two folders, two of them equal, and a file that is none."""
+    root = tmp_path / "images"
+    (root / "deep").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.zeros(0)
+    for i in range(8):
+        noise = torch.randint(0, 256, (HEIGHT * WIDTH * 3,), generator=generator, dtype=torch.uint8)
+        noise[i * 150 :] = 20 * i
+        image = image_module.frombytes("RGB", (WIDTH, HEIGHT), bytes(noise.tolist()))
+        image.save(root / ("deep" if i % 2 else ".") / f"{i}.png")
+    image_module.frombytes("RGB", (WIDTH, HEIGHT), bytes(noise.tolist())).save(root / "8.png")
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+def test_embeddings_are_those_of_the_network_in_eval_mode(model: Small, folder: Path) -> None:
+    """Whatever the batch size; the mode is put back, and the running statistics stay."""
+    paths = image_files(folder)
+    assert [path.name for path in paths] == [
+        "0.png",
+        "2.png",
+        "4.png",
+        "6.png",
+        "8.png",
+        "1.png",
+        "3.png",
+        "5.png",
+        "7.png",
+    ]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen: list[int] = []
+    features = embed_images(model, paths, transform, batch_size=4, tick=seen.append)
+    assert model.training and seen == [4, 4, 1]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.eval()
+    with torch.no_grad():
+        expected = model(torch.stack([transform(image_module.open(path).convert("RGB")) for path in paths]))
+    assert torch.allclose(features, nn.functional.normalize(expected), atol=1e-6)
+    assert torch.allclose(embed_images(model, paths, transform, normalize=False), expected, atol=1e-6)
+    assert not model.training
+
+
+def test_embedding_files(model: Small, folder: Path, tmp_path: Path) -> None:
+    """A file gives back what it was given; another one is refused."""
+    paths = [str(path) for path in image_files(folder)]
+    written = Embeddings(paths, embed_images(model, paths, transform))
+    read = load_embeddings(save_embeddings(tmp_path / "e.npz", written))
+    assert read.paths == paths and torch.equal(read.features, written.features)
+    with pytest.raises(ValueError, match=r"expected a file name that ends in \.npz"):
+        save_embeddings(tmp_path / "e.bin", written)
+    (tmp_path / "bad.npz").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="expected arrays features and paths in"):
+        load_embeddings(tmp_path / "bad.npz")
+
+
+def test_ranking_a_folder(model: Small, folder: Path, tmp_path: Path) -> None:
+    """The equal image is first, the query itself is left out, and stored embeddings give the same list."""
+    query = folder / "8.png"
+    ranking = rank_images(model, transform, query, folder, top=100)
+    assert len(ranking) == 8 and ranking[0].path.name == "7.png" and ranking[0].distance < 1e-6
+    distances = [found.distance for found in ranking]
+    assert distances == sorted(distances) and query not in [found.path for found in ranking]
+    paths = [str(path) for path in image_files(folder)]
+    stored = Embeddings(paths, embed_images(model, paths, transform))
+    again = rank_images(model, transform, query, stored, top=3)
+    assert [found.path for found in again] == [found.path for found in ranking[:3]]
+    text = write_ranking(tmp_path / "list.html", query, ranking[:3]).read_text()
+    assert text.count("<img ") == 4 and "7.png" in text
+
+
+def test_what_cannot_be_embedded(model: Small, folder: Path, tmp_path: Path) -> None:
+    """Missing folders and files, files that are no image, networks that return something else: by name."""
+    with pytest.raises(FileNotFoundError, match="expected a folder, got"):
+        image_files(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="got none"):
+        image_files(tmp_path / "empty")
+    with pytest.raises(OSError, match=r"expected an image, got .*notes\.txt"):
+        embed_images(model, [folder / "notes.txt"], transform)
+    with pytest.raises(ValueError, match=r"model: expected output \[1, D\], got \[1, 8, 16, 8\]"):
+        embed_images(model.body[0], [folder / "0.png"], transform)
+    with pytest.raises(ValueError, match="expected at least one path"):
+        embed_images(model, [], transform)
+
+
+# ---- ONNX -------------------------------------------------------------------------------------------------------
+
+pytest.importorskip("onnx", reason="onnx is not installed: pip install 'sn_ops[reid]'")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'sn_ops[reid]'")
+runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'sn_ops[reid]'")
+
+
+def test_onnx_computes_what_pytorch_does(model: Small, tmp_path: Path) -> None:
+    """For batch sizes that it was not exported with; unit rows; the network's mode is put back."""
+    path = export_onnx(model, tmp_path / "m.onnx", height=HEIGHT, width=WIDTH)
+    assert model.training
+    assert check_onnx(model, path, height=HEIGHT, width=WIDTH, batches=(1, 3, 17)) < 1e-5
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    images = torch.rand(4, 3, HEIGHT, WIDTH)
+    (out,) = session.run(["embeddings"], {"images": images.numpy()})
+    assert torch.allclose(torch.from_numpy(out).norm(dim=1), torch.ones(4), atol=1e-5)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx"]
+
+
+def test_a_file_of_another_network_does_not_pass(model: Small, tmp_path: Path) -> None:
+    """The check can fail, and then nothing is left behind or replaced."""
+    path = export_onnx(model, tmp_path / "m.onnx", height=HEIGHT, width=WIDTH, normalize=False)
+    with pytest.raises(ValueError, match=r"expected embeddings within 0\.0001 of PyTorch's, got"):
+        check_onnx(model, path, height=HEIGHT, width=WIDTH)  # without the normalisation
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="expected embeddings within"):
+        export_onnx(model, path, height=HEIGHT, width=WIDTH, tolerance=0.0)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -89,10 +89,13 @@ def version() -> str:
     return "0+unbuilt" if CORE is None else str(CORE.build_info()["version"])
 
 
-@torch.compiler.assume_constant_result
 def unfit(backend: str, device: torch.device) -> str:
     """Why a backend that loaded cannot serve this device, of a type that it serves; empty if it can."""
     return _unfit(backend, device)
+
+
+# What torch.compiler.assume_constant_result does; that would import the compiler, and Triton with it.
+unfit._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache  # asked at every call

@@ -2,8 +2,8 @@
 
 The interpreter prepares Triton's language for each call of a function inside a kernel, minima and sums among them, at
 ten times the cost of what the call computes. Once for each module and launch is enough, as the language stays prepared
-until the launch ends. It also prepares it for all threads at once: here launches of several threads take turns. No
-result depends on either.
+until the launch ends. It also prepares it for all threads at once: here launches of several threads take turns. And it
+cuts off what a GPU rounds to the nearest bfloat16: here it rounds, too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,16 @@ def speed_up() -> None:
         return
     from triton.runtime import interpreter
 
+    convert = interpreter._convert_float
+
+    def convert_rounded(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        # The interpreter cuts float32 off where a GPU rounds it to the nearest bfloat16, ties to even.
+        if source == interpreter.tl.float32 and target == interpreter.tl.bfloat16:
+            rounded = torch.from_numpy(values.copy()).bfloat16()
+            return rounded.view(torch.int16).numpy().view("uint16").reshape(values.shape)
+        return convert(values, source, target, rounding)
+
+    interpreter._convert_float = convert_rounded
     prepared: set[int] = set()
     turn = threading.Lock()
     launch, prepare = interpreter.GridExecutor.__call__, interpreter._patch_lang

@@ -1,6 +1,6 @@
 """How the loss over ranks scales: measured on local processes, modelled from there.
 
-    python benchmarks/bench_scaling.py              1, 2 and 4 local processes with gloo, measured against the model
+    python benchmarks/bench_scaling.py              1 to 4 local processes with gloo, measured against the model
     python benchmarks/bench_scaling.py --model ...  the model's tables for 8 to 1024 ranks, for parameters you give
 
 docs/scaling.md explains the model and shows what both print.
@@ -309,7 +309,7 @@ def main() -> None:
     args = parser.parse_args()
     p = Problem(args.rows, args.dims, args.k, args.element)
     if not args.model:
-        run_local(p, (1, 2, 4), args.repeats, args.out)
+        run_local(p, (1, 2, 3, 4), args.repeats, args.out)
         return
     given = {name: getattr(args, name) for name in ("pairs", "moves", "call", "bandwidth", "latency")}
     missing = [f"--{name}" for name, value in given.items() if value is None]

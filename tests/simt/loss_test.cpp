@@ -801,6 +801,13 @@ int main(int argc, char** argv) {
     run("grid", dtype, {5, 500, 20, 10, 5});
     for (int again = 0; again < 3; ++again) run("random", dtype, {40, 40, 300, 5, 8});
   }
+  // Candidates that many edges lead to, several such side by side: chunk sums of one round of the backward meet the next.
+  run("grid", DType::kFloat32, {260, 20, 40, 10, 5});
+  run("random", DType::kFloat64, {300, 12, 9, 7, 3});
+  // Few anchors against identities of more candidates than their lists of positives hold.
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) run("random", dtype, {9, 700, 40, 5, 2});
+  // More rows that no bound decides than the merge has blocks.
+  run("tiny", DType::kFloat32, {280, 280, 3, 5, 8});
   // Nothing at all.
   run("grid", DType::kFloat32, {0, 0, 5, 3, 2});
   run("grid", DType::kFloat32, {0, 9, 5, 3, 2});

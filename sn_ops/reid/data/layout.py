@@ -1,0 +1,130 @@
+"""What the loaders share: finding a data set's folders, reading names, and saying what is wrong with a copy."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..embed import SUFFIXES
+from .records import JUNK, Sample
+
+_SUFFIXES = tuple(SUFFIXES)
+_NAME = re.compile(r"(-1|\d+)_c(\d+)(?!\d)")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A data set's name and who has it: what an error needs to be of help."""
+
+    name: str
+    source: str
+    """The paper and the authors' page."""
+
+    def missing(self, expected: str, got: str) -> FileNotFoundError:
+        """The error for something that is not there."""
+        return FileNotFoundError(
+            f"sn_ops.reid: {self.name}: expected {expected}, got {got}. Where to get it: {self.source}"
+        )
+
+    def wrong(self, expected: str, got: object) -> ValueError:
+        """The error for something that is not as in the authors' archive."""
+        return ValueError(
+            f"sn_ops.reid: {self.name}: expected {expected}, got {got}. Where to get the whole set: {self.source}"
+        )
+
+    def check_number(self, what: str, expected: int, got: int) -> None:
+        """Raises ValueError unless the numbers are equal."""
+        if got != expected:
+            raise self.wrong(f"{expected} {what}", f"{got}; check_counts=False takes it as it is")
+
+    def locate(self, root: str | os.PathLike[str], folder: str, parts: Sequence[str]) -> Path:
+        """The folder that has the parts: `root/folder`, or root itself where somebody renamed it.
+
+        Args:
+            parts: names of folders or files; none: whichever folder there is.
+
+        Raises:
+            FileNotFoundError: no root, or a part is in neither; the message has the missing ones by name.
+        """
+        root = Path(root).expanduser()
+        if not root.is_dir():
+            raise self.missing(f"a folder with {folder} in it", f"no folder {root}")
+        places = (root / folder, root)
+        if not parts:
+            return places[0] if places[0].is_dir() else root
+        found = max(places, key=lambda place: sum((place / part).exists() for part in parts))
+        absent = [part for part in parts if not (found / part).exists()]
+        if len(absent) == len(parts):
+            raise self.missing(f"{', '.join(parts)} in {places[0]} or in {root}", "none of them")
+        if absent:
+            raise self.missing(f"{', '.join(parts)} in {found}", f"no {', no '.join(absent)}")
+        return found
+
+    def named_images(self, folder: Path, cameras: int | None) -> tuple[Sample, ...]:
+        """The images of a folder in Market-1501's naming, by name: `0002_c1s1_000451_03.jpg` is identity 2, camera 0.
+
+        Files with another suffix are none of ours: Market-1501's archive itself has a `Thumbs.db`.
+
+        Args:
+            cameras: how many there are; None: any number.
+
+        Raises:
+            ValueError: an image's name does not begin with identity and camera, or has a camera that there is not.
+        """
+        samples = []
+        for name in image_names(folder):
+            match = _NAME.match(name)
+            if match is None:
+                raise self.wrong(f"names like 0002_c1s1_000451_03.jpg in {folder}", name)
+            camera = int(match[2])
+            if camera < 1 or (cameras is not None and camera > cameras):
+                raise self.wrong(f"cameras from 1 to {cameras or 'the last'} in {folder}", name)
+            samples.append(Sample(folder / name, int(match[1]), camera - 1))
+        return tuple(samples)
+
+    def check_identities(self, train: Iterable[Sample], query: Iterable[Sample], gallery: Iterable[Sample]) -> None:
+        """Raises ValueError unless training and query identities are people, training and test identities are
+        different people, and every queried identity is in the gallery: otherwise files stand in a wrong folder.
+        """
+        known, wanted = {s.pid: s.path for s in train}, {s.pid: s.path for s in query}
+        found = {s.pid: s.path for s in gallery}
+        for part, those in (("training", known), ("query", wanted)):
+            for pid, path in those.items():
+                if pid < 1:
+                    raise self.wrong(f"identities from 1 among the {part} images", f"{pid} in {path}")
+        for part, those in (("query", wanted), ("gallery", found)):
+            for pid, path in those.items():
+                if pid in known:
+                    raise self.wrong(
+                        f"no identity in both training and {part} images", f"{pid} in {known[pid]} and {path}"
+                    )
+        for pid, path in wanted.items():
+            if pid not in found:
+                raise self.wrong("every queried identity in the gallery", f"{pid} in {path} alone")
+
+
+def image_names(folder: Path) -> list[str]:
+    """The names of a folder's images, sorted, so that nothing depends on the order of a file system."""
+    return sorted(name for name in os.listdir(folder) if name.lower().endswith(_SUFFIXES) and not name.startswith("."))
+
+
+def without_junk(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+    """Those that count in a score."""
+    return tuple(sample for sample in samples if sample.pid != JUNK)
+
+
+def of_queries(query: Iterable[Sample], images: Iterable[Sample]) -> tuple[tuple[Sample, ...], set[tuple[int, int]]]:
+    """Those of the images that are of a queried identity under the camera that it is queried from, and the queried
+    (identity, camera) pairs that none is of.
+    """
+    wanted = {(sample.pid, sample.camera) for sample in query}
+    multi = tuple(sample for sample in images if (sample.pid, sample.camera) in wanted)
+    return multi, wanted - {(sample.pid, sample.camera) for sample in multi}
+
+
+def people(samples: Iterable[Sample]) -> int:
+    """How many identities, junk and distractors left aside."""
+    return len({sample.pid for sample in samples if sample.pid > 0})

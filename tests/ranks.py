@@ -52,9 +52,9 @@ class Ranks:
     """`world` processes with gloo between them; work is done by a group of any of them."""
 
     def __init__(self, world: int, folder: Path) -> None:
-        # Forked from a server that has imported torch: a rank starts in a moment. Not sn_ops itself: the server looks for
-        # modules from the current folder on, where a source checkout would hide the installed package; a rank looks
-        # where this process does.
+        # Forked from a server that has imported torch: a rank starts in a moment. Not sn_ops itself: the server looks
+        # for modules from the current folder on, where a source checkout would hide the installed package; a rank
+        # looks where this process does.
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed"])
         self.world = world

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,15 +62,17 @@ def export_onnx(
     example = torch.randn(2, 3, height, width, device=device, generator=_generator(device))
     unfinished = path.with_name(path.name + ".part")
     try:
-        program = torch.onnx.export(
-            wrapped,
-            (example,),
-            dynamo=True,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
-            verbose=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the exporter's, about its own use of torch.utils
+            program = torch.onnx.export(
+                wrapped,
+                (example,),
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
+                verbose=False,
+            )
         if program is None:
             raise RuntimeError("sn_ops.reid: onnx: expected a program from torch.onnx.export, got None")
         program.save(unfinished, external_data=False)

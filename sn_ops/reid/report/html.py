@@ -68,6 +68,8 @@ class Report:
     title: str
     notice: str = ""
     """Stands under the title, set off: that the images are synthetic, for instance."""
+    mark: str = ""
+    """Stands behind the names of scores that have no name of their own: " (synthetic)"."""
     configuration: Mapping[str, object] = field(default_factory=dict)
     history: Sequence[Mapping[str, Any]] = ()
     """The records of metrics.jsonl."""
@@ -126,7 +128,7 @@ def _numbers(report: Report) -> list[str]:
         curve = page.figure(plots.cmc_curves(report.scores), "CMC curves")
         parts.append(page.section("Scores", text, page.table(header, rows), curve))
     if report.distractors:
-        curve = page.figure(plots.distractor_curve(report.distractors), "Accuracy against gallery size")
+        curve = page.figure(plots.distractor_curve(report.distractors, report.mark), "Accuracy against gallery size")
         parts.append(page.section("Accuracy against gallery size", "With more and more distractors.", curve))
     if len(report.history) > 1:
         curve = page.figure(plots.training_curves(report.history), "Training curves")

@@ -75,15 +75,15 @@ def cmc_curves(results: Mapping[str, Scores]) -> str:
     return _svg((6.4, 3.6), draw)
 
 
-def distractor_curve(results: Sequence[Scores]) -> str:
-    """mAP and rank-1 against the size of the gallery."""
+def distractor_curve(results: Sequence[Scores], mark: str = "") -> str:
+    """mAP and rank-1 against the size of the gallery; the mark stands behind their names."""
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         sizes = [scores.gallery for scores in results]
-        axes.plot(sizes, [100 * s.rank1 for s in results], color=BLUE, marker="o", label="rank-1")
+        axes.plot(sizes, [100 * s.rank1 for s in results], color=BLUE, marker="o", label=f"rank-1{mark}")
         definition = results[0].average_precision
-        axes.plot(sizes, [100 * s.mAP for s in results], color=RED, marker="s", label=f"mAP ({definition})")
+        axes.plot(sizes, [100 * s.mAP for s in results], color=RED, marker="s", label=f"mAP ({definition}){mark}")
         axes.set_xscale("log")
         axes.set_xlabel("gallery images")
         axes.set_ylabel("%")

@@ -1,0 +1,10 @@
+"""`python -m sn_ops.reid`, see `sn_ops.reid.cli`."""
+
+from __future__ import annotations
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":  # a worker process of a data loader imports this module too
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""What ranks of a process group compute together, with gradients as DistributedDataParallel wants them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all ranks, in rank order; gradients return to the rank that owns the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Any, sizes: list[int]) -> Tensor:
+        ctx.group, ctx.sizes = group, sizes
+        return _gather_rows(rows, group, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total.split(ctx.sizes)[dist.get_rank(ctx.group)], None, None
+
+
+def _gather_rows(rows: Tensor, group: Any, sizes: list[int]) -> Tensor:
+    # Every rank sends the most rows that any has: collectives want equal shapes.
+    sent = rows.detach().new_zeros((max(sizes), *rows.shape[1:]))
+    sent[: len(rows)] = rows.detach()
+    received = [torch.empty_like(sent) for _ in sizes]
+    dist.all_gather(received, sent, group=group)
+    return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
+
+
+def gather(rows: Tensor, group: Any) -> tuple[Tensor, int]:
+    """The rows of all ranks and where this rank's begin.
+
+    Args:
+        rows: `[n, ...]`, n may differ between ranks, the other sizes and the dtype may not.
+        group: the process group.
+
+    Returns:
+        `[sum of n, ...]` in rank order, differentiable for floating rows: a rank's gradient is the sum of what all
+        ranks' backward() gives its rows. And the offset of this rank's rows.
+    """
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device), group=group)
+    sizes = [int(count) for count in counts]
+    gathered = _Gather.apply(rows, group, sizes) if rows.is_floating_point() else _gather_rows(rows, group, sizes)
+    return gathered, sum(sizes[: dist.get_rank(group)])
+
+
+def global_mean(values: Tensor, valid: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """The mean of `values [n]` where `valid [n]`, 0 of nothing, over all ranks, and how many there are."""
+    total, count = values.masked_fill(~valid, 0).sum(), valid.sum()
+    if group is None:
+        return total / count.clamp(min=1), count
+    sums = torch.stack([total.detach().double(), count.double()])
+    dist.all_reduce(sums, group=group)
+    many = sums[1].clamp(min=1)
+    share = total * (dist.get_world_size(group) / many).to(total.dtype)
+    mean = (sums[0] / many).to(total.dtype)
+    # The global mean's value, the gradient of this rank's share. (Not share + (mean - share): that would round.)
+    return share - share.detach() + mean, sums[1].long()
+
+
+# ---- batch norm ---------------------------------------------------------------------------------
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all ranks; its derivative is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = values.detach().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batches of all ranks, on any device (`torch.nn.SyncBatchNorm` wants a GPU).
+
+    It takes the place of `of`, whose parameters and statistics become its own. In evaluation mode it is ordinary batch
+    norm. Shapes `[n, C, ...]`; n may differ between ranks.
+    """
+
+    def __init__(self, of: nn.modules.batchnorm._BatchNorm, group: Any) -> None:
+        super().__init__(of.num_features, of.eps, of.momentum, of.affine, of.track_running_stats)
+        self.group = group
+        self._parameters.update(of._parameters)
+        self._buffers.update(of._buffers)
+        self.train(of.training)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"sn_ops.reid: batch norm: expected [n, C, ...], got {list(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)
+        axes = [axis for axis in range(input.dim()) if axis != 1]
+        column = (1, -1) + (1,) * (input.dim() - 2)
+        values = input if input.dtype is torch.float64 else input.float()  # half precision cannot count to 1000
+        many = values.new_full((1,), values.numel() / values.shape[1])
+        dist.all_reduce(many, group=self.group)
+        # Two passes: the mean of the squares less the square of the mean would cancel.
+        mean = _Sum.apply(values.sum(axes), self.group) / many
+        centred = values - mean.view(column)
+        variance = _Sum.apply(centred.square().sum(axes), self.group) / many
+        if self.track_running_stats:
+            self._track(mean.detach(), (variance * (many / (many - 1).clamp(min=1))).detach())
+        normal = centred * (variance + self.eps).rsqrt().view(column)
+        if self.affine:
+            normal = normal * self.weight.view(column) + self.bias.view(column)
+        return normal.to(input.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
+        self.num_batches_tracked += 1
+        factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), factor)
+
+
+def sync_batchnorm(model: nn.Module, group: Any) -> nn.Module:
+    """Makes every batch norm of a network one over the batches of all ranks, so that they see what one process sees.
+
+    Args:
+        model: changed in place; names, parameters and statistics stay what they were. To be called before
+            DistributedDataParallel wraps it.
+        group: the process group.
+
+    Returns:
+        The model: with `torch.nn.SyncBatchNorm` on GPUs, `GroupBatchNorm` elsewhere.
+
+    Raises:
+        ValueError: a batch norm that does more than that (timm has some), or the model itself is one.
+    """
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    for name, norm in norms.items():
+        if name == "" or type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            raise ValueError(
+                "sn_ops.reid: batch norm: expected BatchNorm1d, BatchNorm2d or BatchNorm3d inside a network, got "
+                f"{type(norm).__name__} {name!r}"
+            )
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+    for name, norm in norms.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, GroupBatchNorm(norm, group))
+    return model

@@ -1,0 +1,163 @@
+"""Checkpoints: written whole or not at all, read with care, refused where they are not of this run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .config import Config, training_values
+from .data.records import Sample
+
+FORMAT = "sn_ops.reid checkpoint"
+VERSION = 1
+
+_KEYS = {"format": str, "version": int, "config": dict, "fingerprint": str, "num_identities": int, "epoch": int,
+         "model": dict}  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is corrupt, of something else, or of another run."""
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any], config: Config) -> None:
+    """Writes a checkpoint so that at any moment the file is the old one or the new one, whole.
+
+    A file beside it is written and flushed to the disk, then renamed; the folder's entry is flushed too.
+
+    Args:
+        path: where to.
+        state: tensors and plain values; at least num_identities, epoch (finished ones) and model, a state dict.
+        config: of the run.
+    """
+    head = {"format": FORMAT, "version": VERSION, "config": _plain(config), "fingerprint": config.fingerprint()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("wb") as out:
+        torch.save({**head, **state}, out)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(unfinished, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    from .config import to_dict
+
+    return to_dict(config)
+
+
+def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """What `save_checkpoint` wrote. Nothing in the file is executed (`weights_only`), and every byte of its tensors is
+    checked against the checksums beside them, which PyTorch writes but does not read.
+
+    Returns:
+        The state, with "config" (sections of plain values), "fingerprint", "num_identities", "epoch", "model".
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError (a ValueError): not a checkpoint, a corrupt one, or one of another version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"sn_ops.reid: checkpoint: expected a file, got nothing at {path}")
+    with path.open("rb") as stream:  # what the system refuses is no damage
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            stream.seek(0)
+            state = torch.load(stream, map_location=map_location, weights_only=True)
+        except Exception as error:  # damaged bytes raise whatever the parser that meets them raises
+            raise CheckpointError(
+                f"sn_ops.reid: checkpoint: expected a checkpoint of sn_ops.reid, got {path}, which is corrupt or of "
+                f"something else: {error}"
+            ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"sn_ops.reid: checkpoint: expected a checkpoint of sn_ops.reid, got another file, {path}"
+        )
+    if state.get("version") != VERSION:
+        raise CheckpointError(
+            f"sn_ops.reid: checkpoint: expected format version {VERSION}, got {state.get('version')!r} in {path}"
+        )
+    for key, kind in _KEYS.items():
+        if not isinstance(state.get(key), kind):
+            raise CheckpointError(f"sn_ops.reid: checkpoint: expected {key!r} in {path}, got {type(state.get(key))}")
+    return state
+
+
+def data_fingerprint(samples: Sequence[Sample]) -> str:
+    """A SHA-256 over the training images: names, identities and cameras in their order, without the folder."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.path.name}\t{sample.pid}\t{sample.camera}\n".encode())
+    return digest.hexdigest()
+
+
+def check_resumable(state: Mapping[str, Any], path: Path, config: Config, data: str) -> None:
+    """Raises unless a run with this configuration and data may go on from the checkpoint.
+
+    Raises:
+        CheckpointError: another configuration (the message has the fields that differ) or other training images, or a
+            checkpoint without the state of training.
+    """
+    if "optimizer" not in state:
+        raise CheckpointError(
+            f"sn_ops.reid: resume: expected a checkpoint with the state of training, such as last.pt, got {path}, "
+            "which has the network alone"
+        )
+    if state["fingerprint"] != config.fingerprint():
+        ours = training_values(config)
+        theirs = {f"{section}.{key}": v for section, values in state["config"].items() for key, v in values.items()}
+        differing = [
+            f"{key} (checkpoint: {theirs.get(key)!r}, this run: {value!r})"
+            for key, value in ours.items()
+            if theirs.get(key) != value
+        ]
+        raise CheckpointError(
+            f"sn_ops.reid: resume: expected a checkpoint of the same configuration, got {path}, which differs in "
+            + (", ".join(differing) or "its fingerprint")
+        )
+    if state["data"] != data:
+        raise CheckpointError(
+            f"sn_ops.reid: resume: expected the training images that {path} was made with, got others: names, "
+            "identities or cameras differ"
+        )
+
+
+# ---- random numbers -----------------------------------------------------------------------------
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator of this process: Python, NumPy, PyTorch on the CPU and on the present GPU."""
+    name, words, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is what is kept
+    state = {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(words).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Puts every generator back to where `random_state` found it."""
+    random.setstate(state["python"])
+    name, words, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, words.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

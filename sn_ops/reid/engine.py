@@ -1,0 +1,240 @@
+"""Training a network: from a configuration to a run folder."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .checkpoint import (
+    check_resumable,
+    data_fingerprint,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from .config import Config, from_dict, to_yaml
+from .data.records import Split
+from .fields import ConfigError
+from .files import replace_json, replace_text
+from .logs import RunLog
+from .parallel import processes
+from .requirements import need
+from .stopping import EXIT_NONFINITE, EXIT_STOPPED, NonFiniteLossError, StoppedError, StopSignals
+from .trained import find_checkpoint, load_split
+from .trainer import Trainer
+
+__all__ = ["EXIT_NONFINITE", "EXIT_STOPPED", "NonFiniteLossError", "StoppedError", "train"]
+
+RUNS = Path("runs")
+"""Where runs without a `run.out` go."""
+
+
+def train(
+    config: Config | None = None,
+    *,
+    resume: Path | None = None,
+    progress: bool = True,
+    after_step: Callable[[int], None] | None = None,
+) -> Path:
+    """Trains a network, evaluates it, writes its report.
+
+    The run folder gets config.yaml, checkpoints/last.pt (everything that going on needs), checkpoints/best.pt (the
+    network with the highest mAP of the evaluations, which are on the data set's test part: it is for looking at, and
+    scores.json is of the last network), metrics.jsonl, scores.json, report.html and, if asked for, tensorboard/.
+
+    A run that is stopped and resumed is on a CPU the run that was not stopped, bit for bit: in the network, and in
+    metrics.jsonl but for times. SIGTERM or SIGINT ends it after the present step with a checkpoint. Under torchrun
+    every rank calls this; see `parallel`. The process's generators, number of threads and choice of deterministic
+    algorithms are put back afterwards.
+
+    Args:
+        config: what to do; None: what the resumed run does.
+        resume: a run's folder or its checkpoint, to go on with in that folder. Fields that decide what is trained must
+            be as they were; `run.out` is not looked at.
+        progress: a progress bar on stderr.
+        after_step: told the number of each finished step of the run, from 1.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ValueError: a configuration that cannot be, a corrupt or foreign checkpoint, a folder that has a run.
+        FileNotFoundError: data or a checkpoint that is missing.
+        StoppedError: a signal came; the checkpoint is written. Its `exit_status` is `EXIT_STOPPED`.
+        NonFiniteLossError: the loss is NaN or infinite; nonfinite.json describes the batch. `EXIT_NONFINITE`.
+        ImportError: a package of the extra is missing.
+    """
+    checkpoint = None if resume is None else find_checkpoint(resume, "last")
+    state = None if checkpoint is None else load_checkpoint(checkpoint)
+    if config is None:
+        if state is None:
+            raise ConfigError("sn_ops.reid: train: expected a configuration or a run to resume, got neither")
+        config = from_dict(state["config"])
+    for package in ("yaml", "tqdm", "PIL.Image", "matplotlib", "scipy"):  # now, not after hours
+        need(package)
+    with _process_settings(config), processes(config.run.device) as parallel:
+        if parallel.first:
+            split = load_split(config.data)
+        parallel.wait()  # the first one renders or unpacks, if that is what loading takes
+        if not parallel.first:
+            split = load_split(config.data)
+        data = data_fingerprint(split.train)
+        if checkpoint is not None and state is not None:
+            check_resumable(state, checkpoint, config, data)
+        trainer = Trainer(config, split, parallel)
+        folder = parallel.everyone(_folder(config, checkpoint) if parallel.first else Path())[0]
+        if parallel.first:
+            replace_text(folder / "config.yaml", to_yaml(config))
+        log = RunLog(
+            folder, every=config.run.log_every, steps=trainer.steps * config.optim.epochs, writes=parallel.first,
+            progress=progress, tensorboard=config.run.tensorboard,
+        )  # fmt: skip
+        # Each rank has its own dropout; a resumed one goes on with the one it had.
+        torch.manual_seed(config.run.seed + 1_000_003 * parallel.rank)
+        with log, StopSignals() as stop:
+            _Run(trainer, split, folder, log, stop, data).go(state, after_step)
+    return folder
+
+
+@contextmanager
+def _process_settings(config: Config) -> Iterator[None]:
+    """Seeds, threads and determinism of the process, put back afterwards."""
+    before, threads = random_state(), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    if config.run.deterministic:
+        # cuBLAS reads it when it starts, and is not deterministic without.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        torch.use_deterministic_algorithms(config.run.deterministic)
+        torch.backends.cudnn.benchmark = not config.run.deterministic
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        random.seed(config.run.seed)
+        np.random.seed(config.run.seed % 2**32)  # noqa: NPY002 - for what draws from the global generator
+        torch.manual_seed(config.run.seed)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.set_num_threads(threads)
+        set_random_state(before)
+
+
+def _folder(config: Config, checkpoint: Path | None) -> Path:
+    """The run's folder, which is there afterwards."""
+    if checkpoint is not None:
+        return checkpoint.resolve().parent.parent
+    if config.run.out is None:
+        names = (f"{config.data.name}-{config.loss.metric}-{number:03}" for number in itertools.count(1))
+        folder = next(RUNS / name for name in names if not (RUNS / name).exists())
+    else:
+        folder = Path(config.run.out)
+        if (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"sn_ops.reid: run.out: expected a folder without a run, or --resume {folder} to go on with the one "
+                f"that is there, got {folder}"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class _Run:
+    """The loop over epochs, and what happens between them."""
+
+    def __init__(self, trainer: Trainer, split: Split, folder: Path, log: RunLog, stop: StopSignals, data: str) -> None:
+        self.trainer, self.split, self.folder, self.log, self.stop = trainer, split, folder, log, stop
+        self.data = data
+        self.config, self.parallel = trainer.config, trainer.parallel
+        self.last = folder / "checkpoints" / "last.pt"
+        self.best = -1.0  # mAP of best.pt
+        self.due = False  # an evaluation of the network as it is
+
+    def go(self, state: dict[str, Any] | None, after_step: Callable[[int], None] | None) -> None:
+        """From the beginning, or from the state of a checkpoint, to the report."""
+        from .evaluating import check_evaluation
+
+        check_evaluation(self.split)
+        trainer, total = self.trainer, self.config.optim.epochs
+        if state is not None:
+            self.best, self.due = float(state["best"]), bool(state["due"])
+            if not trainer.load(state):
+                self.log.say(
+                    f"The checkpoint is of {len(state['random'])} ranks, this run has {self.parallel.world}: random "
+                    "numbers of the network (dropout) begin anew."
+                )
+        self.log.start(trainer.step_number, None if state is None else state["log"])
+        while True:
+            if self.due:
+                self._evaluate(final=trainer.epoch == total)
+                self.due = False
+            if trainer.epoch == total:
+                return
+            self._epoch(after_step)
+            if self.due or trainer.epoch % self.config.run.checkpoint_every == 0:
+                self._save()
+
+    def _epoch(self, after_step: Callable[[int], None] | None) -> None:
+        """What is left of the epoch."""
+        trainer, every = self.trainer, self.config.eval.every
+        epoch = trainer.epoch
+        trainer.begin_epoch()
+        for batch in trainer.loader:
+            step = trainer.step(batch, self.folder, stop=bool(self.stop.name))
+            self.log.step(epoch + 1, trainer.step_number, step.lr, step.values)
+            if trainer.batch == 0:  # the epoch is over
+                self.due = trainer.epoch == self.config.optim.epochs or (every > 0 and trainer.epoch % every == 0)
+            if after_step is not None:
+                after_step(trainer.step_number)
+            if step.stop:
+                self._save()
+                raise StoppedError(self.stop.name or "a signal to another rank", self.last)
+
+    def _save(self) -> None:
+        state = self.trainer.state()  # on every rank
+        if self.parallel.first:
+            state |= {"data": self.data, "log": self.log.state(), "best": self.best, "due": self.due}
+            save_checkpoint(self.last, state, self.config)
+        self.parallel.wait()
+
+    def _evaluate(self, *, final: bool) -> None:
+        """Scores of the network as it is; at the end the files about them."""
+        if self.parallel.first:
+            before = random_state()
+            with self.stop.at_once(self.last):
+                self._score(final)
+            set_random_state(before)
+        self.parallel.wait()
+
+    def _score(self, final: bool) -> None:
+        from .evaluating import evaluate_model, scores_record
+        from .reporting import write_run_report
+
+        trainer, device = self.trainer, self.parallel.device
+        asked = None if final else False  # None: what the configuration says
+        scores = evaluate_model(trainer.model, self.split, self.config, device=device, rerank=asked, multi_query=asked)
+        name, single = next(iter(scores.items()))
+        numbers = single.as_dict()
+        self.log.write({"epoch": trainer.epoch, "step": trainer.step_number, **numbers})
+        self.log.say(
+            f"epoch {trainer.epoch}, {name}: mAP ({single.average_precision}) {100 * single.mAP:.2f} %, "
+            f"rank-1 {100 * numbers['rank1']:.2f} %"
+        )
+        if single.mAP > self.best:
+            self.best = single.mAP
+            save_checkpoint(self.last.with_name("best.pt"), trainer.network_state(), self.config)
+        if final:
+            replace_json(self.folder / "scores.json", scores_record(scores, self.split))
+            write_run_report(
+                self.folder, checkpoint="last", model=trainer.model, split=self.split, scores=scores, device=device
+            )

@@ -1,0 +1,266 @@
+"""A trained network on a split: features once, then every score that was asked for, each under a name that says what
+it is. Scores of rendered pedestrians are named synthetic, wherever they go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .config import Config
+from .data.loading import eval_transform
+from .data.records import Sample, Split
+from .embed import embed_images, image_files
+from .evaluation import ReRank, Scores, evaluate, evaluate_with_distractors, multi_query_features
+from .evaluation.metrics import AveragePrecision
+from .report import Embedded
+
+Tick = Callable[[int], None]
+Embedder = Callable[[Sequence[Path]], Tensor]
+"""From image files to unit rows, float32 `[n, D]` on the CPU."""
+
+
+@dataclass(frozen=True)
+class EmbeddedSplit:
+    """The test part of a split and its features."""
+
+    query: Embedded
+    gallery: Embedded
+    multi: Embedded | None = None
+    """Images that multiple query averages; None where it was not asked for."""
+
+
+def network_embedder(
+    model: nn.Module,
+    config: Config,
+    *,
+    device: torch.device | str | None = None,
+    workers: int | None = None,
+    tick: Tick | None = None,
+) -> Embedder:
+    """`embed_images` with the image size, batch size and normalisation that a configuration says.
+
+    Args:
+        model: maps `[n, 3, height, width]` to `[n, D]` in eval mode.
+        config: its `data` has the image size, its `eval` the batch size.
+        device: where to compute; default: where the model is.
+        workers: processes that read images; default: `config.data.workers`.
+        tick: told the number of images after each batch.
+    """
+    transform = eval_transform(config.data)
+
+    def embed(paths: Sequence[Path]) -> Tensor:
+        return embed_images(
+            model,
+            paths,
+            transform,
+            batch_size=config.eval.batch_size,
+            device=device,
+            workers=config.data.workers if workers is None else workers,
+            tick=tick,
+        )
+
+    return embed
+
+
+def check_evaluation(split: Split) -> None:
+    """What would only fail once the network is trained.
+
+    Raises:
+        ValueError: no query, or an empty gallery.
+    """
+    for name, samples in (("query", split.query), ("gallery", split.gallery)):
+        if not samples:
+            raise ValueError(f"sn_ops.reid: {name}: expected at least one image in {split.name}, got none")
+
+
+def _need_multi(split: Split) -> None:
+    if not split.multi:
+        raise ValueError(
+            f"sn_ops.reid: multiple query: expected a data set with several images of a query (Market-1501 has them "
+            f"in gt_bbox), got none in {split.name}"
+        )
+
+
+def embed_split(embed: Embedder, split: Split, *, multi_query: bool = False) -> EmbeddedSplit:
+    """Features of a split's queries, gallery and, for multiple query, the further images of its queries.
+
+    Raises:
+        ValueError: multi_query without images for it.
+        OSError: a file is missing or not an image.
+    """
+    if multi_query:
+        _need_multi(split)
+
+    def part(samples: Sequence[Sample]) -> Embedded:
+        return Embedded(samples, embed([sample.path for sample in samples]))
+
+    return EmbeddedSplit(part(split.query), part(split.gallery), part(split.multi) if multi_query else None)
+
+
+def label(split: Split, name: str) -> str:
+    """The name under which a score of this split is shown."""
+    return f"{name} (synthetic)" if split.synthetic else name
+
+
+def score_split(
+    embedded: EmbeddedSplit, split: Split, config: Config, *, rerank: bool, device: torch.device | str = "cpu"
+) -> dict[str, Scores]:
+    """Scores of the features, by name; "single query" is the first.
+
+    Args:
+        embedded: of `embed_split`; with multiple query where it has the images.
+        split: what it is of.
+        config: its `eval` has the definition of average precision and the length of the CMC.
+        rerank: also by k-reciprocal encoding, k1 = 20, k2 = 6, lambda = 0.3.
+        device: where distances are computed.
+
+    Raises:
+        ValueError: no query with a match.
+    """
+    query, gallery = embedded.query, embedded.gallery
+    rows = gallery.features.to(device)
+    features = {"single query": query.features}
+    if embedded.multi is not None:
+        multi = embedded.multi
+        features["multiple query"] = multi_query_features(
+            query.ids, query.cameras, multi.features, multi.ids, multi.cameras
+        )
+    scores = {}
+    for suffix, constants in [("", None), *([(", re-ranked", ReRank())] if rerank else [])]:
+        for name, queries in features.items():
+            scores[label(split, name + suffix)] = evaluate(
+                queries.to(device),
+                query.ids,
+                query.cameras,
+                rows,
+                gallery.ids,
+                gallery.cameras,
+                max_rank=config.eval.max_rank,
+                average_precision=_definition(config),
+                rerank=constants,
+            )
+    return scores
+
+
+def _definition(config: Config) -> AveragePrecision:
+    return cast(AveragePrecision, config.eval.average_precision)
+
+
+def evaluate_model(
+    model: nn.Module,
+    split: Split,
+    config: Config,
+    *,
+    device: torch.device | str | None = None,
+    workers: int | None = None,
+    rerank: bool | None = None,
+    multi_query: bool | None = None,
+    tick: Tick | None = None,
+) -> dict[str, Scores]:
+    """Scores of a network on a split, by name; the first is that of single query.
+
+    Args:
+        model: maps `[n, 3, height, width]` to `[n, D]` in eval mode; left in the mode it was in.
+        split: queries, gallery, images for multiple query.
+        config: image size, batch size, definition of average precision.
+        device, workers, tick: as `network_embedder`.
+        rerank, multi_query: also these; default: as `config.eval` says, multiple query where the split has images
+            for it.
+
+    Raises:
+        ValueError: multiple query without images for it; no query with a match.
+        OSError: a file is missing or not an image.
+    """
+    embed = network_embedder(model, config, device=device, workers=workers, tick=tick)
+    if multi_query is None:
+        multi_query = config.eval.multi_query and bool(split.multi)
+    embedded = embed_split(embed, split, multi_query=multi_query)
+    if device is None:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return score_split(embedded, split, config, rerank=config.eval.rerank if rerank is None else rerank, device=device)
+
+
+def score_distractors(
+    embedded: EmbeddedSplit,
+    embed: Embedder,
+    folder: Path,
+    config: Config,
+    *,
+    device: torch.device | str = "cpu",
+) -> list[Scores]:
+    """Scores of single query with more and more images of a folder in the gallery, as people whom no query asks for.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image in it.
+        OSError: a file is not an image.
+    """
+    query, gallery = embedded.query, embedded.gallery
+    return evaluate_with_distractors(
+        query.features.to(device),
+        query.ids,
+        query.cameras,
+        gallery.features.to(device),
+        gallery.ids,
+        gallery.cameras,
+        embed(image_files(folder)).to(device),
+        max_rank=config.eval.max_rank,
+        average_precision=_definition(config),
+    )
+
+
+def baseline_scores(split: Split, config: Config, tick: Tick | None = None) -> dict[str, Scores]:
+    """What colour histograms reach on a split without any training, by name."""
+    from .baseline import colour_histograms  # nothing else needs it
+
+    embedded = embed_split(lambda paths: colour_histograms(paths, tick=tick), split)
+    (score,) = score_split(embedded, split, config, rerank=False).values()
+    return {label(split, "colour histograms"): score}
+
+
+def scores_record(scores: Mapping[str, Scores], split: Split) -> dict[str, Any]:
+    """Scores as plain values for a JSON file: the data set, whether it is synthetic, which definition `mAP` is, and
+    the numbers of each score, fractions of 1, with the whole CMC.
+    """
+    return {
+        "data": split.name,
+        "synthetic": split.synthetic,
+        "scores": {
+            name: {
+                "average_precision": score.average_precision,
+                "mAP": score.mAP,
+                **score.as_dict(),
+                "cmc": [float(value) for value in score.cmc],
+            }
+            for name, score in scores.items()
+        },
+    }
+
+
+def show_scores(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """The "scores" of `scores_record` as a table in per cent, and which definition of mAP was asked for."""
+    width = max(map(len, scores))
+    columns = {
+        "mAP_standard": "mAP standard", "mAP_market": "mAP market", "mINP": "mINP", "rank1": "rank-1",
+        "rank5": "rank-5", "rank10": "rank-10",
+    }  # fmt: skip
+    heads = [*columns.values(), "queries", "gallery"]
+    lines = [" " * width + "".join(f"{head:>{len(head) + 2}}" for head in heads)]
+    for name, values in scores.items():
+        cells = [f"{100 * values[key]:.2f}" if key in values else "" for key in columns]
+        cells += [str(values["queries"]), str(values["gallery"])]
+        lines.append(f"{name:<{width}}" + "".join(f"{c:>{len(h) + 2}}" for c, h in zip(cells, heads, strict=True)))
+    chosen = next(iter(scores.values()))["average_precision"]
+    lines.append(
+        f"Per cent. The mAP of this run is the {chosen} one (standard: mean precision at the matches; market: area "
+        "under the curve, as the official Market-1501 code)."
+    )
+    skipped = max(values["skipped"] for values in scores.values())
+    if skipped:
+        lines.append(f"{skipped} queries without a match under another camera are not counted.")
+    return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""Fields of a configuration: what they may be, where their values come from as text, and what is wrong with one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be: an unknown field, a value that is not allowed, fields that do not go together."""
+
+
+def option(
+    default: Any,
+    about: str,
+    *,
+    choices: Sequence[str] = (),
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A field with its help, and what is allowed: one of `choices`, `>= least`, `> above`, `<= most`."""
+    metadata = {"about": about, "choices": tuple(choices), "least": least, "above": above, "most": most}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def wrong(key: str, expected: str, value: object) -> ConfigError:
+    """The error for a value that is not what was expected."""
+    return ConfigError(f"sn_ops.reid: {key}: expected {expected}, got {value!r} of type {type(value).__name__}")
+
+
+def _split(hint: Any) -> tuple[type[Any], bool]:
+    """The type of a field, and whether it may be None."""
+    if isinstance(hint, types.UnionType):
+        return next(kind for kind in hint.__args__ if kind is not type(None)), True
+    return typing.get_origin(hint) or hint, False
+
+
+def coerce(hint: Any, value: Any) -> Any:
+    """What YAML writes differently: an int for a float, and 5e-5, which YAML 1.1 takes for text."""
+    kind, _ = _split(hint)
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            return value  # `check` names the field
+    return value
+
+
+def parse(key: str, hint: Any, text: str) -> Any:
+    """The value that a command line's text stands for.
+
+    Raises:
+        ConfigError: not a value of the field's type.
+    """
+    kind, optional = _split(hint)
+    if optional and text.lower() in ("none", "null"):
+        return None
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise wrong(key, "true or false", text)
+        return text.lower() == "true"
+    if kind is dict:
+        value = guess(text)
+        if not isinstance(value, dict):
+            raise wrong(key, 'a JSON object such as {"version": "V2"}', text)
+        return value
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise wrong(key, _describe(hint), text) from error
+
+
+def guess(text: str) -> Any:
+    """JSON where it is JSON, text otherwise."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _describe(hint: Any) -> str:
+    kind, optional = _split(hint)
+    name = {int: "an int", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}[kind]
+    return f"{name} or none" if optional else name
+
+
+def check(key: str, item: dataclasses.Field[Any], hint: Any, value: Any) -> None:
+    """Raises unless the field may have the value.
+
+    Raises:
+        ConfigError: another type, or outside of what `option` allows.
+    """
+    kind, optional = _split(hint)
+    if value is None and optional:
+        return
+    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise wrong(key, _describe(hint), value)
+    limits = item.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        raise wrong(key, f"one of {', '.join(map(repr, limits['choices']))}", value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise wrong(key, "a finite number", value)
+    if limits["least"] is not None and value < limits["least"]:
+        raise wrong(key, f"at least {limits['least']}", value)
+    if limits["above"] is not None and value <= limits["above"]:
+        raise wrong(key, f"more than {limits['above']}", value)
+    if limits["most"] is not None and value > limits["most"]:
+        raise wrong(key, f"at most {limits['most']}", value)

@@ -1,0 +1,224 @@
+"""What a run consists of, and one step of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .accumulate import backward_in_chunks
+from .checkpoint import random_state, set_random_state
+from .config import Config
+from .data.loading import ReIDImages, make_loader, train_transform
+from .data.records import Split
+from .data.sampler import IdentitySampler
+from .fields import wrong
+from .losses import build_losses
+from .memory import Memory
+from .models import build_model
+from .parallel import Parallel
+from .schedule import learning_rate
+from .stopping import outlive_stop_signals, report_nonfinite
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Step(NamedTuple):
+    """What a step gave."""
+
+    lr: float
+    values: dict[str, float]
+    """"loss" first, its terms, the metric term's statistics, "gradient_norm"; the same on every rank."""
+    stop: bool
+    """Some rank was asked to stop."""
+
+
+class Trainer:
+    """Network, losses, optimiser, scaler, sampler and memory of a run, at a position in it.
+
+    The position is (`epoch`, `batch`): finished epochs, and finished batches of the one that is under way.
+
+    Args:
+        config: of the run.
+        split: the data set.
+        parallel: this process among those of the run.
+
+    Raises:
+        ValueError: options that the parts refuse, or a batch that cannot be divided as asked.
+        OSError, ImportError: weights that are missing, or a package.
+    """
+
+    def __init__(self, config: Config, split: Split, parallel: Parallel) -> None:
+        self.config, self.parallel = config, parallel
+        data, optim = config.data, config.optim
+        identities = split.identities()
+        self.images = ReIDImages(split.train, train_transform(data), identities, seed=config.run.seed)
+        self.sampler = IdentitySampler(
+            self.images.labels, self.images.cameras, data.identities, data.images, seed=config.run.seed,
+            camera_balanced=data.camera_balanced, rank=parallel.rank, world=parallel.world,
+        )  # fmt: skip
+        self.steps = self.sampler.batches  # of an epoch
+        smallest = len(identities) // self.steps // parallel.world * data.images
+        if optim.accumulate > smallest:
+            raise wrong("optim.accumulate", f"at most the {smallest} images of a rank's batch", optim.accumulate)
+        self.loader = make_loader(
+            self.images, sampler=self.sampler, workers=data.workers, pin_memory=parallel.device.type == "cuda"
+        )
+        self.loader.worker_init_fn = outlive_stop_signals
+        self.num_identities = len(identities) if config.loss.identity > 0 else 0
+        self.model = build_model(config.model, self.num_identities)
+        self.network = parallel.wrap(self.model, sync=config.run.sync_batchnorm)
+        self.losses = build_losses(config.loss)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = _optimizer(self.parameters, config)
+        self.scaler = torch.amp.GradScaler(parallel.device.type, enabled=optim.amp == "fp16")
+        self.memory = Memory(config.loss.memory) if config.loss.memory else None
+        self.epoch = self.batch = 0
+
+    def begin_epoch(self) -> None:
+        """Lets the loader and augmentation begin where the position is."""
+        self.images.set_epoch(self.epoch)
+        self.sampler.set_epoch(self.epoch, self.batch)
+        self.network.train()
+
+    @property
+    def step_number(self) -> int:
+        """Steps that are done, over the whole run."""
+        return self.epoch * self.steps + self.batch
+
+    def step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], folder: Path, *, stop: bool) -> Step:
+        """Takes a batch of the loader: forward, backward, a step of the optimiser; moves the position on.
+
+        Args:
+            batch: images float32 `[n, 3, H, W]`, labels, cameras and indices int64 `[n]`.
+            folder: where a report goes.
+            stop: this process was asked to stop.
+
+        Raises:
+            NonFiniteLossError: the loss, or without a scaler a gradient, is NaN or infinite on any rank. Nothing has
+                changed but the gradients.
+        """
+        optim, parallel = self.config.optim, self.parallel
+        images, labels, _, indices = (tensor.to(parallel.device, non_blocking=True) for tensor in batch)
+        if parallel.device.type == "cuda":
+            images = images.contiguous(memory_format=torch.channels_last)
+        lr = learning_rate(optim, self.epoch, self.batch, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+
+        everyones_indices = indices if self.memory is None else parallel.rows(indices)
+        bank = None if self.memory is None else self.memory.candidates(everyones_indices)
+
+        def loss_of(embedding: Tensor, logits: Tensor | None) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+            loss, values = self._loss(embedding, logits, labels, bank)
+            return self.scaler.scale(loss), (embedding.detach(), values)
+
+        embedding, tensors = backward_in_chunks(self.network, images, optim.accumulate, loss_of, self._autocast)
+        self.scaler.unscale_(self.optimizer)
+        tensors["gradient_norm"] = self._gradient_norm()
+
+        # One wait for the device a step.
+        values = dict(zip(tensors, torch.stack([v.double() for v in tensors.values()]).tolist(), strict=True))
+        # A scaler skips steps with infinite gradients by itself, and lowers the scale.
+        checked = {name: v for name, v in values.items() if name != "gradient_norm" or not self.scaler.is_enabled()}
+        bad = not all(abs(value) < float("inf") for value in checked.values())
+        flags = parallel.sum(torch.tensor([float(stop), float(bad)], device=parallel.device)).tolist()
+        if flags[1]:
+            raise report_nonfinite(
+                folder, rank=parallel.rank, position={"epoch": self.epoch + 1, "step": self.step_number + 1},
+                values=checked, samples=[self.images.samples[i] for i in indices.tolist()], embedding=embedding,
+                model=self.model,
+            )  # fmt: skip
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.memory is not None:
+            self.memory.push(parallel.rows(embedding), parallel.rows(labels), everyones_indices)
+        self.batch += 1
+        if self.batch == self.steps:
+            self.epoch, self.batch = self.epoch + 1, 0
+        return Step(lr, values, flags[0] > 0)
+
+    def _loss(
+        self, embedding: Tensor, logits: Tensor | None, labels: Tensor, bank: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise, and what is to be shown of it."""
+        loss, group = self.config.loss, self.parallel.group
+        candidates, candidate_labels = bank if bank is not None else (None, None)
+        if bank is not None and group is None:
+            # The batch first, with its gradients; with a group the losses put it there themselves.
+            candidates, candidate_labels = torch.cat([embedding, bank[0]]), torch.cat([labels, bank[1]])
+        metric, stats = self.losses.metric(
+            embedding, labels, candidates=candidates, candidate_labels=candidate_labels,
+            self_index=0 if bank is not None and group is None else None, group=group,
+        )  # fmt: skip
+        total = loss.metric_weight * metric
+        values = {"metric": metric.detach(), **stats}
+        if self.losses.identity is not None and logits is not None:
+            identity, stats = self.losses.identity(logits, labels, group=group)
+            total = total + loss.identity * identity
+            values |= {"identity": identity.detach(), **stats}
+        return total, {"loss": total.detach(), **values}
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        half = _HALF.get(self.config.optim.amp)
+        return contextlib.nullcontext() if half is None else torch.autocast(self.parallel.device.type, half)
+
+    def _gradient_norm(self) -> Tensor:
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.config.optim.clip > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.optim.clip, norm)
+        return norm
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def network_state(self) -> dict[str, Any]:
+        """What a checkpoint needs for using the network."""
+        return {
+            "num_identities": self.num_identities,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "model": self.model.state_dict(),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs for going on. To be called on every rank.
+
+        The learning rate, the sampler and augmentation are functions of the seed and the position.
+        """
+        return {
+            **self.network_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "memory": None if self.memory is None else self.memory.state_dict(),
+            "random": self.parallel.everyone(random_state()),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> bool:
+        """Goes on from the state of a checkpoint.
+
+        Returns:
+            False if the run has another number of ranks now, so that generators (of dropout and the like) begin anew.
+        """
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.memory is not None:
+            self.memory.load_state_dict(state["memory"], self.parallel.device)
+        self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
+        if len(state["random"]) != self.parallel.world:
+            return False
+        set_random_state(state["random"][self.parallel.rank])
+        return True
+
+
+def _optimizer(parameters: list[nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    optim = config.optim
+    if optim.name == "sgd":
+        return torch.optim.SGD(parameters, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+    kind = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
+    return kind(parameters, optim.lr, weight_decay=optim.weight_decay)

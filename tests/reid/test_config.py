@@ -1,0 +1,143 @@
+"""Configuration: YAML, overrides, what is refused; presets against the recipe; the learning rate."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from sn_ops.reid.config import Config, OptimConfig, from_dict, from_yaml, keys, to_dict, to_yaml
+from sn_ops.reid.fields import ConfigError
+from sn_ops.reid.presets import PRESETS, about, preset
+from sn_ops.reid.schedule import learning_rate
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
+    config = preset(name).override("data.options.version=V2", "model.dim=64", "loss.margin=none")
+    to_yaml(config, tmp_path / "config.yaml")
+    assert from_yaml(tmp_path / "config.yaml") == config
+    assert from_dict(to_dict(config)) == config
+
+
+def test_yaml_gives_some_fields(tmp_path: Path) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text("optim: {lr: 5e-5, epochs: 3, warmup_epochs: 1}\nmodel: {dim: 32}\n")
+    config = from_yaml(file)  # 5e-5 is text to YAML 1.1
+    assert config.optim.lr == 5e-5 and config.optim.epochs == 3 and config.model.dim == 32
+    assert config.loss == Config().loss
+    file.write_text("")
+    assert from_yaml(file) == Config()
+
+
+def test_overrides() -> None:
+    config = Config().override(
+        "loss.k=8",
+        "optim.lr=5e-5",
+        "model.neck=true",
+        "loss.identity=1",
+        "data.options.quick=true",
+        "model.weights=a=b",
+    )
+    assert config.loss.k == 8 and config.optim.lr == 5e-5 and config.model.neck and config.loss.identity == 1.0
+    assert config.data.options == {"quick": True} and config.model.weights == "a=b"
+    assert Config().data.options == {} and Config().loss.k == 10
+    assert config.override("data.options={}", "model.weights=none").data.options == {}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("loss.q=1", r"expected one of loss\.metric, .*loss\.k.* got 'loss\.q'"),
+        ("los.k=1", r"expected one of data\.name.*eval\.every.* got 'los\.k'"),
+        ("loss", "expected section.field=value"),
+        ("loss=1", "got 'loss'"),
+        ("loss.k=2.5", r"loss\.k: expected an int, got '2.5'"),
+        ("loss.k=0", r"loss\.k: expected at least 1, got 0"),
+        ("loss.alpha=0", r"loss\.alpha: expected more than 0"),
+        ("optim.lr=nan", r"optim\.lr: expected a finite number"),
+        ("loss.squeeze=wide", r"loss\.squeeze: expected one of 'span', 'support', 'nearest', 'none', 'pair'"),
+        ("model.neck=perhaps", r"model\.neck: expected true or false"),
+        ("model.neck=true", r"model\.neck: expected loss\.identity > 0"),
+        ("loss.metric=none", "expected a metric term or an identity loss"),
+        ("loss.metric_weight=0", "expected a metric term or an identity loss"),
+        ("data.options=V2", r"data\.options: expected a JSON object"),
+        ("data.flip=1.5", r"data\.flip: expected at most 1"),
+        ("optim.warmup_epochs=1000", r"optim\.warmup_epochs: expected at most optim\.epochs"),
+        ("optim.accumulate=65", r"optim\.accumulate: expected at most the 64 images"),
+    ],
+)
+def test_refused(assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        Config().override(assignment)
+    assert str(caught.value).startswith("sn_ops.reid: ")
+
+
+def test_refused_in_files(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    for text, message in [
+        ("loss: {k: many}", r"loss\.k: expected an int"),
+        ("loss: {k: true}", r"loss\.k: expected an int"),
+        ("loss: {alpha: wide}", r"loss\.alpha: expected a number"),
+        ("loss: 3", "loss: expected a mapping"),
+        ("[1, 2]", "expected a mapping with sections"),
+        ("speed: {k: 1}", "got 'speed'"),
+        ("loss: {k: [", "expected YAML"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            from_yaml(file)
+
+
+def test_help_for_every_field() -> None:
+    assert all(text for text in keys().values())
+    assert all(about(name) for name in PRESETS)
+    with pytest.raises(ConfigError, match="expected one of 'default'"):
+        preset("best")
+
+
+def test_fingerprint() -> None:
+    config = Config()
+    assert config.fingerprint() == Config().fingerprint()
+    for free in ("run.out=x", "run.threads=1", "data.root=x", "data.workers=0", "run.log_every=3", "eval.every=1"):
+        assert config.override(free).fingerprint() == config.fingerprint(), free
+    for key in ("loss.k=8", "run.seed=1", "optim.epochs=41", "data.options.quick=true", "model.dim=8"):
+        assert config.override(key).fingerprint() != config.fingerprint(), key
+
+
+def test_the_papers_recipe() -> None:
+    """Every value of the authors' recipe."""
+    config = preset("paper")
+    assert (config.model.name, config.model.weights, config.model.last_stride) == ("resnet50", "imagenet", 1)
+    assert config.model.dim is None and not config.model.neck and config.loss.normalize
+    assert (config.data.height, config.data.width) == (256, 128)
+    assert (config.data.flip, config.data.pad, config.data.erase) == (0.5, 0, 0.0)
+    assert (config.data.identities, config.data.images) == (32, 4)
+    assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("adam", 5e-5, 5e-4)
+    assert (config.optim.epochs, config.optim.warmup_epochs, config.optim.amp) == (800, 0, "off")
+    assert (config.loss.metric, config.loss.alpha, config.loss.k, config.loss.weight) == ("sn", 50, 10, 0.1)
+    assert (config.loss.identity, config.loss.metric_weight) == (0, 1)
+    for epoch in range(1, 801):
+        wanted = 5e-5 if epoch <= 75 else 5e-5 * 0.001 ** ((epoch + 1 - 76) / (800 + 1 - 76))
+        assert learning_rate(config.optim, epoch - 1, 5, 24) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_the_present_day_preset() -> None:
+    config = preset("modern")
+    assert config.model.neck and config.loss.identity == 1 and config.loss.label_smoothing == 0.1
+    assert config.data.erase == 0.5 and config.optim.amp == "bf16" and config.loss.metric == "sn"
+    assert config.optim.schedule == "cosine" and config.optim.warmup_epochs == 10
+
+
+def test_warm_up_and_cosine() -> None:
+    optim = OptimConfig(lr=2.0, epochs=10, schedule="cosine", decay_floor=0.01, warmup_epochs=2, warmup_start=0.1)
+    rates = [learning_rate(optim, epoch, step, 4) for epoch in range(10) for step in range(4)]
+    assert rates[0] == pytest.approx(0.2) and rates[4] == pytest.approx(1.1) and rates[8] == pytest.approx(2.0)
+    assert rates[:9] == sorted(rates[:9]) and rates[8:] == sorted(rates[8:], reverse=True)
+    assert rates[24] == pytest.approx(2.0 * (0.01 + 0.99 / 2))  # half of the way
+    assert learning_rate(optim, 10, 0, 4) == pytest.approx(0.02)
+    constant = dataclasses.replace(optim, schedule="constant")
+    assert learning_rate(constant, 9, 3, 4) == 2.0
+    short = dataclasses.replace(optim, schedule="paper", warmup_epochs=0.0)
+    assert {learning_rate(short, epoch, 0, 4) for epoch in range(10)} == {2.0}  # ends before the decay starts

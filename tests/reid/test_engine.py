@@ -1,0 +1,406 @@
+"""Whole runs on a few images: what they leave behind, stopping and going on, large batches, broken batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reid_tiny import metrics, tiny_config, write_market
+from sn_ops.reid.accumulate import backward_in_chunks
+from sn_ops.reid.checkpoint import load_checkpoint, random_state
+from sn_ops.reid.config import Config, from_yaml
+from sn_ops.reid.engine import EXIT_NONFINITE, EXIT_STOPPED, NonFiniteLossError, StoppedError, train
+from sn_ops.reid.logs import RunLog
+from sn_ops.reid.memory import Memory
+from sn_ops.reid.models import Output
+from sn_ops.reid.stopping import StopSignals
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set."""
+    return write_market(tmp_path_factory.mktemp("market"))
+
+
+@pytest.fixture(scope="module")
+def whole(market: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts."""
+    return train(tiny_config(market, tmp_path_factory.mktemp("whole") / "run"), progress=False)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal to the last bit, through dicts and lists."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+def training(run: Path) -> dict[str, Any]:
+    """The state of training at the end of a run."""
+    state = load_checkpoint(run / "checkpoints" / "last.pt")
+    return {key: state[key] for key in ("model", "optimizer", "scaler", "memory", "random", "epoch", "batch", "best")}
+
+
+def stopping(step: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
+    """A hook that sends this process a signal after a step."""
+    return lambda done: os.kill(os.getpid(), number) if done == step else None
+
+
+# ---- a run --------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves(whole: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "scores.json", "report.html", "checkpoints/last.pt",
+                 "checkpoints/best.pt"):  # fmt: skip
+        assert (whole / name).is_file(), name
+    assert not list(whole.rglob("*.part"))
+    records = metrics(whole)
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == [2, 4, 6, 8]
+    assert all({"lr", "metric", "valid_anchors", "nearest_is_positive", "gradient_norm"} <= set(r) for r in steps)
+    assert [record["epoch"] for record in records if "rank1" in record] == [2, 3]
+    assert from_yaml(whole / "config.yaml").run.out == str(whole)
+    assert json.loads((whole / "scores.json").read_text())["scores"]["single query"]["queries"] == 4
+    best = load_checkpoint(whole / "checkpoints" / "best.pt")
+    assert best["num_identities"] == 0 and "optimizer" not in best
+
+
+def test_process_is_as_it_was(market: Path, tmp_path: Path) -> None:
+    before, threads = random_state(), torch.get_num_threads()
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(StoppedError):
+        train(tiny_config(market, tmp_path / "run"), progress=False, after_step=stopping(1))
+    assert same(random_state(), before) and torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+# ---- stopping and going on ----------------------------------------------------------------------
+
+
+class Restless(nn.Module):
+    """A network with everything that has a state beside its weights: dropout and batch norm; quick."""
+
+    def __init__(self, identities: int, *, norm: bool = True, dropout: float = 0.3) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.ReLU(), nn.Dropout(dropout),
+            nn.AvgPool2d((4, 6)), nn.Flatten(), nn.Linear(24, 16),
+        )  # fmt: skip
+        self.classifier = nn.Linear(16, identities) if identities else None
+
+    def forward(self, images: Tensor) -> Output | Tensor:
+        embedding = self.body(images)
+        if not self.training:
+            return embedding
+        return Output(embedding, None if self.classifier is None else self.classifier(embedding))
+
+
+@pytest.fixture
+def restless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are of `Restless`, and write no report, which takes longer than they do."""
+    monkeypatch.setattr("sn_ops.reid.trainer.build_model", lambda config, identities: Restless(identities))
+    monkeypatch.setattr("sn_ops.reid.reporting.write_run_report", lambda *args, **options: None)
+
+
+VARIANTS = {
+    "plain": (),
+    "everything": ("loss.memory=12", "loss.identity=1", "data.pad=2", "optim.accumulate=2", "optim.clip=1",
+                   "data.camera_balanced=true", "optim.amp=bf16"),
+    "fp16": ("optim.amp=fp16", "optim.name=sgd", "optim.lr=0.01", "data.workers=1"),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stop_and_go_on(market: Path, tmp_path: Path, variant: str) -> None:
+    """Stopped in an epoch, at the end of one, before an evaluation and again: bit for bit the run without a stop."""
+    wanted = train(tiny_config(market, tmp_path / "wanted", *VARIANTS[variant]), progress=False)
+    config: Config | None = tiny_config(market, tmp_path / "run", *VARIANTS[variant])
+    run: Path | None = None
+    for step in (1, 3, 5, 7):
+        torch.rand(step)  # whatever the process did before
+        with pytest.raises(StoppedError, match="SIGTERM") as caught:
+            train(config, resume=run, progress=False, after_step=stopping(step))
+        config, run = None, caught.value.checkpoint.parent.parent
+        state = load_checkpoint(run / "checkpoints" / "last.pt")
+        assert 3 * state["epoch"] + state["batch"] == step + 1 or state["due"]
+    assert run is not None and train(resume=run, progress=False) == tmp_path / "run"
+    assert same(training(run), training(wanted))
+    assert metrics(run) == metrics(wanted)
+    assert (run / "scores.json").read_text() == (wanted / "scores.json").read_text()
+
+
+@pytest.mark.usefixtures("restless")
+def test_killed_without_a_chance(market: Path, tmp_path: Path) -> None:
+    """What was logged after the checkpoint is cut off, and the run is the same again."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(step: int) -> None:
+        if step == 8:
+            raise Killed
+
+    wanted = train(tiny_config(market, tmp_path / "wanted"), progress=False)
+    with pytest.raises(Killed):
+        train(tiny_config(market, tmp_path / "run"), progress=False, after_step=kill)
+    assert len(metrics(tmp_path / "run")) == 5  # four of steps, one evaluation
+    train(resume=tmp_path / "run", progress=False)
+    assert same(training(tmp_path / "run"), training(wanted)) and metrics(tmp_path / "run") == metrics(wanted)
+
+
+@pytest.mark.usefixtures("restless")
+def test_a_signal_while_evaluating(market: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing to wait for: the checkpoint is there."""
+    from sn_ops.reid import evaluating
+
+    evaluate = evaluating.evaluate_model
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the signal should have ended it")
+
+    wanted = train(tiny_config(market, tmp_path / "wanted"), progress=False)
+    monkeypatch.setattr(evaluating, "evaluate_model", interrupted)
+    with pytest.raises(StoppedError, match="SIGINT"):
+        train(tiny_config(market, tmp_path / "run"), progress=False)
+    monkeypatch.setattr(evaluating, "evaluate_model", evaluate)
+    train(resume=tmp_path / "run", progress=False)
+    assert same(training(tmp_path / "run"), training(wanted)) and metrics(tmp_path / "run") == metrics(wanted)
+
+
+def test_second_signal_acts_at_once() -> None:
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_exit_status(market: Path, tmp_path: Path) -> None:
+    """A process of its own, and a signal from outside."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+        from reid_tiny import tiny_config
+        from sn_ops.reid.engine import StoppedError, train
+
+        config = tiny_config({str(market)!r}, {str(tmp_path / "run")!r}, "optim.epochs=1000", "eval.every=0",
+                             "data.workers=1", "run.checkpoint_every=1000")
+        try:
+            train(config, progress=False, after_step=lambda step: print(step, flush=True))
+        except StoppedError as error:
+            print(error, file=sys.stderr)
+            sys.exit(error.exit_status)
+        """)
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    while process.stdout.readline() not in ("2\n", ""):
+        pass
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: the processes that read images too
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, error
+    assert "SIGTERM: the run has stopped and its checkpoint is written" in error and "--resume" in error
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert 3 * state["epoch"] + state["batch"] >= 2
+    assert EXIT_STOPPED != EXIT_NONFINITE
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+def test_refused(market: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a configuration or a run to resume"):
+        train()
+    with pytest.raises(ValueError, match="expected a folder without a run, or --resume"):
+        train(tiny_config(market, whole), progress=False)
+    with pytest.raises(FileNotFoundError, match="expected a run's folder or a checkpoint"):
+        train(resume=tmp_path / "nothing", progress=False)
+    with pytest.raises(ValueError, match=r"differs in loss\.k \(checkpoint: 10, this run: 9\)"):
+        train(tiny_config(market, whole, "loss.k=9"), resume=whole, progress=False)
+    with pytest.raises(ValueError, match="has the network alone"):
+        train(resume=whole / "checkpoints" / "best.pt", progress=False)
+    other = write_market(tmp_path / "other", train=7)
+    with pytest.raises(ValueError, match="expected the training images that"):
+        train(tiny_config(other, whole), resume=whole, progress=False)
+    with pytest.raises(ValueError, match=r"optim\.accumulate: expected at most the 12 images of a rank's batch"):
+        train(
+            tiny_config(market, tmp_path / "run", "data.identities=5", "optim.accumulate=18", "data.images=4"),
+            progress=False,
+        )
+
+
+@pytest.mark.usefixtures("restless")
+def test_nonfinite_loss(market: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stops before the optimiser's step and says which images were in the batch, and what was not finite."""
+
+    def broken(config: Any, identities: int) -> nn.Module:
+        network = Restless(identities)
+
+        def spoil(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output.index_fill(0, torch.tensor([2]), float("inf")) if network.training else output
+
+        network.body.register_forward_hook(spoil)
+        return network
+
+    monkeypatch.setattr("sn_ops.reid.trainer.build_model", broken)
+    config = tiny_config(market, tmp_path / "run")
+    with pytest.raises(NonFiniteLossError, match=r"loss nan.* in step 1 \(epoch 1\); 1 of 8 embeddings") as caught:
+        train(config, progress=False)
+    report = json.loads(caught.value.report.read_text())
+    assert (report["epoch"], report["step"], report["rank"]) == (1, 1, 0)
+    assert report["values"]["loss"] == "nan" and {"loss", "metric"} <= set(report["nonfinite_values"])
+    assert report["nonfinite_parameters"] == [] and "body.6.weight" in report["nonfinite_gradients"]
+    bad = [image for image in report["images"] if image["nonfinite_entries"]]
+    assert len(report["images"]) == 8 and bad == [report["images"][2]] and bad[0]["embedding_norm"] == "inf"
+    assert Path(bad[0]["path"]).is_file() and f"{bad[0]['pid']:04d}_c{bad[0]['camera'] + 1}" in bad[0]["path"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_log(tmp_path: Path) -> None:
+    """Means over a line's steps, going on in the midst of a line, values that overflow; TensorBoard has the same."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with RunLog(tmp_path, every=2, steps=4, progress=False, tensorboard=True) as log:
+        log.start(0, None)
+        for step, norm in ((1, float("inf")), (2, 4.0), (3, 1.0)):
+            log.step(1, step, 0.5, {"loss": float(step), "gradient_norm": norm})
+        state = log.state()
+        log.step(1, 4, 0.5, {"loss": 100.0})  # of a run that was killed
+    with RunLog(tmp_path, every=2, steps=4, progress=False, tensorboard=True) as log:
+        log.start(3, state)
+        log.step(2, 4, 0.25, {"loss": 5.0, "gradient_norm": 3.0})
+    assert metrics(tmp_path) == [
+        {"epoch": 1, "step": 2, "lr": 0.5, "loss": 1.5, "gradient_norm": 4.0},
+        {"epoch": 2, "step": 4, "lr": 0.25, "loss": 4.0, "gradient_norm": 2.0},
+    ]
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 1.5), (4, 4.0)]
+    silent = tmp_path / "other"
+    silent.mkdir()
+    with RunLog(silent, every=1, steps=4, writes=False, tensorboard=True) as log:
+        log.start(0, None)
+        log.step(1, 1, 0.5, {"loss": 1.0})
+    assert not list(silent.iterdir())
+
+
+# ---- large batches ------------------------------------------------------------------------------
+
+
+def gradients_of(network: nn.Module, images: Tensor, chunks: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
+    """A loss that no sum over chunks gives, and its gradients."""
+
+    def loss_of(embedding: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert logits is not None
+        near = torch.cdist(embedding, embedding + 0.1).min(1).values
+        loss = near.logsumexp(0) + logits.softmax(1).square().mean()
+        return loss, loss.detach()
+
+    network.zero_grad()
+    torch.manual_seed(seed)
+    loss = backward_in_chunks(network, images, chunks, loss_of)
+    return loss, [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 7, 100])
+def test_chunks_give_the_gradient_of_the_whole(chunks: int) -> None:
+    torch.manual_seed(0)
+    network = Restless(5, norm=False, dropout=0.0).double().train()
+    images = torch.randn(10, 3, 48, 24, dtype=torch.float64)
+    loss, wanted = gradients_of(network, images, 1)
+    chunked, found = gradients_of(network, images, chunks)
+    torch.testing.assert_close(chunked, loss, rtol=1e-6, atol=0)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)  # embeddings are collected in single precision
+
+
+def test_chunks_repeat_random_numbers_and_statistics() -> None:
+    """With dropout and batch norm: the gradients of the chunks' own forward, and one update of the statistics each."""
+    torch.manual_seed(0)
+    network = Restless(5).train()
+    images = torch.randn(8, 3, 48, 24)
+    norm = network.body[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    seen: list[Tensor] = []
+    handle = network.body.register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
+    gradients_of(network, images, 2)
+    handle.remove()
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and not torch.equal(seen[0], seen[1])
+    assert norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 2 and norm.track_running_stats
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    network(images[:4]), network(images[4:])
+    assert torch.equal(torch.rand(3), after)  # generators stand where one pass leaves them
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def test_memory_wraps_and_leaves_out_the_batch() -> None:
+    memory = Memory(5)
+    assert memory.candidates(torch.tensor([0])) is None
+
+    def rows(*images: int) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.tensor(images)
+        return index[:, None].float().expand(-1, 2), index * 10, index
+
+    memory.push(*rows(1, 2, 3))
+    memory.push(*rows(4, 5, 6))
+    found = memory.candidates(torch.tensor([5, 9]))
+    assert found is not None
+    assert found[0][:, 0].tolist() == [6, 2, 3, 4] and found[1].tolist() == [60, 20, 30, 40]  # 1 is overwritten
+    assert memory.candidates(torch.tensor([2, 3, 4, 5, 6])) is None
+    memory.push(*rows(*range(10, 20)))
+    found = memory.candidates(torch.tensor([0]))
+    assert found is not None and sorted(found[0][:, 0].tolist()) == [15, 16, 17, 18, 19]
+    again = Memory(5)
+    again.load_state_dict(memory.state_dict(), torch.device("cpu"))
+    copy = again.candidates(torch.tensor([0]))
+    assert copy is not None and torch.equal(copy[0], found[0])
+    with pytest.raises(ValueError, match="at least 1 row"):
+        Memory(0)
+
+
+@pytest.mark.usefixtures("restless")
+def test_memory_reaches_the_loss(market: Path, tmp_path: Path) -> None:
+    """The first step has none to look into, the second has."""
+    runs = {
+        rows: train(
+            tiny_config(market, tmp_path / rows, f"loss.memory={rows}", "optim.epochs=1", "run.log_every=1"),
+            progress=False,
+        )
+        for rows in ("0", "16")
+    }
+    without, with_memory = (metrics(run) for run in runs.values())
+    assert without[0] == with_memory[0]
+    assert without[1]["loss"] != with_memory[1]["loss"]

@@ -14,10 +14,11 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,6 +43,9 @@ class Machine:
     bandwidth: float  # bytes a second that a rank sends while it receives as many
     latency: float  # seconds until the first byte of a transfer arrives
     merge: float = 0.0  # ring: seconds to merge what a batch adds, an anchor
+    anchor: float = 0.0  # forward: seconds an anchor, however many the candidates
+    gather: tuple[float, float] = (0.0, 0.0)  # forward, backward: seconds of an empty call, all but the operators
+    ring: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def hops(world: int) -> int:
 
 
 def forward_call(m: Machine, p: Problem, candidates: int) -> float:
-    return m.call + p.rows * candidates * p.dims / m.pairs
+    return m.call + p.rows * (m.anchor + candidates * p.dims / m.pairs)
 
 
 def backward_call(m: Machine, p: Problem, candidates: int, edges: float) -> float:
@@ -80,7 +84,8 @@ def gather_seconds(m: Machine, p: Problem, world: int) -> tuple[float, float]:
     forward = small + hops(world) * m.latency + sent * p.row_bytes / m.bandwidth
     forward += forward_call(m, p, world * p.rows)
     backward = hops(world) * m.latency + sent * p.dims * p.element / m.bandwidth
-    return forward, backward + backward_call(m, p, world * p.rows, p.k + 2)
+    backward += backward_call(m, p, world * p.rows, p.k + 2)
+    return m.gather[0] + forward, m.gather[1] + backward
 
 
 def ring_seconds(m: Machine, p: Problem, world: int) -> tuple[float, float]:
@@ -91,7 +96,7 @@ def ring_seconds(m: Machine, p: Problem, world: int) -> tuple[float, float]:
     returned = m.latency + p.rows * p.dims * max(4, p.element) / m.bandwidth  # gradients travel as they are accumulated
     step = backward_call(m, p, p.rows, (p.k + 2) / world)
     backward = (world - 1) * max(step, moved + returned) + step
-    return forward, backward + (returned if world > 1 else 0.0)
+    return m.ring[0] + forward, m.ring[1] + backward + (returned if world > 1 else 0.0)
 
 
 def gather_bytes(p: Problem, world: int) -> int:
@@ -171,15 +176,33 @@ def part_seconds(p: Problem, repeats: int) -> float:
 
 
 def measure_kernels(p: Problem, worlds: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Calls against 1, 2, ... batches, and the model's parameters fitted to the first and the last."""
+    """Calls against 1, 2, ... batches, and the model's parameters fitted to them."""
     times = {world: call_seconds(p, world, repeats) for world in worlds}
-    small, large = min(worlds), max(worlds)
-    square = p.rows * p.rows * p.dims
-    pairs = (large - small) * square / (times[large][0] - times[small][0])
     call = part_seconds(p, repeats)
+    large = max(worlds)
+    # A line through the forward times: its slope is a batch of candidates, its start what anchors cost by themselves.
+    slope, start = np.polyfit(list(times), [forward for forward, _ in times.values()], 1)
     # The operator alone adds to nothing.
     moves = (2 * p.rows * (p.k + 2) + (large + 1) * p.rows) * p.dims / times[large][1]
-    return {"times": times, "pairs": pairs, "moves": moves, "call": call, "merge": merge_seconds(p, repeats) / p.rows}
+    return {
+        "times": times,
+        "pairs": p.rows * p.rows * p.dims / float(slope),
+        "anchor": max(0.0, float(start) - call) / p.rows,
+        "moves": moves,
+        "call": call,
+        "merge": merge_seconds(p, repeats) / p.rows,
+        **fixed_seconds(p, call, repeats),
+    }
+
+
+def fixed_seconds(p: Problem, call: float, repeats: int) -> dict[str, tuple[float, float]]:
+    """What a call through a group of one costs with next to nothing to do, less the operator's own least."""
+    found = measure_ranks(1, Problem(8, p.dims, p.k, p.element), repeats)
+    fixed = {}
+    for mode in ("gather", "ring"):
+        forward, backward = (max(0.0, found[f"{mode} {half}, computing"] - call) for half in ("forward", "backward"))
+        fixed[mode] = forward, backward
+    return fixed
 
 
 def _rank(rank: int, world: int, store: str, p: Problem, repeats: int, out: str) -> None:
@@ -250,14 +273,18 @@ def run_local(p: Problem, worlds: Sequence[int], repeats: int, path: Path | None
         share = min(1.0, cores / world)  # more processes than cores take turns
         latency = found.get("tiny transfer", 0.0)
         bandwidth = p.rows * p.row_bytes / max(found.get("transfer", 0.0) - latency, 1e-9)
-        m = Machine(
-            kernels["pairs"] * share, kernels["moves"] * share, kernels["call"] / share, bandwidth, latency,
-            kernels["merge"] / share,
+        one = Machine(
+            kernels["pairs"], kernels["moves"], kernels["call"], float("inf"), 0.0, kernels["merge"], kernels["anchor"],
+            kernels["gather"], kernels["ring"],
+        )  # fmt: skip
+        m = replace(
+            one, pairs=one.pairs * share, moves=one.moves * share, call=one.call / share, bandwidth=bandwidth,
+            latency=latency, merge=one.merge / share, anchor=one.anchor / share,
+            gather=(one.gather[0] / share, one.gather[1] / share), ring=(one.ring[0] / share, one.ring[1] / share),
         )  # fmt: skip
         modelled = {"gather": gather_seconds(m, p, world), "ring": ring_seconds(m, p, world)}
         # A thread's own time does not depend on who else uses the machine, nor on links.
-        alone = Machine(kernels["pairs"], kernels["moves"], kernels["call"], float("inf"), 0.0, kernels["merge"])
-        computing = {"gather": gather_seconds(alone, p, world), "ring": ring_seconds(alone, p, world)}
+        computing = {"gather": gather_seconds(one, p, world), "ring": ring_seconds(one, p, world)}
         for mode in modelled:
             for at, half in enumerate(("forward", "backward")):
                 cells = [str(world), mode, half]
@@ -306,6 +333,7 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, help="bytes a second of a rank's link")
     parser.add_argument("--latency", type=float, help="seconds")
     parser.add_argument("--merge", type=float, default=0.0, help="ring: seconds an anchor and step")
+    parser.add_argument("--anchor", type=float, default=0.0, help="forward: seconds an anchor")
     args = parser.parse_args()
     p = Problem(args.rows, args.dims, args.k, args.element)
     if not args.model:
@@ -315,7 +343,7 @@ def main() -> None:
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if missing:
         parser.error(f"--model needs {', '.join(missing)}: they are your machine's, and there is no default for them")
-    run_model(Machine(**given, merge=args.merge), p)
+    run_model(Machine(**given, merge=args.merge, anchor=args.anchor), p)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .presets import PRESETS
+
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
@@ -122,10 +124,11 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _configuration(parser: argparse.ArgumentParser) -> None:
-    """Where a configuration comes from."""
+def _configuration(parser: argparse.ArgumentParser, usual: str = "default") -> None:
+    """Where a configuration comes from; `usual` is the preset where nothing is said."""
+    parser.set_defaults(usual_preset=usual)
     base = parser.add_mutually_exclusive_group()
-    base.add_argument("--preset", metavar="NAME", help="default, quick, paper or modern (default: default)")
+    base.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default: {usual})")
     base.add_argument("--config", type=Path, metavar="YAML", help="a configuration file, such as a run's config.yaml")
     base.add_argument("--quick", action="store_true", help="the preset quick: about a minute")
     _data(parser)
@@ -192,7 +195,7 @@ def _evaluate(commands: Any) -> None:
 
 def _compare(commands: Any) -> None:
     parser = _command(commands, "compare", "train each loss and each reading of the squeeze term over several seeds")
-    _configuration(parser)
+    _configuration(parser, usual="metric")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each (default: 3)")
     parser.add_argument("--losses", metavar="A,B", help="some of them; an unknown name gets the list")
     parser.add_argument("--baseline", action="store_true", help="also colour histograms, without any training")

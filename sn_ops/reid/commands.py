@@ -42,7 +42,7 @@ def configuration(options: argparse.Namespace) -> Config:
     if options.config is not None:
         config = from_yaml(options.config)
     else:
-        config = preset("quick" if options.quick else options.preset or "default")
+        config = preset("quick" if options.quick else options.preset or options.usual_preset)
     return _assigned(config, options)
 
 

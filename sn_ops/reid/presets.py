@@ -32,6 +32,18 @@ def _quick() -> Config:
     )
 
 
+def _metric() -> Config:
+    """As "default", but the metric term alone, without neck and identity loss, for half as long: for comparing losses."""
+    base = _default()
+    return replace(
+        base,
+        model=replace(base.model, neck=False),
+        loss=replace(base.loss, identity=0.0),
+        optim=replace(base.optim, epochs=50),
+        eval=EvalConfig(every=0),
+    )
+
+
 def _paper() -> Config:
     """The authors' recipe for Market-1501: ResNet50 with last stride 1, no neck, the SN loss alone, 800 epochs."""
     return Config(
@@ -73,13 +85,14 @@ def _modern() -> Config:
 PRESETS: dict[str, Callable[[], Config]] = {
     "default": _default,
     "quick": _quick,
+    "metric": _metric,
     "paper": _paper,
     "modern": _modern,
 }
 
 
 def preset(name: str) -> Config:
-    """The configuration of a name: "default", "quick", "paper" or "modern".
+    """The configuration of a name: "default", "quick", "metric", "paper" or "modern".
 
     Raises:
         ConfigError (a ValueError): another name.

@@ -123,6 +123,13 @@ def test_the_papers_recipe() -> None:
         assert learning_rate(config.optim, epoch - 1, 5, 24) == pytest.approx(wanted, rel=1e-12)
 
 
+def test_the_preset_for_comparing_losses() -> None:
+    """Nothing but the metric term tells runs of two losses apart."""
+    config = preset("metric")
+    assert config.loss.identity == 0 and not config.model.neck and config.loss.metric == "sn"
+    assert config.data == preset("default").data
+
+
 def test_the_present_day_preset() -> None:
     config = preset("modern")
     assert config.model.neck and config.loss.identity == 1 and config.loss.label_smoothing == 0.1

@@ -33,7 +33,7 @@ def _quick() -> Config:
 
 
 def _metric() -> Config:
-    """As "default", but the metric term alone, without neck and identity loss, for half as long: for comparing losses."""
+    """As "default", but the metric term alone, no neck, no identity loss, half as long: for comparing losses."""
     base = _default()
     return replace(
         base,

@@ -1,8 +1,9 @@
 """Which launch shapes each kernel gets, by regime: the one place that holds them.
 
-**No entry was measured on a GPU.** All are chosen by reasoning from registers, shared memory and occupancy, which the
-ahead-of-time compile (`.ci/triton_resources.py`) reads from the compiled code, and hold until they are measured. There
-is no autotuning: a first call compiles the kernels it needs, one variant each.
+**No entry was timed on a GPU.** What was measured is the compiled code: registers, spills and shared memory of the
+choices, with Triton 3.9.0 for sm_90, read from the cubin as `.ci/triton_resources.py` does. The tables beside the
+entries have these numbers and the warps that an SM of 64 can hold at once; entries hold until they are timed. There is
+no autotuning: a first call compiles the kernels it needs, one variant each.
 
 Results do not depend on anything here: selections by the one summation order and a total order of keys, the loss and
 gradients up to rounding.
@@ -50,7 +51,23 @@ class ScanPlan:
 
 def scan_plan(anchors: int, candidates: int, neighbours: int, wide: bool, dense: bool) -> ScanPlan:
     """A tile has R x C pairs of 32 lanes: 512 pairs are 64 registers a thread of 8 warps, as many in float64 with half
-    the pairs. A list of KP keys a row needs C >= KP. Segments fill the GPU where there are few groups of anchors."""
+    the pairs. A list of KP keys a row needs C >= KP. Segments fill the GPU where there are few groups of anchors.
+
+    Compiled, float32, C = 32, K = 10:
+
+    =====  =====  =========  ======  ==============  ===================
+    pairs  warps  registers  spills  warps on an SM  elements a pair
+    =====  =====  =========  ======  ==============  ===================
+    256    8      102        0       16              0.16
+    512    8      172        0       8               0.09, taken
+    512    4      255        0       8               0.09
+    1024   8      254        0       8               0.06
+    1024   4      255        424     8               0.06
+    =====  =====  =========  ======  ==============  ===================
+
+    256 pairs hide latency better and load each row nearly twice as often; 1024 leave no register for another option or
+    another version of the compiler.
+    """
     list_size = 1 if dense else power_of_two(max(neighbours, 2))
     if INTERPRETED:
         rows = min(64, power_of_two(anchors))
@@ -102,8 +119,23 @@ def screen_plan(anchors: int, candidates: int, dims: int, neighbours: int, wide:
 
     A sample of 1/8 of the candidates costs 1/8 of the product and leaves about 8 (K + 1) candidates below the
     threshold: a buffer of 16 KP has room for their spread. A product tile of 128 x 64 x 64 has 32 float32 accumulators
-    a thread of 8 warps and 24 KB of shared memory a stage; with 128 columns the places of what is kept spill (compiled
-    for sm_90, 382 instructions), so that the wider tile's reuse is given up.
+    a thread of 8 warps and 24 KB of shared memory a stage. Compiled, float32 batches, 3 stages, 8 warps on an SM in
+    every line:
+
+    ==============  =====  =========  ======  =============  ======================
+    tile            warps  registers  spills  shared, bytes  elements a pair
+    ==============  =====  =========  ======  =============  ======================
+    128 x 64 x 64   8      232        0       73728          0.023, taken
+    128 x 64 x 64   4      255        275     73728          0.023
+    128 x 128 x 64  8      255        382     98304          0.016
+    128 x 128 x 64  4      255        2109    98304          0.016
+    64 x 64 x 64    8      134        0       49152          0.031
+    64 x 64 x 64    4      254        0       49152          0.031
+    128 x 64 x 32   8      232        0       36864          0.023, twice the steps
+    ==============  =====  =========  ======  =============  ======================
+
+    With 128 columns the places of what is kept spill, so that the wider tile's reuse is given up. Stages change shared
+    memory alone: 49152 bytes with 2 of them in the tile that is taken, 98304 with 4.
     """
     least = max(_LEAST_CANDIDATES, 64 * neighbours)
     if wide or neighbours > MAX_LISTED_K or candidates < least or anchors < 1 or dims < 16:
@@ -166,7 +198,24 @@ class GradientPlan:
 def gradient_plan(rows: int, dims: int, edges: int, half: bool) -> GradientPlan:
     """A tile of 4 x 512 values puts 16 registers a thread in flight, so that the latency of gathered rows is hidden;
     half as many in half precision, which is widened beside them. Chunks of 16 times the edges of an anchor keep their
-    sums below a quarter byte a feature."""
+    sums below a quarter byte a feature.
+
+    Compiled, float32, 4 warps a program; "in flight" are bytes of gathered rows that an SM waits for at once:
+
+    =====  =====  =========  ======  ==============  ============
+    edges  block  registers  spills  warps on an SM  in flight
+    =====  =====  =========  ======  ==============  ============
+    2      512    56         0       36              36 KB
+    4      256    56         0       36              36 KB
+    4      512    66         0       28              56 KB, taken
+    4      1024   80         0       24              96 KB
+    8      512    80         6       24              96 KB
+    8      1024   128        0       16              128 KB
+    =====  =====  =========  ======  ==============  ============
+
+    Half a microsecond of 10 TB/s of cached rows over 132 SMs is 38 KB, an estimate: more in flight should hide nothing
+    further, and wider blocks leave lanes idle where D is not a multiple of them.
+    """
     if INTERPRETED:
         block, slots = min(2048, power_of_two(max(dims, 16))), 16
         few = max(1, min(power_of_two(rows), (1 << 18) // (slots * block)))

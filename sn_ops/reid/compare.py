@@ -89,11 +89,12 @@ class Comparison:
 
     def markdown(self) -> str:
         """The table as measured, in the order in which the variants were asked for."""
-        seeds = max((len(runs) for runs in self.runs.values()), default=0)
+        least, most = (f({len(runs) for runs in self.runs.values()}) for f in (min, max))
+        seeds = f"{most}" if least == most else f"{least} to {most}"  # of a comparison that is under way
         rendered = "**synthetic** (rendered pedestrians; not comparable with any published figure)"
         lines = [
             f"Data: {rendered if self.synthetic else self.data}. {self.epochs} epochs, "
-            f"{seeds} seed{'s' if seeds != 1 else ''} each, single query, the network after the last epoch. "
+            f"{seeds} seed{'s' if most != 1 else ''} each, single query, the network after the last epoch. "
             "Per cent, mean ± sample standard deviation over seeds.",
             "",
             f"| loss{' (synthetic data)' if self.synthetic else ''} | " + " | ".join(METRICS.values()) + " |",

@@ -112,11 +112,16 @@ def _process_settings(config: Config) -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
+    uninitialized: Any = torch.utils.deterministic  # a module with a property, which mypy does not see
+    filling: bool = uninitialized.fill_uninitialized_memory
     if config.run.deterministic:
         # cuBLAS reads it when it starts, and is not deterministic without.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
-        torch.use_deterministic_algorithms(config.run.deterministic)
+        # A network with an operation that has no deterministic form trains all the same; PyTorch warns, and names it.
+        torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
+        # Otherwise every torch.empty would be filled, for operations that read what they did not write.
+        uninitialized.fill_uninitialized_memory = False
         torch.backends.cudnn.benchmark = not config.run.deterministic
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
@@ -126,6 +131,7 @@ def _process_settings(config: Config) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        uninitialized.fill_uninitialized_memory = filling
         torch.backends.cudnn.benchmark = benchmark
         torch.set_num_threads(threads)
         set_random_state(before)

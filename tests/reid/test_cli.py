@@ -356,6 +356,9 @@ def test_one_seed_has_no_spread() -> None:
     """A mean of one run is given without a deviation that nobody measured."""
     run = {"mAP_standard": 0.5, "mAP_market": 0.4, "rank1": 0.6, "mINP": 0.3}
     found = compare.Comparison("x", False, 3, {"sn-span": [run]}, None, {})
+    assert "1 seed each" in found.markdown()
+    under_way = compare.Comparison("x", False, 3, {"sn-span": [run, run], "triplet": [run]}, None, {})
+    assert "1 to 2 seeds each" in under_way.markdown()
     assert found.spread("sn-span", "rank1") == (0.6, None)
     assert "| 50.00 | 40.00 | 60.00 | 30.00 |" in found.markdown() and "synthetic" not in found.markdown()
 

@@ -89,13 +89,31 @@ def test_what_a_run_leaves(whole: Path) -> None:
     assert best["num_identities"] == 0 and "optimizer" not in best
 
 
+def deterministic() -> tuple[bool, bool, bool]:
+    """Deterministic algorithms, only a warning where there are none, uninitialised memory filled."""
+    uninitialized: Any = torch.utils.deterministic
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        uninitialized.fill_uninitialized_memory,
+    )
+
+
 def test_process_is_as_it_was(market: Path, tmp_path: Path) -> None:
     before, threads = random_state(), torch.get_num_threads()
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert deterministic() == (False, False, True)
+    inside: list[tuple[bool, bool, bool]] = []
+
+    def stop(done: int) -> None:
+        inside.append(deterministic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
     with pytest.raises(StoppedError):
-        train(tiny_config(market, tmp_path / "run"), progress=False, after_step=stopping(1))
+        train(tiny_config(market, tmp_path / "run"), progress=False, after_step=stop)
+    assert inside == [(True, True, False)]
     assert same(random_state(), before) and torch.get_num_threads() == threads
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert deterministic() == (False, False, True)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 

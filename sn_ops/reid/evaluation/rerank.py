@@ -33,6 +33,7 @@ from .ranking import CHUNK, tile_edges
 
 _ANCHORS = 8192  # anchors of one neighbour search
 _ENTRIES = 1 << 22  # entries that one step over neighbour lists or V compares
+_CHUNKS = 8  # of distances in a block: each one reads the whole gallery, and larger ones do so less often
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class RerankedDistances:
 
     def rows_at_once(self, chunk: int) -> int:
         """Whole rows."""
-        return max(1, chunk // self.shape[1])
+        return max(1, _CHUNKS * chunk // self.shape[1])
 
     def block(self, start: int, stop: int) -> MatrixBlock:
         """The queries from start to stop, `[c, G]` float32: what is equal up to the rounding of sums becomes equal."""
@@ -133,7 +134,8 @@ class RerankedDistances:
             pair = np.repeat(owner[part] * gallery, count) + columns.indices[place]
             low, high = int(owner[part][0]) * gallery, (int(owner[part][-1]) + 1) * gallery
             shared[low:high] += np.bincount(pair - low, weights=least, minlength=high - low)
-        return (1 - shared / (2 - shared)).reshape(stop - start, gallery)
+        shared /= 2 - shared
+        return np.subtract(1, shared, out=shared).reshape(stop - start, gallery)
 
 
 def _runs(sizes: npt.NDArray[np.integer], most: int) -> Iterator[slice]:
@@ -154,22 +156,23 @@ def _neighbours(features: Tensor, k1: int, backend: str) -> tuple[npt.NDArray[np
     # One label for all: the farthest positive is then the farthest row.
     labels = torch.zeros(n, dtype=torch.int64, device=features.device)
     lists, largest = [], []
-    for start in range(0, n, _ANCHORS):
-        anchors = features[start : start + _ANCHORS]
+    step = n if _halves(features, backend) else _ANCHORS
+    for start in range(0, n, step):
+        anchors = features[start : start + step]
+        bank: dict[str, Any] = {"candidates": features, "candidate_labels": labels, "self_index": start}
         found = sn_ops.support_neighbors(
-            anchors,
-            labels[: len(anchors)],
-            k=min(k1, n - 1),
-            candidates=features,
-            candidate_labels=labels,
-            self_index=start,
-            backend=backend,
+            anchors, labels[: len(anchors)], k=min(k1, n - 1), backend=backend, **(bank if len(anchors) < n else {})
         )
         own = torch.arange(start, start + len(anchors), device=features.device)
         lists.append(torch.cat([own[:, None], found.indices], 1).cpu())
         largest.append(squared(features, own, features, found.farthest_positive))
     # Where all rows are equal their distances are 0, whatever they are divided by.
     return torch.cat(lists).numpy(), torch.cat(largest).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _halves(features: Tensor, backend: str) -> bool:
+    """Whether all rows at once take half the time: the cpu backend computes each pair of rows once, and no matrix."""
+    return features.device.type == "cpu" and backend in ("auto", "cpu") and sn_ops.backends()["cpu"].usable
 
 
 def _reciprocal(lists: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

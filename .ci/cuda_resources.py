@@ -5,8 +5,9 @@
 PTXAS_LOG is the output of a build with SN_OPS_PTXAS_VERBOSE=ON. LAUNCH_LOG has a line "kernel<TAB>threads<TAB>shared
 bytes<TAB>cluster" for each kernel that the harness launched (SN_SIMT_LAUNCH_LOG). The table is compared with the
 committed one, csrc/cuda/resources.txt, which `--write` replaces; so a change of registers or occupancy shows. Fails on
-a spill, on a missing architecture, on a kernel that no test of the harness launches, and on a difference (where the
-compiler is the one that made the committed table; another one's registers are not comparable, and only shown).
+a spill or other local memory, on a missing architecture, on a kernel that no test of the harness launches, and on a
+difference (where the compiler is the one that made the committed table; another one's registers are not comparable, and
+only shown).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SYSTEM_SHARED = 1024
 
 ENTRY = re.compile(
     r"Compiling entry function '(\S+)' for '(\S+)'"
-    r".*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+    r".*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
     re.DOTALL,
 )
 
@@ -83,16 +84,16 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def read_registers(log: str) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """Kernel -> architecture -> registers, and what spills."""
+    """Kernel -> architecture -> registers, and what spills or has local memory for another reason."""
     found = ENTRY.findall(log)
     names = dict(zip((e[0] for e in found), demangle([e[0] for e in found]), strict=True))
     registers: dict[str, dict[str, int]] = {}
     spills = []
-    for mangled, arch, stores, loads, count in found:
+    for mangled, arch, stack, stores, loads, count in found:
         name = short_name(names[mangled])
         registers.setdefault(name, {})[arch] = int(count)
-        if int(stores) + int(loads) > 0:
-            spills.append(f"{name} on {arch}: {stores} bytes stored, {loads} loaded")
+        if int(stack) + int(stores) + int(loads) > 0:
+            spills.append(f"{name} on {arch}: a frame of {stack} bytes, {stores} bytes stored, {loads} loaded")
     return registers, spills
 
 
@@ -154,7 +155,7 @@ def main() -> None:
     print(made)
     if rest == ["--write"]:
         TABLE.write_text(made)
-    faults = [f"a kernel spills: {spill}" for spill in spills]
+    faults = [f"a kernel uses local memory: {spill}" for spill in spills]
     seen = {arch for row in registers.values() for arch in row}
     faults += [f"not compiled for {arch}" for arch in ARCHITECTURES if arch not in seen]
     faults += [f"no test of the harness launches {name}" for name in registers if name not in launches]

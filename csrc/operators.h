@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
@@ -67,16 +68,15 @@ class Output {
     }
     const auto dtype = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(type));
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(),
-                                                           strides.data(), dtype, place.device_type, place.index,
-                                                           &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(),
+                                                    strides.data(), dtype, place.device_type, place.index, &handle));
     handle_.reset(handle);
   }
 
   template <typename T = void>
   T* data() const {
     void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_.get(), &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_.get(), &data));
     return static_cast<T*>(data);
   }
 

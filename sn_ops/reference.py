@@ -126,7 +126,10 @@ def select(
     # leaves ties in the order of their indices.
     order = squared.masked_fill(own, math.nan).sort(dim=1, stable=True).indices
     # By index, not by slice: a slice of a symbolic length would tie torch.export to one side of k < M.
-    support = order[:, torch.arange(torch.sym_min(k, m), device=order.device)]
+    # (torch.compile of torch 2.11 takes sym_min of nothing but symbols.)
+    symbolic = isinstance(k, torch.SymInt) or isinstance(m, torch.SymInt)
+    length = torch.sym_min(k, m) if symbolic else min(k, m)
+    support = order[:, torch.arange(length, device=order.device)]
     support = support.masked_fill(own.gather(1, support), -1)
 
     # argmax returns the first of several maxima.

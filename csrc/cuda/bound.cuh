@@ -8,8 +8,9 @@
 //             Dp/32 + 8 squares, all >= 0, and five more additions join the lanes.
 //   dot     PTX leaves order and rounding inside an mma open. Claimed (the host harness injects errors up to it, a
 //             probe on a device is to confirm it): each step adds a group of g products and the accumulator, all
-//             aligned to the largest and cut off below 2^-23 of it. That is at most (g + 1) 2^-23 |h_i||h_j| a group,
-//             Dp/g groups, g >= 4: |dot - h_i.h_j| <= 1.25 Dp 2^-23 |h_i||h_j|.
+//             aligned to the largest and cut off below 2^-23 of it, and cuts their sum off to 24 bits. That is at most
+//             (g + 2) 2^-23 |h_i||h_j| a group, Dp/g groups, g >= 8 from sm_80 on: |dot - h_i.h_j| <= 1.25 Dp 2^-23
+//             |h_i||h_j|.
 //   s       one more rounding: <= u (2 |dot| + n_j).
 // Since 2 |h_i||h_j| <= |h_i|^2 + |h_j|^2, everything is bounded by a multiple of n_i + n_j:
 //   |(n_i + s) - A^2| <= (n_i + n_j) (1.25 Dp 2^-23 + (Dp/64 + 10) 2^-23)

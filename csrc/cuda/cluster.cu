@@ -219,4 +219,13 @@ cudaError_t run_cluster(const ForwardArgs& args, const ForwardPlan& plan, char*,
   return cudaErrorInvalidValue;
 }
 
+#if !defined(SN_SIMT)  // the host harness has no device
+cudaError_t compiled_capability(int* capability) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&cluster_kernel<float>));
+  *capability = attributes.ptxVersion;
+  return error;
+}
+#endif
+
 }  // namespace sn::cuda

@@ -103,7 +103,7 @@ struct ForwardPlan {
   std::int64_t second_stride = 0;    // 0: none; else candidates c * second_stride are screened first to tighten them
   std::int64_t buffer_capacity = 0;  // entries a row
   std::int64_t far_capacity = 0;
-  int score_tile = 0;                // rows and columns of a block's tile of scores, 64 or 128; 0: by their number
+  int score_tile = 0;  // rows and columns of a block's tile of scores, 64 or 128; 0: by their number
 
   Piece control;          // Control
   Piece flags;            // direct: uint32 per block of the tile kernel
@@ -149,8 +149,8 @@ struct BackwardPlan {
   std::int64_t workspace_bytes = 0;
   std::int64_t slice_elements = 0;  // elements of D that a block works on
   std::int64_t slices = 0;
-  int packs_per_lane = 1;  // of 16 bytes, of one row
-  int row_lanes = 32;      // lanes of a warp that share a row of the slice; groups of them take every so many edges
+  int packs_per_lane = 1;    // of 16 bytes, of one row
+  int row_lanes = 32;        // lanes of a warp that share a row of the slice; groups of them take every so many edges
   bool partitioned = false;  // edges are first put in buckets of targets, in their order
   int bucket_shift = 0;      // target >> bucket_shift is its bucket
   std::int64_t buckets = 0;

@@ -13,7 +13,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 
 #include "platform.h"
 
@@ -552,11 +555,15 @@ class SharedArena {
 
 // ---- asynchronous copies, global to shared --------------------------------------------------------------------------
 
-// Copies 16 bytes to element i of `destination`, or zeros when not `valid` (`source` is then not read). Both ends are
-// 16-byte aligned. The bytes may be read by this thread behind async_wait, by others behind a barrier after that.
+// Copies 16 bytes to element i of `destination`, or zeros when not `valid` (`source` is then not read, and may be any
+// address). Both ends are 16-byte aligned. The bytes may be read by this thread behind async_wait, by others behind a
+// barrier after that.
 template <typename T>
 __device__ __forceinline__ void async_copy16(const Shared<T>& destination, int i, const T* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination.address(i)), "l"(source),
+  // PTX wants an aligned address of a copy of no bytes too.
+  const std::uintptr_t address =
+      reinterpret_cast<std::uintptr_t>(source) & ~static_cast<std::uintptr_t>(valid ? 0 : kPackBytes - 1);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination.address(i)), "l"(address),
                "r"(valid ? kPackBytes : 0)
                : "memory");
 }
@@ -624,13 +631,28 @@ struct LaunchShape {
   int cluster = 1;  // blocks of a cluster; divides `blocks`
 };
 
+// Lets blocks of a kernel have this much shared memory on the current device. The limit is raised, never lowered:
+// another thread may be about to launch the same kernel with more.
+inline cudaError_t allow_shared(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> limits;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& limit = limits[{kernel, device}];
+  if (bytes <= limit) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) limit = bytes;
+  return error;
+}
+
 // Launches on `stream` and reports what went wrong with this launch, configuration errors included.
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream, Args... args) {
   if (shape.blocks <= 0 || shape.blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
   if (shape.shared_bytes > kPlainSharedBytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+    const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attribute{};

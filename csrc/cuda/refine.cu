@@ -333,6 +333,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
       scan.far = kNoKey;
     }
     const bool insert = phase == Phase::kScreened || phase == Phase::kZeros;
+    // Chosen once: a choice at every entry would put both lists into local memory.
+    const Entries listing = phase == Phase::kScreened ? entries : far_entries;
 
     for (; first < count; first += kThreads) {
       bool present = false;
@@ -346,7 +348,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
         present = e < count;
         candidate = static_cast<std::int32_t>(e) + (facts.self >= 0 && facts.self <= e ? 1 : 0);
       } else if (e < count) {
-        const Entry entry = (phase == Phase::kScreened ? entries : far_entries).at(e);
+        const Entry entry = listing.at(e);
         candidate = entry.index;
         present = candidate != facts.self;
         if (phase == Phase::kScreened) {

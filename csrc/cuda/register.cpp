@@ -3,14 +3,20 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <optional>
 
 #include "../operators.h"
 #include "../sn_types.h"
+#include "cluster.h"
 #include "forward.h"
 
 namespace {
@@ -31,7 +37,7 @@ void force_path(std::int64_t path) {
 
 cudaStream_t current_stream(std::int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -41,9 +47,21 @@ int attribute(cudaDeviceAttr name, std::int32_t device) {
   return value;
 }
 
+// What the library's code was compiled for on the current device, asked once: the driver has to load it for that.
+int compiled_major(std::int32_t device) {
+  static std::array<std::atomic<int>, 64> known{};
+  int capability = 0;
+  if (static_cast<std::size_t>(device) < known.size()) capability = known[device];
+  if (capability == 0) {
+    STD_CUDA_CHECK(sn::cuda::compiled_capability(&capability));
+    if (static_cast<std::size_t>(device) < known.size()) known[device] = capability;
+  }
+  return capability / 10;
+}
+
 // Attributes come from the driver's table, without a synchronisation; four look-ups cost less than a cache's lock.
 sn::cuda::DeviceFacts device_facts(std::int32_t device) {
-  return {.major = attribute(cudaDevAttrComputeCapabilityMajor, device),
+  return {.major = std::min(attribute(cudaDevAttrComputeCapabilityMajor, device), compiled_major(device)),
           .minor = attribute(cudaDevAttrComputeCapabilityMinor, device),
           .multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device),
           .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};

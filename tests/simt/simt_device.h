@@ -582,7 +582,7 @@ class SharedArena {
 template <typename T>
 inline void async_copy16(const Shared<T>& destination, int i, const T* source, bool valid, SN_SIMT_WHERE) {
   const std::uint32_t at = destination.address(i, kPackBytes, kPackBytes, where);
-  if (valid) {
+  if (valid) {  // otherwise the wrapper aligns what is not read
     detail::expect_aligned(source, kPackBytes, "a copy of 16 bytes", where);
     for (int e = 0; e < Pack<T>::kElements; ++e) {  // an overrun shows here, not in the harness' own code
       [[maybe_unused]] const volatile unsigned char probe = *reinterpret_cast<const unsigned char*>(source + e);

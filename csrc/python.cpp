@@ -1,0 +1,197 @@
+// The pybind11 module `_C`: facts about this build and its plans. The only file that knows Python. It knows no torch:
+// older releases of torch refuse their copy of pybind11 to whoever asks for the stable ABI, which sn_ops.cpp does.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/cpu.h"
+#include "cuda/plan.h"
+#include "sn_types.h"
+
+namespace {
+
+using sn::cuda::ForwardPath;
+
+template <class Path>
+struct PathName {
+  Path path;
+  const char* name;
+};
+constexpr std::array<PathName<sn::cpu::Path>, 3> kCpuPaths{{
+    {sn::cpu::Path::kAuto, "auto"},
+    {sn::cpu::Path::kDirect, "direct"},
+    {sn::cpu::Path::kScreen, "screen"},
+}};
+
+constexpr std::array<PathName<ForwardPath>, 6> kCudaPaths{{
+    {ForwardPath::kAuto, "auto"},
+    {ForwardPath::kCluster, "cluster"},
+    {ForwardPath::kDirect, "direct"},
+    {ForwardPath::kDense, "dense"},
+    {ForwardPath::kScreen, "screen"},
+    {ForwardPath::kBank, "bank"},
+}};
+
+template <class Names, class Path>
+const char* name_of(const Names& names, Path path) {
+  for (const auto& entry : names) {
+    if (entry.path == path) return entry.name;
+  }
+  throw std::logic_error("sn_ops: a path without a name");
+}
+
+template <class Names>
+auto path_named(const char* function, const Names& names, const std::string& name) {
+  std::string allowed;
+  for (const auto& entry : names) {
+    if (name == entry.name) return entry.path;
+    allowed += (allowed.empty() ? "" : ", ") + std::string(entry.name);
+  }
+  throw std::invalid_argument(std::string(function) + ": path: expected one of " + allowed + ", got " + name);
+}
+
+void set_cpu_path(const std::string& name) {
+  sn::cpu::set_path(path_named("set_cpu_path", kCpuPaths, name));
+}
+
+void expect_problem(const char* function, std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype) {
+  if (N < 0 || M < 0 || D < 0 || k < 1) {
+    throw std::invalid_argument(std::string(function) + ": expected N, M, D >= 0 and k >= 1");
+  }
+  if (dtype < 0 || dtype > static_cast<int>(sn::DType::kBFloat16)) {
+    throw std::invalid_argument(std::string(function) +
+                                ": dtype: expected 0 (float32), 1 (float64), 2 (float16) or 3 (bfloat16), got " +
+                                std::to_string(dtype));
+  }
+}
+
+std::string joined(const std::vector<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : " ") + word;
+  return text;
+}
+
+std::map<std::string, std::string> build_info() {
+  return {
+      {"version", SN_OPS_VERSION},
+      {"compiler", SN_OPS_COMPILER},
+      {"torch", SN_OPS_TORCH_VERSION},
+      {"cuda", SN_OPS_CUDA_STATE},
+      {"cuda_architectures", SN_OPS_CUDA_ARCHITECTURES},
+      {"cpu_capabilities", joined(sn::cpu::compiled_capabilities())},
+  };
+}
+
+pybind11::dict cpu_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype, bool symmetric,
+                        int threads) {
+  expect_problem("cpu_plan", N, M, D, k, dtype);
+  if (threads < 1) throw std::invalid_argument("cpu_plan: expected threads >= 1");
+  const sn::cpu::Plan plan = sn::cpu::plan_forward(N, M, D, k, static_cast<sn::DType>(dtype), symmetric, threads);
+  pybind11::dict facts;
+  facts["path"] = name_of(kCpuPaths, plan.path);
+  facts["list_capacity"] = plan.list_capacity;
+  facts["workspace_bytes"] = plan.workspace_bytes;
+  return facts;
+}
+
+sn::cuda::DeviceFacts device_facts(std::pair<int, int> capability, int multiprocessors, int shared_bytes) {
+  return {.major = capability.first,
+          .minor = capability.second,
+          .multiprocessors = multiprocessors,
+          .shared_bytes = shared_bytes};
+}
+
+pybind11::dict cuda_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype, bool symmetric,
+                         bool aligned, const std::string& path, std::pair<int, int> capability, int multiprocessors,
+                         int shared_bytes) {
+  expect_problem("cuda_plan", N, M, D, k, dtype);
+  const sn::cuda::DeviceFacts device = device_facts(capability, multiprocessors, shared_bytes);
+  const sn::cuda::Problem problem{.N = N,
+                                  .M = M,
+                                  .D = D,
+                                  .k = k,
+                                  .dtype = static_cast<sn::DType>(dtype),
+                                  .symmetric = symmetric,
+                                  .aligned = aligned};
+  const ForwardPath wanted = path_named("cuda_plan", kCudaPaths, path);
+  if (!sn::cuda::serves(wanted, problem, device)) {
+    throw std::invalid_argument("cuda_plan: path: " + path + " cannot serve this problem on this device");
+  }
+  const sn::cuda::ForwardPlan plan = sn::cuda::plan_forward(problem, device, wanted);
+  pybind11::dict facts;
+  facts["path"] = name_of(kCudaPaths, plan.path);
+  facts["launches"] = plan.launches;
+  facts["workspace_bytes"] = plan.workspace_bytes;
+  facts["wave_rows"] = plan.wave_rows;
+  facts["waves"] = plan.waves;
+  facts["d_slices"] = plan.d_slices;
+  facts["slice_elements"] = plan.slice_elements;
+  facts["triangular"] = plan.triangular;
+  facts["cluster"] = plan.cluster;
+  facts["sample_columns"] = plan.sample_columns;
+  facts["second_stride"] = plan.second_stride;
+  facts["buffer_capacity"] = plan.buffer_capacity;
+  return facts;
+}
+
+pybind11::dict cuda_backward_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype,
+                                  bool symmetric, std::pair<int, int> capability, int multiprocessors,
+                                  int shared_bytes) {
+  expect_problem("cuda_backward_plan", N, M, D, k, dtype);
+  const sn::cuda::BackwardPlan plan = sn::cuda::plan_backward({.N = N,
+                                                               .M = M,
+                                                               .D = D,
+                                                               .edges = std::min(k, M) + sn::kExtraEdges,
+                                                               .dtype = static_cast<sn::DType>(dtype),
+                                                               .symmetric = symmetric,
+                                                               .need_anchors = true,
+                                                               .need_candidates = !symmetric},
+                                                              device_facts(capability, multiprocessors, shared_bytes));
+  pybind11::dict facts;
+  facts["launches"] = plan.launches;
+  facts["workspace_bytes"] = plan.workspace_bytes;
+  facts["partitioned"] = plan.partitioned;
+  facts["buckets"] = plan.buckets;
+  facts["slice_elements"] = plan.slice_elements;
+  return facts;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  namespace py = pybind11;
+  module.doc() = "Registers the operators of sn_ops and their CPU kernels; facts about this build.";
+  module.def("build_info", &build_info, "What this library was built from, and with.");
+  module.def("cpu_capabilities", &sn::cpu::usable_capabilities,
+             "Instruction sets compiled in and supported by this machine, best last.");
+  module.def("cpu_capability", &sn::cpu::capability, "The instruction set in use.");
+  module.def("set_cpu_capability", &sn::cpu::set_capability, py::arg("name"),
+             "Use this instruction set from now on; ValueError names those allowed.");
+  module.def("set_cpu_path", &set_cpu_path, py::arg("path"),
+             "Force a path of the CPU forward: auto, direct or screen.");
+  module.def("cpu_plan", &cpu_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"), py::arg("dtype"),
+             py::arg("symmetric"), py::arg("threads"),
+             "How the CPU forward would run: path, list_capacity, workspace_bytes. dtype: 0 float32, 1 float64, "
+             "2 float16, 3 bfloat16.");
+
+  // The H200's facts, so that a plan can be read where there is no GPU.
+  const auto capability = py::arg("capability") = std::pair<int, int>(9, 0);
+  const auto multiprocessors = py::arg("multiprocessors") = sn::cuda::DeviceFacts{}.multiprocessors;
+  const auto shared_bytes = py::arg("shared_bytes") = sn::cuda::DeviceFacts{}.shared_bytes;
+  module.def("cuda_plan", &cuda_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"), py::arg("dtype"),
+             py::arg("symmetric"), py::arg("aligned") = true, py::arg("path") = "auto", capability, multiprocessors,
+             shared_bytes,
+             "How the CUDA forward would run on a device with these facts (default: an H200's): path, launches, "
+             "workspace_bytes, waves and tiles. ValueError where a forced path cannot serve.");
+  module.def("cuda_backward_plan", &cuda_backward_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"),
+             py::arg("dtype"), py::arg("symmetric"), capability, multiprocessors, shared_bytes,
+             "How the CUDA backward would run: launches, workspace_bytes, partition and slices.");
+}

@@ -112,14 +112,16 @@ def _unfit(backend: str, device: torch.device) -> str:
 
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether a GPU of this compute capability runs code for `architectures`, such as "80 90a 120+PTX": code runs on
-    the same major version from its own minor version on, "90a" on 9.0 alone, PTX on everything newer."""
+    the same major version from its own minor version on, "90a" on 9.0 alone, PTX on everything newer but where its
+    target is "90a" or the like."""
     number = 10 * capability[0] + capability[1]
     for name in architectures.split():
         base = int(name.rstrip("afPTX+"))
-        if name.endswith("+PTX"):
-            fits = number >= base
-        elif name.endswith("a"):
+        target = name.removesuffix("+PTX")
+        if target.endswith("a"):
             fits = number == base
+        elif target != name and not target.endswith("f"):
+            fits = number >= base
         else:
             fits = number >= base and number // 10 == base // 10
         if fits:

@@ -9,7 +9,7 @@ import ast
 import inspect
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,16 +153,42 @@ def test_the_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert queued(monkeypatch, case) == 90
 
 
-def test_non_finite_rows_among_screened_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss is NaN, indices stay inside, and rows without a NaN select as they do among themselves."""
+@pytest.fixture
+def stale_memory() -> Iterator[None]:
+    """New memory holds NaN and the largest integers, which PyTorch does for its deterministic mode."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.mark.usefixtures("stale_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [slice(7, 8), slice(None, None, 9), slice(None)])
+def test_non_finite_rows_among_screened_ones(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bad: slice) -> None:
+    """The loss is NaN, and indices stay inside: none is what the memory held before."""
     case = problems.self_case(80, 40, 12, k=6)
-    feats = case.feats.clone()
-    feats[::9] = float("nan")
+    feats = case.feats.to(dtype)
+    feats[bad] = float("nan")
     feats[5, 3] = float("inf")
     small_screens(monkeypatch)
     loss, indices, *_, stats = forward(replace(case, feats=feats), reduction=0)
     assert loss.isnan() and stats[5].isnan()
     assert int(indices.min()) >= -1 and int(indices.max()) < 80
+
+
+def test_products_beyond_float32_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-precision rows whose product is -inf, and whose distance is inf: selected as without screening."""
+    case = problems.bank_case(20, 80, 16, 9, 6)
+    case = replace(
+        case,
+        feats=torch.ones(20, 16, dtype=torch.bfloat16),
+        candidates=torch.full((80, 16), -1e38, dtype=torch.bfloat16),
+    )
+    small_screens(monkeypatch)
+    screened = forward(case)[1]
+    unscreened(monkeypatch)
+    assert torch.equal(screened, forward(case)[1]) and int(screened[:, :6].min()) >= 0
 
 
 def test_the_usual_plan_screens_a_thousand_rows() -> None:
@@ -217,13 +243,13 @@ def test_documented_summation_order(monkeypatch: pytest.MonkeyPatch, dims: int, 
     if dtype == torch.float32:
         small_screens(monkeypatch)
         case = replace(case, k=6)
-    _, indices, *_, squared, _ = forward(case)
+    _, indices, *_, squared, _ = (x.cpu() for x in forward(case))
     feats = case.feats.numpy()
     wanted = sums_in_documented_order if fused_is_fused() else _with_two_roundings
     for i in range(20):
         used = indices[i] >= 0
         chosen = indices[i][used].numpy()
-        assert (squared[i][used].cpu().numpy() == wanted(feats[i], feats[chosen])).all()
+        assert (squared[i][used].numpy() == wanted(feats[i], feats[chosen])).all()
 
 
 def _with_two_roundings(anchor: oracle.Array, candidates: oracle.Array) -> oracle.Array:
@@ -355,6 +381,25 @@ assert sn_ops.sn_loss(torch.eye(4), torch.zeros(4).long()).isfinite()
     assert done.returncode == 0, done.stderr
 
 
+def test_older_versions_need_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton 3.6 builds its launcher with the machine's C compiler and Python's headers, 3.9 does not."""
+    monkeypatch.setattr(tuning, "INTERPRETED", False)
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "3.6.0")
+    monkeypatch.delenv("CC", raising=False)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    assert triton.missing() == ""
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert "C compiler" in triton.missing()
+    monkeypatch.setenv("CC", "cc")
+    assert triton.missing() == ""
+    (tmp_path / "Python.h").unlink()
+    assert "Python.h" in triton.missing()
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "3.9.0")
+    assert triton.missing() == ""
+
+
 @pytest.mark.parametrize(("found", "usable"), [("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True), ("4.0", True)])
 def test_versions(monkeypatch: pytest.MonkeyPatch, found: str, usable: bool) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda _: found)
@@ -388,6 +433,10 @@ else:
         ("80 90a 100 120+PTX", (12, 1), True),
         ("80+PTX", (9, 0), True),
         ("120+PTX", (10, 0), False),
+        ("90a+PTX", (9, 0), True),
+        ("90a+PTX", (10, 0), False),
+        ("100f+PTX", (10, 3), True),
+        ("100f+PTX", (12, 0), False),
         ("", (9, 0), False),
     ],
 )

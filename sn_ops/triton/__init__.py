@@ -11,8 +11,12 @@ CPU tensors are served only under Triton's interpreter, for tests: set TRITON_IN
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import sysconfig
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -20,6 +24,9 @@ from . import operators, tuning
 
 OLDEST = (3, 6)
 """Triton's oldest version that the kernels are tested with."""
+
+WITHOUT_COMPILER = (3, 9)
+"""The version from which launching a kernel takes no C compiler."""
 
 OLDEST_CAPABILITY = (8, 0)
 
@@ -36,7 +43,17 @@ def missing() -> str:
     except metadata.PackageNotFoundError:
         return f"it needs the package triton, {wanted} or newer, which is not installed (PyTorch for CUDA brings it)"
     numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
-    return "" if numbers >= OLDEST else f"it needs triton {wanted} or newer, found {found}"
+    if numbers < OLDEST:
+        return f"it needs triton {wanted} or newer, found {found}"
+    return _no_compiler(found) if numbers < WITHOUT_COMPILER and not tuning.INTERPRETED else ""
+
+
+def _no_compiler(version: str) -> str:
+    """Why this machine cannot build what older versions of Triton launch kernels with; empty if it can."""
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return f"triton {version} needs a C compiler at run time: CC, gcc or clang; found none"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return "" if header.is_file() else f"triton {version} needs Python's headers at run time, found no {header}"
 
 
 def unfit(device: torch.device) -> str:

@@ -163,12 +163,17 @@ def _centre(rows: Tensor) -> Tensor:
     return middle.nan_to_num(0.0, 0.0, 0.0)
 
 
+def _vectors(count: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[count, n], every row aligned to 16 bytes whatever n is: Triton compiles a kernel anew for other alignments."""
+    return torch.empty((count, cdiv(n, 4) * 4), dtype=dtype, device=device)[:, :n]
+
+
 def _prepare(rows: Tensor, centre: Tensor | None, flags: Tensor, first_flag: int, block_rows: int) -> Screened:
     from . import kernels, screening
 
     n, d = rows.shape
     half = rows if centre is None else rows.new_empty((n, cdiv(d, 64) * 64), dtype=torch.float16)
-    scale, norm, rho = torch.empty((3, n), dtype=torch.float32, device=rows.device)
+    scale, norm, rho = _vectors(3, n, torch.float32, rows.device)
     if n:
         screening.prepare_kernel[(cdiv(n, block_rows),)](
             rows, rows.stride(0), n, d, rows if centre is None else centre, half, half.stride(0),
@@ -221,8 +226,8 @@ def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Ten
 
     wave = plan.wave
     least = new(wave, plan.groups, dtype=torch.float32)
-    limit, twice = new(2, wave, dtype=torch.float32)
-    count, short_count, queue = new(3, wave)
+    limit, twice = _vectors(2, wave, torch.float32, device)
+    count, short_count, queue = _vectors(3, wave, torch.int32, device)
     queue_count = new(1)
     buffer = new(wave, plan.capacity, dtype=torch.int64)
     short = new(wave, plan.short)

@@ -194,7 +194,14 @@ def tile_of(tiles_m, tiles_n, GROUP: tl.constexpr):
     return group * GROUP + inside % height, inside // height
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "samples", "stride"])
+@triton.jit
+def bounded(squared):
+    """The root of an estimate of a square that may be a little below 0; inf where it is NaN, which bounds nothing."""
+    root = tl.sqrt(tl.where(squared < 0.0, 0.0, squared))
+    return tl.where(root < float("inf"), root, float("inf"))
+
+
+@triton.jit(do_not_specialize=["first_row", "rows", "samples", "stride", "groups"])
 def sample_kernel(
     gA, a_stride, gAScale, gANorm, gARho, gB, b_stride, gBScale, gBNorm, gBRho,
     first_row, rows, samples, stride, D, gLeast, groups,
@@ -218,13 +225,13 @@ def sample_kernel(
     other_rho = tl.load(gBRho + candidate, present, float("inf"))
     squared = (norm[:, None] + other_norm[None, :]) * (1.0 + eta_of(D))
     squared -= scale[:, None] * (product * tl.load(gBScale + candidate, present, 0.0)[None, :])
-    upper = tl.sqrt(tl.maximum(squared, 0.0)) * UP + (rho[:, None] + other_rho[None, :])
+    upper = bounded(squared) * UP + (rho[:, None] + other_rho[None, :])
     least = tl.min(tl.reshape(upper, (BM, BN // GROUP_SIZE, GROUP_SIZE)), axis=2)
     group = tile_n * (BN // GROUP_SIZE) + tl.arange(0, BN // GROUP_SIZE)
     tl.store(gLeast + row[:, None].to(tl.int64) * groups + group[None, :], least, used[:, None] & (group < groups))
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "K"])
+@triton.jit(do_not_specialize=["groups", "first_row", "rows", "K"])
 def threshold_kernel(
     gLeast, groups, first_row, rows, K, D, gNorm, gRho, gCount, gQueueCount, gLimit, gTwice,
     C: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr, R: tl.constexpr,
@@ -274,9 +281,10 @@ def screen_kernel(
     near_side = norm * (1.0 - eta_of(D)) - rho * rho
     scale = 2.0 * tl.load(gAScale + first_row + row, used, 0.0)
     product = scale[:, None] * (product * tl.load(gBScale + candidate, present, 0.0)[None, :])
-    # A candidate that is not screened has rho = inf, and -inf on this side: kept by everyone.
+    # A candidate that is not screened has rho = inf, and -inf on this side: kept by everyone. So is NaN, which a
+    # product beyond float32 leads to.
     value = near_side[None, :] - tl.load(gTwice + row, used, 0.0)[:, None] * tl.where(rho < float("inf"), rho, 0.0)
-    keep = value - product <= tl.load(gLimit + row, used, -float("inf"))[:, None]
+    keep = ~(value - product > tl.load(gLimit + row, used, -float("inf"))[:, None])
     keep = keep & used[:, None] & present[None, :]
     # One atomic for each row of the tile that keeps anything; its candidates follow each other in the buffer.
     kept = keep.to(tl.int32)
@@ -316,13 +324,13 @@ def shortlist_kernel(
     norms = norm[:, None] + tl.load(gBNorm + candidate, eligible, 0.0)
     rhos = rho[:, None] + tl.load(gBRho + candidate, eligible, 0.0)
     eta = eta_of(D)
-    upper = tl.sqrt(tl.maximum(norms * (1.0 + eta) - product, 0.0)) * UP + rhos
+    upper = bounded(norms * (1.0 + eta) - product) * UP + rhos
     lower = tl.sqrt(tl.maximum(norms * (1.0 - eta) - product, 0.0)) * DOWN - rhos
     upper = tl.where(eligible, upper, float("inf"))
     best = smallest(pack_keys(upper, tl.broadcast_to(place, (R, CAPACITY))), KP, LOG_KP, LOG_GROUPS, 0)
     kth = tl.sum(tl.where(tl.arange(0, KP)[None, :] == K - 1, best, 0), axis=1)
     bound = widened((kth >> 32).to(tl.int32).to(tl.float32, bitcast=True), D)
-    keep = eligible & (lower <= bound[:, None])
+    keep = eligible & ~(lower > bound[:, None])  # kept where it is NaN, too
     target = tl.cumsum(keep.to(tl.int32), axis=1) - 1
     total = tl.sum(keep.to(tl.int32), axis=1)
     certified = (count <= CAPACITY) & (total <= SHORT) & (rho < float("inf"))
@@ -357,8 +365,8 @@ def refine_kernel(
         squared = listed_distances(gX, x_offsets, gZ, candidate.to(tl.int64) * z_stride, present, D, ONE_SPAN, UNROLL)
         keys = tl.where(present, pack_keys(squared, candidate), NO_KEY)
         best = merge_sorted(best, smallest(keys, KP, LOG_KP, LOG_GROUPS, 1), LOG_KP)
-    # Anchors without a shortlist are the ladder's.
-    store_support(best, anchor, count > 0, gIndices, gD2, K, KP)
+    # Anchors without a shortlist are the ladder's, which comes later: until then they have no neighbours.
+    store_support(best, anchor, used, gIndices, gD2, K, KP)
 
 
 # ---- the anchors that are not certified -----------------------------------------------------------

@@ -310,7 +310,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--features", metavar="FILE.npz", help="time on these embeddings instead (arrays feats, labels, ...)")
     add("--k", type=int, default=10, help="neighbours (default 10)")
     add("--dtype", choices=["float32", "float64", "bfloat16", "float16"], default="float32", help="of the features")
-    add("--threads", help="list; 'all' is PyTorch's own choice (default '1,all'; 1 with --quick)")
+    add("--threads", help="list; 'all' is PyTorch's own choice (default: 1,all, on a GPU all; 1 with --quick)")
     add("--backends", default="", help="sn_ops backends to time (default: all usable)")
     add("--rivals", help="rivals to time, 'none' for none (default: all)")
     add(
@@ -347,7 +347,7 @@ def specs_of(options: argparse.Namespace) -> list[Spec]:
 
 def threads_of(options: argparse.Namespace) -> list[int]:
     """Thread counts, the first one being that of all contestants."""
-    text = options.threads or ("1" if options.quick else "1,all")
+    text = options.threads or ("1" if options.quick else "1,all" if options.device == "cpu" else "all")
     try:
         counts = [torch.get_num_threads() if part == "all" else int(part) for part in text.split(",")]
     except ValueError:

@@ -21,8 +21,8 @@ triton_interpreter.speed_up()
 
 # Every backend the suite runs. A new one is a line here, and the device its tensors live on a line in problems.DEVICES.
 # All of these are part of every installation for tests: one that is not usable fails the suite, it does not skip it.
-# "simt" are the CUDA kernels on emulated threads. Only "cuda" may be missing, where there is no GPU: its tests are
-# skipped then, with that as the reason.
+# "simt" are the CUDA kernels on emulated threads. Only "cuda" may be missing, where there is no GPU or the package was
+# built without the kernels: its tests are skipped then, with that as the reason.
 BACKENDS = ("reference", "cpu", "triton", "simt", "cuda")
 # Emulated a thread or a program at a time: right at every size, but too slow for large ones.
 EMULATED = ("simt",) if torch.cuda.is_available() else ("simt", "triton")
@@ -33,22 +33,28 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
-def gpu_reason(name: str) -> str:
-    """Why the tests of a backend on a GPU cannot run here; empty if they can."""
-    if not torch.cuda.is_available():
-        return f"no GPU here for the backend {name!r}"
-    return sn_ops.backends()[name].reason
-
-
 def require(name: str) -> str:
-    """The name, if that backend is usable here."""
+    """The name, if that backend is usable here.
+
+    Skips the test where the CUDA kernels have a good reason to be missing, and fails it for every other: kernels that
+    were built and do not load must not look like kernels that passed.
+    """
     if name == "simt":
         simt_build.enable()
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip(gpu_reason(name))
     facts = sn_ops.backends()[name]
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip(f"no GPU here for the backend {name!r}")
+    if name == "cuda" and facts.reason.startswith("not built"):
+        pytest.skip(f"the backend {name!r} is {facts.reason}")
     assert facts.usable, f"backend {name!r} must be usable to run its tests: {facts.reason}"
     return name
+
+
+def require_gpu(name: str) -> str:
+    """The same for a test that only a GPU can run, whatever else serves the backend elsewhere."""
+    if not torch.cuda.is_available():
+        pytest.skip(f"no GPU here for the backend {name!r}")
+    return require(name)
 
 
 # Not function-scoped: hypothesis calls a test body many times with one fixture value.

@@ -58,8 +58,9 @@ def selection_of(neighbors: sn_ops.SupportNeighbors) -> oracle.Selection:
 
 
 def neighbors_of(case: Case, backend: str) -> sn_ops.SupportNeighbors:
-    """`support_neighbors` of a case."""
-    return sn_ops.support_neighbors(**case.on(backend).arguments(), backend=backend)
+    """`support_neighbors` of a case; the results are brought back to the CPU, where they are compared."""
+    found = sn_ops.support_neighbors(**case.on(backend).arguments(), backend=backend)
+    return sn_ops.SupportNeighbors(*(x.cpu() for x in found))
 
 
 def check_neighbors(case: Case, backend: str) -> oracle.Selection:
@@ -77,7 +78,7 @@ def check_neighbors(case: Case, backend: str) -> oracle.Selection:
     selection = selection_of(found)
     oracle.check_selection(problem, case.k, selection)
 
-    distances, is_positive = numbers(found.distances), found.is_positive.cpu().numpy()
+    distances, is_positive = numbers(found.distances), found.is_positive.numpy()
     for i in range(anchors):
         used = selection.support[i] >= 0
         chosen = selection.support[i][used]

@@ -5,16 +5,53 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import oracle
 
 # Where a backend's tensors live, when not on the CPU.
 DEVICES = {"cuda": "cuda"} | ({"triton": "cuda"} if torch.cuda.is_available() else {})
+
+T = TypeVar("T")
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend's tensors live."""
+    return torch.device(DEVICES.get(backend, "cpu"))
+
+
+def on(backend: str, x: T) -> T:
+    """A tensor, or a dictionary, list or tuple of tensors and other things, on the backend's device.
+
+    Every test passes through here what it gives to a backend, before it asks for gradients; a module of parameters goes
+    to `device_of` by its own `to`. On the CPU that changes nothing. Elsewhere tensors keep their strides and offsets,
+    and those of one call that share memory still do.
+    """
+    device, storages = device_of(backend), dict[int, torch.UntypedStorage]()
+
+    def move(tensor: Tensor) -> Tensor:
+        # Asked on the CPU too: a gradient does not find the way back from another device's memory.
+        assert not tensor.requires_grad, "move first, then ask for gradients"
+        return tensor if tensor.device.type == device.type else relocated(tensor, device, storages)
+
+    moved: T = tree_map_only(Tensor, move, x)
+    return moved
+
+
+def relocated(x: Tensor, device: torch.device, storages: dict[int, torch.UntypedStorage]) -> Tensor:
+    """A copy on a device, as misaligned and strided as it was, which `x.to` would not keep. `storages` is what has been
+    moved so far, by the address of what it was moved from."""
+    source = x.untyped_storage()
+    if source.data_ptr() not in storages:
+        whole = torch.empty(0, dtype=torch.uint8, device=x.device).set_(source)
+        storages[source.data_ptr()] = whole.to(device, copy=True).untyped_storage()
+    there = torch.empty(0, dtype=x.dtype, device=device)
+    return there.set_(storages[source.data_ptr()], x.storage_offset(), x.shape, x.stride())
 
 
 @dataclass(frozen=True)
@@ -35,11 +72,7 @@ class Case:
 
     def on(self, backend: str) -> Case:
         """The same on the backend's device."""
-        device = DEVICES.get(backend)
-        if device is None:
-            return self
-        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **on(backend, vars(self)))
 
     def leaves(self) -> Case:
         """Fresh leaves of the same strides that require gradients."""

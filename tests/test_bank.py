@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.functional import normalize
 import problems
 import rank_work
 import sn_ops
-from judge import check_loss, check_neighbors, same_bits
+from judge import check_loss, check_neighbors, neighbors_of, same_bits
 from problems import Case
 from rank_work import Shard
 from ranks import RankError, Ranks
@@ -42,11 +43,10 @@ def test_65536_embeddings(dtype: torch.dtype) -> None:
 def test_a_wrapped_offset_would_find_itself(backend: str) -> None:
     """Without self_index every anchor's nearest neighbour is its own copy; with it none is."""
     case = queue(16, 100, 24, 92)
-    marked = sn_ops.support_neighbors(**case.arguments(), backend=backend)
-    plain = sn_ops.support_neighbors(**{**case.arguments(), "self_index": None}, backend=backend)
+    marked, plain = neighbors_of(case, backend), neighbors_of(replace(case, self_index=None), backend)
     assert isinstance(case.self_index, Tensor)
-    assert plain.indices[:, 0].cpu().equal(case.self_index)
-    assert not (marked.indices.cpu() == case.self_index[:, None]).any()
+    assert plain.indices[:, 0].equal(case.self_index)
+    assert not (marked.indices == case.self_index[:, None]).any()
 
 
 def test_gradient_to_anchors_alone(backend: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import sn_ops
+from problems import on
 
 # Points on a line, two identities: 0, 1 and 6 belong together, 3 is alone.
 #   anchor 0 (at 0): 1 at 1 +, 2 at 3 -, 3 at 6 +        anchor 2 (at 3): no positive; 1 at 2, 0 and 3 tied at 3
@@ -26,26 +27,28 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def line(points: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.tensor(points, dtype=dtype)[:, None]
+def line(backend: str, points: list[float], labels: list[int]) -> tuple[Tensor, Tensor]:
+    """Features of one dimension and their labels, where the backend takes them."""
+    return on(backend, (torch.tensor(points, dtype=torch.float64)[:, None], torch.tensor(labels)))
 
 
 def losses(backend: str, points: list[float], labels: list[int], **options: Any) -> list[float]:
     options = {"alpha": 1.0, "weight": 0.5, "k": 2, **options}
-    return sn_ops.sn_loss(line(points), torch.tensor(labels), reduction="none", backend=backend, **options).tolist()
+    return sn_ops.sn_loss(*line(backend, points, labels), reduction="none", backend=backend, **options).tolist()
 
 
 def gradient(backend: str, points: list[float], labels: list[int], anchor: int, **options: Any) -> list[float]:
     """The derivative of one anchor's loss by every point."""
     options = {"alpha": 1.0, "weight": 0.5, "k": 2, **options}
-    feats = line(points).requires_grad_()
-    loss = sn_ops.sn_loss(feats, torch.tensor(labels), reduction="none", backend=backend, **options)
+    feats, identities = line(backend, points, labels)
+    feats.requires_grad_()
+    loss = sn_ops.sn_loss(feats, identities, reduction="none", backend=backend, **options)
     return torch.autograd.grad(loss[anchor], feats)[0].flatten().tolist()
 
 
 def test_neighbors_of_the_line(backend: str) -> None:
     """k = 2; the tie of anchor 2 goes to candidate 0, not 3."""
-    found = sn_ops.support_neighbors(line(LINE), torch.tensor(LABELS), k=2, backend=backend)
+    found = sn_ops.support_neighbors(*line(backend, LINE, LABELS), k=2, backend=backend)
     assert found.indices.tolist() == [[1, 2], [0, 2], [1, 0], [2, 1]]
     assert found.distances.tolist() == [[1, 3], [1, 2], [2, 3], [3, 5]]
     assert found.is_positive.tolist() == [[True, False], [True, False], [False, False], [False, True]]
@@ -69,8 +72,8 @@ def test_loss_of_the_line(backend: str, squeeze: str, squeezes: list[float]) -> 
     found = losses(backend, LINE, LABELS, squeeze=squeeze)
     assert found == pytest.approx([*expected[:2], 0.0, expected[2]], rel=1e-12)
     arguments: dict[str, Any] = {"k": 2, "alpha": 1.0, "weight": 0.5, "squeeze": squeeze, "backend": backend}
-    mean = sn_ops.sn_loss(line(LINE), torch.tensor(LABELS), **arguments)
-    total = sn_ops.sn_loss(line(LINE), torch.tensor(LABELS), reduction="sum", **arguments)
+    mean = sn_ops.sn_loss(*line(backend, LINE, LABELS), **arguments)
+    total = sn_ops.sn_loss(*line(backend, LINE, LABELS), reduction="sum", **arguments)
     assert float(mean) == pytest.approx(sum(expected) / 3, rel=1e-12)
     assert float(total) == pytest.approx(sum(expected), rel=1e-12)
 
@@ -124,7 +127,7 @@ def test_a_nearest_positive_from_outside_joins_all_negatives(backend: str, squee
 
 def test_statistics_of_the_line(backend: str) -> None:
     """k = 1: P = {1}, {1}, {5 from outside}; N = {}, {}, {3}."""
-    _, stats = sn_ops.sn_loss(line(LINE), torch.tensor(LABELS), k=1, backend=backend, return_stats=True)
+    _, stats = sn_ops.sn_loss(*line(backend, LINE, LABELS), k=1, backend=backend, return_stats=True)
     assert float(stats.valid_anchors) == 3
     assert float(stats.positive_distance) == pytest.approx((1 + 1 + 5) / 3)
     assert float(stats.negative_distance) == 3
@@ -135,7 +138,7 @@ def test_statistics_of_the_line(backend: str) -> None:
 def test_means_of_statistics_are_over_pairs(backend: str) -> None:
     """Anchor 0 has two positives in its support set, anchor 3 one: three anchors, but seven pairs of positives."""
     points, labels = [0.0, 1.0, 2.0, 10.0, 11.5], [0, 0, 0, 1, 1]
-    _, stats = sn_ops.sn_loss(line(points), torch.tensor(labels), k=2, backend=backend, return_stats=True)
+    _, stats = sn_ops.sn_loss(*line(backend, points, labels), k=2, backend=backend, return_stats=True)
     positives = [1, 2, 1, 1, 1, 2, 1.5, 1.5]
     assert float(stats.positive_distance) == pytest.approx(sum(positives) / len(positives))
     assert float(stats.negative_distance) == pytest.approx((8 + 9.5) / 2)
@@ -146,7 +149,7 @@ def test_means_of_statistics_are_over_pairs(backend: str) -> None:
 def test_exact_duplicates_are_neighbors(backend: str) -> None:
     """Self is left out by index: the copy at the same place is the nearest neighbour, at the clamp's 1e-6."""
     points, labels = [2.0, 2.0, 5.0], [0, 0, 1]
-    found = sn_ops.support_neighbors(line(points), torch.tensor(labels), k=1, backend=backend)
+    found = sn_ops.support_neighbors(*line(backend, points, labels), k=1, backend=backend)
     assert found.indices.tolist() == [[1], [0], [0]]
     assert found.distances.flatten().tolist() == pytest.approx([1e-6, 1e-6, 3.0], rel=1e-12)
     assert found.nearest_positive.tolist() == [1, 0, -1]
@@ -159,7 +162,7 @@ def test_exact_duplicates_are_neighbors(backend: str) -> None:
 def test_order_is_of_unclamped_distances(backend: str) -> None:
     """Candidates at 3e-8, 1e-8 and 2e-8 are all clamped to 1e-6, and still ordered by their own distance."""
     points, labels = [0.0, 3e-8, -1e-8, 2e-8], [0, 0, 1, 0]
-    found = sn_ops.support_neighbors(line(points), torch.tensor(labels), k=3, backend=backend)
+    found = sn_ops.support_neighbors(*line(backend, points, labels), k=3, backend=backend)
     assert found.indices[0].tolist() == [2, 3, 1]
     assert (int(found.nearest_positive[0]), int(found.farthest_positive[0])) == (3, 1)
     assert found.distances[0].tolist() == pytest.approx([1e-6] * 3)
@@ -168,7 +171,7 @@ def test_order_is_of_unclamped_distances(backend: str) -> None:
 def test_ties_go_to_the_lower_index(backend: str) -> None:
     """Candidates at -1, 1, -1, 1 and at -4, 4: nearest and farthest alike are the lower index."""
     points, labels = [0.0, -4.0, 4.0, 1.0, -1.0, 1.0], [0, 0, 0, 0, 0, 1]
-    found = sn_ops.support_neighbors(line(points), torch.tensor(labels), k=2, backend=backend)
+    found = sn_ops.support_neighbors(*line(backend, points, labels), k=2, backend=backend)
     assert found.indices[0].tolist() == [3, 4]
     assert (int(found.nearest_positive[0]), int(found.farthest_positive[0])) == (3, 1)
     assert gradient(backend, points, labels, 0, k=2)[1:3] == [-0.5, 0.0]
@@ -192,7 +195,8 @@ def test_large_alpha_neither_overflows_nor_vanishes(backend: str) -> None:
 
 def test_authors_defaults(backend: str) -> None:
     """k = 10, alpha = 50, weight = 0.1, span, mean."""
-    feats, labels = line([0.0, 0.10, 0.13, 0.30] + [9.0 + i for i in range(9)]), torch.tensor([0, 0, 1, 0] + [9] * 9)
+    points = [0.0, 0.10, 0.13, 0.30] + [9.0 + i for i in range(9)]
+    feats, labels = line(backend, points, [0, 0, 1, 0] + [9] * 9)
     found = sn_ops.sn_loss(feats, labels, backend=backend)
     expected = sn_ops.sn_loss(
         feats, labels, k=10, alpha=50.0, weight=0.1, squeeze="span", reduction="mean", backend=backend
@@ -205,9 +209,11 @@ def test_authors_defaults(backend: str) -> None:
 
 def test_candidates_by_hand(backend: str) -> None:
     """Anchor at 0 against 1 (negative), -2 (positive), 5 (positive): both gradients."""
-    feats, candidates = line([0.0]).requires_grad_(), line([1.0, -2.0, 5.0]).requires_grad_()
+    feats, labels = line(backend, [0.0], [4])
+    candidates, candidate_labels = line(backend, [1.0, -2.0, 5.0], [5, 4, 4])
+    feats.requires_grad_(), candidates.requires_grad_()
     loss = sn_ops.sn_loss(
-        feats, torch.tensor([4]), candidates=candidates, candidate_labels=torch.tensor([5, 4, 4]),
+        feats, labels, candidates=candidates, candidate_labels=candidate_labels,
         k=2, alpha=1.0, weight=0.5, backend=backend,
     )  # fmt: skip
     assert loss.item() == pytest.approx(softplus(2 - 1) + 0.5 * (5 - 2), rel=1e-12)
@@ -230,9 +236,10 @@ def test_candidates_by_hand(backend: str) -> None:
 def test_self_index_by_hand(
     backend: str, self_index: int | Tensor | None, indices: list[list[int]], nearest: list[int]
 ) -> None:
+    candidates, candidate_labels = line(backend, [0.0, 1.0, 4.0], [3, 4, 3])
     found = sn_ops.support_neighbors(
-        line([0.0, 1.0]), torch.tensor([3, 4]), k=2, candidates=line([0.0, 1.0, 4.0]),
-        candidate_labels=torch.tensor([3, 4, 3]), self_index=self_index, backend=backend,
+        *line(backend, [0.0, 1.0], [3, 4]), k=2, candidates=candidates,
+        candidate_labels=candidate_labels, self_index=on(backend, self_index), backend=backend,
     )  # fmt: skip
     assert found.indices.tolist() == indices
     assert found.nearest_positive.tolist() == nearest
@@ -240,9 +247,10 @@ def test_self_index_by_hand(
 
 def test_self_at_an_offset_may_fall_on_a_later_candidate(backend: str) -> None:
     """self_index = 1: anchor i is candidate i + 1, whatever lies there."""
+    candidates, candidate_labels = line(backend, [0.0, 1.0, 4.0], [3, 4, 3])
     found = sn_ops.support_neighbors(
-        line([0.0, 1.0]), torch.tensor([3, 4]), k=3, candidates=line([0.0, 1.0, 4.0]),
-        candidate_labels=torch.tensor([3, 4, 3]), self_index=1, backend=backend,
+        *line(backend, [0.0, 1.0], [3, 4]), k=3, candidates=candidates,
+        candidate_labels=candidate_labels, self_index=1, backend=backend,
     )  # fmt: skip
     assert found.indices.tolist() == [[0, 2, -1], [1, 0, -1]]
     assert found.distances.tolist() == [[pytest.approx(1e-6), 4.0, math.inf], [pytest.approx(1e-6), 1.0, math.inf]]
@@ -251,8 +259,8 @@ def test_self_at_an_offset_may_fall_on_a_later_candidate(backend: str) -> None:
 
 def test_fewer_candidates_than_k(backend: str) -> None:
     """K = min(k, M); in the self case the last slot stays empty."""
-    found = sn_ops.support_neighbors(line([0.0, 1.0]), torch.tensor([0, 0]), k=5, backend=backend)
+    found = sn_ops.support_neighbors(*line(backend, [0.0, 1.0], [0, 0]), k=5, backend=backend)
     assert found.indices.tolist() == [[1, -1], [0, -1]]
     assert found.distances.tolist() == [[1.0, math.inf], [1.0, math.inf]]
-    alone = sn_ops.support_neighbors(line([0.0]), torch.tensor([0]), k=5, backend=backend)
+    alone = sn_ops.support_neighbors(*line(backend, [0.0], [0]), k=5, backend=backend)
     assert alone.indices.tolist() == [[-1]] and alone.nearest_positive.tolist() == [-1]

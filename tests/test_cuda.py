@@ -14,7 +14,7 @@ from torch import Tensor
 import judge
 import problems
 import sn_ops
-from conftest import gpu_reason
+from conftest import require_gpu
 from problems import Case
 
 GPU_BACKENDS = ("cuda", "triton")
@@ -25,16 +25,13 @@ PATHS = ("cluster", "direct", "dense", "screen", "bank")
 @pytest.fixture(scope="module", params=GPU_BACKENDS)
 def gpu_backend(request: pytest.FixtureRequest) -> str:
     """Each backend that runs on a GPU, if there is one."""
-    if reason := gpu_reason(request.param):
-        pytest.skip(reason)
-    return str(request.param)
+    return require_gpu(request.param)
 
 
 @pytest.fixture
 def force_path() -> Iterator[object]:
     """Sets the path of the CUDA forward; automatic again afterwards."""
-    if reason := gpu_reason("cuda"):
-        pytest.skip(reason)
+    require_gpu("cuda")
     yield lambda name: torch.ops.sn_ops.cuda_force_path(PATHS.index(name) + 1)
     torch.ops.sn_ops.cuda_force_path(0)
 

@@ -16,11 +16,11 @@ import sn_ops
 from problems import Case
 
 
-def _case(kind: str) -> Case:
+def _case(kind: str, backend: str) -> Case:
     """Small, well separated: a step of 1e-6 changes no selection."""
     if kind == "self":
-        return problems.self_case(9, 4, 3, 3, seed=8).to(torch.float64)
-    return problems.bank_case(5, 8, 4, 3, 3, self_kind=kind, seed=8).to(torch.float64)
+        return problems.self_case(9, 4, 3, 3, seed=8).to(torch.float64).on(backend)
+    return problems.bank_case(5, 8, 4, 3, 3, self_kind=kind, seed=8).to(torch.float64).on(backend)
 
 
 def _loss(case: Case, **options: Any) -> Callable[..., torch.Tensor]:
@@ -39,7 +39,7 @@ def _loss(case: Case, **options: Any) -> Callable[..., torch.Tensor]:
     ],
 )
 def test_gradcheck(backend: str, kind: str, squeeze: str, reduction: str) -> None:
-    case = _case(kind).leaves()
+    case = _case(kind, backend).leaves()
     loss = _loss(case, squeeze=squeeze, reduction=reduction, backend=backend)
     assert torch.autograd.gradcheck(loss, tuple(case.inputs()))
 
@@ -48,21 +48,21 @@ def test_gradcheck(backend: str, kind: str, squeeze: str, reduction: str) -> Non
 def test_gradcheck_of_other_sizes_of_support(backend: str, k: int) -> None:
     """k = 1 leaves anchors whose nearest positive comes from outside; k = 20 takes everybody."""
     for kind in ("self", "tensor"):
-        case = replace(_case(kind), k=k).leaves()
+        case = replace(_case(kind, backend), k=k).leaves()
         assert torch.autograd.gradcheck(_loss(case, backend=backend), tuple(case.inputs()))
 
 
 @pytest.mark.parametrize("squeeze", oracle.SQUEEZES)
 @pytest.mark.parametrize("kind", ["self", "tensor"])
 def test_gradgradcheck_of_the_reference(kind: str, squeeze: str) -> None:
-    case = _case(kind).leaves()
+    case = _case(kind, "reference").leaves()
     assert torch.autograd.gradgradcheck(_loss(case, squeeze=squeeze, backend="reference"), tuple(case.inputs()))
 
 
 @pytest.mark.parametrize("kind", ["self", "tensor"])
 def test_second_derivatives_of_fused_backends_are_refused(fused_backend: str, kind: str) -> None:
     """A clear error that names the way out, never a wrong number."""
-    case = _case(kind).leaves()
+    case = _case(kind, fused_backend).leaves()
     loss = _loss(case, backend=fused_backend)(*case.inputs())
     first = torch.autograd.grad(loss, case.inputs(), create_graph=True)
     penalty = torch.stack([x.square().sum() for x in first]).sum()
@@ -73,7 +73,7 @@ def test_second_derivatives_of_fused_backends_are_refused(fused_backend: str, ki
 
 
 def test_create_graph_does_not_change_the_gradient(backend: str) -> None:
-    case = _case("self").leaves()
+    case = _case("self", backend).leaves()
     loss = _loss(case, backend=backend)
     plain = torch.autograd.grad(loss(case.feats), case.feats)[0]
     linked = torch.autograd.grad(loss(case.feats), case.feats, create_graph=True)[0]
@@ -81,7 +81,7 @@ def test_create_graph_does_not_change_the_gradient(backend: str) -> None:
 
 
 def test_backward_twice_through_a_kept_graph(backend: str) -> None:
-    case = _case("self").leaves()
+    case = _case("self", backend).leaves()
     loss = _loss(case, backend=backend)(case.feats)
     first = torch.autograd.grad(loss, case.feats, retain_graph=True)[0]
     assert torch.autograd.grad(loss, case.feats)[0].equal(first)
@@ -89,7 +89,7 @@ def test_backward_twice_through_a_kept_graph(backend: str) -> None:
 
 def test_an_input_changed_in_between_is_noticed(fused_backend: str) -> None:
     """Backward reads the features again: autograd must know of it."""
-    case = _case("self")
+    case = _case("self", fused_backend)
     leaf = case.feats.clone().requires_grad_()
     feats = leaf * 1
     loss = _loss(case, backend=fused_backend)(feats)

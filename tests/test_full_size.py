@@ -42,7 +42,7 @@ def test_sampled_anchors(full_speed_backend: str, kind: str, rows: int, dims: in
     oracle.check_selection(problem, case.k, chosen, sample)
 
     for squeeze in ("span", "nearest"):
-        leaves = case.leaves()
+        leaves = case.on(full_speed_backend).leaves()
         loss = sn_ops.sn_loss(**leaves.arguments(), squeeze=squeeze, reduction="none", backend=full_speed_backend)
         result = oracle.evaluate(problem, chosen, alpha=50.0, weight=0.1, squeeze=squeeze, rows=sample)
         bound = judge.loss_bound(result.largest_distance, 50.0, 0.1)
@@ -50,7 +50,7 @@ def test_sampled_anchors(full_speed_backend: str, kind: str, rows: int, dims: in
 
         upstream = torch.zeros(rows)
         upstream[sample] = torch.randn(len(sample), generator=torch.Generator().manual_seed(2))
-        (gradient,) = torch.autograd.grad(loss, leaves.feats, upstream)
+        (gradient,) = torch.autograd.grad(loss, leaves.feats, upstream.to(loss))
         factors = judge.numbers(upstream)[sample]
         expected, _ = oracle.gradients(problem, result, factors)
         largest = float(result.largest_distance.max())
@@ -65,7 +65,7 @@ def test_whole_gradient(full_speed_backend: str, kind: str) -> None:
     problem = problems.to_oracle(case)
     selection = judge.check_neighbors(case, full_speed_backend)
     result = oracle.evaluate(problem, selection, alpha=50.0, weight=0.1, squeeze="span")
-    leaves = case.leaves()
+    leaves = case.on(full_speed_backend).leaves()
     loss, stats = sn_ops.sn_loss(**leaves.arguments(), backend=full_speed_backend, return_stats=True)
     bound = judge.loss_bound(result.largest_distance, 50.0, 0.1)[result.valid].mean()
     judge.assert_within(abs(loss.item() - result.total("mean")), bound, "loss")
@@ -86,7 +86,7 @@ def test_a_hub(full_speed_backend: str) -> None:
     selection = judge.selection_of(judge.neighbors_of(case, full_speed_backend))
     assert (selection.support == 1234).any(axis=1).mean() > 0.9
     result = oracle.evaluate(problem, selection, alpha=50.0, weight=0.1, squeeze="span")
-    leaves = case.leaves()
+    leaves = case.on(full_speed_backend).leaves()
     loss = sn_ops.sn_loss(**leaves.arguments(), backend=full_speed_backend)
     upstream = result.valid / result.valid.sum()
     expected = oracle.gradients(problem, result, upstream)
@@ -101,7 +101,7 @@ def test_a_large_bank(full_speed_backend: str) -> None:
     found = judge.selection_of(judge.neighbors_of(case, full_speed_backend))
     chosen = oracle.Selection(found.support[sample], found.nearest[sample], found.farthest[sample])
     oracle.check_selection(problem, case.k, chosen, sample)
-    leaves = case.leaves()
+    leaves = case.on(full_speed_backend).leaves()
     loss = sn_ops.sn_loss(**leaves.arguments(), reduction="none", backend=full_speed_backend)
     result = oracle.evaluate(problem, chosen, alpha=50.0, weight=0.1, squeeze="span", rows=sample)
     upstream = torch.zeros(300)

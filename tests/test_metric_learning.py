@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_metric_learning import distances, losses, miners, reducers, regularizers, testers, trainers
-from pytorch_metric_learning.utils import loss_and_miner_utils
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from pytorch_metric_learning.utils.inference import CustomKNN
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -19,6 +15,13 @@ import problems
 import rank_work
 import sn_ops
 from ranks import Ranks
+
+pytest.importorskip("pytorch_metric_learning")
+from pytorch_metric_learning import distances, losses, miners, reducers, regularizers, testers, trainers
+from pytorch_metric_learning.utils import loss_and_miner_utils
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
+
 from sn_ops import metric_learning
 
 OPTIONS: dict[str, Any] = {"k": 5, "alpha": 12.0, "weight": 0.3, "squeeze": "support"}
@@ -43,7 +46,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 
 def test_is_the_loss_of_normalised_embeddings(backend: str) -> None:
     """Value and gradient, by the default reducer; PML's losses are called the same way."""
-    embeddings, labels = batch()
+    embeddings, labels = problems.on(backend, batch())
     embeddings.requires_grad_()
     loss_func = metric_learning.SNLoss(**OPTIONS, backend=backend)
     found = loss_func(embeddings, labels)

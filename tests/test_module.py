@@ -24,7 +24,7 @@ def module(backend: str) -> sn_ops.SNLoss:
 
 def test_equals_the_function(backend: str, module: sn_ops.SNLoss) -> None:
     """With and without candidates, by position and by name."""
-    case = problems.bank_case(9, 20, 12, 4, k=3, self_kind="tensor")
+    case = problems.bank_case(9, 20, 12, 4, k=3, self_kind="tensor").on(backend)
     function = sn_ops.sn_loss(**{**case.arguments(), **OPTIONS}, backend=backend)
     called = module(case.feats, case.labels, case.candidates, case.candidate_labels, case.self_index)
     named = module(
@@ -42,7 +42,7 @@ def test_defaults_are_the_functions() -> None:
 
 
 def test_returns_statistics_when_asked(backend: str) -> None:
-    case = problems.self_case(30, 8, 6)
+    case = problems.self_case(30, 8, 6).on(backend)
     loss, stats = sn_ops.SNLoss(backend=backend, return_stats=True)(case.feats, case.labels)
     expected, wanted = sn_ops.sn_loss(case.feats, case.labels, backend=backend, return_stats=True)
     assert loss.equal(expected) and all(a.equal(b) for a, b in zip(stats, wanted, strict=True))
@@ -60,8 +60,10 @@ def _saved(module: sn_ops.SNLoss) -> sn_ops.SNLoss:
     "duplicate", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved],
     ids=["copy", "deepcopy", "pickle", "save"],
 )  # fmt: skip
-def test_copies_compute_the_same(module: sn_ops.SNLoss, duplicate: Callable[[sn_ops.SNLoss], sn_ops.SNLoss]) -> None:
-    case = problems.self_case(30, 8, 6)
+def test_copies_compute_the_same(
+    backend: str, module: sn_ops.SNLoss, duplicate: Callable[[sn_ops.SNLoss], sn_ops.SNLoss]
+) -> None:
+    case = problems.self_case(30, 8, 6).on(backend)
     other = duplicate(module)
     assert other is not module and repr(other) == repr(module)
     assert other(case.feats, case.labels).equal(module(case.feats, case.labels))
@@ -75,9 +77,9 @@ def test_repr_tells_every_option(backend: str, module: sn_ops.SNLoss) -> None:
     assert "return_stats=True" in repr(sn_ops.SNLoss(return_stats=True))
 
 
-def test_has_nothing_to_train_or_store(module: sn_ops.SNLoss) -> None:
+def test_has_nothing_to_train_or_store(backend: str, module: sn_ops.SNLoss) -> None:
     assert not list(module.parameters()) and not list(module.buffers()) and not module.state_dict()
-    case = problems.self_case(30, 8, 6)
+    case = problems.self_case(30, 8, 6).on(backend)
     training = module(case.feats, case.labels)
     assert module.eval()(case.feats, case.labels).equal(training)
     assert module.to(torch.float64)(case.feats, case.labels).dtype == torch.float32

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import problems
 import sn_ops
-from problems import Case
+from problems import Case, on
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -24,7 +24,7 @@ def poisoned(x: Tensor, at: tuple[int, int], value: float) -> Tensor:
 
 
 def assert_everything_nan(case: Case, backend: str, reduction: str = "mean", **options: Any) -> None:
-    leaves = case.leaves()
+    leaves = case.on(backend).leaves()
     loss = sn_ops.sn_loss(**leaves.arguments(), reduction=reduction, backend=backend, **options)
     assert loss.shape == ((case.feats.shape[0],) if reduction == "none" else ())
     assert loss.isnan().all(), loss
@@ -96,7 +96,7 @@ def test_with_nobody_on_the_other_side(backend: str) -> None:
 @pytest.mark.parametrize("where", ["feats", "candidates"])
 def test_one_gradient(backend: str, where: str, wanted: str) -> None:
     """A single requested gradient is NaN too, wherever the value is."""
-    case = problems.bank_case(9, 33, 20, 4, k=3)
+    case = problems.bank_case(9, 33, 20, 4, k=3).on(backend)
     assert case.candidates is not None
     tensors: dict[str, Any] = {"feats": case.feats, "candidates": case.candidates}
     tensors[where] = poisoned(tensors[where], (2, 2), NAN)
@@ -108,9 +108,9 @@ def test_one_gradient(backend: str, where: str, wanted: str) -> None:
 
 def test_a_nan_upstream_is_not_lost(backend: str) -> None:
     """Finite inputs under a NaN gradient: anchors with edges pass it on."""
-    case = problems.self_case(33, 65, 8).leaves()
+    case = problems.self_case(33, 65, 8).on(backend).leaves()
     loss = sn_ops.sn_loss(**case.arguments(), backend=backend)
-    (gradient,) = torch.autograd.grad(loss, case.feats, torch.tensor(NAN))
+    (gradient,) = torch.autograd.grad(loss, case.feats, torch.full_like(loss, NAN))
     assert gradient.isnan().any()
 
 
@@ -118,29 +118,30 @@ def test_a_nan_upstream_is_not_lost(backend: str) -> None:
 @pytest.mark.parametrize("scale", [1e30, 3e38])
 def test_overflow_of_a_positive(backend: str, scale: float, squeeze: str) -> None:
     """Finite inputs whose squared distance overflows float32 (at 3e38 the very difference does)."""
-    feats = torch.tensor([[scale, 0.0], [-scale, 0.0], [0.0, 1.0]])
-    loss = sn_ops.sn_loss(feats, torch.tensor([0, 0, 1]), k=2, squeeze=squeeze, backend=backend)
+    feats, labels = on(backend, (torch.tensor([[scale, 0.0], [-scale, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 1])))
+    loss = sn_ops.sn_loss(feats, labels, k=2, squeeze=squeeze, backend=backend)
     assert not loss.isfinite()
 
 
 @pytest.mark.parametrize("squeeze", ["span", "none"])
 def test_overflow_of_a_selected_negative(backend: str, squeeze: str) -> None:
     """A negative infinitely far is selected, as there is nobody else: e^-inf is 0, and the loss still not finite."""
-    feats = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1e30, 0.0]])
-    loss = sn_ops.sn_loss(feats, torch.tensor([0, 0, 1]), k=2, squeeze=squeeze, backend=backend)
+    feats, labels = on(backend, (torch.tensor([[0.0, 0.0], [1.0, 0.0], [1e30, 0.0]]), torch.tensor([0, 0, 1])))
+    loss = sn_ops.sn_loss(feats, labels, k=2, squeeze=squeeze, backend=backend)
     assert not loss.isfinite()
 
 
 def test_overflow_of_the_farthest_positive(backend: str) -> None:
-    feats = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1e30, 0.0]])
-    loss = sn_ops.sn_loss(feats, torch.tensor([0, 0, 0]), k=1, reduction="none", backend=backend)
+    feats, labels = on(backend, (torch.tensor([[0.0, 0.0], [1.0, 0.0], [1e30, 0.0]]), torch.tensor([0, 0, 0])))
+    loss = sn_ops.sn_loss(feats, labels, k=1, reduction="none", backend=backend)
     assert not loss[:2].isfinite().any()
 
 
 def test_overflow_of_an_unselected_candidate_is_harmless(backend: str) -> None:
     """k = 1: the far row is in nobody's support set but its own, and it is no valid anchor."""
-    feats = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1e30, 0.0]]).requires_grad_()
-    loss = sn_ops.sn_loss(feats, torch.tensor([0, 0, 1]), k=1, squeeze="nearest", weight=1.0, backend=backend)
+    feats, labels = on(backend, (torch.tensor([[0.0, 0.0], [1.0, 0.0], [1e30, 0.0]]), torch.tensor([0, 0, 1])))
+    feats.requires_grad_()
+    loss = sn_ops.sn_loss(feats, labels, k=1, squeeze="nearest", weight=1.0, backend=backend)
     assert loss.item() == 1.0
     (gradient,) = torch.autograd.grad(loss, feats)
     assert gradient.tolist() == [[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
@@ -148,6 +149,8 @@ def test_overflow_of_an_unselected_candidate_is_harmless(backend: str) -> None:
 
 def test_no_overflow_in_float64(backend: str) -> None:
     """What overflows float32 does not overflow float64."""
-    feats = torch.tensor([[1e30, 0.0], [-1e30, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    loss = sn_ops.sn_loss(feats, torch.tensor([0, 0, 1]), k=1, squeeze="nearest", weight=1.0, backend=backend)
+    feats, labels = on(
+        backend, (torch.tensor([[1e30, 0.0], [-1e30, 0.0], [0.0, 1.0]], dtype=torch.float64), torch.tensor([0, 0, 1]))
+    )
+    loss = sn_ops.sn_loss(feats, labels, k=1, squeeze="nearest", weight=1.0, backend=backend)
     assert loss.item() == pytest.approx(52e30)  # separation 50 (2e30 - 1e30), nearest positive 2e30

@@ -13,7 +13,7 @@ import conftest
 import judge
 import oracle
 import problems
-from problems import Case
+from problems import Case, on
 from sn_ops import ops
 
 SQUEEZE = {name: code for code, name in enumerate(oracle.SQUEEZES)}
@@ -57,7 +57,7 @@ def forward_arguments(
 def backward_arguments(case: Case, outputs: tuple[torch.Tensor, ...], reduction: str) -> tuple[Any, ...]:
     """The arguments of the backward operator behind a forward's outputs."""
     loss, indices, coefficients, *_, stats = outputs
-    grad_loss = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    grad_loss = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
     banked = case.candidates is not None
     return grad_loss, case.feats, case.candidates, indices, coefficients, stats, REDUCTION[reduction], True, banked
 
@@ -76,7 +76,7 @@ def check_squared(problem: oracle.Problem, anchor: int, edges: oracle.Array, squ
 @pytest.mark.parametrize("name", GRAPH_CASES)
 def test_support_graph(backend: str, name: str, squeeze: str) -> None:
     """Distinct edges in their columns, with the oracle's coefficients, 0 wherever nothing is to flow."""
-    case = problems.CASES[name]()
+    case = problems.CASES[name]().on(backend)
     problem = problems.to_oracle(case)
     n, m, _ = problem.sizes
     slots = min(case.k, m)
@@ -123,9 +123,10 @@ def test_any_forward_with_any_backward(ahead: str, behind: str, name: str, reduc
     problem = problems.to_oracle(case)
     n, m, _ = problem.sizes
     slots = min(case.k, m)
-    outputs = ops.forward(conftest.require(ahead), *forward_arguments(case, reduction=reduction))
-    arguments = backward_arguments(case, outputs, reduction)
-    grads = ops.backward(conftest.require(behind), *arguments)
+    conftest.require(ahead), conftest.require(behind)
+    outputs = ops.forward(ahead, *forward_arguments(case.on(ahead), reduction=reduction))
+    arguments = backward_arguments(case.on(behind), on(behind, outputs), reduction)
+    grads = ops.backward(behind, *arguments)
 
     selection = oracle.Selection(*(judge.numbers(x) for x in (outputs[1][:, :slots], outputs[3], outputs[4])))
     result = oracle.evaluate(problem, selection, alpha=50.0, weight=0.1, squeeze="span")
@@ -144,7 +145,7 @@ def test_any_forward_with_any_backward(ahead: str, behind: str, name: str, reduc
 
 def test_backward_computes_only_what_is_needed(backend: str) -> None:
     """What is not needed comes back empty, and does not change the other."""
-    case = problems.CASES["bank-33-65x100-k1-tensor"]()
+    case = problems.CASES["bank-33-65x100-k1-tensor"]().on(backend)
     outputs = ops.forward(backend, *forward_arguments(case))
     *arguments, _, _ = backward_arguments(case, outputs, "mean")
     both = ops.backward(backend, *arguments, True, True)
@@ -160,20 +161,17 @@ def test_backward_skips_unused_and_zero_edges(backend: str) -> None:
     indices = torch.tensor([[1, 2, -1], [0, -1, 3], [-1, -1, -1], [0, -1, -1]], dtype=torch.int32)
     coefficients = torch.tensor([[0.5, 0.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     stats = torch.tensor([2.0, 0, 0, 0, 0, 0], dtype=torch.float64)
-    gradient, _ = ops.backward(
-        backend, torch.tensor(1.0), feats, None, indices, coefficients, stats, REDUCTION["sum"], True, False
-    )
+    feats, indices, coefficients, stats, one = on(backend, (feats, indices, coefficients, stats, torch.tensor(1.0)))
+    gradient, _ = ops.backward(backend, one, feats, None, indices, coefficients, stats, REDUCTION["sum"], True, False)
     assert gradient.tolist() == [[-2.5, 2.5], [2.5, -2.5], [0.0, 0.0], [0.0, 0.0]]
-    gradient, _ = ops.backward(
-        backend, torch.tensor(1.0), feats, None, indices, coefficients, stats, REDUCTION["mean"], True, False
-    )
+    gradient, _ = ops.backward(backend, one, feats, None, indices, coefficients, stats, REDUCTION["mean"], True, False)
     assert gradient.tolist() == [[-1.25, 1.25], [1.25, -1.25], [0.0, 0.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("reduction", REDUCTION)
 def test_poison_reaches_every_gradient(backend: str, reduction: str) -> None:
     """The forward's flag alone decides it."""
-    case = problems.CASES["bank-33-65x100-k1-tensor"]()
+    case = problems.CASES["bank-33-65x100-k1-tensor"]().on(backend)
     outputs = ops.forward(backend, *forward_arguments(case, reduction=reduction))
     outputs[6][5] = float("nan")
     grads = ops.backward(backend, *backward_arguments(case, outputs, reduction))
@@ -194,7 +192,7 @@ OPCHECK_CASES = [
 
 @pytest.mark.parametrize(("name", "dtype", "squeeze", "reduction"), OPCHECK_CASES)
 def test_opcheck_forward(fused_backend: str, name: str, dtype: torch.dtype, squeeze: str, reduction: str) -> None:
-    case = problems.CASES[name]().to(dtype).leaves()
+    case = problems.CASES[name]().to(dtype).on(fused_backend).leaves()
     for want_squared in (False, True):
         torch.library.opcheck(
             cast(Any, ops.OPERATORS[fused_backend].forward),
@@ -204,7 +202,7 @@ def test_opcheck_forward(fused_backend: str, name: str, dtype: torch.dtype, sque
 
 @pytest.mark.parametrize(("name", "dtype", "squeeze", "reduction"), OPCHECK_CASES)
 def test_opcheck_backward(fused_backend: str, name: str, dtype: torch.dtype, squeeze: str, reduction: str) -> None:
-    case = problems.CASES[name]().to(dtype)
+    case = problems.CASES[name]().to(dtype).on(fused_backend)
     outputs = ops.forward(fused_backend, *forward_arguments(case, squeeze=squeeze, reduction=reduction))
     torch.library.opcheck(
         cast(Any, ops.OPERATORS[fused_backend].backward), backward_arguments(case, outputs, reduction)

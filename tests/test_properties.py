@@ -51,7 +51,7 @@ def has_clear_order(case: Case) -> bool:
 
 
 def anchor_losses(case: Case, backend: str) -> torch.Tensor:
-    return sn_ops.sn_loss(**case.arguments(), reduction="none", backend=backend)
+    return sn_ops.sn_loss(**case.on(backend).arguments(), reduction="none", backend=backend).cpu()
 
 
 @given(case=batches(), seed=SEEDS)
@@ -146,18 +146,18 @@ def test_scaling_by_a_power_of_two(backend: str, case: Case, power: int) -> None
     before, after = judge.neighbors_of(case, backend), judge.neighbors_of(scaled, backend)
     assert after.indices.equal(before.indices) and after.farthest_positive.equal(before.farthest_positive)
     options: dict[str, Any] = {"reduction": "none", "squeeze": "none", "backend": backend}
-    a = sn_ops.sn_loss(**case.arguments(), **options, alpha=8.0)
-    b = sn_ops.sn_loss(**scaled.arguments(), **options, alpha=8.0 * 2.0**-power)
+    a = sn_ops.sn_loss(**case.on(backend).arguments(), **options, alpha=8.0)
+    b = sn_ops.sn_loss(**scaled.on(backend).arguments(), **options, alpha=8.0 * 2.0**-power)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @given(case=batches(), seed=SEEDS)
 def test_gradients_of_the_self_case_sum_to_zero(backend: str, case: Case, seed: int) -> None:
     """The loss sees differences only: what pulls an anchor pushes its neighbour."""
-    leaves = case.to(torch.float64).leaves()
+    leaves = case.to(torch.float64).on(backend).leaves()
     loss = sn_ops.sn_loss(**leaves.arguments(), alpha=5.0, reduction="none", backend=backend)
     upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(seed), dtype=loss.dtype)
-    (gradient,) = torch.autograd.grad(loss, leaves.feats, upstream)
+    (gradient,) = torch.autograd.grad(loss, leaves.feats, upstream.to(loss))
     assert float(gradient.sum(dim=0).abs().max()) <= 1e-12 * (1 + float(gradient.abs().sum()))
 
 
@@ -165,7 +165,7 @@ def test_gradients_of_the_self_case_sum_to_zero(backend: str, case: Case, seed: 
 @given(case=batches())
 def test_calls_repeat_to_the_bit(fused_backend: str, reduction: str, case: Case) -> None:
     def call() -> list[torch.Tensor]:
-        leaves = case.leaves()
+        leaves = case.on(fused_backend).leaves()
         loss = sn_ops.sn_loss(**leaves.arguments(), reduction=reduction, backend=fused_backend)
         return [loss.detach(), *torch.autograd.grad(loss, leaves.inputs(), torch.ones_like(loss))]
 

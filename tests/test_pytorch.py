@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import problems
 import sn_ops
-from problems import Case
+from problems import Case, device_of, on
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def test_compile_whole_graph_with_dynamic_batch(backend: str, compiler: str) -> 
     if compiler == "inductor" and backend == "reference":
         compiler = "eager"  # generated code for the dense reference is nobody's use, and a minute's wait
     counter = CompileCounterWithBackend(compiler)
-    matrix = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+    matrix = on(backend, torch.randn(20, 12, generator=torch.Generator().manual_seed(0)))
 
     def loss(x: torch.Tensor, y: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         feats = torch.nn.functional.normalize(x @ m, dim=1)
@@ -42,7 +42,7 @@ def test_compile_whole_graph_with_dynamic_batch(backend: str, compiler: str) -> 
 
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
     for rows in (24, 33, 50, 41):
-        case = problems.self_case(rows, 20, 6, seed=rows)
+        case = problems.self_case(rows, 20, 6, seed=rows).on(backend)
         results = []
         for function in (loss, compiled):
             m = matrix.clone().requires_grad_()
@@ -57,7 +57,7 @@ def test_compile_whole_graph_with_dynamic_batch(backend: str, compiler: str) -> 
 @pytest.mark.parametrize("kind", ["none", "offset", "tensor"])
 def test_compile_with_a_bank(backend: str, kind: str, reduction: str) -> None:
     """Candidates, self_index of every kind, statistics."""
-    case = problems.bank_case(12, 30, 16, 5, k=3, self_kind=kind)
+    case = problems.bank_case(12, 30, 16, 5, k=3, self_kind=kind).on(backend)
     options: dict[str, Any] = {"backend": backend, "reduction": reduction, "return_stats": True}
 
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
@@ -77,7 +77,7 @@ def test_compile_with_a_bank(backend: str, kind: str, reduction: str) -> None:
 
 
 def test_compiled_support_neighbors(backend: str) -> None:
-    case = problems.self_case(30, 16, 5, k=3)
+    case = problems.self_case(30, 16, 5, k=3).on(backend)
     compiled = torch.compile(sn_ops.support_neighbors, fullgraph=True, backend="aot_eager")
     found = compiled(case.feats, case.labels, k=3, backend=backend)
     torch.testing.assert_close(
@@ -86,7 +86,7 @@ def test_compiled_support_neighbors(backend: str) -> None:
 
 
 def test_compiled_module(backend: str) -> None:
-    case = problems.self_case(30, 16, 5)
+    case = problems.self_case(30, 16, 5).on(backend)
     module = sn_ops.SNLoss(backend=backend)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(case.feats, case.labels), module(case.feats, case.labels))
@@ -95,11 +95,11 @@ def test_compiled_module(backend: str) -> None:
 def test_export_with_dynamic_batch(backend: str) -> None:
     """An exported program computes other batch sizes than the one it was exported with."""
     module = sn_ops.SNLoss(k=3, backend=backend)
-    example = problems.self_case(16, 8, 4)
+    example = problems.self_case(16, 8, 4).on(backend)
     batch = torch.export.Dim("batch", min=8, max=4096)
     program = torch.export.export(module, (example.feats, example.labels), dynamic_shapes=({0: batch}, {0: batch}))
     for rows in (16, 37, 100):
-        case = problems.self_case(rows, 8, 4, seed=rows)
+        case = problems.self_case(rows, 8, 4, seed=rows).on(backend)
         torch.testing.assert_close(program.module()(case.feats, case.labels), module(case.feats, case.labels))
 
 
@@ -107,18 +107,18 @@ def test_export_with_dynamic_batch(backend: str) -> None:
 def test_autocast_casts_nothing(backend: str, low: torch.dtype) -> None:
     """The loss is computed from what it is given, forward and backward, in or out of autocast."""
     for dtype in (torch.float32, torch.float64, low):
-        case = problems.self_case(33, 20, 6).to(dtype)
+        case = problems.self_case(33, 20, 6).to(dtype).on(backend)
         expected = step(case, backend=backend)
-        with torch.autocast("cpu", dtype=low):
+        with torch.autocast(device_of(backend).type, dtype=low):
             found = step(case, backend=backend)
         assert all(a.dtype == b.dtype and a.equal(b) for a, b in zip(found, expected, strict=True))
 
 
 def test_autocast_of_the_network_in_front(backend: str) -> None:
     """Half-precision features from autocast get a float32 loss and send back half-precision gradients."""
-    case = problems.self_case(33, 20, 6)
-    matrix = torch.randn(20, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    case = problems.self_case(33, 20, 6).on(backend)
+    matrix = on(backend, torch.randn(20, 12, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    with torch.autocast(device_of(backend).type, dtype=torch.bfloat16):
         feats = case.feats @ matrix
         assert feats.dtype == torch.bfloat16
         loss = sn_ops.sn_loss(feats, case.labels, alpha=1.0, backend=backend)
@@ -130,7 +130,7 @@ def test_autocast_of_the_network_in_front(backend: str) -> None:
 @pytest.mark.parametrize("name", ["self-33x65-ids8-k10", "bank-33-65x100-k1-tensor", "no-positives", "no-candidates"])
 def test_deterministic_mode(backend: str, name: str) -> None:
     """Runs, with the same bits. PyTorch fills fresh memory with NaN in this mode: nothing may be left unwritten."""
-    case = problems.CASES[name]()
+    case = problems.CASES[name]().on(backend)
     expected = step(case, backend=backend, reduction="none")
     neighbors = sn_ops.support_neighbors(**case.arguments(), backend=backend)
     torch.use_deterministic_algorithms(True)
@@ -145,7 +145,7 @@ def test_deterministic_mode(backend: str, name: str) -> None:
 @pytest.mark.parametrize("banked", [False, True])
 def test_vmap(backend: str, banked: bool) -> None:
     """Over several batches at once: the reference gives the loss of each, fused backends refuse and name it."""
-    cases = [problems.bank_case(6, 9, 5, 3, k=2, seed=seed) for seed in range(3)]
+    cases = [problems.bank_case(6, 9, 5, 3, k=2, seed=seed).on(backend) for seed in range(3)]
     feats, labels = torch.stack([c.feats for c in cases]), torch.stack([c.labels for c in cases])
     bank = cases[0]
 
@@ -166,7 +166,7 @@ def test_vmap(backend: str, banked: bool) -> None:
 
 def test_functional_gradient(backend: str) -> None:
     """torch.func.grad_and_value agrees with autograd in the reference, and is refused by fused backends."""
-    case = problems.self_case(12, 6, 3, 3)
+    case = problems.self_case(12, 6, 3, 3).on(backend)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         return sn_ops.sn_loss(x, case.labels, k=3, backend=backend)
@@ -183,7 +183,7 @@ def test_several_threads_call_at_once(fused_backend: str) -> None:
     """No state is shared between calls: concurrent ones return what they return alone."""
     from concurrent.futures import ThreadPoolExecutor
 
-    cases = [problems.self_case(150 + 7 * i, 40, 20, seed=i) for i in range(6)]
+    cases = [problems.self_case(150 + 7 * i, 40, 20, seed=i).on(fused_backend) for i in range(6)]
     expected = [step(case, backend=fused_backend) for case in cases]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda case: step(case, backend=fused_backend), cases * 4))

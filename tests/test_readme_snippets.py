@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sn_ops.reid.requirements import need
+
 README = Path(__file__).resolve().parent.parent / "README.md"
 MARKER = re.compile(r"^<!-- snippet:([\w-]+) -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SNIPPETS = dict(MARKER.findall(README.read_text(encoding="utf-8")))
@@ -20,6 +23,8 @@ SNIPPETS = dict(MARKER.findall(README.read_text(encoding="utf-8")))
 # What each of them leaves behind to be looked at.
 IN_THIS_PROCESS = ("loop", "lightning", "bank", "pml", "pml-memory")
 UNDER_TORCHRUN = ("distributed",)
+# What a snippet needs that the package does not bring.
+NEEDS = {"lightning": "lightning", "pml": "pytorch_metric_learning", "pml-memory": "pytorch_metric_learning"}
 
 
 def test_every_snippet_is_known() -> None:
@@ -31,6 +36,10 @@ def test_every_snippet_is_known() -> None:
 @pytest.mark.parametrize("name", IN_THIS_PROCESS)
 @pytest.mark.filterwarnings("ignore")  # of the libraries that snippets use
 def test_runs(name: str) -> None:
+    if package := NEEDS.get(name):
+        with contextlib.suppress(ImportError):
+            need("torchvision")  # Lightning imports it where it is, and beside a CPU build of PyTorch that takes help
+        pytest.importorskip(package)
     torch.manual_seed(0)
     space: dict[str, Any] = {"__name__": f"readme_{name.replace('-', '_')}"}
     exec(compile(SNIPPETS[name], f"README.md:{name}", "exec"), space)

@@ -13,7 +13,7 @@ import judge
 import oracle
 import problems
 import sn_ops
-from problems import Case
+from problems import Case, on
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -93,7 +93,7 @@ def test_types(backend: str, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_gradients_are_rounded_once(backend: str, dtype: torch.dtype) -> None:
     """Every entry is half a unit in the last place from the float64 gradient, and 1e-5 of the largest entry."""
-    case = case_of("self-64x257-ids16-k2").to(dtype)
+    case = case_of("self-64x257-ids16-k2").to(dtype).on(backend)
     problem = problems.to_oracle(case)
     selection = judge.selection_of(judge.neighbors_of(case, backend))
     result = oracle.evaluate(problem, selection, alpha=5.0, weight=0.1, squeeze="span")
@@ -109,7 +109,7 @@ def test_half_gradients_are_rounded_once(backend: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("wanted", ["feats", "candidates", "both", "neither"])
 def test_gradient_goes_where_it_is_asked_for(backend: str, wanted: str) -> None:
     """Asking for one gradient does not change it, and nothing else receives one."""
-    case = case_of("bank-33-65x100-k1-tensor")
+    case = case_of("bank-33-65x100-k1-tensor").on(backend)
     assert case.candidates is not None
     both = case.leaves()
     expected = torch.autograd.grad(sn_ops.sn_loss(**both.arguments(), backend=backend), both.inputs())
@@ -127,7 +127,7 @@ def test_gradient_goes_where_it_is_asked_for(backend: str, wanted: str) -> None:
 
 def test_bank_that_is_the_batch_itself(backend: str) -> None:
     """feats also passed as candidates with self_index=0 is the self case, both halves of the gradient adding up."""
-    case = case_of("self-63x200-ids30-k10")
+    case = case_of("self-63x200-ids30-k10").on(backend)
     feats = case.feats.clone().requires_grad_()
     own = sn_ops.sn_loss(feats, case.labels, backend=backend)
     banked = sn_ops.sn_loss(
@@ -140,7 +140,7 @@ def test_bank_that_is_the_batch_itself(backend: str) -> None:
 
 def test_no_grad(backend: str) -> None:
     """Under no_grad and inference_mode: the same value, no graph."""
-    case = case_of("self-33x65-ids8-k10").leaves()
+    case = case_of("self-33x65-ids8-k10").on(backend).leaves()
     loss = sn_ops.sn_loss(**case.arguments(), backend=backend)
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
@@ -149,7 +149,7 @@ def test_no_grad(backend: str) -> None:
 
 
 def test_statistics_do_not_change_the_loss(backend: str) -> None:
-    case = case_of("self-33x65-ids8-k10").leaves()
+    case = case_of("self-33x65-ids8-k10").on(backend).leaves()
     loss = sn_ops.sn_loss(**case.arguments(), backend=backend)
     beside, stats = sn_ops.sn_loss(**case.arguments(), backend=backend, return_stats=True)
     assert isinstance(stats, sn_ops.SNStats) and beside.equal(loss)
@@ -161,10 +161,8 @@ def test_statistics_do_not_change_the_loss(backend: str) -> None:
 @pytest.mark.parametrize("name", ["no-positives", "none-anchors", "no-candidates", "none-anchors-but-candidates"])
 def test_without_valid_anchors_everything_is_zero(backend: str, name: str, reduction: str) -> None:
     """Zero, never NaN, with a graph that can be run backward; statistics are 0 where undefined."""
-    case = case_of(name).leaves()
-    loss, stats = sn_ops.sn_loss(
-        **case.on(backend).arguments(), reduction=reduction, backend=backend, return_stats=True
-    )
+    case = case_of(name).on(backend).leaves()
+    loss, stats = sn_ops.sn_loss(**case.arguments(), reduction=reduction, backend=backend, return_stats=True)
     assert not loss.any() and loss.shape == ((case.feats.shape[0],) if reduction == "none" else ())
     assert [float(x) for x in stats] == [0.0] * 5
     loss.sum().backward()
@@ -174,8 +172,9 @@ def test_without_valid_anchors_everything_is_zero(backend: str, name: str, reduc
 
 def test_gradients_accumulate_through_a_network(backend: str) -> None:
     """The chain rule: a linear map and a normalisation in front, a factor behind."""
-    case = case_of("self-33x65-ids8-k10").to(torch.float64)
-    matrix = torch.randn(65, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    case = case_of("self-33x65-ids8-k10").to(torch.float64).on(backend)
+    matrix = on(backend, torch.randn(65, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    matrix.requires_grad_()
 
     def loss(m: torch.Tensor) -> torch.Tensor:
         feats = torch.nn.functional.normalize(case.feats @ m, dim=1)
@@ -190,7 +189,7 @@ def test_gradients_accumulate_through_a_network(backend: str) -> None:
 
 def test_inputs_are_left_alone(backend: str) -> None:
     """No argument is written to."""
-    case = case_of("bank-33-65x100-k1-tensor")
+    case = case_of("bank-33-65x100-k1-tensor").on(backend)
     before: dict[str, Any] = {
         name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in case.arguments().items()
     }

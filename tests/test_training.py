@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sn_ops
+from problems import device_of, on
 
 
 def mean_average_precision(feats: Tensor, labels: Tensor) -> float:
@@ -45,7 +46,7 @@ def test_digits(full_speed_backend: str) -> None:
         nn.Conv2d(1, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(24, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(48 * 4, 64),
-    )  # fmt: skip
+    ).to(device_of(full_speed_backend))  # fmt: skip
     criterion = sn_ops.SNLoss(k=10, alpha=10.0, backend=full_speed_backend)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     members = [train[labels[train] == digit] for digit in range(10)]
@@ -53,14 +54,15 @@ def test_digits(full_speed_backend: str) -> None:
     for _ in range(120):
         picked = [rows[torch.randperm(len(rows), generator=generator)[:12]] for rows in members]
         batch = torch.cat(picked)
-        loss = criterion(functional.normalize(network(pixels[batch]), dim=1), labels[batch])
+        images, identities = on(full_speed_backend, (pixels[batch], labels[batch]))
+        loss = criterion(functional.normalize(network(images), dim=1), identities)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     network.eval()
     with torch.no_grad():
-        trained = mean_average_precision(network(pixels[test]), labels[test])
+        trained = mean_average_precision(network(on(full_speed_backend, pixels[test])).cpu(), labels[test])
     raw = mean_average_precision(pixels[test].flatten(1), labels[test])
     assert 0.6 < raw < 0.75
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 import sn_ops
+from problems import on
 
 FEATS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
 BANK = {"candidates": FEATS + 1, "candidate_labels": LABELS}
 NAN, INF = float("nan"), float("inf")
 
-# name: (changed arguments, argument that the message names, other things it says)
+# name: (changed arguments, argument that the message names, other things it says). On the CPU for every backend: what
+# is wrong with an argument is said before anybody asks whether the backend serves its device.
 BAD: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "feats-list": ({"feats": [[1.0]]}, "feats", ["tensor", "list"]),
     "feats-none": ({"feats": None}, "feats", ["tensor", "None"]),
@@ -171,14 +173,15 @@ def test_cpu_backend_refuses_other_devices(fused_backend: str) -> None:
     ids=str,
 )
 def test_what_must_work(backend: str, changed: dict[str, Any]) -> None:
-    arguments = {"feats": FEATS, "labels": LABELS, "backend": backend, **changed}
+    arguments = on(backend, {"feats": FEATS, "labels": LABELS, "backend": backend, **changed})
     loss = sn_ops.sn_loss(arguments.pop("feats"), arguments.pop("labels"), **arguments)
     assert loss.isfinite()
 
 
 def test_no_columns(backend: str) -> None:
     """D = 0: every row is the same point."""
-    found = sn_ops.support_neighbors(torch.empty(4, 0), torch.tensor([0, 0, 1, 1]), k=2, backend=backend)
+    feats, labels = on(backend, (torch.empty(4, 0), torch.tensor([0, 0, 1, 1])))
+    found = sn_ops.support_neighbors(feats, labels, k=2, backend=backend)
     assert found.indices.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1]]
 
 

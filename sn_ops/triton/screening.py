@@ -355,7 +355,7 @@ def refine_kernel(
     row = tl.program_id(0) * R + tl.arange(0, R)
     used = row < rows
     anchor = first_row + row
-    count = tl.load(gShortCount + row, used, 0)
+    count = tl.load(gShortCount + row, used, -1)  # -1 stands for `used` further down, which costs registers there
     best = tl.full((R, KP), NO_KEY, tl.int64)
     x_offsets = tl.where(used, anchor, first_row).to(tl.int64) * x_stride
     for first in range(0, tl.max(count, axis=0), C):
@@ -366,7 +366,7 @@ def refine_kernel(
         keys = tl.where(present, pack_keys(squared, candidate), NO_KEY)
         best = merge_sorted(best, smallest(keys, KP, LOG_KP, LOG_GROUPS, 1), LOG_KP)
     # Anchors without a shortlist are the ladder's, which comes later: until then they have no neighbours.
-    store_support(best, anchor, used, gIndices, gD2, K, KP)
+    store_support(best, anchor, count >= 0, gIndices, gD2, K, KP)
 
 
 # ---- the anchors that are not certified -----------------------------------------------------------

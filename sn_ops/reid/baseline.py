@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .data.images import read_image
 from .requirements import need
 
 STRIPES = 6
@@ -65,12 +66,7 @@ def colour_histograms(
 
 def _pixels(path: str | os.PathLike[str], stripes: int, balance: bool) -> NDArray[np.uint8]:
     """The image as hue, saturation and value, `[H, W, 3]`."""
-    images = need("PIL.Image")
-    try:
-        with images.open(path) as opened:
-            image = opened.convert("RGB")
-    except OSError as error:
-        raise OSError(f"sn_ops.reid: images: expected an image, got {path}: {error}") from error
+    images, image = need("PIL.Image"), read_image(path)
     if image.height < stripes:
         raise OSError(f"sn_ops.reid: images: expected at least {stripes} rows, got {image.height}: {path}")
     return np.asarray(_balanced(images, image) if balance else image.convert("HSV"))

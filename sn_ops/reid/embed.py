@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .requirements import need
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+from .data.images import SUFFIXES, read_image
+from .stopping import outlive_stop_signals
 
 Transform = Callable[[Any], Tensor]
 """From a `PIL.Image.Image` in RGB to a float tensor `[3, H, W]`, as the model was evaluated with."""
@@ -43,12 +42,7 @@ class _Images(torch.utils.data.Dataset[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        image = need("PIL.Image")
-        try:
-            with image.open(self.paths[index]) as opened:
-                return self.transform(opened.convert("RGB"))
-        except OSError as error:
-            raise OSError(f"sn_ops.reid: images: expected an image, got {self.paths[index]}: {error}") from error
+        return self.transform(read_image(self.paths[index]))
 
 
 @torch.inference_mode()
@@ -80,7 +74,7 @@ def embed_images(
         float32 `[len(paths), D]` on the CPU.
 
     Raises:
-        OSError: a file is missing or not an image; the message has its path.
+        UnreadableImageError: a file is missing or not an image, an OSError; the message has its path.
         ValueError: no path, or a model that does not return `[n, D]`.
         ImportError: pillow is missing.
     """
@@ -89,7 +83,9 @@ def embed_images(
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = _Images([Path(path) for path in paths], transform)
-    loader = torch.utils.data.DataLoader(images, batch_size=batch_size, num_workers=workers)
+    loader = torch.utils.data.DataLoader(
+        images, batch_size=batch_size, num_workers=workers, worker_init_fn=outlive_stop_signals
+    )
     training = model.training
     model.to(device).eval()
     rows = []
@@ -109,26 +105,34 @@ def embed_images(
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Embeddings and the images that they are of."""
+    """Embeddings and the images that they are of.
+
+    Raises:
+        ValueError: at construction, features that are not one row of floating point numbers a path.
+    """
 
     paths: Sequence[str]
     features: Tensor
-    """float32 `[n, D]`."""
+    """Floating point `[n, D]`."""
+
+    def __post_init__(self) -> None:
+        features = self.features
+        if features.ndim != 2 or len(features) != len(self.paths) or not features.is_floating_point():
+            raise ValueError(
+                f"sn_ops.reid: embeddings: expected floating point features [{len(self.paths)}, D], one row a path, "
+                f"got {features.dtype} {list(features.shape)}"
+            )
 
 
 def save_embeddings(file: str | os.PathLike[str], embeddings: Embeddings) -> Path:
     """Writes an .npz with `features` float32 `[n, D]` and `paths` `[n]` (text, no pickles), replacing it atomically.
 
     Raises:
-        ValueError: another suffix, or numbers that differ.
+        ValueError: another suffix.
     """
     file = Path(file)
     if file.suffix != ".npz":
         raise ValueError(f"sn_ops.reid: embeddings: expected a file name that ends in .npz, got {file}")
-    if len(embeddings.paths) != len(embeddings.features):
-        raise ValueError(
-            f"sn_ops.reid: embeddings: expected {len(embeddings.paths)} rows, got {len(embeddings.features)}"
-        )
     unfinished = file.with_name(file.name + ".part")
     with unfinished.open("wb") as out:
         np.savez(out, features=embeddings.features.float().cpu().numpy(), paths=np.array(embeddings.paths, dtype=str))
@@ -140,10 +144,23 @@ def load_embeddings(file: str | os.PathLike[str]) -> Embeddings:
     """What `save_embeddings` wrote.
 
     Raises:
-        ValueError: not such a file.
+        ValueError: not such a file, a part of one, or a damaged one.
+        OSError: no file of that name, or one that may not be read.
     """
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return Embeddings([str(path) for path in arrays["paths"]], torch.from_numpy(arrays["features"]))
-    except (KeyError, ValueError, EOFError) as error:
+        loaded = np.load(file, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("got an .npy file of a single array")
+        with loaded as arrays:
+            paths, features = arrays["paths"], arrays["features"]
+        if paths.ndim != 1 or paths.dtype.kind != "U":
+            raise ValueError(f"got paths {paths.dtype} {list(paths.shape)}, not text [n]")
+        if features.ndim != 2 or features.dtype.kind != "f" or len(features) != len(paths):
+            raise ValueError(
+                f"got features {features.dtype} {list(features.shape)}, not floating point [{len(paths)}, D]"
+            )
+        return Embeddings([str(path) for path in paths], torch.from_numpy(features.astype(np.float32)))
+    except Exception as error:  # zipfile, zlib and numpy each have their own for damaged files
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise ValueError(f"sn_ops.reid: embeddings: expected arrays features and paths in {file}: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -181,7 +181,7 @@ def _resnet50(config: ModelConfig) -> tuple[nn.Module, int]:
     return network, width
 
 
-def _timm(config: ModelConfig) -> tuple[nn.Module, int]:
+def _timm(config: ModelConfig, image_size: tuple[int, int] | None) -> tuple[nn.Module, int]:
     timm = need("timm")
     name = config.name[len(TIMM) :]
     if not timm.is_model(name):
@@ -191,21 +191,52 @@ def _timm(config: ModelConfig) -> tuple[nn.Module, int]:
             + (f" (there are {near}, ...)" if near else "")
         )
     try:
-        network = timm.create_model(name, pretrained=config.weights == "imagenet", num_classes=0, global_pool="avg")
+        network: Any = _made(name, config.weights == "imagenet", image_size)
     except OSError as error:
         raise OSError(
             f"sn_ops.reid: model.weights: expected to download timm's weights of {name!r}, got {error}. Where there is "
             "no network, give model.weights the path of the downloaded file"
         ) from error
-    except RuntimeError as error:
-        raise ValueError(f"sn_ops.reid: model: expected to make timm's {name!r}, got {error}") from error
+    except _REFUSALS as error:
+        size = "" if image_size is None else f" for images of {image_size[0]} x {image_size[1]} (height x width)"
+        reason = str(error) or f"an {type(error).__name__} from it"
+        raise ValueError(f"sn_ops.reid: model: expected to make timm's {name!r}{size}, got: {reason}") from error
     if config.last_stride != 2:  # as they come
         _set_last_stride(network, config.last_stride)
     # What leaves the pooling: some of timm's networks widen their maps once more after it.
     return network, int(getattr(network, "head_hidden_size", network.num_features))
 
 
-def build_model(config: ModelConfig, num_identities: int) -> ReIDModel:
+# What timm's networks raise where they cannot be as they were asked for.
+_REFUSALS = (AssertionError, RuntimeError, TypeError, ValueError)
+
+
+def _made(name: str, pretrained: bool, image_size: tuple[int, int] | None) -> nn.Module:
+    """timm's network, which has computed features of an image of the size, if there is one.
+
+    Many are made for one size (most transformers for 224 x 224) and take another as `img_size`; others have no such
+    parameter, or have it and do not keep to it, and take images of any size.
+    """
+    timm = need("timm")
+    random = torch.get_rng_state()
+    sized = [] if image_size is None else [{"img_size": image_size}]
+    for options in (*sized, {}):
+        torch.set_rng_state(random)  # what was tried before changes no parameter
+        try:
+            network: nn.Module = timm.create_model(
+                name, pretrained=pretrained, num_classes=0, global_pool="avg", **options
+            )
+            if image_size is not None:
+                with torch.no_grad():
+                    network.eval()(torch.zeros(1, 3, *image_size))
+            return network.train()
+        except _REFUSALS:
+            if not options:
+                raise
+    raise AssertionError("the loop ends with an attempt that returns or raises")
+
+
+def build_model(config: ModelConfig, num_identities: int, *, image_size: tuple[int, int] | None = None) -> ReIDModel:
     """The network that a configuration names, with parameters from PyTorch's global generator: seed it first.
 
     Args:
@@ -216,9 +247,12 @@ def build_model(config: ModelConfig, num_identities: int) -> ReIDModel:
             other networks have no such stage and stay as they are. `neck`, `dim`: see `ReIDModel`.
         num_identities: classes for the identity loss. 0 without an identity loss: a classifier that no loss sees has no
             gradient, which DistributedDataParallel refuses.
+        image_size: (height, width) of the images that it shall take. It matters for timm's networks that are made for
+            one size; None: that of timm. A network is loaded with the size that it was saved with.
 
     Raises:
-        ValueError: an unknown name, weights that there are not or that do not fit.
+        ValueError: an unknown name, weights that there are not or that do not fit, a network of timm that cannot take
+            images of that size.
         OSError: "imagenet" weights that cannot be downloaded, or a file that is missing.
         ImportError: torchvision or timm is missing.
 
@@ -234,7 +268,7 @@ def build_model(config: ModelConfig, num_identities: int) -> ReIDModel:
             )
         backbone, width = (network := SmallNet()), network.embed.out_features
     elif config.name.startswith(TIMM) and len(config.name) > len(TIMM):
-        backbone, width = _timm(config)
+        backbone, width = _timm(config, image_size)
     else:
         raise ValueError(
             f'sn_ops.reid: model.name: expected "resnet50", "small" or "{TIMM}<name>", got {config.name!r}'

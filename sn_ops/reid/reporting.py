@@ -16,6 +16,7 @@ from .data.records import Split
 from .data.sampler import IdentitySampler
 from .evaluating import EmbeddedSplit, Embedder, Tick, embed_split, label, network_embedder, score_split
 from .evaluation import Scores
+from .models import ReIDModel
 from .report import Embedded, Report, write_report
 from .trained import load_split, open_trained
 
@@ -64,8 +65,22 @@ def curves(history: Sequence[Mapping[str, Any]], mark: str = "") -> list[dict[st
     ]
 
 
+def without_neck(model: nn.Module) -> nn.Module:
+    """The network whose embeddings the metric loss takes, in the mode that `model` is in: retrieval takes those that
+    leave the neck, whose distances are others."""
+    if not isinstance(model, ReIDModel):
+        return model
+    return nn.Sequential(model.backbone, model.projection).train(model.training)
+
+
 def training_batch(embed: Embedder, split: Split, config: Config) -> Embedded | None:
-    """The first batch of the first epoch, as the network sees it now; None where there is nothing to train on."""
+    """The first batch of the first epoch, as the network sees it now; None where there is nothing to train on.
+
+    Args:
+        embed: of `without_neck`.
+        split: the data set.
+        config: its `data` has the sampler's settings.
+    """
     if not split.train:
         return None
     labels = split.identities()
@@ -171,6 +186,8 @@ def write_run_report(
         embedded,
         scores,
         history=history,
-        anchors=training_batch(embed, split, config),
+        anchors=training_batch(
+            network_embedder(without_neck(model), config, device=device, workers=workers, tick=tick), split, config
+        ),
     )
     return write_report(out or run / "report.html", report)

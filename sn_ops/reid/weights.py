@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,14 +23,16 @@ def load_weights(backbone: nn.Module, file: str | Path) -> None:
     of a classifier are left out; every other name and shape must be the backbone's.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError, PermissionError: no such file, or one that may not be read.
         ValueError: not a file of PyTorch tensors, or not those of this backbone; the message has the differences.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f'sn_ops.reid: model.weights: expected none, "imagenet" or a file, got {file}')
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except Exception as error:  # the unpickler obeys what it is given: other bytes give errors of nearly any kind
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
             f"sn_ops.reid: model.weights: expected a file of tensors that torch.save wrote, got {file}: {first_line}"

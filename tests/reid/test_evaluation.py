@@ -327,6 +327,14 @@ def test_distractors_in_one_pass_equal_galleries_one_by_one() -> None:
     assert [s.gallery - curve[0].gallery for s in evaluate_with_distractors(**vars(case), distractors=extra)] == [0, 60]
 
 
+def test_sizes_of_the_gallery_that_nobody_chose() -> None:
+    """1, 2 and 5 times the powers of ten from 100, and all of them."""
+    case = make(4)
+    extra = torch.randn(1500, 7, generator=torch.Generator().manual_seed(9))
+    curve = evaluate_with_distractors(**vars(case), distractors=extra)
+    assert [s.gallery - curve[0].gallery for s in curve] == [0, 100, 200, 500, 1000, 1500]
+
+
 def test_a_distractor_matches_nobody() -> None:
     """Also where 0 is a person."""
     case = make(6)

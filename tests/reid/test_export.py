@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sn_ops.reid import cli
 from sn_ops.reid.embed import Embeddings, embed_images, image_files, load_embeddings, save_embeddings
 from sn_ops.reid.onnx import check_onnx, export_onnx
 from sn_ops.reid.rank import rank_images, write_ranking
@@ -94,6 +98,22 @@ def test_embeddings_are_those_of_the_network_in_eval_mode(model: Small, folder: 
     assert not model.training
 
 
+def test_a_signal_to_all_processes_leaves_the_images_to_be_read(model: Small, folder: Path) -> None:
+    """Schedulers send SIGTERM to the readers too: their run decides what it means, not their death."""
+    reader = os.getpid()
+
+    def signalled(image: Any) -> Tensor:
+        assert os.getpid() != reader
+        if image.getpixel((0, 0)) == first:
+            signal.raise_signal(signal.SIGTERM)
+        return transform(image)
+
+    paths = image_files(folder)
+    first = image_module.open(paths[0]).convert("RGB").getpixel((0, 0))
+    features = embed_images(model, paths[:2], signalled, workers=1, batch_size=1)
+    assert torch.equal(features, embed_images(model, paths[:2], transform, batch_size=1))
+
+
 def test_embedding_files(model: Small, folder: Path, tmp_path: Path) -> None:
     """A file gives back what it was given; another one is refused."""
     paths = [str(path) for path in image_files(folder)]
@@ -102,9 +122,69 @@ def test_embedding_files(model: Small, folder: Path, tmp_path: Path) -> None:
     assert read.paths == paths and torch.equal(read.features, written.features)
     with pytest.raises(ValueError, match=r"expected a file name that ends in \.npz"):
         save_embeddings(tmp_path / "e.bin", written)
-    (tmp_path / "bad.npz").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="expected arrays features and paths in"):
-        load_embeddings(tmp_path / "bad.npz")
+    with pytest.raises(
+        ValueError, match=r"embeddings: expected floating point features \[2, D\], one row a path, got "
+    ):
+        Embeddings(paths[:2], written.features)
+
+
+TWO = np.array(["a.png", "b.png"])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({}, "paths"),
+        ({"paths": TWO}, "features"),
+        ({"paths": TWO, "features": np.ones((1, 3), np.float32)}, r"features float32 \[1, 3\], not .* \[2, D\]"),
+        ({"paths": TWO, "features": np.ones((3, 3), np.float32)}, r"features float32 \[3, 3\], not .* \[2, D\]"),
+        ({"paths": TWO, "features": np.ones(2, np.float32)}, r"features float32 \[2\], not"),
+        ({"paths": TWO, "features": np.float32(1)}, r"features float32 \[\], not"),
+        ({"paths": TWO, "features": np.ones((2, 3), np.int64)}, r"features int64 \[2, 3\], not floating point"),
+        ({"paths": TWO, "features": np.ones((2, 3), np.complex64)}, "features complex64"),
+        ({"paths": TWO, "features": np.array([["x"], ["y"]])}, "features <U1"),
+        ({"paths": np.arange(2), "features": np.ones((2, 3))}, r"got paths int64 \[2\], not text \[n\]"),
+        ({"paths": TWO[:, None], "features": np.ones((2, 3))}, r"got paths <U5 \[2, 1\], not text \[n\]"),
+    ],
+)
+def test_other_arrays_are_no_embeddings(tmp_path: Path, arrays: dict[str, Any], reason: str) -> None:
+    """The message has the file and what is wrong in it."""
+    file = tmp_path / "other.npz"
+    np.savez(file, **arrays)
+    with pytest.raises(ValueError, match=f"^sn_ops.reid: embeddings: .* features and paths in {file}: .*{reason}"):
+        load_embeddings(file)
+
+
+def test_damaged_embedding_files(tmp_path: Path) -> None:
+    """Cut off anywhere, or with other bytes: what was written, or an error that names the file."""
+    written = Embeddings([f"{i}.png" for i in range(3)], torch.eye(3))
+    whole = save_embeddings(tmp_path / "whole.npz", written).read_bytes()
+    file = tmp_path / "bad.npz"
+    generator = np.random.default_rng(0)
+    damaged = [b"", b"nonsense", *(whole[:length] for length in range(1, len(whole), 7))]
+    for _ in range(300):
+        changed = bytearray(whole)
+        for place in generator.integers(0, len(whole), 3):
+            changed[place] = generator.integers(0, 256)
+        damaged.append(bytes(changed))
+    refused: list[str] = []
+    for content in damaged:
+        file.write_bytes(content)
+        try:
+            assert len(load_embeddings(file).features) == 3
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > len(damaged) / 2
+    message = f"sn_ops.reid: embeddings: expected arrays features and paths in {file}: "
+    assert all(text.startswith(message) for text in refused)
+    np.save(tmp_path / "one.npy", np.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"in .*one\.npy: got an \.npy file of a single array"):
+        load_embeddings(tmp_path / "one.npy")
+    with pytest.raises(FileNotFoundError):
+        load_embeddings(tmp_path / "none.npz")
+    # Written by others, in other precisions.
+    np.savez(file, paths=TWO, features=np.ones((2, 3), ">f8"))
+    assert load_embeddings(file).features.dtype is torch.float32
 
 
 def test_ranking_a_folder(model: Small, folder: Path, tmp_path: Path) -> None:
@@ -129,8 +209,10 @@ def test_what_cannot_be_embedded(model: Small, folder: Path, tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="got none"):
         image_files(tmp_path / "empty")
-    with pytest.raises(OSError, match=r"expected an image, got .*notes\.txt"):
-        embed_images(model, [folder / "notes.txt"], transform)
+    for workers in (0, 1):
+        with pytest.raises(OSError, match=r"^sn_ops\.reid: images: expected an image, got .*notes\.txt: .") as caught:
+            embed_images(model, [folder / "0.png", folder / "notes.txt"], transform, workers=workers)
+        assert cli.exit_status(caught.value) == 2
     with pytest.raises(ValueError, match=r"model: expected output \[1, D\], got \[1, 8, 16, 8\]"):
         embed_images(model.body[0], [folder / "0.png"], transform)
     with pytest.raises(ValueError, match="expected at least one path"):

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sn_ops.reid import cli
 from sn_ops.reid.config import DataConfig
+from sn_ops.reid.data.images import UnreadableImageError, read_image
 from sn_ops.reid.data.loading import MEAN, STD, ReIDImages, eval_transform, make_loader, train_transform
 from sn_ops.reid.data.records import Sample
 from sn_ops.reid.data.sampler import IdentitySampler
@@ -236,8 +238,23 @@ def test_unreadable(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         path.write_bytes(content)
     images = ReIDImages([Sample(path, 1, 0)], eval_transform(PLAIN))
-    with pytest.raises(OSError, match=rf"sn_ops.reid: images: expected an image, got {path}"):
+    with pytest.raises(OSError, match=rf"^sn_ops.reid: images: expected an image, got {path}: .") as alone:
         images[0]
+    # A DataLoader raises a worker's error again, with the worker's traceback as its text.
+    with pytest.raises(OSError, match=rf"^sn_ops.reid: images: expected an image, got {path}: .") as from_worker:
+        next(iter(make_loader(images, workers=1)))
+    assert str(from_worker.value) == str(alone.value) and cli.exit_status(from_worker.value) == 2
+
+
+def test_damage_of_any_kind_is_an_unreadable_image(tmp_path: Path) -> None:
+    """Pillow has other errors than OSError for it; none of them is a traceback."""
+    path = tmp_path / "image.bmp"
+    picture().save(path)
+    content = bytearray(path.read_bytes())
+    content[18:26] = b"\xff\xff\x00\x00" * 2  # 65535 x 65535 pixels: Pillow's DecompressionBombError
+    path.write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=rf"^sn_ops.reid: images: expected an image, got {path}: .*pixels"):
+        read_image(path)
 
 
 @pytest.mark.parametrize(

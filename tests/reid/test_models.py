@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from sn_ops.reid.weights import load_weights
 
 RESNET = ModelConfig(name="resnet50")
 TIMM = ModelConfig(name="timm:resnet18")
+SMALL = SmallNet()
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +100,58 @@ def test_timm_without_that_stage() -> None:
     model = build_model(ModelConfig(name="timm:mobilenetv3_small_050"), 0)
     output = model(torch.randn(2, 3, 64, 32))
     assert output.embedding.shape == (2, model.dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "takes_another"),
+    [
+        ("vit_tiny_patch16_224", False), ("mixer_s16_224", False), ("levit_128s", False), ("resnet18", True),
+        ("crossvit_tiny_240", True),  # has img_size, and computes wrongly with one that is not square
+    ],
+)  # fmt: skip
+def test_timm_is_made_for_the_size_of_the_images(name: str, takes_another: bool) -> None:
+    """Most transformers take images of one size only, 224 x 224 where nothing else is said."""
+    config = ModelConfig(name=f"timm:{name}")
+    model = build_model(config, 3, image_size=(64, 32))
+    assert all(module.training for module in model.modules())
+    assert model(torch.randn(2, 3, 64, 32)).embedding.shape == (2, model.dim)
+    without = build_model(config, 3).eval()
+    if takes_another:
+        assert without(torch.randn(2, 3, 64, 32)).shape == (2, model.dim)
+    else:
+        with pytest.raises((AssertionError, RuntimeError)):
+            without(torch.randn(2, 3, 64, 32))
+    # A network is the same every time, so that a checkpoint fits.
+    again = build_model(config, 3, image_size=(64, 32))
+    again.load_state_dict(model.state_dict())
+
+
+def test_trying_a_size_changes_no_parameter() -> None:
+    torch.manual_seed(5)
+    expected = build_model(TIMM, 3).state_dict()
+    torch.manual_seed(5)
+    found = build_model(TIMM, 3, image_size=(64, 32)).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("convit_tiny", r"Input height \(64\) doesn't match model \(224\)"),  # takes squares alone
+        ("halonet26t", "an AssertionError from it"),
+        ("inception_v3", "Kernel size can't be greater than actual input size"),
+        ("pit_ti_224", "Only token pooling"),
+    ],
+)
+def test_timm_cannot_take_images_of_the_size(name: str, reason: str) -> None:
+    message = rf"model: expected to make timm's '{name}' for images of 64 x 32 \(height x width\), got: .*{reason}"
+    with pytest.raises(ValueError, match=message):
+        build_model(ModelConfig(name=f"timm:{name}"), 0, image_size=(64, 32))
+
+
+def test_timm_cannot_make_it_at_all() -> None:
+    with pytest.raises(ValueError, match="model: expected to make timm's 'pit_ti_224', got: Only token pooling"):
+        build_model(ModelConfig(name="timm:pit_ti_224"), 0)
 
 
 def test_refuses_a_stride_it_cannot_set() -> None:
@@ -315,6 +369,21 @@ def test_refuses_a_truncated_file(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"expected a file of tensors that torch\.save wrote"):
         load_weights(SmallNet(), file)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_refuses_files_of_any_bytes(tmp_path: Path) -> None:
+    """Bytes at random, and ones that the unpickler takes for orders: never an error of its own."""
+    file = tmp_path / "weights.pth"
+    generator = np.random.default_rng(0)
+    contents = [b"\x80\x02.", b"\x80\x020.", b"J\x00", b"M", b"(", b"a.", b"\x80\x02]a.", b"\x80\x02}(K\x01u."]
+    contents += [generator.bytes(int(generator.integers(1, 12))) for _ in range(400)]
+    contents += [b"\x80\x02" + generator.bytes(int(generator.integers(1, 12))) for _ in range(400)]
+    for content in contents:
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^sn_ops\.reid: model\.weights: expected ") as caught:
+            load_weights(SMALL, file)
+        assert str(file) in str(caught.value)
 
 
 def test_refuses_weights_of_another_network(tmp_path: Path) -> None:

@@ -9,11 +9,17 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from sn_ops.reid import reporting
+from sn_ops.reid.config import Config, to_yaml
+from sn_ops.reid.data import Sample, Split
+from sn_ops.reid.data.loading import eval_transform
 from sn_ops.reid.evaluation import ReRank, Scores, evaluate, evaluate_with_distractors
-from sn_ops.reid.report import Embedded, Report, plots, write_report
+from sn_ops.reid.models import build_model
+from sn_ops.reid.report import Embedded, Report, page, plots, write_report
 
 # The extra `reid` has these; they are not optional for a run of the whole suite.
 image_module = pytest.importorskip("PIL.Image", reason="pillow is not installed: pip install 'sn_ops[reid]'")
@@ -85,6 +91,7 @@ def test_contents(written: Path) -> None:
         assert f"<h2>{heading}</h2>" in text, heading
     assert "Run &lt;1&gt; &amp; more" in text and "&lt;script&gt;" in text and "<script" not in text
     assert text.count('class="asked"') == 4 + 6
+    assert "What the loss would see in a batch of some gallery images, by their features for retrieval" in text
     assert re.search(r'<figure class="right"><img [^>]*><figcaption><b>✓ [1-7]<', text)
     assert re.search(r'<figure class="wrong"><img [^>]*><figcaption><b>✗ ', text)
     assert set(re.findall(r'(?:src|href)="([^"]{5})', text)) == {"data:"}
@@ -138,6 +145,62 @@ def test_tsne_keeps_clusters_apart() -> None:
     for n in range(7):
         assert plots.plane(x[:n]).shape == (n, 2)
     assert bool(plots.plane(torch.ones(9, 3)).isfinite().all())
+
+
+def test_support_neighbours_are_those_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metric loss takes features before the neck, retrieval those behind it; the report shows both as they are."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    samples = []
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 256, (64, 32, 3), dtype=np.uint8)
+        image_module.fromarray(pixels).save(folder / f"{i}.png")
+        samples.append(Sample(folder / f"{i}.png", 1 + i // 2, i % 2))
+    train, test = tuple(samples[:4]), tuple(samples[4:])
+    split = Split("eight", train, test[::2], test[1::2])
+    config = Config().override(
+        "data.height=64", "data.width=32", "data.identities=2", "data.images=2", "data.workers=0", "model.neck=true",
+        "loss.identity=1.0",
+    )  # fmt: skip
+    to_yaml(config, tmp_path / "config.yaml")
+    torch.manual_seed(0)
+    model = build_model(config.model, 2).train()
+    assert isinstance(model.neck, torch.nn.BatchNorm1d) and model.neck.running_mean is not None
+    torch.nn.init.normal_(model.neck.running_mean)
+    torch.nn.init.uniform_(model.neck.weight, 0.5, 2.0)
+    seen: list[Report] = []
+
+    def noted(path: Path, report: Report) -> Path:
+        seen.append(report)
+        return write_report(path, report)
+
+    monkeypatch.setattr(reporting, "write_report", noted)
+    text = reporting.write_run_report(tmp_path, model=model, split=split).read_text()
+    assert "What the loss sees in a training batch, by the features that it takes (before a neck" in text
+    assert all(module.training for module in model.modules())
+
+    transform = eval_transform(config.data)
+
+    def images(shown: Embedded) -> torch.Tensor:
+        return torch.stack([transform(image_module.open(sample.path)) for sample in shown.samples])
+
+    anchors, query = seen[0].anchors, seen[0].query
+    assert anchors is not None and query is not None
+    assert {sample.path for sample in anchors.samples} == {sample.path for sample in train}
+    model.eval()
+    normalize = torch.nn.functional.normalize
+    with torch.no_grad():
+        before, behind = model.projection(model.backbone(images(anchors))), model(images(anchors))
+        assert torch.allclose(anchors.features, normalize(before), atol=1e-5)
+        assert not torch.allclose(anchors.features, normalize(behind), atol=1e-2)
+        assert torch.allclose(query.features, normalize(model(images(query))), atol=1e-5)
+
+
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
+    """A picture of the report, as every image that is read."""
+    (tmp_path / "x.png").write_text("no image")
+    with pytest.raises(OSError, match=r"^sn_ops.reid: images: expected an image, got .*x\.png: "):
+        page.thumbnail(tmp_path / "x.png")
 
 
 # ---- in a browser -----------------------------------------------------------------------------------------------

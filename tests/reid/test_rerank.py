@@ -31,11 +31,16 @@ def matrix(distances: RerankedDistances) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("k1", "k2", "lam"), [(20, 6, 0.3), (7, 3, 0.3), (5, 1, 0.5), (6, 2, 0.0), (6, 40, 1.0), (1, 1, 0.3), (200, 6, 0.3)]
-)
+    ("k1", "k2", "lam"),
+    [
+        (20, 6, 0.3), (7, 3, 0.3), (5, 1, 0.5), (6, 2, 0.0), (6, 40, 1.0), (1, 1, 0.3), (200, 6, 0.3),
+        (6, 7, 0.3), (6, 8, 0.3), (4, 6, 0.3), (6, 40, 0.3), (6, 200, 0.3),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("people", [4, 15])
 def test_agrees_with_the_definition(k1: int, k2: int, lam: float, people: int) -> None:
-    """Every distance but for its rounding to float32; even and odd k1 / 2, no expansion, k beyond the data."""
+    """Every distance but for its rounding to float32; even and odd k1 / 2, no expansion, k beyond the data,
+    expansion over fewer, as many and more images than R is chosen from."""
     query, gallery = clusters(k1 + people, 13, 60, 6, people)
     ours = matrix(RerankedDistances(query, gallery, ReRank(k1, k2, lam)))
     theirs = oracle.reranked(query.numpy(), gallery.numpy(), k1, k2, lam)

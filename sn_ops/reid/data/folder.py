@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..embed import SUFFIXES
+from .images import SUFFIXES
 from .layout import image_names, of_queries
 from .records import DISTRACTOR, JUNK, Sample, Split
 

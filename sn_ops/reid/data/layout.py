@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..embed import SUFFIXES
+from .images import SUFFIXES
 from .records import JUNK, Sample
 
 _SUFFIXES = tuple(SUFFIXES)
@@ -38,7 +38,8 @@ class Origin:
     def check_number(self, what: str, expected: int, got: int) -> None:
         """Raises ValueError unless the numbers are equal."""
         if got != expected:
-            raise self.wrong(f"{expected} {what}", f"{got}; check_counts=False takes it as it is")
+            remedy = "check_counts=False (on the command line --set data.options.check_counts=false) takes it as it is"
+            raise self.wrong(f"{expected} {what}", f"{got}; {remedy}")
 
     def locate(self, root: str | os.PathLike[str], folder: str, parts: Sequence[str]) -> Path:
         """The folder that has the parts: `root/folder`, or root itself where somebody renamed it.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..requirements import need
+from .images import read_image
 from .records import Sample
 from .sampler import IdentitySampler
 
@@ -87,7 +88,8 @@ class ReIDImages(Dataset[Item]):
 
     Raises:
         ValueError: a sample whose pid `identities` does not have, or a negative seed.
-        OSError: from an item, if its file is missing or not an image; the message has its path.
+        UnreadableImageError: from an item or a loader with any number of workers, if a file is missing or not an image,
+            an OSError; the message has its path.
         ImportError: from an item, if pillow is missing.
     """
 
@@ -141,13 +143,7 @@ class ReIDImages(Dataset[Item]):
         return items
 
     def _item(self, index: int, time: int) -> Item:
-        path = self.samples[index].path
-        image = need("PIL.Image")
-        try:
-            with image.open(path) as opened:
-                picture = opened.convert("RGB")
-        except OSError as error:
-            raise OSError(f"sn_ops.reid: images: expected an image, got {path}: {error}") from error
+        picture = read_image(self.samples[index].path)
         (seed,) = np.random.SeedSequence((self.seed, self.epoch, index, time)).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would seed the GPUs of this process too.

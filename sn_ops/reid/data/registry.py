@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +19,7 @@ Loader = Callable[..., Split]
 """From the folder of a data set, and options by keyword, to its split."""
 
 
-def load_synthetic(root: str | os.PathLike[str], *, quick: bool = False, workers: int = 1, **fields: Any) -> Split:
+def load_synthetic(root: str | os.PathLike[str], /, *, quick: bool = False, workers: int = 1, **fields: Any) -> Split:
     """Rendered pedestrians, which are rendered first where the folder does not have them yet.
 
     Args:
@@ -61,7 +62,39 @@ DATASETS: Mapping[str, Loader] = MappingProxyType(
 """The loader of every data set."""
 
 
-def load_dataset(name: str, root: str | os.PathLike[str], **options: Any) -> Split:
+_KINDS: Mapping[type, str] = MappingProxyType(
+    {bool: "true or false", int: "an int", str: "text", os.PathLike: "a path", type(None): "none"}
+)
+"""What options may be, for `_check_options` and in its words."""
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Options come from command lines and YAML, where a word is text: `False`, taken as it is, would be true.
+
+    Raises:
+        TypeError: an option that the loader of `name` does not have, or of another type than its signature says. The
+            loader itself checks what it takes as `**fields`.
+    """
+    parameters = inspect.signature(DATASETS[name]).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    hints = typing.get_type_hints(DATASETS[name])
+    for option, value in options.items():
+        if option in known:
+            parts = typing.get_args(hints[option]) or (hints[option],)
+            kinds: list[type] = [typing.get_origin(part) or part for part in parts]
+            # True is an int to Python, and to nobody who counts.
+            if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
+                expected = " or ".join(_KINDS[kind] for kind in kinds)
+                raise TypeError(
+                    f"sn_ops.reid: options of {name}: {option}: expected {expected}, got {value!r} of type "
+                    f"{type(value).__name__}"
+                )
+        elif not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise TypeError(f"sn_ops.reid: options of {name}: expected {', '.join(known)}, got {option!r}")
+
+
+# By position alone: `root` and `name` among the options are options that no set has.
+def load_dataset(name: str, root: str | os.PathLike[str], /, **options: Any) -> Split:
     """The split of a data set.
 
     Args:
@@ -71,15 +104,10 @@ def load_dataset(name: str, root: str | os.PathLike[str], **options: Any) -> Spl
 
     Raises:
         ValueError: another name; names or numbers of images that are not the set's.
-        TypeError: an option that the set does not have.
+        TypeError: an option that the set does not have, or of another type than the set's loader says.
         FileNotFoundError: what is missing, and where to get it.
     """
     if name not in DATASETS:
         raise ValueError(f"sn_ops.reid: data set: expected one of {', '.join(DATASETS)}, got {name!r}")
-    parameters = inspect.signature(DATASETS[name]).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        for option in options:
-            if option not in known:
-                raise TypeError(f"sn_ops.reid: options of {name}: expected {', '.join(known)}, got {option!r}")
+    _check_options(name, options)
     return DATASETS[name](root, **options)

@@ -34,8 +34,8 @@ def evaluate_with_distractors(
     Args:
         query to gallery_cameras, metric to chunk: as `evaluate`.
         distractors: features `[M, D]` of images that match no query.
-        counts: how many distractors to add, ascending, each set containing the one before. Default: 0 and M, and the
-            powers of ten and their halves in between.
+        counts: how many distractors to add, ascending, each set containing the one before. Default: 0 and M, and in
+            between 1, 2 and 5 times the powers of ten from 100.
         seed: distractors come in an order drawn with it; None: in the order given.
 
     Returns:

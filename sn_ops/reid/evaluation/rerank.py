@@ -7,7 +7,8 @@ the authors' code). All Q + G images are taken together; d is the squared Euclid
 2. `R(p, k)`: those q in N(p, k) with p in N(q, k).
 3. `R*(p)`: R(p, k1), and R(q, k1 / 2) for every q of it that has more than two thirds of R(q, k1 / 2) in R(p, k1).
 4. `V[p, q] = exp(-d(p, q) / max_r d(p, r))` for q in R*(p), 0 elsewhere; every row is divided by its sum.
-5. Local query expansion: `V[p]` becomes the mean of `V[q]` over the first k2 of N(p, k1), p itself among them.
+5. Local query expansion: `V[p]` becomes the mean of `V[q]` over p itself and its k2 - 1 nearest others (all that there
+   are where k2 > N), whichever of k1 and k2 is larger.
 6. Jaccard distance of query p and gallery image g: `J = 1 - s / (2 - s)`, `s = sum_q min(V[p, q], V[g, q])`.
 7. The distance that ranks: `(1 - lambda) J + lambda d(p, g) / max_r d(p, r)`.
 
@@ -83,7 +84,7 @@ class RerankedDistances:
         features = torch.cat([part.to(dtype) for part in parts])
         self._rerank = rerank
         self._features = FeatureDistances(features[: len(query)], features[len(query) :])
-        lists, self._largest = _neighbours(features, rerank.k1, backend)
+        lists, self._largest = _neighbours(features, max(rerank.k1, rerank.k2 - 1), backend)
         encoding = _encode(features, lists, self._largest, rerank)
         self._query_rows = encoding[: len(query)]
         self._gallery_columns = encoding[len(query) :].tocsc()
@@ -150,8 +151,8 @@ def _runs(sizes: npt.NDArray[np.integer], most: int) -> Iterator[slice]:
         start = stop
 
 
-def _neighbours(features: Tensor, k1: int, backend: str) -> tuple[npt.NDArray[np.int64], Tensor]:
-    """N(p, k1) of all rows `[N, K + 1]` with K = min(k1, N - 1), and the largest d of each row `[N]` float64."""
+def _neighbours(features: Tensor, k: int, backend: str) -> tuple[npt.NDArray[np.int64], Tensor]:
+    """N(p, k) of all rows `[N, K + 1]` with K = min(k, N - 1), and the largest d of each row `[N]` float64."""
     n = len(features)
     # One label for all: the farthest positive is then the farthest row.
     labels = torch.zeros(n, dtype=torch.int64, device=features.device)
@@ -161,7 +162,7 @@ def _neighbours(features: Tensor, k1: int, backend: str) -> tuple[npt.NDArray[np
         anchors = features[start : start + step]
         bank: dict[str, Any] = {"candidates": features, "candidate_labels": labels, "self_index": start}
         found = sn_ops.support_neighbors(
-            anchors, labels[: len(anchors)], k=min(k1, n - 1), backend=backend, **(bank if len(anchors) < n else {})
+            anchors, labels[: len(anchors)], k=min(k, n - 1), backend=backend, **(bank if len(anchors) < n else {})
         )
         own = torch.arange(start, start + len(anchors), device=features.device)
         lists.append(torch.cat([own[:, None], found.indices], 1).cpu())
@@ -207,11 +208,19 @@ def _expanded(lists: npt.NDArray[np.int64], k1: int) -> Iterator[tuple[npt.NDArr
 
 
 def _encode(features: Tensor, lists: npt.NDArray[np.int64], largest: Tensor, rerank: ReRank) -> Any:
-    """V after local query expansion, `[N, N]`, as a `scipy.sparse.csr_array` of float64."""
+    """V after local query expansion, `[N, N]`, as a `scipy.sparse.csr_array` of float64.
+
+    Args:
+        features: `[N, D]`.
+        lists: N(p, k) for a k that is enough for k1 and for the k2 of the expansion, `[N, K + 1]`.
+        largest: largest d of each row, `[N]`.
+        rerank: the constants.
+    """
     sparse = need("scipy.sparse")
     n = len(lists)
     rows, columns, weights = [], [], []
-    for row, column in _expanded(lists, rerank.k1):
+    # The expansion may ask for more neighbours than R has.
+    for row, column in _expanded(np.ascontiguousarray(lists[:, : rerank.k1 + 1]), rerank.k1):
         i, j = (torch.from_numpy(index).to(features.device) for index in (row, column))
         weight = torch.exp(-squared(features, i, features, j) / largest[i]).cpu().numpy()
         starts = np.searchsorted(row, row)  # of the row's run, for each of its entries

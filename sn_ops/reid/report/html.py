@@ -80,7 +80,8 @@ class Report:
     query: Embedded | None = None
     gallery: Embedded | None = None
     anchors: Embedded | None = None
-    """A training batch, whose support neighbours are shown; default: gallery images of some identities."""
+    """A training batch with the features that the loss takes, whose support neighbours are shown; default: gallery
+    images of some identities, with the features of retrieval."""
     k: int = 10
     """Size of the support set."""
     lists: int = 10
@@ -103,7 +104,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
         parts += _retrieval(report, report.query, report.gallery)
     batch = report.anchors or _some_identities(report.gallery)
     if batch is not None and len(batch.samples) > 1:
-        parts.append(_support(batch, report.k))
+        parts.append(_support(batch, report.k, training=report.anchors is not None))
     if report.configuration:
         parts.append(page.section("Configuration", "", page.facts(report.configuration)))
     unfinished = path.with_name(path.name + ".part")
@@ -231,8 +232,8 @@ def _embedding(gallery: Embedded) -> str:
     return page.section("Embedding", text, page.figure(svg, "Embedding in the plane"))
 
 
-def _support(batch: Embedded, k: int, anchors: int = 6) -> str:
-    """The support sets of anchors spread evenly over the batch."""
+def _support(batch: Embedded, k: int, *, training: bool, anchors: int = 6) -> str:
+    """The support sets of anchors spread evenly over the batch, which is one of training or of gallery images."""
     found = sn_ops.support_neighbors(batch.features, batch.ids, k=k)
     strips = []
     rows = torch.linspace(0, len(batch.samples) - 1, min(anchors, len(batch.samples))).round().long().unique()
@@ -250,8 +251,14 @@ def _support(batch: Embedded, k: int, anchors: int = 6) -> str:
             lines += [f"{ends[j]} positive"] if j in ends else []
             figures.append(page.picture(other.path, lines, "right" if same else "wrong"))
         strips.append(f'<div class="strip">{"".join(figures)}</div>')
-    text = (
-        f"What the loss sees: the {k} nearest images in the batch of some anchors, positives (✓) and negatives (✗) by "
+    if training:
+        text = (
+            "What the loss sees in a training batch, by the features that it takes (before a neck, if there is one): "
+        )
+    else:
+        text = "What the loss would see in a batch of some gallery images, by their features for retrieval: "
+    text += (
+        f"the {k} nearest images in the batch of some anchors, positives (✓) and negatives (✗) by "
         "identity, and the nearest and the farthest positive, whose distances it squeezes together."
     )
     return page.section("Support neighbours", text, *strips)

@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ..data.images import read_image
 from ..requirements import need
 
 STYLE = """
@@ -95,11 +96,10 @@ def thumbnail(path: Path, size: tuple[int, int] = (64, 128)) -> str:
     """The image at `size` (width, height) as a data URI, JPEG.
 
     Raises:
-        OSError: the file is missing or not an image; the message has its path.
+        UnreadableImageError: the file is missing or not an image, an OSError; the message has its path.
     """
     image = need("PIL.Image")
-    with image.open(path) as opened:
-        small = opened.convert("RGB").resize(size, image.Resampling.BILINEAR)
+    small = read_image(path).resize(size, image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -151,7 +151,8 @@ def sync_batchnorm(model: nn.Module, group: Any) -> nn.Module:
         if name == "" or type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             raise ValueError(
                 "sn_ops.reid: batch norm: expected BatchNorm1d, BatchNorm2d or BatchNorm3d inside a network, got "
-                f"{type(norm).__name__} {name!r}"
+                f"{type(norm).__name__} {name!r}; with run.sync_batchnorm=false every rank takes the statistics of its "
+                "own images, and any network will do"
             )
     if any(parameter.is_cuda for parameter in model.parameters()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model, group)

@@ -6,7 +6,8 @@ import hashlib
 import os
 import random
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ VERSION = 1
 
 _KEYS = {"format": str, "version": int, "config": dict, "fingerprint": str, "num_identities": int, "epoch": int,
          "model": dict}  # fmt: skip
+_KEYS_OF_TRAINING: dict[str, type | tuple[type, ...]] = {
+    "batch": int, "optimizer": dict, "scaler": dict, "memory": (dict, type(None)), "random": list, "data": str,
+    "log": dict, "best": float, "due": bool,
+}  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -94,8 +99,30 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
         )
     for key, kind in _KEYS.items():
         if not isinstance(state.get(key), kind):
-            raise CheckpointError(f"sn_ops.reid: checkpoint: expected {key!r} in {path}, got {type(state.get(key))}")
+            raise _lacks(key, state, path)
     return state
+
+
+def _lacks(key: str, state: Mapping[str, Any], path: Path) -> CheckpointError:
+    got = f"one of type {type(state[key]).__name__}" if key in state else "none"
+    return CheckpointError(f"sn_ops.reid: checkpoint: expected {key!r} in {path}, got {got}")
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """For putting the parts of a checkpoint to their places: what they raise about contents that do not fit.
+
+    Raises:
+        CheckpointError: in place of the errors of PyTorch, NumPy and Python, whose text it has.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        text = " ".join(str(error).removeprefix("sn_ops.reid: ").split())
+        what = f"no {text}" if isinstance(error, KeyError) else text
+        raise CheckpointError(
+            f"sn_ops.reid: checkpoint: expected contents that fit the configuration in {path}, got others: {what}"
+        ) from error
 
 
 def data_fingerprint(samples: Sequence[Sample]) -> str:
@@ -111,13 +138,16 @@ def check_resumable(state: Mapping[str, Any], path: Path, config: Config, data: 
 
     Raises:
         CheckpointError: another configuration (the message has the fields that differ) or other training images, or a
-            checkpoint without the state of training.
+            checkpoint without the state of training, or without a part of it.
     """
     if "optimizer" not in state:
         raise CheckpointError(
             f"sn_ops.reid: resume: expected a checkpoint with the state of training, such as last.pt, got {path}, "
             "which has the network alone"
         )
+    for key, kind in _KEYS_OF_TRAINING.items():
+        if key not in state or not isinstance(state[key], kind):
+            raise _lacks(key, state, path)
     if state["fingerprint"] != config.fingerprint():
         ours = training_values(config)
         theirs = {f"{section}.{key}": v for section, values in state["config"].items() for key, v in values.items()}

@@ -78,6 +78,8 @@ def train(options: argparse.Namespace) -> None:
     """Trains, prints the scores and says where the report is."""
     from . import engine
 
+    if options.resume is not None and options.out is not None:
+        raise ValueError("sn_ops.reid: --out: expected none with --resume, which goes on in the run's own folder")
     config: Config | None = None
     if options.resume is None or options.config or options.preset or options.quick:
         config = configuration(options)
@@ -85,8 +87,6 @@ def train(options: argparse.Namespace) -> None:
         config = _assigned(from_yaml(_run_of(options.resume) / "config.yaml"), options)
     if options.out is not None and config is not None:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(options.out)))
-    elif options.out is not None:
-        raise ValueError("sn_ops.reid: --out: expected none with --resume, which goes on in the run's own folder")
     run = engine.train(config, resume=options.resume, progress=not options.no_progress)
     if os.environ.get("RANK", "0") == "0":
         record = json.loads((run / "scores.json").read_text(encoding="utf-8"))

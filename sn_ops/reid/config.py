@@ -19,8 +19,19 @@ SQUEEZES = ("span", "support", "nearest", "none", "pair")
 """Readings of the squeeze term; "pair" is || x_near - x_far ||, the others are those of `sn_ops.sn_loss`."""
 
 
+class _Section:
+    """What sections have in common: their values have one form, whoever makes them."""
+
+    def __post_init__(self) -> None:
+        for name, hint in _HINTS[type(self)].items():
+            value = getattr(self, name)
+            one = coerce(hint, value)
+            if one is not value:
+                object.__setattr__(self, name, one)  # frozen, but this is its making
+
+
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Section):
     """What is trained on, and how images come in."""
 
     name: str = option("synthetic", "data set: a name of sn_ops.reid.data.registry.DATASETS")
@@ -38,7 +49,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Section):
     """The network from image to embedding."""
 
     name: str = option("small", 'backbone: "small", "resnet50" or "timm:<name>"')
@@ -49,7 +60,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(_Section):
     """What is minimised: metric_weight * metric + identity * cross-entropy."""
 
     metric: str = option("sn", "the metric term", choices=("sn", "triplet", "supcon", "none"))
@@ -61,14 +72,14 @@ class LossConfig:
     temperature: float = option(0.1, "SupCon: temperature", above=0.0)
     metric_weight: float = option(1.0, "factor of the metric term", least=0.0)
     identity: float = option(0.0, "factor of the identity loss (cross-entropy over training identities)", least=0.0)
-    label_smoothing: float = option(0.1, "identity loss: label smoothing", least=0.0, most=1.0)
+    label_smoothing: float = option(0.1, "identity loss: label smoothing", least=0.0, below=1.0)
     normalize: bool = option(True, "L2-normalise embeddings for the metric term")
     memory: int = option(0, "rows of the cross-batch memory; 0 for none", least=0)
     backend: str = option("auto", "SN: backend of sn_ops")
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(_Section):
     """How it is minimised."""
 
     name: str = option("adam", "optimiser", choices=("adam", "adamw", "sgd"))
@@ -87,11 +98,11 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(_Section):
     """Where it runs, and what it leaves behind."""
 
     out: str | None = option(None, "run folder; none: the next free one in runs/")
-    seed: int = option(0, "seed of everything random", least=0)
+    seed: int = option(0, "seed of everything random", least=0, most=2**63 - 1)
     device: str = option("auto", '"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:<index>"')
     threads: int = option(0, "CPU threads; 0 leaves PyTorch's number", least=0)
     log_every: int = option(10, "steps between lines of metrics.jsonl and TensorBoard", least=1)
@@ -102,7 +113,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(_Section):
     """How retrieval is measured."""
 
     every: int = option(10, "epochs between evaluations; 0 evaluates after the last epoch only", least=0)
@@ -212,11 +223,13 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     sections: dict[str, Any] = {}
     for name, section in values.items():
         if name not in SECTIONS:
-            raise _unknown(name)
+            raise _unknown(str(name))
         if not isinstance(section, Mapping):
             raise wrong(name, "a mapping from field to value", section)
         kind = SECTIONS[name]
-        sections[name] = kind(**{key: coerce(_hint(name, str(key)), value) for key, value in section.items()})
+        for key in section:
+            _hint(name, str(key))  # there is such a field
+        sections[name] = kind(**section)
     return Config(**sections)
 
 
@@ -238,7 +251,7 @@ def from_yaml(file: str | os.PathLike[str]) -> Config:
     yaml = need("yaml")
     try:
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter: not UTF-8, or a date or a number that cannot be
         raise ConfigError(f"sn_ops.reid: configuration: expected YAML in {file}: {error}") from error
     if values is None:
         values = {}
@@ -279,3 +292,24 @@ def _check_together(config: Config) -> None:
     if optim.accumulate > data.identities * data.images:
         batch = data.identities * data.images
         raise wrong("optim.accumulate", f"at most the {batch} images of a batch", optim.accumulate)
+    if config.model.neck:
+        check_neck(data.identities * data.images, optim.accumulate)
+
+
+def check_neck(images: int, chunks: int, ranks: int = 1) -> None:
+    """Raises unless the neck, a batch norm, has at least two images to take statistics of.
+
+    Args:
+        images: of a rank's batch, the smallest there is.
+        chunks: in how many it goes through the network, at most `images`.
+        ranks: how many take statistics together.
+
+    Raises:
+        ConfigError: a chunk would have one image.
+    """
+    if images // chunks * ranks < 2:
+        raise ConfigError(
+            "sn_ops.reid: model.neck: expected at least 2 images in every chunk of a batch, of which the neck's batch "
+            f"norm takes statistics, got {images // chunks}: a rank's batch of {images} (data.identities, data.images) "
+            f"in {chunks} (optim.accumulate)"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import random
@@ -18,6 +19,7 @@ from .checkpoint import (
     data_fingerprint,
     load_checkpoint,
     random_state,
+    restoring,
     save_checkpoint,
     set_random_state,
 )
@@ -28,6 +30,7 @@ from .files import replace_json, replace_text
 from .logs import RunLog
 from .parallel import processes
 from .requirements import need
+from .schedule import learning_rate
 from .stopping import EXIT_NONFINITE, EXIT_STOPPED, NonFiniteLossError, StoppedError, StopSignals
 from .trained import find_checkpoint, load_split
 from .trainer import Trainer
@@ -59,7 +62,7 @@ def train(
     Args:
         config: what to do; None: what the resumed run does.
         resume: a run's folder or its checkpoint, to go on with in that folder. Fields that decide what is trained must
-            be as they were; `run.out` is not looked at.
+            be as they were; `run.out` stays what it was.
         progress: a progress bar on stderr.
         after_step: told the number of each finished step of the run, from 1.
 
@@ -73,12 +76,18 @@ def train(
         NonFiniteLossError: the loss is NaN or infinite; nonfinite.json describes the batch. `EXIT_NONFINITE`.
         ImportError: a package of the extra is missing.
     """
+    from .evaluating import check_evaluation
+
     checkpoint = None if resume is None else find_checkpoint(resume, "last")
     state = None if checkpoint is None else load_checkpoint(checkpoint)
     if config is None:
         if state is None:
             raise ConfigError("sn_ops.reid: train: expected a configuration or a run to resume, got neither")
         config = from_dict(state["config"])
+    elif state is not None:  # config.yaml shall not name a folder that the run is not in
+        config = dataclasses.replace(
+            config, run=dataclasses.replace(config.run, out=from_dict(state["config"]).run.out)
+        )
     for package in ("yaml", "tqdm", "PIL.Image", "matplotlib", "scipy"):  # now, not after hours
         need(package)
     with _process_settings(config), processes(config.run.device) as parallel:
@@ -87,6 +96,7 @@ def train(
         parallel.wait()  # the first one renders or unpacks, if that is what loading takes
         if not parallel.first:
             split = load_split(config.data)
+        check_evaluation(split)
         data = data_fingerprint(split.train)
         if checkpoint is not None and state is not None:
             check_resumable(state, checkpoint, config, data)
@@ -101,7 +111,13 @@ def train(
         # Each rank has its own dropout; a resumed one goes on with the one it had.
         torch.manual_seed(config.run.seed + 1_000_003 * parallel.rank)
         with log, StopSignals() as stop:
-            _Run(trainer, split, folder, log, stop, data).go(state, after_step)
+            run = _Run(trainer, split, folder, log, stop, data)
+            if state is None or checkpoint is None:
+                run.start(None)
+            else:
+                with restoring(checkpoint):
+                    run.start(state)
+            run.go(after_step)
     return folder
 
 
@@ -146,10 +162,15 @@ def _folder(config: Config, checkpoint: Path | None) -> Path:
         folder = next(RUNS / name for name in names if not (RUNS / name).exists())
     else:
         folder = Path(config.run.out)
-        if (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists():
+        if (folder / "checkpoints" / "last.pt").exists():
             raise ConfigError(
                 f"sn_ops.reid: run.out: expected a folder without a run, or --resume {folder} to go on with the one "
                 f"that is there, got {folder}"
+            )
+        if (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"sn_ops.reid: run.out: expected a folder without a run, got {folder}, whose run has no checkpoint to "
+                "go on from: remove the folder, or give another one"
             )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -166,21 +187,28 @@ class _Run:
         self.best = -1.0  # mAP of best.pt
         self.due = False  # an evaluation of the network as it is
 
-    def go(self, state: dict[str, Any] | None, after_step: Callable[[int], None] | None) -> None:
-        """From the beginning, or from the state of a checkpoint, to the report."""
-        from .evaluating import check_evaluation
+    def start(self, state: dict[str, Any] | None) -> None:
+        """The beginning, or the state of a checkpoint.
 
-        check_evaluation(self.split)
-        trainer, total = self.trainer, self.config.optim.epochs
+        Raises:
+            What `Trainer.load` raises.
+        """
         if state is not None:
             self.best, self.due = float(state["best"]), bool(state["due"])
-            if not trainer.load(state):
+            if not self.trainer.load(state):
                 self.log.say(
                     f"The checkpoint is of {len(state['random'])} ranks, this run has {self.parallel.world}: random "
                     "numbers of the network (dropout) begin anew."
                 )
-        self.log.start(trainer.step_number, None if state is None else state["log"])
+        self.log.start(self.trainer.step_number, None if state is None else state["log"])
+
+    def go(self, after_step: Callable[[int], None] | None) -> None:
+        """From where it is to the report."""
+        trainer, total = self.trainer, self.config.optim.epochs
+        last = learning_rate(self.config.optim, total - 1, trainer.steps - 1, trainer.steps)
         while True:
+            if trainer.epoch == total:
+                self.log.flush(total, trainer.step_number, last)
             if self.due:
                 self._evaluate(final=trainer.epoch == total)
                 self.due = False

@@ -24,9 +24,12 @@ def option(
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
+    below: float | None = None,
 ) -> Any:
-    """A field with its help, and what is allowed: one of `choices`, `>= least`, `> above`, `<= most`."""
-    metadata = {"about": about, "choices": tuple(choices), "least": least, "above": above, "most": most}
+    """A field with its help, and what is allowed: one of `choices`, `>= least`, `> above`, `<= most`, `< below`."""
+    metadata = {
+        "about": about, "choices": tuple(choices), "least": least, "above": above, "most": most, "below": below,
+    }  # fmt: skip
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -45,14 +48,24 @@ def _split(hint: Any) -> tuple[type[Any], bool]:
 
 
 def coerce(hint: Any, value: Any) -> Any:
-    """What YAML writes differently: an int for a float, and 5e-5, which YAML 1.1 takes for text."""
-    kind, _ = _split(hint)
+    """What people and YAML write differently: an int for a float, 5e-5, which YAML 1.1 takes for text, and none, which
+    help and messages say, for YAML's null.
+
+    One value has one form, so that configurations that are equal have the same fingerprint.
+    """
+    kind, optional = _split(hint)
+    if optional and _means_none(value):
+        return None
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return value  # `check` names the field
     return value
+
+
+def _means_none(value: object) -> bool:
+    return isinstance(value, str) and value.strip().lower() in ("none", "null")
 
 
 def parse(key: str, hint: Any, text: str) -> Any:
@@ -62,7 +75,7 @@ def parse(key: str, hint: Any, text: str) -> Any:
         ConfigError: not a value of the field's type.
     """
     kind, optional = _split(hint)
-    if optional and text.lower() in ("none", "null"):
+    if optional and _means_none(text):
         return None
     if kind is str:
         return text
@@ -82,10 +95,12 @@ def parse(key: str, hint: Any, text: str) -> Any:
 
 
 def guess(text: str) -> Any:
-    """JSON where it is JSON, text otherwise."""
+    """JSON where it is JSON, true and false as anyone writes them, text otherwise."""
+    if text.lower() in ("true", "false"):  # "False" as text would be a truth
+        return text.lower() == "true"
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except ValueError:  # not JSON, or an int of more digits than Python converts
         return text
 
 
@@ -104,9 +119,10 @@ def check(key: str, item: dataclasses.Field[Any], hint: Any, value: Any) -> None
     kind, optional = _split(hint)
     if value is None and optional:
         return
-    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if not fits or (isinstance(value, bool) and kind is not bool):
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise wrong(key, _describe(hint), value)
+    if isinstance(value, dict):
+        _check_plain(key, value)
     limits = item.metadata
     if limits["choices"] and value not in limits["choices"]:
         raise wrong(key, f"one of {', '.join(map(repr, limits['choices']))}", value)
@@ -118,3 +134,19 @@ def check(key: str, item: dataclasses.Field[Any], hint: Any, value: Any) -> None
         raise wrong(key, f"more than {limits['above']}", value)
     if limits["most"] is not None and value > limits["most"]:
         raise wrong(key, f"at most {limits['most']}", value)
+    if limits["below"] is not None and value >= limits["below"]:
+        raise wrong(key, f"less than {limits['below']}", value)
+
+
+def _check_plain(key: str, value: object) -> None:
+    """Raises unless YAML, JSON and a checkpoint can all hold the value, and give it back."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise wrong(key, "names that are text", name)
+            _check_plain(f"{key}.{name}", inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _check_plain(key, inner)
+    elif value is not None and not isinstance(value, (bool, int, float, str)):
+        raise wrong(key, "text, a number, true, false, none, or a list or mapping of them", value)

@@ -28,8 +28,9 @@ class RunLog:
     """The log of a run; a context manager. Ranks other than the first have one that writes and shows nothing.
 
     metrics.jsonl has one JSON object a line: every `run.log_every` steps the means since the line before ("epoch" from
-    1, "step" from 1 over the whole run, "lr", "loss", the terms, the support-set statistics, "seconds" of a step), and
-    after each evaluation its scores. A resumed run cuts off what was written after its checkpoint and goes on there.
+    1, "step" from 1 over the whole run, "lr", "loss", the terms, the support-set statistics, "seconds" of a step), at
+    the end of training those of what is left, and after each evaluation its scores. A resumed run cuts off what was
+    written after its checkpoint and goes on there.
 
     Args:
         folder: of the run.
@@ -114,7 +115,18 @@ class RunLog:
             self._bar.set_description(f"epoch {epoch}", refresh=False)
             self._bar.set_postfix(text, refresh=False)
             self._bar.update()
-        if self._count < self.every:
+        if self._count >= self.every:
+            self.flush(epoch, step, lr)
+
+    def flush(self, epoch: int, step: int, lr: float) -> None:
+        """Writes the line of what has gathered, if anything has, although it may be of fewer steps than others.
+
+        Only where training ends: anywhere else a run that was stopped would have other lines than one that was not.
+
+        Args:
+            epoch, step, lr: of the last step that is done, as `step`.
+        """
+        if self._count == 0:
             return
         means = {key: total / number for key, (total, number) in self._gathered.items()}
         now = time.perf_counter()

@@ -73,7 +73,20 @@ class Memory:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Puts the queue of a checkpoint on a device."""
-        self.head, self.stored = int(state["head"]), int(state["stored"])
-        self._feats = None if state["feats"] is None else state["feats"].to(device)
+        """Puts the queue of a checkpoint on a device.
+
+        Raises:
+            ValueError: a queue of another length, or a position outside of it.
+            KeyError: a part is missing.
+        """
+        head, stored, feats = int(state["head"]), int(state["stored"]), state["feats"]
+        rows = 0 if feats is None else self.rows
+        lengths = [0 if feats is None else len(feats), len(state["labels"]), len(state["images"])]
+        if lengths != [rows] * 3 or not 0 <= head < self.rows or not 0 <= stored <= rows:
+            raise ValueError(
+                f"sn_ops.reid: memory: expected a queue of {self.rows} rows, got {lengths[0]} with {lengths[1]} labels "
+                f"and {lengths[2]} images, {stored} of them in use, the next at {head}"
+            )
+        self.head, self.stored = head, stored
+        self._feats = None if feats is None else feats.to(device)
         self._labels, self._images = state["labels"].to(device), state["images"].to(device)

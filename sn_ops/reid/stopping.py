@@ -88,7 +88,8 @@ class StopSignals:
         """Work that nothing is lost of: a signal ends it where it is.
 
         Raises:
-            StoppedError: a signal came, now or before.
+            StoppedError: a signal came, now or before. Whatever the work then raises is taken for a consequence: the
+                signal may have ended processes that the work needs.
         """
         try:
             self._at_once = True
@@ -97,8 +98,15 @@ class StopSignals:
             yield
         except _AtOnceError as error:
             raise StoppedError(str(error), checkpoint) from None
+        except Exception as error:
+            if self.name:
+                raise StoppedError(self.name, checkpoint) from error
+            raise
         finally:
             self._at_once = False
+        # A destructor, or a callback of C code, may have swallowed the error that the signal raised there.
+        if self.name:
+            raise StoppedError(self.name, checkpoint)
 
 
 def outlive_stop_signals(worker: int) -> None:

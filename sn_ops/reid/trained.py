@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, restoring
 from .config import Config, DataConfig, from_dict
 from .data.records import Split
 from .data.registry import load_dataset
@@ -65,8 +66,13 @@ def open_trained(path: str | os.PathLike[str], *, which: str = "last", device: t
     state = load_checkpoint(file)
     config = from_dict(state["config"])
     # Its own weights follow; those that it started from need not be here.
-    model = build_model(dataclasses.replace(config.model, weights=None), int(state["num_identities"]))
-    model.load_state_dict(state["model"])
+    model = build_model(
+        dataclasses.replace(config.model, weights=None),
+        int(state["num_identities"]),
+        image_size=(config.data.height, config.data.width),
+    )
+    with restoring(file):
+        model.load_state_dict(state["model"])
     folder = file.parent.parent
     run = folder if (folder / "config.yaml").is_file() else None
     return Trained(model.to(device).eval(), config, file, run, int(state["epoch"]))
@@ -89,10 +95,10 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"sn_ops.reid: device: expected auto, cpu, cuda or cuda:<index>, got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    known = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]{0,5}))?", name)
+    if known is None:  # PyTorch has more, such as meta, which would run into errors of its own
+        raise ValueError(f"sn_ops.reid: device: expected auto, cpu, cuda or cuda:<index>, got {name!r}")
+    # Before PyTorch reads the index, which it keeps in a byte.
+    if name != "cpu" and int(known[1] or 0) >= torch.cuda.device_count():
         raise ValueError(f"sn_ops.reid: device: expected a device that is here, got {name!r}")
-    return device
+    return torch.device(name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .accumulate import backward_in_chunks
 from .checkpoint import random_state, set_random_state
-from .config import Config
+from .config import Config, check_neck
 from .data.loading import ReIDImages, make_loader, train_transform
 from .data.records import Split
 from .data.sampler import IdentitySampler
@@ -65,12 +65,15 @@ class Trainer:
         smallest = len(identities) // self.steps // parallel.world * data.images
         if optim.accumulate > smallest:
             raise wrong("optim.accumulate", f"at most the {smallest} images of a rank's batch", optim.accumulate)
+        if config.model.neck:
+            # A batch norm over all ranks counts their images together.
+            check_neck(smallest, optim.accumulate, parallel.world if config.run.sync_batchnorm else 1)
         self.loader = make_loader(
             self.images, sampler=self.sampler, workers=data.workers, pin_memory=parallel.device.type == "cuda"
         )
         self.loader.worker_init_fn = outlive_stop_signals
         self.num_identities = len(identities) if config.loss.identity > 0 else 0
-        self.model = build_model(config.model, self.num_identities)
+        self.model = build_model(config.model, self.num_identities, image_size=(data.height, data.width))
         self.network = parallel.wrap(self.model, sync=config.run.sync_batchnorm)
         self.losses = build_losses(config.loss)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -203,13 +206,23 @@ class Trainer:
 
         Returns:
             False if the run has another number of ranks now, so that generators (of dropout and the like) begin anew.
+
+        Raises:
+            LookupError, TypeError, ValueError, AttributeError, RuntimeError: contents that are missing, or do not fit;
+                see `checkpoint.restoring`.
         """
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        _restore(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.memory is not None:
             self.memory.load_state_dict(state["memory"], self.parallel.device)
-        self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
+        epoch, batch, epochs = int(state["epoch"]), int(state["batch"]), self.config.optim.epochs
+        if not 0 <= epoch * self.steps + batch <= epochs * self.steps or not 0 <= batch < self.steps:
+            raise ValueError(
+                f"sn_ops.reid: checkpoint: expected a position in {epochs} epochs of {self.steps} batches, got epoch "
+                f"{epoch}, batch {batch}"
+            )
+        self.epoch, self.batch = epoch, batch
         if len(state["random"]) != self.parallel.world:
             return False
         set_random_state(state["random"][self.parallel.rank])
@@ -222,3 +235,26 @@ def _optimizer(parameters: list[nn.Parameter], config: Config) -> torch.optim.Op
         return torch.optim.SGD(parameters, optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
     kind = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
     return kind(parameters, optim.lr, weight_decay=optim.weight_decay)
+
+
+def _restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads a state, and looks at what PyTorch takes as it comes: a fault there would show in the next step.
+
+    Raises:
+        ValueError: other options, or tensors of other names or shapes.
+        LookupError, TypeError, AttributeError: parts that are missing or of another type.
+    """
+    options = [set(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    if [set(group) for group in optimizer.param_groups] != options:
+        raise ValueError("sn_ops.reid: checkpoint: expected the options of the optimiser, got others")
+    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            kept = optimizer.state.get(parameter, {})
+            fits = all(not isinstance(v, Tensor) or v.dim() == 0 or v.shape == parameter.shape for v in kept.values())
+            if not fits or set(kept) not in (set(), names):
+                raise ValueError(
+                    f"sn_ops.reid: checkpoint: expected {', '.join(sorted(names))} of shape {list(parameter.shape)} "
+                    f"from the optimiser, got {', '.join(map(str, kept))}"
+                )

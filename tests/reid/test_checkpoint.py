@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import random
@@ -19,6 +20,7 @@ from sn_ops.reid.checkpoint import (
     data_fingerprint,
     load_checkpoint,
     random_state,
+    restoring,
     save_checkpoint,
     set_random_state,
 )
@@ -31,6 +33,13 @@ STATE: dict[str, Any] = {
     "model": {"weight": torch.arange(3000.0)},
     "optimizer": {},
     "data": "d",
+    "batch": 0,
+    "scaler": {},
+    "memory": None,
+    "random": [],
+    "log": {},
+    "best": 0.5,
+    "due": False,
 }
 
 
@@ -136,6 +145,39 @@ def test_of_another_run(tmp_path: Path) -> None:
     del state["optimizer"]
     with pytest.raises(CheckpointError, match="has the network alone"):
         check_resumable(state, file, Config(), "d")
+
+
+@pytest.mark.parametrize("key", ["batch", "scaler", "memory", "random", "data", "log", "best", "due"])
+def test_parts_of_training_that_are_missing(tmp_path: Path, key: str) -> None:
+    file = saved(tmp_path)
+    state = load_checkpoint(file)
+    wrong = {**state, key: b"another"}
+    with pytest.raises(CheckpointError, match=f"expected '{key}' in .*last.pt, got one of type bytes"):
+        check_resumable(wrong, file, Config(), "d")
+    del state[key]
+    with pytest.raises(CheckpointError, match=f"^sn_ops.reid: checkpoint: expected '{key}' in .*last.pt, got none"):
+        check_resumable(state, file, Config(), "d")
+
+
+def test_an_int_is_the_float_that_it_is(tmp_path: Path) -> None:
+    """Whoever made the configuration, it is that of its own checkpoint."""
+    config = Config()
+    whole = dataclasses.replace(config, loss=dataclasses.replace(config.loss, alpha=51, identity=1))
+    file = saved(tmp_path, whole)
+    state = load_checkpoint(file)
+    assert from_dict(state["config"]).fingerprint() == whole.fingerprint()
+    check_resumable(state, file, from_dict(state["config"]), "d")
+    check_resumable(state, file, config.override("loss.alpha=51", "loss.identity=1.0"), "d")
+
+
+def test_errors_of_the_parts() -> None:
+    """Of what reads them, with its text; what is no error of theirs stays what it is."""
+    for error, text in [(KeyError("rows"), "got others: no 'rows'"), (RuntimeError("a\n\tb"), "got others: a b")]:
+        with pytest.raises(CheckpointError, match=text), restoring(Path("last.pt")):
+            raise error
+    for left in (KeyboardInterrupt(), OSError("disk")):
+        with pytest.raises(type(left)), restoring(Path("last.pt")):
+            raise left
 
 
 def test_data_fingerprint() -> None:

@@ -18,7 +18,8 @@ import torch
 
 from sn_ops import reid
 from sn_ops.reid import cli, compare, reporting
-from sn_ops.reid.config import keys
+from sn_ops.reid.checkpoint import load_checkpoint, save_checkpoint
+from sn_ops.reid.config import from_dict, keys
 from sn_ops.reid.embed import embed_images, load_embeddings
 from sn_ops.reid.evaluation import evaluate
 
@@ -106,7 +107,27 @@ def test_a_finished_run_is_resumed_for_more_epochs_only_as_another_run(
 ) -> None:
     """What decides the training may not change on the way."""
     fails(capsys, "same configuration.*optim.epochs", "train", "--resume", place.run, "--set", "optim.epochs=5")
-    fails(capsys, "--out: expected none with --resume", "train", "--resume", place.run, "--out", place.root / "other")
+    before = (place.run / "config.yaml").read_bytes()
+    for more in ((), ("--set", "run.threads=1"), ("--quick",)):
+        words = ("train", "--resume", place.run, "--out", place.root / "other", *more)
+        fails(capsys, "--out: expected none with --resume", *words)
+    assert (place.run / "config.yaml").read_bytes() == before
+
+
+def test_a_network_that_is_not_the_configurations(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One message, not PyTorch's traceback."""
+    state = load_checkpoint(place.run / "checkpoints" / "last.pt")
+    config = from_dict(state["config"])
+    whole = dict(state["model"])
+    name, value = next(iter(whole.items()))
+    for model in ({}, {key: v for key, v in whole.items() if key != name}, whole | {name: value[:1]}):
+        save_checkpoint(tmp_path / "spoiled.pt", {**state, "model": model}, config)
+        message = (
+            r"^sn_ops\.reid: checkpoint: expected contents that fit the configuration in .*spoiled\.pt, got others"
+        )
+        fails(capsys, message, "embed", tmp_path / "spoiled.pt", place.data / "query")
 
 
 def test_settings_from_files_and_the_command_line(
@@ -386,7 +407,14 @@ def test_mistakes_of_the_user(place: Place, tmp_path: Path, capsys: pytest.Captu
     fails(
         capsys, r"--out: expected a file name that ends in \.html or \.csv", "rank", run, "a", "b", "--out", "list.txt"
     )
-    fails(capsys, "device: expected auto, cpu", "embed", run, place.data / "query", "--device", "gpu")
+    for device in ("gpu", "mps", "meta", "cpu:0", "cuda:-1", "cuda:01", "cuda:x", ""):
+        message = f"device: expected auto, cpu, cuda or cuda:<index>, got '{device}'"
+        fails(capsys, message, "embed", run, place.data / "query", "--device", device)
+    for device in ("cuda:255", "cuda:256"):  # PyTorch keeps an index in a byte
+        message = f"device: expected a device that is here, got '{device}'"
+        fails(capsys, message, "embed", run, place.data / "query", "--device", device)
+    (tmp_path / "numbers.yaml").write_text("1: 2")
+    fails(capsys, r"expected one of data\.name", "train", "--config", tmp_path / "numbers.yaml")
     fails(capsys, "--workers: expected an int >= 0", "embed", run, place.data / "query", "--workers", -1)
     fails(capsys, "--losses: expected names among sn-span", "compare", "--losses", "softmax")
     fails(capsys, "--seeds: expected an int >= 1, got 0", "compare", "--seeds", 0, *place.settings())

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from sn_ops.reid.config import Config, OptimConfig, from_dict, from_yaml, keys, to_dict, to_yaml
+from sn_ops.reid.config import (
+    SECTIONS,
+    Config,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    from_dict,
+    from_yaml,
+    keys,
+    to_dict,
+    to_yaml,
+)
 from sn_ops.reid.fields import ConfigError
 from sn_ops.reid.presets import PRESETS, about, preset
 from sn_ops.reid.schedule import learning_rate
@@ -44,6 +55,9 @@ def test_overrides() -> None:
     assert config.data.options == {"quick": True} and config.model.weights == "a=b"
     assert Config().data.options == {} and Config().loss.k == 10
     assert config.override("data.options={}", "model.weights=none").data.options == {}
+    for text, value in [("False", False), ("TRUE", True), ("false", False), ("null", None), ("3", 3), ("V2", "V2")]:
+        options = config.override(f"data.options.check={text}").data.options
+        assert options["check"] is value or (type(options["check"]) is type(value) and options["check"] == value)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +80,10 @@ def test_overrides() -> None:
         ("data.flip=1.5", r"data\.flip: expected at most 1"),
         ("optim.warmup_epochs=1000", r"optim\.warmup_epochs: expected at most optim\.epochs"),
         ("optim.accumulate=65", r"optim\.accumulate: expected at most the 64 images"),
+        ("optim.accumulate=10000000000000000000000000", r"optim\.accumulate: expected at most the 64 images"),
+        ("loss.label_smoothing=1", r"loss\.label_smoothing: expected less than 1\.0, got 1\.0"),
+        ("run.seed=18446744073709551616", r"run\.seed: expected at most 9223372036854775807"),
+        ("run.seed=9223372036854775808", r"run\.seed: expected at most 9223372036854775807"),
     ],
 )
 def test_refused(assignment: str, message: str) -> None:
@@ -84,10 +102,58 @@ def test_refused_in_files(tmp_path: Path) -> None:
         ("[1, 2]", "expected a mapping with sections"),
         ("speed: {k: 1}", "got 'speed'"),
         ("loss: {k: [", "expected YAML"),
+        ("1: 2", r"expected one of data\.name.* got '1'"),
+        ("loss: {1: 2}", r"expected one of loss\.metric.* got 'loss\.1'"),
+        ("loss: {k: none}", r"loss\.k: expected an int, got 'none'"),
+        (f"optim: {{lr: 1{400 * '0'}}}", r"optim\.lr: expected a number"),
+        ("data: {name: 2024-13-45}", "expected YAML"),
+        ("data: {options: {1: 2}}", r"data\.options: expected names that are text, got 1"),
+        ("data: {options: {a: [{1: 2}]}}", r"data\.options\.a: expected names that are text, got 1"),
+        ("data: {options: {a: 2024-12-24}}", r"data\.options\.a: expected text, a number, .*got datetime\.date"),
     ]:
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):
             from_yaml(file)
+
+
+def test_one_value_has_one_form(tmp_path: Path) -> None:
+    """An int where a float belongs, and none as messages write it, from Python and from YAML."""
+    base = Config()
+    made = dataclasses.replace(base, loss=dataclasses.replace(base.loss, alpha=50, margin=1), eval=EvalConfig())
+    assert isinstance(made.loss.alpha, float) and isinstance(made.loss.margin, float)
+    wanted = base.override("loss.margin=1")
+    assert made == wanted and made.fingerprint() == wanted.fingerprint()
+    assert made.fingerprint() == from_dict(to_dict(made)).fingerprint()
+    to_yaml(made, tmp_path / "c.yaml")
+    assert from_yaml(tmp_path / "c.yaml").fingerprint() == made.fingerprint()
+    assert OptimConfig(warmup_epochs=2, clip=1).warmup_epochs.is_integer()
+    for kind in SECTIONS.values():  # every field of every section
+        floats = [item for item in dataclasses.fields(kind) if isinstance(item.default, float)]
+        section = kind(**{item.name: 1 for item in floats})
+        assert all(isinstance(getattr(section, item.name), float) for item in floats)
+    file = tmp_path / "none.yaml"
+    file.write_text("loss: {margin: none}\nmodel: {weights: None, dim: null}\nrun: {out: 'none'}\n")
+    config = from_yaml(file)
+    assert (config.loss.margin, config.model.weights, config.model.dim, config.run.out) == (None,) * 4
+    assert ModelConfig(weights="none").weights is None and ModelConfig(name="none").name == "none"
+
+
+@pytest.mark.parametrize(
+    ("assignments", "got"),
+    [
+        (("data.identities=1", "data.images=1"), 1),
+        (("optim.accumulate=33",), 1),
+        (("optim.accumulate=64",), 1),
+        (("data.identities=3", "data.images=1", "optim.accumulate=2"), 1),
+    ],
+)
+def test_a_neck_needs_two_images(assignments: tuple[str, ...], got: int) -> None:
+    """In every chunk: batch norm in training mode has no statistics of one."""
+    neck = ("model.neck=true", "loss.identity=1")
+    with pytest.raises(ConfigError, match=f"model.neck: expected at least 2 images in every chunk.* got {got}: "):
+        Config().override(*neck, *assignments)
+    assert Config().override("loss.identity=1", *assignments)
+    assert Config().override(*neck, "optim.accumulate=32") and Config().override(*neck, "data.identities=1")
 
 
 def test_help_for_every_field() -> None:

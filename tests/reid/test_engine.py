@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from reid_tiny import metrics, tiny_config, write_market
 from sn_ops.reid.accumulate import backward_in_chunks
-from sn_ops.reid.checkpoint import load_checkpoint, random_state
-from sn_ops.reid.config import Config, from_yaml
+from sn_ops.reid.checkpoint import CheckpointError, load_checkpoint, random_state, save_checkpoint
+from sn_ops.reid.config import Config, from_dict, from_yaml
 from sn_ops.reid.engine import EXIT_NONFINITE, EXIT_STOPPED, NonFiniteLossError, StoppedError, train
 from sn_ops.reid.logs import RunLog
 from sn_ops.reid.memory import Memory
@@ -80,7 +81,8 @@ def test_what_a_run_leaves(whole: Path) -> None:
     assert not list(whole.rglob("*.part"))
     records = metrics(whole)
     steps = [record for record in records if "loss" in record]
-    assert [record["step"] for record in steps] == [2, 4, 6, 8]
+    assert [record["step"] for record in steps] == [2, 4, 6, 8, 9]
+    assert [next(iter(record)) for record in records[-2:]] == ["epoch", "epoch"] and "rank1" in records[-1]
     assert all({"lr", "metric", "valid_anchors", "nearest_is_positive", "gradient_norm"} <= set(r) for r in steps)
     assert [record["epoch"] for record in records if "rank1" in record] == [2, 3]
     assert from_yaml(whole / "config.yaml").run.out == str(whole)
@@ -106,8 +108,9 @@ def test_process_is_as_it_was(market: Path, tmp_path: Path) -> None:
     inside: list[tuple[bool, bool, bool]] = []
 
     def stop(done: int) -> None:
-        inside.append(deterministic())
-        os.kill(os.getpid(), signal.SIGTERM)
+        if done == 1:
+            inside.append(deterministic())
+            os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(StoppedError):
         train(tiny_config(market, tmp_path / "run"), progress=False, after_step=stop)
@@ -141,7 +144,7 @@ class Restless(nn.Module):
 @pytest.fixture
 def restless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are of `Restless`, and write no report, which takes longer than they do."""
-    monkeypatch.setattr("sn_ops.reid.trainer.build_model", lambda config, identities: Restless(identities))
+    monkeypatch.setattr("sn_ops.reid.trainer.build_model", lambda config, identities, **options: Restless(identities))
     monkeypatch.setattr("sn_ops.reid.reporting.write_run_report", lambda *args, **options: None)
 
 
@@ -171,6 +174,65 @@ def test_stop_and_go_on(market: Path, tmp_path: Path, variant: str) -> None:
     assert same(training(run), training(wanted))
     assert metrics(run) == metrics(wanted)
     assert (run / "scores.json").read_text() == (wanted / "scores.json").read_text()
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("stop", [4, 8, 9])
+def test_a_line_for_the_last_steps(market: Path, tmp_path: Path, stop: int) -> None:
+    """A run shorter than `log_every` has a line too, before its last evaluation, however often it was stopped."""
+    options = ("run.log_every=10", "optim.schedule=cosine")
+    wanted = train(tiny_config(market, tmp_path / "wanted", *options), progress=False)
+    with pytest.raises(StoppedError):
+        train(tiny_config(market, tmp_path / "run", *options), progress=False, after_step=stopping(stop))
+    # A signal ends the step after it; after the last one, the evaluation, which the line comes before.
+    assert any("loss" in record for record in metrics(tmp_path / "run")) == (stop == 9)
+    train(resume=tmp_path / "run", progress=False)
+    assert metrics(tmp_path / "run") == metrics(wanted)
+    records = metrics(wanted)
+    assert ["loss" in record for record in records] == [False, True, False]
+    every = train(tiny_config(market, tmp_path / "every", "run.log_every=1"), progress=False)
+    steps = [record for record in metrics(every) if "loss" in record]
+    assert len(steps) == 9 and records[1]["loss"] == pytest.approx(sum(record["loss"] for record in steps) / 9)
+    assert {key: records[1][key] for key in ("epoch", "step", "lr")} == {
+        key: steps[-1][key] for key in ("epoch", "step", "lr")
+    }
+    train(resume=wanted, progress=False)  # complete: evaluated again, and nothing more
+    assert metrics(wanted) == records
+
+
+@pytest.mark.usefixtures("restless")
+def test_an_int_for_a_float(market: Path, tmp_path: Path) -> None:
+    """A run whose configuration Python code wrote goes on like any other."""
+    config = tiny_config(market, tmp_path / "run")
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, alpha=50))
+    with pytest.raises(StoppedError):
+        train(config, progress=False, after_step=stopping(1))
+    train(resume=tmp_path / "run", progress=False)
+
+
+@pytest.mark.usefixtures("restless")
+def test_the_largest_seed(market: Path, tmp_path: Path) -> None:
+    for step, resume in ((1, None), (4, tmp_path / "run")):
+        with pytest.raises(StoppedError):
+            train(
+                tiny_config(market, tmp_path / "run", f"run.seed={2**63 - 1}", f"run.threads={step}"),
+                resume=resume, progress=False, after_step=stopping(step),
+            )  # fmt: skip
+
+
+@pytest.mark.usefixtures("restless")
+def test_the_folder_stays_what_it_was(market: Path, tmp_path: Path) -> None:
+    """A configuration for another folder does not put its name into the run that it goes on with."""
+    with pytest.raises(StoppedError):
+        train(tiny_config(market, tmp_path / "run"), progress=False, after_step=stopping(1))
+    with pytest.raises(StoppedError):
+        train(
+            tiny_config(market, tmp_path / "other", "run.log_every=3"), resume=tmp_path / "run", progress=False,
+            after_step=stopping(4),
+        )  # fmt: skip
+    written = from_yaml(tmp_path / "run" / "config.yaml").run
+    assert written.out == str(tmp_path / "run") and written.log_every == 3
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.usefixtures("restless")
@@ -212,12 +274,58 @@ def test_a_signal_while_evaluating(market: Path, tmp_path: Path, monkeypatch: py
     assert same(training(tmp_path / "run"), training(wanted)) and metrics(tmp_path / "run") == metrics(wanted)
 
 
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("what", ["worker", "destructor"])
+def test_a_signal_that_work_takes_in_its_own_way(
+    market: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """A process that the same signal killed is an error of the work; a destructor swallows what is raised in it."""
+    from sn_ops.reid import evaluating
+
+    evaluate = evaluating.evaluate_model
+
+    class Holder:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):
+                pass  # where the handler runs, and its error is ignored
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if what == "destructor":
+            holder = Holder()
+            del holder
+            return evaluate(*args, **options)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException:
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.") from None
+
+    monkeypatch.setattr(evaluating, "evaluate_model", interrupted)
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    with pytest.raises(StoppedError, match="SIGTERM: the run has stopped"):
+        train(tiny_config(market, tmp_path / "run"), progress=False)
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert state["epoch"] == 2 and state["due"]
+
+
+def test_errors_of_work_without_a_signal(tmp_path: Path) -> None:
+    """They stay what they are."""
+    with StopSignals() as stop, pytest.raises(RuntimeError, match="of its own"), stop.at_once(tmp_path):
+        raise RuntimeError("of its own")
+    with StopSignals() as stop, stop.at_once(tmp_path):
+        pass
+
+
 def test_second_signal_acts_at_once() -> None:
-    with StopSignals() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.name == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs that ignore it
+    try:
+        with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGINT)
+            assert stop.name == "SIGINT"
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_exit_status(market: Path, tmp_path: Path) -> None:
@@ -266,6 +374,8 @@ def test_refused(market: Path, whole: Path, tmp_path: Path) -> None:
         train(resume=tmp_path / "nothing", progress=False)
     with pytest.raises(ValueError, match=r"differs in loss\.k \(checkpoint: 10, this run: 9\)"):
         train(tiny_config(market, whole, "loss.k=9"), resume=whole, progress=False)
+    with pytest.raises(ValueError, match=r"run\.seed: expected at most"):
+        train(tiny_config(market, whole, f"run.seed={2**63}"), progress=False)
     with pytest.raises(ValueError, match="has the network alone"):
         train(resume=whole / "checkpoints" / "best.pt", progress=False)
     other = write_market(tmp_path / "other", train=7)
@@ -279,10 +389,88 @@ def test_refused(market: Path, whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("restless")
+def test_a_folder_whose_run_has_no_checkpoint(market: Path, tmp_path: Path) -> None:
+    """There is nothing that --resume could go on from."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(step: int) -> None:
+        raise Killed
+
+    config = tiny_config(market, tmp_path / "run")
+    with pytest.raises(Killed):
+        train(config, progress=False, after_step=kill)
+    with pytest.raises(ValueError, match=r"expected a folder without a run, got .*: remove the folder, or") as caught:
+        train(config, progress=False)
+    assert "--resume" not in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        train(resume=tmp_path / "run", progress=False)
+
+
+def _without(tree: dict[str, Any], *path: Any) -> None:
+    """Removes an entry of nested dicts and lists."""
+    for key in path[:-1]:
+        tree = tree[key]
+    del tree[path[-1]]
+
+
+SPOILED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no tensor": lambda state: _without(state, "model", "body.6.weight"),
+    "a tensor too many": lambda state: state["model"].update(other=torch.zeros(2)),
+    "another shape": lambda state: state["model"].update({"body.6.weight": torch.zeros(16, 23)}),
+    "no tensor but a number": lambda state: state["model"].update({"body.6.weight": 3.0}),
+    "names that are numbers": lambda state: state["model"].update({1: torch.zeros(2)}),
+    "no optimizer groups": lambda state: _without(state, "optimizer", "param_groups"),
+    "no betas": lambda state: _without(state, "optimizer", "param_groups", 0, "betas"),
+    "no moments": lambda state: _without(state, "optimizer", "state", 0, "exp_avg"),
+    "moments of another shape": lambda state: state["optimizer"]["state"][0].update(exp_avg_sq=torch.zeros(3)),
+    "no random numbers": lambda state: _without(state, "random"),
+    "no generator": lambda state: _without(state, "random", 0, "torch"),
+    "another generator": lambda state: state["random"][0].update(numpy=["MT19937", torch.zeros(3), 0, 0, 0.0]),
+    "no memory": lambda state: state.update(memory=None),
+    "no memory's head": lambda state: _without(state, "memory", "head"),
+    "a short memory": lambda state: state["memory"].update(labels=torch.zeros(3)),
+    "no log": lambda state: _without(state, "log"),
+    "no gathered": lambda state: _without(state, "log", "gathered"),
+    "no due": lambda state: _without(state, "due"),
+    "another epoch": lambda state: state.update(epoch=4),
+    "another batch": lambda state: state.update(batch=3),
+    "no batch": lambda state: _without(state, "batch"),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(market: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `Restless` with a memory that a signal has stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sn_ops.reid.trainer.build_model", lambda config, identities, **options: Restless(identities))
+        with pytest.raises(StoppedError):
+            train(
+                tiny_config(market, tmp_path_factory.mktemp("stopped") / "run", "loss.memory=12"), progress=False,
+                after_step=stopping(3),
+            )  # fmt: skip
+    return next(tmp_path_factory.getbasetemp().glob("stopped*/run"))
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("what", SPOILED)
+def test_contents_that_do_not_fit(stopped: Path, tmp_path: Path, what: str) -> None:
+    """One message with the file's name, whatever PyTorch or Python say about it."""
+    state = load_checkpoint(stopped / "checkpoints" / "last.pt")
+    config = from_dict(state["config"])
+    SPOILED[what](state)
+    file = tmp_path / "run" / "checkpoints" / "last.pt"
+    save_checkpoint(file, state, config)
+    with pytest.raises(CheckpointError, match=r"^sn_ops\.reid: checkpoint: expected .*last\.pt, got "):
+        train(resume=tmp_path / "run", progress=False)
+
+
+@pytest.mark.usefixtures("restless")
 def test_nonfinite_loss(market: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stops before the optimiser's step and says which images were in the batch, and what was not finite."""
 
-    def broken(config: Any, identities: int) -> nn.Module:
+    def broken(config: Any, identities: int, **options: Any) -> nn.Module:
         network = Restless(identities)
 
         def spoil(module: nn.Module, args: Any, output: Tensor) -> Tensor:

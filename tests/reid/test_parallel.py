@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -47,6 +48,7 @@ FROZEN = "everything"
 SCRIPT = """
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [{here!r}, {tests!r}]
 from test_parallel import FROZEN, VARIANTS, configuration, frozen_norms
@@ -86,8 +88,8 @@ def configuration(market: Path, out: Path, variant: str) -> Config:
 def frozen_norms(on: bool) -> Iterator[None]:
     """Within it, batch norm in new networks is as in evaluation, if `on`."""
 
-    def build(config: ModelConfig, identities: int) -> ReIDModel:
-        model = build_model(config, identities)
+    def build(config: ModelConfig, identities: int, **options: Any) -> ReIDModel:
+        model = build_model(config, identities, **options)
         for module in model.modules():
             if on and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.eval()
@@ -162,6 +164,17 @@ def test_one_process_goes_on_from_two(runs: tuple[Path, Path], tmp_path: Path, m
     for record, other in zip(metrics(run), metrics(folder / "memory"), strict=True):
         key = "loss" if "loss" in other else "mAP_standard"
         assert record["step"] == other["step"] and record[key] == pytest.approx(other[key], rel=1e-4)
+
+
+class _NormAndActivation(torch.nn.BatchNorm2d):
+    """As timm's BatchNormAct2d, a batch norm that does more."""
+
+
+def test_a_norm_that_ranks_cannot_share_has_a_way_out() -> None:
+    """The message names the option with which such a network trains on several ranks."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), _NormAndActivation(4))
+    with pytest.raises(ValueError, match=r"got _NormAndActivation '1'; with run\.sync_batchnorm=false every rank"):
+        Parallel(0, 2, torch.device("cpu"), object()).wrap(network, sync=True)
 
 
 def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_runtest_setup() -> None:
+    """Every test begins with the same random numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
 def require(name: str) -> str:
     """The name, if that backend is usable here.
 

@@ -54,8 +54,11 @@ def render(
     if workers < 1:
         raise ValueError(f"sn_ops.reid: synthetic: workers: expected at least 1, got {workers}")
     images = plan(config)
-    if not _missing(root, config, images):
+    # Only what does not change while another process renders is looked at without the lock.
+    if (root / MANIFEST).is_file() and not _missing(root, config, images):
         return root
+    if root.exists():
+        _refuse_strangers(root, {path.name for path in root.iterdir()})
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root):
         missing = _missing(root, config, images)  # another process may have rendered them while this one waited
@@ -73,20 +76,22 @@ def render(
 
 def _missing(root: Path, config: SyntheticConfig, images: Sequence[Image]) -> list[Image]:
     """The images that the folder lacks, after a check that what it has is of this set."""
-    if not root.exists():
-        return list(images)
     found = next((root / name for name in (MANIFEST, _STARTED) if (root / name).exists()), None)
     if found is None:
-        strangers = sorted(path.name for path in root.iterdir() if path.name != _LOCK)
-        if strangers:
-            raise FileExistsError(
-                f"sn_ops.reid: synthetic: expected a new or empty folder, or one rendered before, got {root}, "
-                f"which holds {', '.join(strangers[:4])}"
-            )
+        _refuse_strangers(root, {path.name for path in root.iterdir()} - {_LOCK})
         return list(images)
     _compare(found, config)
     present = {folder: _names(root / folder) for folder in FOLDERS}
     return [image for image in images if image.name(config.seed) not in present[image.folder]]
+
+
+def _refuse_strangers(root: Path, names: set[str]) -> None:
+    """Raises if a folder with these names in it was not begun by `render`, which writes its lock first."""
+    if names and not names & {_LOCK, MANIFEST, _STARTED}:
+        raise FileExistsError(
+            f"sn_ops.reid: synthetic: expected a new or empty folder, or one rendered before, got {root}, "
+            f"which holds {', '.join(sorted(names)[:4])}"
+        )
 
 
 def _compare(manifest: Path, config: SyntheticConfig) -> None:

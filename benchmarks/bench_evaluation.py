@@ -3,7 +3,7 @@
     python benchmarks/bench_evaluation.py            Market-1501's size, about a minute and a half
     python benchmarks/bench_evaluation.py --quick    a tenth of the queries, some seconds
     python benchmarks/bench_evaluation.py --rerank   re-ranking too: seconds and peak memory
-    python benchmarks/bench_evaluation.py --msmt     re-ranking MSMT17's 93 820 images: many minutes on a CPU
+    python benchmarks/bench_evaluation.py --msmt     re-ranking MSMT17's 93 820 images, minutes on a CPU
 
 The peers are the classic evaluation loop (sort the gallery of each query, drop its own camera, walk down the list),
 compiled by numba: with numba's own argsort and queries in parallel, and with numpy's vectorised argsort.

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from sn_ops.reid.config import Config
 
 HEIGHT, WIDTH = 48, 24  # the least that the small network takes
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: in work this small, more of them only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _image(file: Path, pid: int, random: np.random.Generator) -> None:

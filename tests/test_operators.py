@@ -34,13 +34,6 @@ GRAPH_CASES = [
     "no-candidates",
 ]
 
-# Two emulated backends in one test cost more than they show: each is paired with those that are not.
-PAIRS = [
-    pair
-    for pair in itertools.product(conftest.BACKENDS, repeat=2)
-    if pair[0] == pair[1] or not set(pair) <= set(conftest.EMULATED)
-]
-
 
 def forward_arguments(
     case: Case, *, squeeze: str = "span", reduction: str = "mean", want_squared: bool = False

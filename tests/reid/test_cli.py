@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from reid_tiny import one_thread
 from sn_ops import reid
 from sn_ops.reid import cli, compare, reporting
 from sn_ops.reid.checkpoint import load_checkpoint, save_checkpoint
@@ -33,12 +34,9 @@ SET = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny networks: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reid_tiny import metrics, tiny_config, write_market
+from reid_tiny import metrics, one_thread, tiny_config, write_market
 from sn_ops.reid.accumulate import backward_in_chunks
 from sn_ops.reid.checkpoint import CheckpointError, load_checkpoint, random_state, save_checkpoint
 from sn_ops.reid.config import Config, from_dict, from_yaml
@@ -30,11 +30,8 @@ from sn_ops.reid.stopping import StopSignals
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

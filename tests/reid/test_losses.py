@@ -15,6 +15,7 @@ from torch import Tensor
 import reid_ranks
 import sn_ops
 from ranks import Ranks
+from reid_tiny import one_thread
 from sn_ops.reid.config import LossConfig
 from sn_ops.reid.losses import (
     IdentityLoss,
@@ -46,10 +47,8 @@ def problem(n: int = 17, d: int = 5, identities: int = 5, seed: int = 0) -> tupl
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 # ---- slow implementations -------------------------------------------------------------------------

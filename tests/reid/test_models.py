@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import reid_ranks
 from ranks import Ranks
+from reid_tiny import one_thread
 from sn_ops.reid.across import GroupBatchNorm, sync_batchnorm
 from sn_ops.reid.config import LossConfig, ModelConfig
 from sn_ops.reid.losses import build_losses
@@ -28,13 +29,9 @@ SMALL = SmallNet()
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_a_seed() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
-from reid_tiny import metrics, tiny_config, write_market
+from reid_tiny import metrics, one_thread, tiny_config, write_market
 from sn_ops.reid.checkpoint import load_checkpoint
 from sn_ops.reid.config import Config, ModelConfig
 from sn_ops.reid.engine import train
@@ -118,10 +118,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield market, folder
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield market, folder
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sn_ops
-from reid_tiny import tiny_config, write_market
+from reid_tiny import one_thread, tiny_config, write_market
 from sn_ops.reid import evaluating
 from sn_ops.reid.checkpoint import load_checkpoint
 from sn_ops.reid.config import Config
@@ -49,10 +49,8 @@ def _plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs are of `Plain`, on one thread, and write no report, which takes longer than they do."""
     monkeypatch.setattr("sn_ops.reid.trainer.build_model", lambda config, identities, **options: Plain(identities))
     monkeypatch.setattr("sn_ops.reid.reporting.write_run_report", lambda *args, **options: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,78 @@
+"""The step "facts": the libraries load, and what device, driver and versions they meet."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import torch
+
+import manifest
+import protocol
+import sn_ops
+from sn_ops import ops
+
+
+def device_facts() -> dict[str, Any]:
+    """As torch sees the first device."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "shared_bytes": properties.shared_memory_per_block_optin,
+    }
+
+
+def pretended_facts() -> dict[str, Any]:
+    """Of no device."""
+    return {
+        "name": "pretended",
+        "capability": "9.0",
+        "multiprocessors": 132,
+        "memory_bytes": 0,
+        "l2_bytes": 0,
+        "shared_bytes": 232448,
+        "driver": "none",
+        "clocks_mhz": None,
+    }
+
+
+def main() -> None:
+    """Say them; fail where the backend is not usable or a call gives nonsense."""
+    core: Any = ops.CORE
+    if core is None:
+        protocol.fail(ops.LOAD_ERROR["cpu"])
+    build = core.build_info()
+    pretend = protocol.pretending()
+    device = pretended_facts() if pretend else device_facts() if torch.cuda.is_available() else None
+    backends = {name: {"usable": info.usable, "reason": info.reason} for name, info in sn_ops.backends().items()}
+    protocol.say(
+        provenance={
+            **({"device": device} if device else {}),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "sn_ops": sn_ops.__version__,
+            "build": build,
+        },
+        backends=backends,
+    )
+    print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout if not pretend else "no device")
+    if device is None:
+        protocol.fail(f"torch {torch.__version__} finds no GPU")
+    if not pretend and not backends["cuda"]["usable"]:
+        protocol.fail(f"the backend 'cuda' is not usable: {backends['cuda']['reason']}")
+    if changed := (manifest.state(manifest.read()) or {}).get("changed_since"):
+        protocol.fail(f"not the files that were built: {', '.join(changed)}; run prepare.sh again")
+    where = torch.device("cpu" if pretend else "cuda")
+    feats = torch.eye(4, 8, device=where)
+    loss = sn_ops.sn_loss(feats, torch.tensor([0, 0, 1, 1], device=where), k=2)
+    if not bool(torch.isfinite(loss)):
+        protocol.fail(f"the loss of four unit rows is {float(loss)}")
+    protocol.say(figure=f"{device['name']}, torch {torch.__version__}, built for {build['cuda_architectures'] or 'CPUs'}")
+
+
+if __name__ == "__main__":
+    main()

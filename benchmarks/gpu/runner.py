@@ -1,0 +1,475 @@
+"""Runs the steps of a call and keeps the record of it, whatever a step does.
+
+Each step is a process with a session of its own and a limit: a hang, a crash or a CUDA error that sticks costs that
+process and not the run. What it prints goes to `<call>.log` line by line; after every step, and whenever a step says
+something, the record is written again to `<call>.json`, a new file that takes the old one's place. No other file is
+left. On a disk that fills up the log ends first: some of the disk is kept back for the record. At the end a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import manifest
+import protocol
+import steps as table
+from steps import Step
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+
+SCHEMA = 1
+BALLAST_BYTES = 4 << 20
+SAVE_EVERY_S = 2.0
+GRACE_S = 3.0  # between asking a process to end and ending it
+LOG_BYTES = 12 << 20
+LAST_LINES = 12  # of a step that did not pass, shown at the end
+
+
+class Disk:
+    """The output folder. A full disk loses the log, never the record as long as the ballast holds it."""
+
+    def __init__(self, folder: Path, call: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.record = folder / f"{call}.json"
+        self.log = folder / f"{call}.log"
+        self.troubles: list[str] = []
+        self._lock = threading.Lock()
+        self._ballast = folder / f".{call}.ballast"
+        self._log_bytes = 0
+        self._log_ended = False
+        try:
+            self._ballast.write_bytes(os.urandom(BALLAST_BYTES))
+        except OSError as error:
+            self.trouble(f"no room is kept back for the record: {error}")
+        try:
+            self._log = self.log.open("wb", buffering=0)
+        except OSError as error:
+            self._log_ended = True
+            self.trouble(f"no log: {error}")
+
+    def trouble(self, text: str) -> None:
+        """Note what could not be written."""
+        self.troubles.append(text)
+        print(f"runner: {text}", file=sys.stderr, flush=True)
+
+    def write_line(self, line: bytes) -> None:
+        """Append to the log, until it is too long or the disk is full."""
+        with self._lock:
+            if self._log_ended:
+                return
+            try:
+                if self._log_bytes + len(line) > LOG_BYTES:
+                    raise OSError(f"the log ends at {LOG_BYTES >> 20} MiB")
+                self._log.write(line)
+                self._log_bytes += len(line)
+            except OSError as error:
+                self._log_ended = True
+                self.trouble(f"the log is cut off: {error}")
+
+    def save(self, record: dict[str, Any]) -> bool:
+        """Write the record in place of the last one. False where even the ballast did not help."""
+        with self._lock:
+            for attempt in ("plain", "without ballast"):
+                fresh = self.record.with_suffix(".json.new")
+                text = json.dumps({**record, "troubles": self.troubles}, indent=1) + "\n"
+                try:
+                    fresh.write_text(text, encoding="utf-8")
+                    os.replace(fresh, self.record)
+                    return True
+                except OSError as error:
+                    with contextlib.suppress(OSError):
+                        fresh.unlink(missing_ok=True)
+                    if attempt == "plain" and self._ballast.exists():
+                        self._ballast.unlink(missing_ok=True)
+                        self._log_ended = True
+                        self.trouble(f"the record took the room kept back for it, the log ends here: {error}")
+                        continue
+                    if not any(text.startswith("the record") for text in self.troubles[-1:]):
+                        self.trouble(f"the record could not be written: {error}")
+                    return False
+        return False
+
+    def close(self) -> None:
+        """Give the ballast back."""
+        with contextlib.suppress(OSError):
+            self._ballast.unlink(missing_ok=True)
+
+
+class Runner:
+    """One call."""
+
+    def __init__(
+        self, call: str, steps: Sequence[Step], limit: float, folder: Path, *, pretend: bool, command: list[str]
+    ) -> None:
+        self.call = call
+        self.pretend = pretend
+        self.end = time.monotonic() + limit
+        self.disk = Disk(folder, call)
+        self.scratch = folder / f"scratch-{call}" / "of" / "steps"  # deep: what a killed run leaves is not fetched
+        self.lock = threading.RLock()
+        self.stopped = ""
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.tails: dict[str, list[str]] = {}
+        self.saved = 0.0
+        self.steps = list(steps)
+        self.results: dict[str, dict[str, Any]] = {
+            step.name: {
+                "name": step.name,
+                "result": "not run",
+                "seconds": 0.0,
+                "cap": step.cap,
+                "figure": "",
+                "reason": "",
+                "data": None,
+            }
+            for step in steps
+        }
+        self.record: dict[str, Any] = {
+            "schema": SCHEMA,
+            "call": call,
+            "rehearsal": pretend,
+            "provenance": provenance(command),
+            "steps": list(self.results.values()),
+            "complete": False,
+        }
+
+    # ---- one step ------------------------------------------------------------------------------------------------
+
+    def environment(self, step: Step) -> dict[str, str]:
+        """Of a step's process: nothing is written outside the scratch folder, nothing is fetched."""
+        scratch = self.scratch / step.name
+        scratch.mkdir(parents=True, exist_ok=True)
+        changes = {
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HF_HUB_OFFLINE": "1",
+            **{name: str(scratch) for name in ("TMPDIR", "XDG_CACHE_HOME", "MPLCONFIGDIR", "CUDA_CACHE_PATH")},
+            "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+            **({protocol.PRETEND: "1"} if self.pretend else {}),
+            **dict(step.environment),
+        }
+        # A cache that was filled beforehand is worth minutes.
+        changes.setdefault("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(scratch / "triton")))
+        return os.environ | changes
+
+    def listen(self, step: Step, process: subprocess.Popen[bytes]) -> None:
+        """Log what a step prints; take what it says."""
+        assert process.stdout is not None
+        result = self.results[step.name]
+        for line in process.stdout:
+            text = line.decode("utf-8", "replace")
+            if not text.startswith(protocol.MARK):
+                self.disk.write_line(f"{step.name}: ".encode() + (line if line.endswith(b"\n") else line + b"\n"))
+                self.tails.setdefault(step.name, []).append(text.rstrip("\n"))
+                del self.tails[step.name][:-LAST_LINES]
+                continue
+            try:
+                message = json.loads(text[len(protocol.MARK) :])
+            except ValueError:
+                self.disk.write_line(f"{step.name}: cut off: {text}".encode())
+                continue
+            with self.lock:
+                result["figure"] = message.get("figure", result["figure"])
+                result["reason"] = message.get("reason", result["reason"])
+                news = message.get("data") or {}
+                protocol.merge(self.record["provenance"], news.pop("provenance", {}))
+                if news:
+                    result["data"] = result["data"] or {}
+                    protocol.merge(result["data"], news)
+                self.save(now=False)
+
+    def save(self, *, now: bool = True) -> None:
+        """Write the record; often asked for, not always done."""
+        with self.lock:
+            if now or time.monotonic() - self.saved > SAVE_EVERY_S:
+                self.disk.save(self.record)
+                self.saved = time.monotonic()
+
+    def end_process(self, process: subprocess.Popen[bytes]) -> None:
+        """End a step's process and all that it started."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+                if number == signal.SIGTERM:
+                    time.sleep(0.1)
+
+    def run_step(self, step: Step) -> None:
+        """Run one step to its end, whatever that is."""
+        result = self.results[step.name]
+        cap = min(step.cap, self.end - time.monotonic())
+        started = time.monotonic()
+        try:
+            environment = self.environment(step)
+            command = [sys.executable, str(HERE / step.program[0]), *step.program[1:]]
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            with self.lock:
+                result.update(result="failed", reason=f"it could not be started: {error}")
+            return
+        with self.lock:
+            result["result"] = "running"
+            self.running[step.name] = process
+            if self.stopped:  # by a signal that came just now
+                self.end_process(process)
+        self.save()
+        listener = threading.Thread(target=self.listen, args=(step, process), daemon=True)
+        listener.start()
+        late = False
+        try:
+            status = process.wait(max(0.0, cap))
+        except subprocess.TimeoutExpired:
+            late = True
+            self.end_process(process)
+            status = process.wait()
+        # Whoever it left behind holds the device, and the pipe.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        listener.join(GRACE_S)
+        with self.lock:
+            self.running.pop(step.name, None)
+            result["seconds"] = round(time.monotonic() - started, 2)
+            if self.stopped:
+                result.update(result="timed out", reason=self.stopped)
+            elif late:
+                result.update(result="timed out", reason=f"it took more than {cap:.0f} s. " + result["reason"])
+            elif status < 0:
+                name = signal.Signals(-status).name if -status in signal.valid_signals() else f"signal {-status}"
+                result.update(result="crashed", reason=f"ended by {name}. " + result["reason"])
+            elif status == protocol.NOT_RUN:
+                result["result"] = "not run"
+            elif status != 0:
+                result.update(result="failed", reason=result["reason"] or f"exit status {status}")
+            else:
+                result["result"] = "passed"
+            self.disk.write_line(f"runner: {step.name} {result['result']} after {result['seconds']} s\n".encode())
+        shutil.rmtree(self.scratch / step.name, ignore_errors=True)
+        self.save()
+        print(line_of(result), flush=True)
+
+    # ---- all of them ---------------------------------------------------------------------------------------------
+
+    def stop(self, number: int, _: FrameType | None) -> None:
+        """A signal: end what runs, and let the record say so."""
+        self.stopped = f"the whole call was stopped by {signal.Signals(number).name}"
+        for process in list(self.running.values()):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def run(self) -> int:
+        """Run all; 0 if every step passed."""
+        with handling((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self.stop):
+            self.save()
+            closed = ""
+            for group in table.groups_of(self.steps):
+                wanted = [step for step in group if not closed or step.anyway]
+                for step in group:
+                    if self.stopped:
+                        self.results[step.name]["reason"] = self.stopped
+                    elif step not in wanted:
+                        self.results[step.name]["reason"] = closed
+                if self.stopped or not wanted:
+                    continue
+                if time.monotonic() > self.end - 1:
+                    for step in wanted:
+                        self.results[step.name]["reason"] = "the call's time was used up"
+                    continue
+                threads = [threading.Thread(target=self.run_step, args=(step,)) for step in wanted]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                for step in wanted:
+                    if step.gate and self.results[step.name]["result"] != "passed":
+                        closed = f"{step.name} did not pass"
+            self.record["complete"] = not self.stopped
+            shutil.rmtree(self.scratch.parent.parent, ignore_errors=True)
+            self.disk.close()
+            saved = self.disk.save(self.record)
+        print(self.last_screen(), flush=True)
+        if not saved:
+            print(f"the record, which could not be written:\n{json.dumps(self.record)}", flush=True)
+        good = all(result["result"] == "passed" for result in self.results.values())
+        return 0 if good and saved and not self.stopped else 1
+
+    def last_screen(self) -> str:
+        """The ends of what did not pass, then the table."""
+        text = []
+        for result in self.results.values():
+            if result["result"] in ("failed", "crashed", "timed out"):
+                text += [f"---- the end of {result['name']}", *self.tails.get(result["name"], [])]
+        width = max(len(name) for name in self.results)
+        text += ["", *(line_of(result, width) for result in self.results.values())]
+        text += [f"trouble: {trouble}" for trouble in self.disk.troubles]
+        device = self.record["provenance"].get("device") or {}
+        commit = self.record["provenance"].get("commit") or "unknown commit"
+        dirty = ", modified" if self.record["provenance"].get("dirty") else ""
+        text.append(f"{device.get('name', 'no device')}, {commit[:10]}{dirty}; record {self.disk.record}")
+        return "\n".join(text)
+
+
+def line_of(result: dict[str, Any], width: int = 0) -> str:
+    """One line of the table: step, result, seconds of cap, figure."""
+    said = "; ".join(text for text in (result["figure"], result["reason"].strip()) if text)
+    return f"{result['name']:<{width}}  {result['result']:<9}  {result['seconds']:5.1f} of {result['cap']:3.0f} s  {said}"
+
+
+@contextlib.contextmanager
+def handling(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
+    """Signals go to the handler for a while."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+# ---- provenance ------------------------------------------------------------------------------------------------------
+
+
+def output_of(*command: str) -> str:
+    """What a program prints; empty where it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20, cwd=ROOT).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def installed(name: str) -> str | None:
+    """Version of a package, which is not imported for it."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """As /proc/cpuinfo calls it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def device_of_smi() -> dict[str, Any] | None:
+    """What nvidia-smi says of the first device."""
+    fields = {
+        "name": "name",
+        "driver": "driver_version",
+        "memory_mib": "memory.total",
+        "sm": "clocks.sm",
+        "memory": "clocks.mem",
+        "sm_max": "clocks.max.sm",
+        "memory_max": "clocks.max.mem",
+    }
+    text = output_of("nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits")
+    if not text:
+        return None
+    values = dict(zip(fields, (value.strip() for value in text.splitlines()[0].split(",")), strict=False))
+
+    def number(name: str) -> int | None:
+        with contextlib.suppress(ValueError):
+            return int(values[name])
+        return None
+
+    return {
+        "name": values["name"],
+        "driver": values["driver"],
+        "clocks_mhz": {name: number(name) for name in ("sm", "memory", "sm_max", "memory_max")},
+    }
+
+
+def provenance(command: list[str]) -> dict[str, Any]:
+    """Where, when, with what and from which commit; the step `facts` adds what only the libraries know.
+
+    The commit is git's, or, where the tree came without its history, that of the manifest `prepare.sh` left.
+    """
+    known = manifest.read()
+    head = output_of("git", "-C", str(ROOT), "rev-parse", "--show-toplevel", "HEAD").splitlines()
+    if len(head) == 2 and Path(head[0]) == ROOT:
+        commit: str | None = head[1]
+        dirty: bool | None = output_of("git", "-C", str(ROOT), "status", "--porcelain") != ""
+    else:
+        commit, dirty = known.get("commit"), known.get("dirty")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": dirty,
+        "libraries": manifest.state(known),
+        "device": device_of_smi(),
+        "python": platform.python_version(),
+        "torch": installed("torch"),
+        "triton": installed("triton"),
+        "cuda": None,
+        "sn_ops": None,
+        "build": None,
+        "host": {"cpu": processor(), "cores": len(os.sched_getaffinity(0)), "os": platform.platform()},
+        "command": command,
+    }
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def chosen(steps: list[Step], only: str, first: str) -> list[Step]:
+    """The steps picked by --only and --from, and those that always run.
+
+    Raises:
+        SystemExit: for a name that no step has.
+    """
+    names = [step.name for step in steps]
+    wanted = [name for name in only.split(",") if name] or names
+    for name in [*wanted, *([first] if first else [])]:
+        if name not in names:
+            raise SystemExit(f"expected steps among {', '.join(names)}, got {name!r}")
+    begin = names.index(first) if first else 0
+    return [s for i, s in enumerate(steps) if s.always or (s.name in wanted and i >= begin)]
+
+
+def main(call: str, description: str, arguments: list[str] | None = None) -> int:
+    """The command of a call."""
+    steps = table.steps_of(call)
+    listing = "\n".join(f"  {step.name:<11} {step.cap:4.0f} s  {step.what}" for step in steps)
+    parser = argparse.ArgumentParser(
+        description=f"{description}\n\nsteps, with the most each may take:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", type=Path, help=f"folder for {call}.json and {call}.log")
+    parser.add_argument("--only", default="", metavar="STEP,...", help="run these steps alone")
+    parser.add_argument("--from", dest="first", default="", metavar="STEP", help="begin with this step")
+    parser.add_argument("--limit", type=float, default=table.CALL_LIMIT_S[call], help="seconds in all (%(default)s)")
+    options = parser.parse_args(arguments)
+    command = [f"{call}.py", *(sys.argv[1:] if arguments is None else arguments)]
+    picked = chosen(steps, options.only, options.first)
+    return Runner(
+        call, picked, options.limit, options.out.resolve(), pretend=protocol.pretending(), command=command
+    ).run()

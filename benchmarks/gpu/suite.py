@@ -1,0 +1,89 @@
+"""The step "tests": the part of the suite that a GPU can say something new about.
+
+Not the emulator's own tests (its build alone would eat the call), the trainer's, the plans' or the validation's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import protocol
+from device import ROOT
+
+MODULES = (
+    "tests/test_cuda.py",
+    "tests/test_selection.py",
+    "tests/test_nonfinite.py",
+    "tests/test_semantics.py",
+    "tests/test_by_hand.py",
+    "tests/test_operators.py",
+    "tests/test_bank.py",
+)
+WANTED = "cuda and not triton and not simt"
+WORKERS = 6
+MOST_FAILURES = 10
+SAY_EVERY = 100
+# pytest -v, alone or with workers: "path::name RESULT" or "[gw1] [ 9%] RESULT path::name".
+OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
+NAME = re.compile(r"\S+\.py::\S.*?(?= (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL)|$)")
+
+
+def command() -> list[str]:
+    """Pytest, with several workers where pytest-xdist is there: most of a test's time is its oracle on the CPU."""
+    wanted = "simt and test_by_hand" if protocol.pretending() else WANTED
+    modules = MODULES[4:5] if protocol.pretending() else MODULES
+    line = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--no-header"]
+    line += [f"--maxfail={MOST_FAILURES}", "-k", wanted]
+    if not protocol.pretending() and importlib.util.find_spec("xdist") is not None:
+        line += ["-n", str(WORKERS)]
+    return [*line, *modules]
+
+
+def main() -> None:
+    """Run them, counting as they come."""
+    counts: Counter[str] = Counter()
+    failures: list[str] = []
+
+    def tell() -> None:
+        protocol.say(
+            figure=f"{counts['PASSED']} passed, {counts['FAILED'] + counts['ERROR']} failed, "
+            f"{counts['SKIPPED']} skipped",
+            passed=counts["PASSED"],
+            failed=counts["FAILED"] + counts["ERROR"],
+            skipped=counts["SKIPPED"],
+        )
+
+    process = subprocess.Popen(
+        command(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
+    )
+    assert process.stdout is not None
+    summing_up = False
+    for line in process.stdout:
+        # The summary repeats what failed.
+        summing_up = summing_up or line.startswith("====") and ("short test summary" in line or "FAILURES" in line)
+        outcome, name = OUTCOME.search(line), NAME.search(line)
+        if summing_up or outcome is None or name is None:
+            print(line, end="", flush=True)
+            continue
+        counts[outcome[1]] += 1
+        if outcome[1] in ("FAILED", "ERROR"):
+            failures.append(name[0].strip())
+            print(line, end="", flush=True)
+            protocol.say(failures=[name[0].strip()])
+        if sum(counts.values()) % SAY_EVERY == 0:
+            tell()
+    status = process.wait()
+    tell()
+    if counts["PASSED"] == 0:
+        protocol.fail(f"no test passed; pytest's exit status is {status}")
+    if status != 0:
+        protocol.fail(f"{', '.join(failures[:3]) or f'pytest exit status {status}'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -79,6 +79,12 @@ def fused_backend(request: pytest.FixtureRequest) -> str:
     return require(request.param)
 
 
+@pytest.fixture(scope="session", params=["simt", "cuda"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """The CUDA kernels, emulated and on a GPU: what `paths.forced` can give a path."""
+    return require(request.param)
+
+
 @pytest.fixture(scope="session", params=[name for name in BACKENDS if name not in ("reference", *EMULATED)])
 def full_speed_backend(request: pytest.FixtureRequest) -> str:
     """Each fused backend that can be given a large batch here."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import problems
 import sn_ops
+from paths import PATHS, forced
 from problems import Case, on
 
 NAN, INF = float("nan"), float("inf")
@@ -62,6 +63,49 @@ def test_with_a_bank(backend: str, where: str, value: float, reduction: str) -> 
     elif case.candidates is not None:
         case = replace(case, candidates=poisoned(case.candidates, (32, 0), value))
     assert_everything_nan(case, backend, reduction)
+
+
+DEGENERATE = {
+    "zeros": lambda rows, _: rows.zero_(),
+    "constant": lambda rows, constant: rows.copy_(constant.expand_as(rows)),
+    "subnormal": lambda rows, _: rows.mul_(1e-40),
+    "enormous": lambda rows, _: rows.mul_(1e25),
+    "ordinary": lambda rows, _: rows,
+}
+"""What a bank may hold at the start of training, or at its end: the scale that screening takes from a sample."""
+PLACES = [(0, 0), (31, 63), (32, 64), (127, 65), (128, 127), (255, 128), (256, 1), (299, 129)]
+"""First and last row of a bank and of its tiles of 32, 64 and 128; first and last column, and of stages of 64."""
+
+
+def degenerate_case(bank: str, *, rows: int = 300, anchors: str = "ordinary") -> Case:
+    case = problems.bank_case(5, rows, 130, 3, k=3, seed=6)
+    assert case.candidates is not None
+    constant = case.candidates[7].clone()
+    return replace(
+        case,
+        feats=DEGENERATE[anchors](case.feats.clone(), constant),
+        candidates=DEGENERATE[bank](case.candidates.clone(), constant),
+    )
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("bank", "anchors"),
+    [(bank, a) for bank in DEGENERATE for a in ("ordinary", "zeros") if (bank, a) != ("ordinary", "zeros")],
+)
+def test_in_a_degenerate_bank(kernels: str, bank: str, anchors: str, path: str) -> None:
+    """Whether or not there is a scale to screen by, every row of the bank is looked at on every path."""
+    case = degenerate_case(bank, rows=64 if path == "cluster" else 300, anchors=anchors)
+    assert case.candidates is not None
+    last = len(case.candidates) - 1
+    with forced(kernels, path):
+        for place, value in zip(PLACES, (NAN, INF, -INF, NAN, INF, -INF, NAN, NAN), strict=True):
+            at = (min(place[0], last), place[1])
+            assert_everything_nan(replace(case, candidates=poisoned(case.candidates, at, value)), kernels)
+        everywhere = replace(case, candidates=torch.full_like(case.candidates, NAN))
+        assert_everything_nan(everywhere, kernels, "none")
+        for at in ((0, 0), (4, 129)):
+            assert_everything_nan(replace(case, feats=poisoned(case.feats, at, NAN)), kernels)
 
 
 @pytest.mark.parametrize("value", [NAN, INF], ids=str)

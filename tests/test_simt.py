@@ -157,6 +157,53 @@ def test_a_bank_is_certified_as_it_is_read() -> None:
         assert judge.same_bits(got, wanted)
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"path": "bank"},
+        {"path": "bank", "sample_stride": 60, "second_stride": 7},
+        {"path": "screen", "sample_stride": 60, "second_stride": 7},
+        {"path": "screen", "sample_stride": 60, "second_stride": 7, "wave_rows": 9},
+        {"path": "screen", "score_tile": 128},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("k", [1, 10, 40])
+def test_rows_of_zeros_tie_by_thousands(k: int, cut: dict[str, Any]) -> None:
+    """A bank of them but for a few rows: the first k + 1 stand for all, and one of those may be the anchor itself."""
+    case = problems.bank_case(20, 2600, 40, 30, k=k, seed=9)
+    assert case.candidates is not None and case.candidate_labels is not None
+    written = (torch.arange(2600) % 130 == 3)[:, None]
+    feats = torch.where((torch.arange(20) < 6)[:, None], 0.0, case.feats)
+    own = torch.where(torch.arange(20) < 12, torch.arange(20), -1)
+    case = Case(feats, case.labels, case.candidates * written, case.candidate_labels, own, k=k)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(**cut):
+        found = judge.neighbors_of(case, "simt")
+        assert served(case, cut["path"])
+        assert simt.last_report is not None and simt.last_report.laddered == 0
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("score_tile", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_of_zeros_among_the_anchors(dtype: torch.dtype, score_tile: int) -> None:
+    """Anchors are candidates here: tiles serve both triangles."""
+    case = problems.self_case(1100, 40, 200, seed=9)
+    feats = case.feats * (torch.arange(1100) % 40 == 3)[:, None]
+    case = Case(feats, case.labels, k=10).to(dtype)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path="screen", score_tile=score_tile):
+        found = judge.neighbors_of(case, "simt")
+        assert served(case, "screen")
+        assert simt.last_report is not None and simt.last_report.laddered == 0
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_schedule_and_device_do_not_show(path: str) -> None:
     """The same bits whatever order threads run in, and on a device of other size."""

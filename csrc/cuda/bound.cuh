@@ -37,6 +37,13 @@
 // is at least 2 g rho_j >= g^2.
 //
 // A row with rho = +inf: P = -inf, Q = +inf. Tests are written as "not greater", "not less", so that NaN keeps.
+//
+// Null rows. Where x = m in every column v is 0, and exactly then rho is 0 next to n = 0 (of half inputs: the rows of
+// zeros; x = -0 where m = 0 makes no difference). All of them are one point, however many: every anchor is at the same
+// distance from each, with the same key, so that their order is that of their indices. Behind the first K + 1 of them, of
+// which one may be the anchor itself, none is in any support set: a bank of zeros, or of one and the same row, which
+// no threshold could tell apart, is as good as K + 1 rows of it. An index that K + 1 of them do not exceed, in
+// Control.last_null, is found in the sample.
 #pragma once
 
 #include <cstdint>
@@ -47,6 +54,11 @@ namespace sn::cuda {
 
 inline constexpr float kInfinity = __builtin_inff();
 inline constexpr float kRhoMargin = 1.0f + 0x1p-20f;
+inline constexpr std::uint32_t kNoLastNull = ~0u;
+
+__device__ __forceinline__ bool is_null(float n, float rho) {
+  return n == 0.0f && rho == 0.0f;
+}
 
 // Lower and upper bound of the true distance of a pair. Infinite rho: 0 and +inf.
 __device__ __forceinline__ float distance_lower(float n_i, float rho_i, float n_j, float rho_j, float score,
@@ -100,9 +112,14 @@ __device__ __forceinline__ FarThreshold far_threshold(float reach, float n_i, fl
 //   rho = sqrt(R) row_slack + 2^-23 sqrt(n) + 2^-60,   row_slack = 1 + 2^-20 + (Dpad/32 + 16) 2^-23
 // rounded up is above it.
 //
-// One element x of a row: its copy, and what it adds to n and R.
-__device__ __forceinline__ Half copy_element(float x, float mean, float scale, float& squares, float& rests) {
-  const float scaled = multiply(subtract(x, mean), scale);
+// Where x = m in all columns, nothing is rounded: rho = 0.
+//
+// One element x of a row: its copy, and what it adds to n and R; `differs` becomes nonzero where x is not m.
+__device__ __forceinline__ Half copy_element(float x, float mean, float scale, float& squares, float& rests,
+                                             std::uint32_t& differs) {
+  const float centred = subtract(x, mean);
+  differs |= bits_of(centred) & 0x7fffffffu;
+  const float scaled = multiply(centred, scale);
   const Half copy = narrow<Half>(scaled);
   const float copied = widen(copy);
   const float rest = subtract(scaled, copied);

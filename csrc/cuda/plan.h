@@ -65,12 +65,13 @@ struct Control {
   std::uint32_t ticket;            // blocks that have finished, for the last one to know that it is
   std::uint32_t queued;            // rows waiting for the ladder
   std::uint32_t unscreenable;      // 1: the input's scale defeats the screening, every row goes to the ladder
-  std::uint32_t largest;           // bits of the largest finite |x - mean|
+  std::uint32_t largest;           // bits of the largest finite |x - mean| of the rows that give the scale
   std::int32_t exponent;           // the cast is fp16(v * 2^exponent)
   std::uint32_t refined;           // statistics for tests and tuning: exact sums made by the refinement
   std::uint32_t laddered;          // rows that the ladder served
   std::uint32_t large_identities;  // 1: some anchor has more positives than are listed
-  std::uint32_t reserved[7];
+  std::uint32_t last_null;         // null rows (bound.cuh) with a larger index are in nobody's support set
+  std::uint32_t reserved[6];
 };
 static_assert(sizeof(Control) == 64);
 

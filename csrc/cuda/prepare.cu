@@ -12,6 +12,10 @@
 // row that is larger by 2^11 does not fit; it gets rho = +inf (prepare.h). A pass over all rows for the true maximum
 // would cost one more reading of the input, and one row of extreme size would take the bits from all others.
 //
+// Candidates that are all equal, such as a bank of zeros before the first step, or next to nothing, give no scale, and
+// the sample, which holds rows of either side by their number, may have no anchor in it. Then the anchors give the
+// scale, kSampleRows of them: they are what distances are made of. Any e is right, as any m is.
+//
 // How rho follows from what the copy leaves stands at residual_bound in bound.cuh.
 #include "prepare.h"
 
@@ -50,7 +54,7 @@ struct SampleArgs {
   std::int64_t rows;  // of both
   std::int64_t dims;
   float* mean;             // [padded_dims]
-  std::uint32_t* largest;  // [sample_blocks]
+  std::uint32_t* largest;  // [2][sample_blocks]: of the sample, of anchors where that is too little
   std::uint32_t* counts;
   std::int64_t count_words;
   std::uint32_t* control;
@@ -72,9 +76,9 @@ struct FactsArgs {
   FactsSide<T> candidates;
   std::int64_t dims;
   std::int64_t padded_dims;
-  float row_slack;    // above
-  const float* mean;  // null for half-precision inputs
-  const std::uint32_t* largest;
+  float row_slack;               // above
+  const float* mean;             // null for half-precision inputs
+  const std::uint32_t* largest;  // [2][sample_blocks]
   Control* control;
 };
 
@@ -165,8 +169,22 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleArgs args)
     if (is_finite(rest) && magnitude > largest) largest = magnitude;
   }
   largest = reduce_max(largest);
+  std::uint32_t of_anchors = 0;
+  if (largest < kLeastScale && args.anchor_rows < args.rows) {
+    for (int sample = 0; sample < kSampleRows; ++sample) {
+      const std::int64_t row = sampled_row(sample, args.anchor_rows);
+      if (row < 0 || !inside) continue;
+      const float rest = subtract(load(args.anchors + row * args.anchor_stride + column), mean);
+      const std::uint32_t magnitude = bits_of(rest) & 0x7fffffffu;
+      if (is_finite(rest) && magnitude > of_anchors) of_anchors = magnitude;
+    }
+    of_anchors = reduce_max(of_anchors);
+  }
   args.mean[column] = mean;
-  if (lane_id() == 0) args.largest[block_id()] = largest;
+  if (lane_id() == 0) {
+    args.largest[block_id()] = largest;
+    args.largest[block_count() + block_id()] = of_anchors;
+  }
 }
 
 // ---- kernel 2: facts and copy ---------------------------------------------------------------------------------------
@@ -199,11 +217,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
   bool screenable = true;
   std::uint32_t largest = 0;
   if constexpr (kWide) {
-    for (std::int64_t i = lane_id(); i < args.padded_dims / kSampleColumns; i += kWarpSize) {
-      const std::uint32_t theirs = load(args.largest + i);
-      largest = theirs > largest ? theirs : largest;
+    const std::int64_t blocks = args.padded_dims / kSampleColumns;
+    for (int side = 0; side < 2 && largest < kLeastScale; ++side) {
+      for (std::int64_t i = lane_id(); i < blocks; i += kWarpSize) {
+        const std::uint32_t theirs = load(args.largest + side * blocks + i);
+        largest = theirs > largest ? theirs : largest;
+      }
+      largest = reduce_max(largest);
     }
-    largest = reduce_max(largest);
     exponent = kTargetExponent - (static_cast<std::int32_t>(largest >> 23) - 127);
     screenable = largest > 0 && exponent <= kLargestExponent && exponent >= -kLargestExponent;
     if (!screenable) exponent = 0;
@@ -213,6 +234,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
     args.control->largest = largest;
     args.control->exponent = exponent;
     args.control->unscreenable = screenable ? 0 : 1;
+    args.control->last_null = kNoLastNull;
   }
 
   std::int64_t row = block_id() * kWarpsPerBlock + warp_id();
@@ -226,6 +248,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
 
   float rSquares = 0.0f;
   float rRests = 0.0f;  // squares of what the copy leaves
+  std::uint32_t rDiffers = 0;
   bool finite = true;
   bool fits = true;
   float rLargest = 0.0f;
@@ -239,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         finite = finite && is_finite(rGroup[i]);
-        rCast.elements[i] = copy_element(rGroup[i], rMeans[i / 4].elements[i % 4], scale, rSquares, rRests);
+        rCast.elements[i] = copy_element(rGroup[i], rMeans[i / 4].elements[i % 4], scale, rSquares, rRests, rDiffers);
         fits = fits && is_finite(rCast.elements[i]);
       }
     } else {
@@ -260,6 +283,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
     rRests = add(rRests, shuffle_xor(rRests, mask));
     rLargest = maximum(rLargest, shuffle_xor(rLargest, mask));
   }
+  const bool differs = any_lane(rDiffers != 0);
   finite = all_lanes(finite);
   fits = all_lanes(fits) && finite && screenable;
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -274,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
   }
   if (lane_id() == 0) {
     float rho = 0.0f;
-    if constexpr (kWide) rho = residual_bound(rSquares, rRests, args.row_slack);
+    if constexpr (kWide) rho = differs ? residual_bound(rSquares, rRests, args.row_slack) : 0.0f;
     side.n[row] = fits ? rSquares : 0.0f;
     side.rho[row] = fits ? rho : kInfinity;
     if (!finite) atomic_or(&args.control->nonfinite, 1u);

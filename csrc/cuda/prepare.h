@@ -1,7 +1,7 @@
 // First step of the screened paths: what the screening knows of each row, and the half-precision copy it multiplies.
 //
 // After enqueue_prepare
-//   Control      zeroed, then: nonfinite, unscreenable, largest, exponent set
+//   Control      zeroed, then: nonfinite, unscreenable, largest, exponent, last_null (no limit) set
 //   counts       zeroed, all 2 * wave_rows of them (later waves and passes: whoever sets the thresholds zeroes again)
 //   anchors, candidates (ScreenSide below): rows, n, rho. kBank: only the anchors; the score kernel finds n and rho of
 //                the candidates that it reads, and notes what is not finite in them.
@@ -10,13 +10,13 @@
 // for the whole call (half-precision inputs: m = 0, e = 0), h is v rounded to half precision (half inputs: the row
 // itself).
 //   n    |h|^2, off by at most a relative (Dpad / 32 + 16) 2^-24
-//   rho  >= |v - h|; 0 for half inputs; +inf for a row of which the copy says nothing, because it is out of the range
+//   rho  >= |v - h|; 0 for half inputs and where v = 0; +inf for a row of which the copy says nothing, because it is out of the range
 //        of the copy or of the products. Such a row has n = 0 (and h = 0 unless it serves in place); it is appended to
 //        the candidates of every anchor, whatever its score, and as an anchor nothing can be certified for it: its
 //        place is the ladder. A row with a NaN or Inf is such a row and sets Control.nonfinite.
-// Control.unscreenable: e would be outside of +-60 or the sample has no value but 0. Then no cast is worth anything:
-// rho is +inf and n is 0 for all rows, the score kernels write NOTHING (no scores, no entries, no facts of bank rows),
-// and every row goes to the ladder.
+// Control.unscreenable: e would be outside of +-60, or all rows of the sample and all anchors that were looked at are
+// equal. Then no cast is worth anything: rho is +inf and n is 0 for all rows, the score kernels write NOTHING (no
+// scores, no entries, no facts of bank rows) but Control.nonfinite, and every row goes to the ladder.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +33,8 @@ namespace sn::cuda {
 // have all their bits (down to 2^-14).
 inline constexpr int kTargetExponent = 4;
 inline constexpr int kLargestExponent = 60;
+// Bits of the least |v| that gives a scale.
+inline constexpr std::uint32_t kLeastScale = static_cast<std::uint32_t>(127 + kTargetExponent - kLargestExponent) << 23;
 
 // One matrix as the screening sees it.
 struct ScreenSide {

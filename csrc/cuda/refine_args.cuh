@@ -36,6 +36,7 @@ struct RefineArgs {
   const float* gScores;  // [rows][columns], where the buffer is
   std::int64_t columns;
   std::int64_t column_stride;
+  std::int64_t second_stride;
   std::uint32_t* gCounts;     // [wave_rows]
   std::uint32_t* gFarCounts;  // [wave_rows]
   std::uint64_t* gBuffer;     // [wave_rows][capacity]
@@ -84,6 +85,7 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
           .gScores = piece<float>(workspace, plan.buffer),
           .columns = plan.sample_columns,
           .column_stride = plan.sample_stride,
+          .second_stride = plan.second_stride,
           .gCounts = counts,
           .gFarCounts = counts + plan.wave_rows,
           .gBuffer = piece<std::uint64_t>(workspace, plan.buffer),

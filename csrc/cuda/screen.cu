@@ -591,7 +591,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const Shared<std::uint64_t> sHits = second.take<std::uint64_t>(Tile::kWarps * Tile::kHits);
   sFacts.set(fact_place<Tile>(kNorm, thread_id()), norm);
   if constexpr (kMode == ScoreMode::kAppend) {
-    sFacts.set(fact_place<Tile>(kBias, thread_id()), matrix_row >= 0 ? support_bias(norm, rho, args.eta) : kInfinity);
+    const bool skipped = is_null(norm, rho) && static_cast<std::uint32_t>(matrix_row) > load(&args.control->last_null);
+    sFacts.set(fact_place<Tile>(kBias, thread_id()),
+               matrix_row >= 0 && !skipped ? support_bias(norm, rho, args.eta) : kInfinity);
     sFacts.set(fact_place<Tile>(kRho, thread_id()), multiply_up(rho, kRhoMargin));
     sFacts.set(fact_place<Tile>(kLimit, thread_id()), limit);
     sFacts.set(fact_place<Tile>(kReach, thread_id()), reach);
@@ -667,7 +669,7 @@ template <class Tile>
 struct RowSums {
   float rSquares[Tile::kOwnRows];
   float rRests[Tile::kOwnRows];
-  std::uint32_t flags;  // bit q: not finite, bit 8 + q: does not fit the copy
+  std::uint32_t flags;  // bit q: not finite, bit 8 + q: does not fit the copy, bit 16 + q: is not the mean
 };
 
 template <class Tile>
@@ -684,17 +686,33 @@ __device__ __forceinline__ void convert_stage(const Shared<float>& sWide, const 
     Pack<Half> rCopy;
     float squares = 0.0f;  // of the stage alone: a sum of sums rounds less
     float rests = 0.0f;
+    std::uint32_t differs = 0;
 #pragma unroll
     for (int i = 0; i < kChunkElements; ++i) {
       const float value = rValues[i / 4].elements[i % 4];
-      rCopy.elements[i] = copy_element(value, rMeans[i / 4].elements[i % 4], scale, squares, rests);
+      rCopy.elements[i] = copy_element(value, rMeans[i / 4].elements[i % 4], scale, squares, rests, differs);
       if (!is_finite(value)) sums.flags |= 1u << q;
       if (!is_finite(rCopy.elements[i])) sums.flags |= 0x100u << q;
     }
+    if (differs != 0) sums.flags |= 0x10000u << q;
     sums.rSquares[q] = add(sums.rSquares[q], squares);
     sums.rRests[q] = add(sums.rRests[q], rests);
     sCopy.set_pack(row * kStageWidth + (chunk ^ (row % 8)) * kChunkElements, rCopy);
   }
+}
+
+// Without a scale there is nothing to score; what is not finite in the block's candidates still has to be found.
+template <class Tile>
+__device__ __forceinline__ void look_for_nonfinite(const BankArgs& args) {
+  bool finite = true;
+  for (int row = warp_id(); row < Tile::kColumns; row += Tile::kWarps) {
+    const std::int64_t candidate = block_id() * Tile::kColumns + row;
+    if (candidate >= args.score.candidates.count) break;
+    const float* gRow = args.candidates + candidate * args.candidate_stride;
+#pragma unroll 4
+    for (std::int64_t i = lane_id(); i < args.dims; i += kWarpSize) finite = is_finite(load(gRow + i)) && finite;
+  }
+  if (!all_lanes(finite) && lane_id() == 0) atomic_or(&args.control->nonfinite, 1u);
 }
 
 // The candidates are read once, in fp32, by the one block that scores them against all anchors. In a round of the loop
@@ -703,7 +721,10 @@ __device__ __forceinline__ void convert_stage(const Shared<float>& sWide, const 
 template <class Tile, ScoreMode kMode>
 __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_constant__ BankArgs args) {
   const ScoreArgs<Half>& score = args.score;
-  if (load(&score.control->unscreenable) != 0) return;  // the whole grid
+  if (load(&score.control->unscreenable) != 0) {  // the whole grid
+    if (kMode == ScoreMode::kAppend && score.candidates.step == 1) look_for_nonfinite<Tile>(args);
+    return;
+  }
   const float scale = float_from_bits(static_cast<std::uint32_t>(127 + load(&score.control->exponent)) << 23);
   const std::int64_t column = block_id() * Tile::kColumns;
 
@@ -793,13 +814,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
       const int row = thread_id() / kRowChunks + q * Tile::kCopyRows;
       const bool exists = column + row < score.candidates.count;
       const bool fits = (sums.flags >> q & 0x101u) == 0;
+      const bool differs = (sums.flags >> q & 0x10000u) != 0;
       const float norm = fits ? sums.rSquares[q] : 0.0f;
-      const float rho = fits ? residual_bound(sums.rSquares[q], sums.rRests[q], args.row_slack) : kInfinity;
+      const float bound = differs ? residual_bound(sums.rSquares[q], sums.rRests[q], args.row_slack) : 0.0f;
+      const float rho = fits ? bound : kInfinity;
+      const std::int64_t candidate = (column + row) * score.candidates.step;
+      const bool skipped = is_null(norm, rho) && candidate > load(&score.control->last_null);
       sFacts.set(fact_place<Tile>(kNorm, Tile::kRows + row), norm);
-      sFacts.set(fact_place<Tile>(kBias, Tile::kRows + row), exists ? support_bias(norm, rho, score.eta) : kInfinity);
+      sFacts.set(fact_place<Tile>(kBias, Tile::kRows + row),
+                 exists && !skipped ? support_bias(norm, rho, score.eta) : kInfinity);
       sFacts.set(fact_place<Tile>(kRho, Tile::kRows + row), multiply_up(rho, kRhoMargin));
       if (exists) {
-        const std::int64_t candidate = (column + row) * score.candidates.step;
         args.n[candidate] = norm;
         args.rho[candidate] = rho;
         if ((sums.flags >> q & 1u) != 0) atomic_or(&args.control->nonfinite, 1u);

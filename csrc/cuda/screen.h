@@ -9,7 +9,8 @@
 //   * The far test appends positives only (labels compared as 64-bit integers), to gFarCount and gFarBuffer likewise.
 //   * A pair with rho_i or rho_j = +inf has a score of no meaning (finite, never NaN). A candidate with rho_j = +inf is
 //     appended for every anchor (and, where G_i is not +inf and it is a positive, to the far buffer).
-//   * Control.unscreenable: nothing is written.
+//   * Null rows (bound.cuh) beyond Control.last_null are not appended by the support test.
+//   * Control.unscreenable: nothing is written, but kBank notes what is not finite when it appends from all candidates.
 #pragma once
 
 #include <cstdint>

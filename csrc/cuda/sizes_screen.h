@@ -20,9 +20,9 @@ constexpr std::int64_t sample_blocks(std::int64_t padded_dims) {
   return padded_dims / kSampleColumns;
 }
 // Bytes of ForwardPlan::mean for fp32 inputs: float mean [padded_dims], then for each block of the sampling kernel the
-// bits of the largest |x - mean| that it saw, uint32 [sample_blocks].
+// bits of the largest |x - mean| that it saw, uint32 [sample_blocks], and again, among the anchors alone.
 constexpr std::int64_t mean_bytes(std::int64_t padded_dims) {
-  return 4 * (padded_dims + sample_blocks(padded_dims));
+  return 4 * (padded_dims + 2 * sample_blocks(padded_dims));
 }
 
 // eta of bound.cuh: the relative error of a screened squared distance. Exact as a float for every D below 2^17.

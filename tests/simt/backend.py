@@ -19,6 +19,7 @@ from torch import Tensor
 
 PATHS = ("auto", "cluster", "direct", "dense", "screen", "bank")
 MMA_ERRORS = ("none", "random", "extreme", "plus", "minus")
+MMA_MODELS = ("none", "hopper", "ampere", "volta", "crude")
 PARTITIONS = ("auto", "never", "always")
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -61,6 +62,7 @@ class Settings:
     sample_stride: int = 0
     second_stride: int = 0
     far_capacity: int = 0
+    mma_model: str = "none"
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ class _Settings(ctypes.Structure):
         ("sample_stride", ctypes.c_int32),
         ("second_stride", ctypes.c_int32),
         ("far_capacity", ctypes.c_int32),
+        ("mma_model", ctypes.c_int32),
     ]
 
 
@@ -201,7 +204,7 @@ class _Report(ctypes.Structure):
 
 def _run(function: ctypes._NamedFuncPointer, args: ctypes.Structure) -> None:
     global last_report
-    names = {"mma_error": MMA_ERRORS, "path": PATHS, "partition": PARTITIONS}
+    names = {"mma_error": MMA_ERRORS, "path": PATHS, "partition": PARTITIONS, "mma_model": MMA_MODELS}
     plain = _Settings(**{f: names[f].index(v) if f in names else v for f, v in vars(settings).items()})
     report = _Report()
     error = function(ctypes.byref(args), ctypes.byref(plain), ctypes.byref(report))

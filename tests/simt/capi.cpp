@@ -169,6 +169,7 @@ void prepare(const sn_simt_settings& settings, sn_simt_report& report) {
                    .mma_error = static_cast<sn::simt::MmaError>(settings.mma_error),
                    .mma_seed = settings.mma_seed,
                    .mma_error_scale = settings.mma_error_scale,
+                   .mma_model = static_cast<sn::simt::MmaModel>(settings.mma_model),
                    .shared_bytes = settings.shared_bytes,
                    .max_cluster = settings.major >= kFirstWithClusters ? 8 : 1});
 }

@@ -29,6 +29,8 @@ struct sn_simt_settings {
   std::int32_t sample_stride;   // screen, bank
   std::int32_t second_stride;   // screen, bank
   std::int32_t far_capacity;    // screen, bank
+
+  std::int32_t mma_model;  // simt::MmaModel; other than 0: no injected error
 };
 
 // What came of it.

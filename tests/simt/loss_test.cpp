@@ -266,7 +266,8 @@ sn_simt_settings settings_for(std::uint64_t seed, sn::simt::MmaError error, Forw
           .score_tile = 0,
           .sample_stride = 0,
           .second_stride = 0,
-          .far_capacity = 0};
+          .far_capacity = 0,
+          .mma_model = 0};
 }
 
 // The plan of a larger problem: several waves, both tiles of scores, a second sample, buffers that overflow.

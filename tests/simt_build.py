@@ -19,28 +19,37 @@ def _tool(name: str) -> str | None:
 
 
 @cache
-def library() -> Path:
-    """Builds the harness and the kernels, what changed of them, and gives the library.
-
-    SN_SIMT_LIBRARY names one that is there already.
+def build(target: str) -> None:
+    """Builds a target of the harness, what changed of it.
 
     Raises:
         RuntimeError: with the output of a build that failed.
     """
-    if given := os.environ.get("SN_SIMT_LIBRARY"):
-        return Path(given)
     cmake, ninja = _tool("cmake"), _tool("ninja")
     if cmake is None:
         raise RuntimeError("the backend 'simt' is built with cmake, which is in the extra 'test'; found none")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     for command in (
         [cmake, "-S", str(ROOT), "-B", str(TREE), *generator, "-DSN_OPS_CUDA=OFF"],
-        [cmake, "--build", str(TREE), "--target", "sn_simt", "--parallel", str(os.cpu_count() or 1)],
+        [cmake, "--build", str(TREE), "--target", target, "--parallel", str(os.cpu_count() or 1)],
     ):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}")
+
+
+def library() -> Path:
+    """The harness with the kernels. SN_SIMT_LIBRARY names one that is there already."""
+    if given := os.environ.get("SN_SIMT_LIBRARY"):
+        return Path(given)
+    build("sn_simt")
     return TREE / "libsn_simt.so"
+
+
+def program(target: str) -> Path:
+    """A program of the harness."""
+    build(target)
+    return TREE / target
 
 
 @cache

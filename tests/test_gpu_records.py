@@ -81,7 +81,7 @@ def prove(commit: str = "a" * 40) -> dict[str, Any]:
         step("smoke", {"runs": smoke}, result="failed", reason="1 of 2 runs"),
         step("probe", probe, figure="0.31 of 1.25"),
         step("tests", tests, result="failed", reason="1 failed"),
-        step("sanitizers", {"memcheck": "clean", "racecheck": "clean"}),
+        step("sanitizers", {"runs": [{"tool": "memcheck", "share": "bank", "clean": True, "said": "0 errors"}]}),
         step("replay", {"runs": [{"rows": 48, "replays": 2000}]}),
     ]
     return record("prove", steps, commit)
@@ -232,7 +232,7 @@ def test_each_defect_of_a_measure_record_is_named(change: Change, said: str) -> 
         (drop("steps", 2, "data", "types", "float16", "bits"), "types.float16.bits: missing"),
         (put(-1, "steps", 3, "data", "skipped"), "expected counts of at least zero"),
         (put(0, "steps", 3, "data", "failed"), "failures: 1 names, but 0 failed"),
-        (put(True, "steps", 4, "data", "memcheck"), "memcheck: expected str"),
+        (put(1, "steps", 4, "data", "runs", 0, "tool"), "tool: expected str"),
         (put("ok", "steps", 1, "data", "runs", 0, "result"), "runs[0].result: expected one of passed"),
         (put([3], "steps", 5, "data", "runs"), "runs[0]: expected an object"),
     ],

@@ -6,6 +6,7 @@ A rehearsal runs the emulated CUDA kernels (tests/simt, backend "simt") where a 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +41,11 @@ class Replay(Protocol):
     def __call__(self) -> None: ...
 
 
+def shared_bytes(properties: Any) -> int:
+    """What a block may have at most; torch's annotations do not know the field."""
+    return int(properties.shared_memory_per_block_optin)
+
+
 class Gpu:
     """The first CUDA device."""
 
@@ -57,7 +63,7 @@ class Gpu:
         self.facts: dict[str, Any] = {
             "capability": (properties.major, properties.minor),
             "multiprocessors": properties.multi_processor_count,
-            "shared_bytes": properties.shared_memory_per_block_optin,
+            "shared_bytes": shared_bytes(properties),
         }
 
     def force(self, path: str) -> None:
@@ -99,7 +105,7 @@ class Gpu:
 
         def more() -> None:
             with torch.cuda.stream(stream):
-                for _ in range(4):
+                for _ in range(40):
                     noise @ noise
 
         yield more
@@ -141,7 +147,7 @@ class Pretended:
         if self.backend == "simt":
             from simt import backend as simt
 
-            simt.settings = simt.replace(simt.settings, path=path)
+            simt.settings = dataclasses.replace(simt.settings, path=path)
 
     def synchronize(self) -> None:
         """Work is done when a call returns."""

@@ -10,6 +10,7 @@ import torch
 import manifest
 import protocol
 import sn_ops
+from device import shared_bytes
 from sn_ops import ops
 
 
@@ -22,7 +23,7 @@ def device_facts() -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,
-        "shared_bytes": properties.shared_memory_per_block_optin,
+        "shared_bytes": shared_bytes(properties),
     }
 
 
@@ -71,7 +72,9 @@ def main() -> None:
     loss = sn_ops.sn_loss(feats, torch.tensor([0, 0, 1, 1], device=where), k=2)
     if not bool(torch.isfinite(loss)):
         protocol.fail(f"the loss of four unit rows is {float(loss)}")
-    protocol.say(figure=f"{device['name']}, torch {torch.__version__}, built for {build['cuda_architectures'] or 'CPUs'}")
+    protocol.say(
+        figure=f"{device['name']}, torch {torch.__version__}, built for {build['cuda_architectures'] or 'CPUs'}"
+    )
 
 
 if __name__ == "__main__":

@@ -52,12 +52,29 @@ class _Device(TypedDict):
 
 
 class Device(_Device, total=False):
-    """The GPU, as its driver describes it."""
+    """The GPU, as its driver describes it. `shared_bytes`: what a block may have at most."""
 
     l2_bytes: int
+    shared_bytes: int
 
 
-class Provenance(TypedDict):
+class Libraries(TypedDict):
+    """What was built beforehand, by its manifest. `changed_since`: files that are no longer what was built."""
+
+    commit: str
+    dirty: bool
+    architecture: str
+    torch: str
+    nvcc: str
+    changed_since: list[str]
+
+
+class _Provenance(TypedDict, total=False):
+    libraries: Libraries | None
+    clocks_under_load_mhz: Clocks
+
+
+class Provenance(_Provenance):
     """What a reader needs to judge or repeat a record. `sn_ops` is its version, `build` its build_info()."""
 
     date: str
@@ -87,8 +104,13 @@ class Step(TypedDict):
     data: dict[str, Any] | None
 
 
-class Record(TypedDict):
-    """One call. `rehearsal`: the device was pretended. `complete`: the runner reached its end, whatever failed."""
+class _Record(TypedDict, total=False):
+    troubles: list[str]
+
+
+class Record(_Record):
+    """One call. `rehearsal`: the device was pretended. `complete`: the runner reached its end, whatever failed.
+    `troubles`: what could not be written."""
 
     schema: int
     call: Literal["prove", "measure"]
@@ -205,11 +227,19 @@ class Tests(TypedDict):
     failures: list[str]
 
 
-class Sanitizers(TypedDict):
-    """Data of the step sanitizers: "clean", or what a tool found."""
+class SanitizerRun(TypedDict):
+    """One tool on the calls of one path. `said`: its summary."""
 
-    memcheck: str
-    racecheck: str
+    tool: str
+    share: str
+    clean: bool
+    said: str
+
+
+class Sanitizers(TypedDict):
+    """Data of the step sanitizers."""
+
+    runs: list[SanitizerRun]
 
 
 class Replay(TypedDict):
@@ -226,14 +256,17 @@ DATA: dict[str, Any] = {
     "rivals": Cases,
     "triton": Cases,
     "train": Cases,
+    "compile": Cases,
+    "kernels": Cases,
     "probe": Probe,
     "smoke": Smoke,
     "tests": Tests,
+    "tests-triton": Tests,
     "sanitizers": Sanitizers,
     "replay": Replay,
 }
 # A probe or a tool may say more than the page needs.
-_OPEN = (ProbeType, Probe, SmokeRun, Smoke, Tests, Sanitizers, Replay)
+_OPEN = (ProbeType, Probe, SmokeRun, Smoke, Tests, SanitizerRun, Sanitizers, Replay)
 
 # --------------------------------------------------------------------------------------------------
 # Checking

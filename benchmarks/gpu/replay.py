@@ -151,7 +151,9 @@ def main() -> None:
         run = replays_of(device, case)
         runs.append(run)
         print(run, flush=True)
-        protocol.say(figure=f"{sum(r['replays'] for r in runs)} replays, {sum(r['wrong'] for r in runs)} wrong", runs=[run])
+        protocol.say(
+            figure=f"{sum(r['replays'] for r in runs)} replays, {sum(r['wrong'] for r in runs)} wrong", runs=[run]
+        )
     text = cold.communicate()[0]
     print(text)
     protocol.say(runs=[{"case": "capture in a fresh process", "replays": 1, "wrong": int(cold.returncode != 0)}])

@@ -36,6 +36,7 @@ ROOT = HERE.parent.parent
 
 SCHEMA = 1
 BALLAST_BYTES = 4 << 20
+BALLAST_PIECE = 256 << 10
 SAVE_EVERY_S = 2.0
 GRACE_S = 3.0  # between asking a process to end and ending it
 LOG_BYTES = 12 << 20
@@ -43,7 +44,8 @@ LAST_LINES = 12  # of a step that did not pass, shown at the end
 
 
 class Disk:
-    """The output folder. A full disk loses the log, never the record as long as the ballast holds it."""
+    """The output folder. A disk that is full ends the log, not the record: that has a file of ballast, of which a piece
+    is given up whenever there is no room to write it."""
 
     def __init__(self, folder: Path, call: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,8 +58,10 @@ class Disk:
         self._log_bytes = 0
         self._log_ended = False
         try:
-            self._ballast.write_bytes(os.urandom(BALLAST_BYTES))
+            room = min(BALLAST_BYTES, shutil.disk_usage(folder).free // 2)
+            self._ballast.write_bytes(os.urandom(room))
         except OSError as error:
+            self._ballast.unlink(missing_ok=True)
             self.trouble(f"no room is kept back for the record: {error}")
         try:
             self._log = self.log.open("wb", buffering=0)
@@ -86,9 +90,9 @@ class Disk:
 
     def save(self, record: dict[str, Any]) -> bool:
         """Write the record in place of the last one. False where even the ballast did not help."""
+        fresh = self.record.with_suffix(".json.new")
         with self._lock:
-            for attempt in ("plain", "without ballast"):
-                fresh = self.record.with_suffix(".json.new")
+            while True:
                 text = json.dumps({**record, "troubles": self.troubles}, indent=1) + "\n"
                 try:
                     fresh.write_text(text, encoding="utf-8")
@@ -97,14 +101,19 @@ class Disk:
                 except OSError as error:
                     with contextlib.suppress(OSError):
                         fresh.unlink(missing_ok=True)
-                    if attempt == "plain" and self._ballast.exists():
-                        self._ballast.unlink(missing_ok=True)
-                        self._log_ended = True
-                        self.trouble(f"the record took the room kept back for it, the log ends here: {error}")
-                        continue
-                    if not any(text.startswith("the record") for text in self.troubles[-1:]):
-                        self.trouble(f"the record could not be written: {error}")
-                    return False
+                    said = f"there was no room for the record: {error}"
+                    if said not in self.troubles:
+                        self.trouble(said)
+                    if not self.give_up_ballast():
+                        return False
+
+    def give_up_ballast(self) -> bool:
+        """Free a piece of what is kept back; the log, which would take it, ends. False where nothing is left."""
+        self._log_ended = True
+        with contextlib.suppress(OSError):
+            left = self._ballast.stat().st_size
+            os.truncate(self._ballast, max(0, left - BALLAST_PIECE))
+            return left > 0
         return False
 
     def close(self) -> None:
@@ -338,7 +347,9 @@ class Runner:
 def line_of(result: dict[str, Any], width: int = 0) -> str:
     """One line of the table: step, result, seconds of cap, figure."""
     said = "; ".join(text for text in (result["figure"], result["reason"].strip()) if text)
-    return f"{result['name']:<{width}}  {result['result']:<9}  {result['seconds']:5.1f} of {result['cap']:3.0f} s  {said}"
+    return (
+        f"{result['name']:<{width}}  {result['result']:<9}  {result['seconds']:5.1f} of {result['cap']:3.0f} s  {said}"
+    )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,21 +54,42 @@ def small(N: int, D: int, M: int | None = None, k: int = 10, images: int = 4) ->
     return Shape(N, D, M, k, images, emulated=True)
 
 
+Shapes = tuple[Shape, ...]
 HALVES = ("float16", "bfloat16")
 FUSED = ("float32", *HALVES)
 
 # Clusters of 1, 2, 4 and 8 blocks, and eight planes of shared memory.
-CLUSTER = (small(33, 64), small(50, 128, k=40), small(64, 200), Shape(63, 2048), Shape(64, 16384), small(17, 70, 40))
+CLUSTER: Shapes = (
+    small(33, 64),
+    small(50, 128, k=40),
+    small(64, 200),
+    Shape(63, 2048),
+    Shape(64, 16384),
+    small(17, 70, 40),
+)
 # The score tiles: D of one stage, off a stage, of many; 64 x 64 tiles, then 128 x 128, then several waves.
-DENSE = (small(70, 64), small(66, 200), Shape(300, 2048), Shape(2048, 200), Shape(2100, 64), Shape(40, 130, 3000))
-SCREEN = (small(150, 64), Shape(700, 200), Shape(1100, 2048), Shape(3000, 200), Shape(3000, 64, k=128))
+DENSE: Shapes = (
+    small(70, 64),
+    small(66, 200),
+    Shape(300, 2048),
+    Shape(2048, 200),
+    Shape(2100, 64),
+    Shape(40, 130, 3000),
+)
+SCREEN: Shapes = (small(150, 64), Shape(700, 200), Shape(1100, 2048), Shape(3000, 200), Shape(3000, 64, k=128))
 SCREEN += (small(20, 65, 300), Shape(200, 200, 20000), Shape(3000, 128, images=600))
-DIRECT = (small(70, 64), Shape(300, 200), Shape(129, 2048), Shape(1500, 64), small(40, 33, 90), Shape(4000, 64))
+DIRECT: Shapes = (small(70, 64), Shape(300, 200), Shape(129, 2048), Shape(1500, 64), small(40, 33, 90), Shape(4000, 64))
 DIRECT += (small(150, 20, k=140), Shape(1400, 33, k=1100))
-BANK = (small(16, 64, 300), Shape(16, 64, 4096), Shape(200, 130, 30000), Shape(256, 2048, 5000))
+BANK: Shapes = (small(16, 64, 300), Shape(16, 64, 4096), Shape(200, 130, 30000), Shape(256, 2048, 5000))
 BANK += (Shape(64, 256, 65536, images=600),)
 # One kernel; buckets of targets; hubs with many incoming edges; both gradients.
-BACKWARD = (small(100, 65), Shape(300, 2048), Shape(5000, 130), Shape(4000, 64, images=4000), small(30, 40, 120))
+BACKWARD: Shapes = (
+    small(100, 65),
+    Shape(300, 2048),
+    Shape(5000, 130),
+    Shape(4000, 64, images=4000),
+    small(30, 40, 120),
+)
 BACKWARD += (Shape(2000, 200, 9000), Shape(300, 100, k=150))
 
 RUNS: dict[str, tuple[tuple[str, ...], tuple[Shape, ...]]] = {
@@ -95,7 +115,7 @@ class Inputs:
 
     def to(self, device: torch.device) -> Inputs:
         """The same on a device."""
-        moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in vars(self).items()}
+        moved: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in vars(self).items()}
         return Inputs(**moved)
 
 
@@ -127,7 +147,7 @@ def outcome(inputs: Inputs, backend: str) -> dict[str, Tensor]:
     neighbours = sn_ops.support_neighbors(**vars(inputs), backend=backend)
     found = {"loss": loss.detach(), "mean": mean, **{f"stats.{name}": value for name, value in stats._asdict().items()}}
     found |= {f"gradient {position}": gradient for position, gradient in enumerate(grads)}
-    return found | {name: value for name, value in neighbours._asdict().items()}
+    return found | neighbours._asdict()
 
 
 def different_bits(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
@@ -190,8 +210,7 @@ def one_process(device: Gpu | Pretended, path: str, dtype: str) -> int:
             faults += [f"differs from itself: {name}" for name in different_bits(found, again)]
             brought = {name: value.cpu() for name, value in found.items()}
             faults += [
-                f"differs from cpu: {name}"
-                for name in different_values(outcome(inputs, "cpu"), brought, DTYPES[dtype])
+                f"differs from cpu: {name}" for name in different_values(outcome(inputs, "cpu"), brought, DTYPES[dtype])
             ]
             note = "; ".join(faults)
         wrong += note != ""
@@ -255,9 +274,7 @@ def main() -> None:
                 print(f"{path} {dtype}: {how}: {' | '.join(tail)}", flush=True)
                 if status != 1:  # 1: its shapes say themselves what is wrong
                     note = f"{how}: {' | '.join(tail)}"[:300]
-                    protocol.say(
-                        runs=[{"path": path, "dtype": dtype, "shape": "", "result": "crashed", "note": note}]
-                    )
+                    protocol.say(runs=[{"path": path, "dtype": dtype, "shape": "", "result": "crashed", "note": note}])
             protocol.say(figure=f"{done - len(bad)} of {len(todo)} right")
 
     threads = [threading.Thread(target=run, args=job) for job in todo]

@@ -25,6 +25,9 @@ MODULES = (
     "tests/test_bank.py",
 )
 WANTED = "cuda and not triton and not simt"
+# Every variant of a Triton kernel is compiled on the first call of it: some seconds each.
+TRITON_MODULES = ("tests/test_by_hand.py", "tests/test_selection.py")
+TRITON_WANTED = "triton and not cuda"
 WORKERS = 6
 MOST_FAILURES = 10
 SAY_EVERY = 100
@@ -33,10 +36,12 @@ OUTCOME = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
 NAME = re.compile(r"\S+\.py::\S.*?(?= (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL)|$)")
 
 
-def command() -> list[str]:
+def command(backend: str) -> list[str]:
     """Pytest, with several workers where pytest-xdist is there: most of a test's time is its oracle on the CPU."""
-    wanted = "simt and test_by_hand" if protocol.pretending() else WANTED
-    modules = MODULES[4:5] if protocol.pretending() else MODULES
+    modules: tuple[str, ...]
+    wanted, modules = (TRITON_WANTED, TRITON_MODULES) if backend == "triton" else (WANTED, MODULES)
+    if protocol.pretending():
+        wanted, modules = ("simt" if backend == "cuda" else "triton"), TRITON_MODULES[:1]
     line = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--no-header"]
     line += [f"--maxfail={MOST_FAILURES}", "-k", wanted]
     if not protocol.pretending() and importlib.util.find_spec("xdist") is not None:
@@ -44,8 +49,9 @@ def command() -> list[str]:
     return [*line, *modules]
 
 
-def main() -> None:
+def main(backend: str) -> None:
     """Run them, counting as they come."""
+    protocol.say(failures=[])
     counts: Counter[str] = Counter()
     failures: list[str] = []
 
@@ -59,13 +65,13 @@ def main() -> None:
         )
 
     process = subprocess.Popen(
-        command(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
+        command(backend), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
     )
     assert process.stdout is not None
     summing_up = False
     for line in process.stdout:
         # The summary repeats what failed.
-        summing_up = summing_up or line.startswith("====") and ("short test summary" in line or "FAILURES" in line)
+        summing_up = summing_up or (line.startswith("====") and ("short test summary" in line or "FAILURES" in line))
         outcome, name = OUTCOME.search(line), NAME.search(line)
         if summing_up or outcome is None or name is None:
             print(line, end="", flush=True)
@@ -86,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1] if len(sys.argv) > 1 else "cuda")

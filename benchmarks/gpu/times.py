@@ -1,4 +1,4 @@
-"""The steps that take times of the loss: loss, paths, kernels, rivals, compile.
+"""The steps that take times of the loss: loss, paths, kernels, rivals, triton, compile.
 
     python benchmarks/gpu/times.py loss
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import expected
-import protocol
 import manifest
+import protocol
 import records
 import sn_ops
 from device import DTYPES, Gpu, Pretended, open_device, plan
@@ -28,10 +28,12 @@ from protocol import say
 
 sys.path.append(str(manifest.HERE.parent))
 
-import baselines  # noqa: E402
+import baselines
 
 IMAGES = 4
-SETS_BYTES = 256 << 20  # of inputs that calls of a graph take in turn, so that none finds its own in the caches by chance
+SETS_BYTES = (
+    256 << 20
+)  # of inputs that calls of a graph take in turn, so that none finds its own in the caches by chance
 MOST_SETS = 4
 SAMPLE_S = 3e-3
 MOST_SAMPLES = 30
@@ -98,6 +100,7 @@ FORCED = (
 KERNELS = (*LOSS[:8], LOSS[10], LOSS[11])
 RIVALS = (LOSS[1], LOSS[3], LOSS[4], LOSS[5])
 COMPILED = RIVALS[:2]
+TRITON = (LOSS[1], LOSS[3], LOSS[5], LOSS[10])
 EMULATED = (Shape(32, 16), Shape(16, 16, 64, bank=True))
 EMULATED_FORCED = ((Shape(32, 16), ("cluster", "direct")),)
 
@@ -215,15 +218,20 @@ def called_samples(device: Gpu | Pretended, call: Callable[[int], object], sets:
 
 
 def case_of(
-    shape: Shape, backend: str, wanted: str, taken: str | None, scope: str, how: str, samples: list[float], note: str = ""
+    shape: Shape,
+    backend: str,
+    wanted: str,
+    taken: str | None,
+    scope: str,
+    how: str,
+    samples: list[float],
+    note: str = "",
 ) -> dict[str, Any]:
     """As the schema has it."""
     q1, median, q3 = records.quartiles(samples) if samples else (None, None, None)
     goal = None
     if backend == "cuda":
-        goal = expected.expected_us(
-            shape.N, shape.candidates, shape.D, shape.dtype, shape.bank, scope, wanted, how
-        )
+        goal = expected.expected_us(shape.N, shape.candidates, shape.D, shape.dtype, shape.bank, scope, wanted, how)
     return {
         "label": shape.label,
         "N": shape.N,
@@ -247,7 +255,13 @@ def case_of(
 
 
 def timed(
-    device: Gpu | Pretended, shape: Shape, backend: str, loss: Loss, wanted: str, taken: str | None, hows: tuple[str, ...]
+    device: Gpu | Pretended,
+    shape: Shape,
+    backend: str,
+    loss: Loss,
+    wanted: str,
+    taken: str | None,
+    hows: tuple[str, ...],
 ) -> Iterator[dict[str, Any]]:
     """Forward, and forward and backward, each in the ways asked for. A contestant that cannot is a case with a note."""
     sets = sets_of(shape, device.device)
@@ -268,7 +282,11 @@ def timed(
 def told(device: Gpu | Pretended, case: dict[str, Any]) -> None:
     """Say a case as soon as it is there."""
     median = case["median_us"]
-    beside = f", {median / case['expected_us']:.2f} of {case['expected_us']:.0f} expected" if case["expected_us"] and median else ""
+    beside = (
+        f", {median / case['expected_us']:.2f} of {case['expected_us']:.0f} expected"
+        if case["expected_us"] and median
+        else ""
+    )
     text = f"{median:.1f} us" if median else case["note"]
     print(f"{case['label']} {case['backend']} {case['path']} {case['scope']} {case['how']}: {text}{beside}", flush=True)
     say(cases=[case], kernels=[])
@@ -277,9 +295,7 @@ def told(device: Gpu | Pretended, case: dict[str, Any]) -> None:
 def path_taken(device: Gpu | Pretended, shape: Shape, wanted: str) -> str | None:
     """By the plan; None where `wanted` cannot serve."""
     try:
-        found: str = plan(
-            device, shape.N, shape.candidates, shape.D, shape.k, shape.dtype, not shape.M, wanted
-        )["path"]
+        found: str = plan(device, shape.N, shape.candidates, shape.D, shape.k, shape.dtype, not shape.M, wanted)["path"]
     except ValueError:
         return None
     return found
@@ -325,8 +341,14 @@ def kernels(device: Gpu | Pretended) -> None:
             call(0)
         times = 5
         found = device.kernels(lambda call=call: call(0), times)  # type: ignore[misc]
-        rows = [
-            {"label": shape.label, "scope": "both", "name": name[:160], "calls": -(-count // times), "total_us": us / times}
+        rows: list[dict[str, Any]] = [
+            {
+                "label": shape.label,
+                "scope": "both",
+                "name": name[:160],
+                "calls": -(-count // times),
+                "total_us": us / times,
+            }
             for name, count, us in sorted(found, key=lambda row: -row[2])
         ]
         say(cases=[], kernels=rows)
@@ -353,6 +375,15 @@ def rivals(device: Gpu | Pretended) -> None:
     say(figure="eager and the strongest plain PyTorch")
 
 
+def by_triton(device: Gpu | Pretended) -> None:
+    """The Triton backend; its first calls, which compile, are not counted."""
+    for shape in TRITON if device.name == "cuda" else EMULATED[:1]:
+        backend = "triton" if device.name == "cuda" else device.backend
+        for case in timed(device, shape, "triton", ours(backend, shape.k), "", None, ("graph", "called")):
+            told(device, case)
+    say(figure="the Triton backend at 4 shapes" if device.name == "cuda" else "one shape")
+
+
 def compiled(device: Gpu | Pretended) -> None:
     """torch.compile of eager; the first call, which compiles, is not counted."""
     function = torch.compile(baselines.eager, dynamic=False) if device.name == "cuda" else baselines.eager
@@ -364,7 +395,7 @@ def compiled(device: Gpu | Pretended) -> None:
     say(figure="torch.compile of eager")
 
 
-STEPS = {"loss": loss, "paths": paths, "kernels": kernels, "rivals": rivals, "compile": compiled}
+STEPS = {"loss": loss, "paths": paths, "kernels": kernels, "rivals": rivals, "triton": by_triton, "compile": compiled}
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in STEPS:

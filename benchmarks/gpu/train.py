@@ -9,16 +9,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import protocol
 import manifest
-import records
+import protocol
 from device import Gpu, Pretended, open_device
 from times import Shape, called_samples, case_of, inputs_of, ours, theirs, told
 
 sys.path.append(str(manifest.HERE.parent))
 
-import baselines  # noqa: E402
-from bench_train_step import Size, Step  # noqa: E402
+import baselines
+from bench_train_step import Size, Step
 
 BATCHES = (64, 256)
 
@@ -32,8 +31,8 @@ def main() -> None:
     """A step without a loss, with ours and with eager PyTorch; then the loss alone."""
     device = open_device("cpu")
     figures = []
-    for images in BATCHES if device.name == "cuda" else (8,):
-        size = Size(images, 256, 128) if device.name == "cuda" else Size(images, 64, 32)
+    for images in BATCHES if device.name == "cuda" else (4,):
+        size = Size(images, 256, 128) if device.name == "cuda" else Size(images, 32, 32)
         step = Step(size, device.device, "bf16" if device.name == "cuda" else "none")
         shape = Shape(images, 2048)
         inputs = inputs_of(shape, device.device, 0) | {"labels": step.labels}

@@ -102,18 +102,22 @@ pybind11::dict cpu_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int
   return facts;
 }
 
-sn::cuda::DeviceFacts device_facts(std::pair<int, int> capability, int multiprocessors, int shared_bytes) {
+sn::cuda::DeviceFacts device_facts(std::pair<int, int> capability, int multiprocessors, int shared_bytes,
+                                   int largest_cluster = 0, int cluster_planes = 0) {
   return {.major = capability.first,
           .minor = capability.second,
           .multiprocessors = multiprocessors,
-          .shared_bytes = shared_bytes};
+          .shared_bytes = shared_bytes,
+          .largest_cluster = largest_cluster,
+          .cluster_planes = cluster_planes};
 }
 
 pybind11::dict cuda_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype, bool symmetric,
                          bool aligned, const std::string& path, std::pair<int, int> capability, int multiprocessors,
-                         int shared_bytes) {
+                         int shared_bytes, int largest_cluster, int cluster_planes) {
   expect_problem("cuda_plan", N, M, D, k, dtype);
-  const sn::cuda::DeviceFacts device = device_facts(capability, multiprocessors, shared_bytes);
+  const sn::cuda::DeviceFacts device =
+      device_facts(capability, multiprocessors, shared_bytes, largest_cluster, cluster_planes);
   const sn::cuda::Problem problem{.N = N,
                                   .M = M,
                                   .D = D,
@@ -186,11 +190,14 @@ PYBIND11_MODULE(_C, module) {
   const auto capability = py::arg("capability") = std::pair<int, int>(9, 0);
   const auto multiprocessors = py::arg("multiprocessors") = sn::cuda::DeviceFacts{}.multiprocessors;
   const auto shared_bytes = py::arg("shared_bytes") = sn::cuda::DeviceFacts{}.shared_bytes;
-  module.def("cuda_plan", &cuda_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"), py::arg("dtype"),
-             py::arg("symmetric"), py::arg("aligned") = true, py::arg("path") = "auto", capability, multiprocessors,
-             shared_bytes,
-             "How the CUDA forward would run on a device with these facts (default: an H200's): path, launches, "
-             "workspace_bytes, waves and tiles. ValueError where a forced path cannot serve.");
+  module.def(
+      "cuda_plan", &cuda_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"), py::arg("dtype"),
+      py::arg("symmetric"), py::arg("aligned") = true, py::arg("path") = "auto", capability, multiprocessors,
+      shared_bytes, py::arg("largest_cluster") = sn::cuda::DeviceFacts{}.largest_cluster,
+      py::arg("cluster_planes") = sn::cuda::DeviceFacts{}.cluster_planes,
+      "How the CUDA forward would run on a device with these facts (default: an H200's): path, launches, "
+      "workspace_bytes, waves and tiles. largest_cluster, cluster_planes: blocks of the largest cluster that the "
+      "device holds, and planes of sums a block of it may keep. ValueError where a forced path cannot serve.");
   module.def("cuda_backward_plan", &cuda_backward_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"),
              py::arg("dtype"), py::arg("symmetric"), capability, multiprocessors, shared_bytes,
              "How the CUDA backward would run: launches, workspace_bytes, partition and slices.");

@@ -204,6 +204,23 @@ def test_rows_of_zeros_among_the_anchors(dtype: torch.dtype, score_tile: int) ->
         assert judge.same_bits(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("max_cluster", "dims", "path"), [(8, 300, "cluster"), (4, 300, "direct"), (4, 200, "cluster"), (0, 60, "direct")]
+)
+def test_a_device_cut_down(max_cluster: int, dims: int, path: str, dtype: torch.dtype) -> None:
+    """A cluster that the device does not hold is never launched, asked for or not: the same bits on another path."""
+    case = problems.self_case(40, dims, 8).to(dtype)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    for asked in ("auto", "cluster"):
+        with simt.using(max_cluster=max_cluster, path=asked):
+            found = judge.neighbors_of(case, "simt")
+        assert simt.last_report is not None and simt.last_report.path == path
+        for got, wanted in zip(found, expected, strict=True):
+            assert judge.same_bits(got, wanted)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_schedule_and_device_do_not_show(path: str) -> None:
     """The same bits whatever order threads run in, and on a device of other size."""

@@ -181,6 +181,11 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const ClusterArgs 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
 template <class T>
+LaunchShape shape_of(int cluster, std::int64_t planes) {
+  return {cluster, kThreads, kOtherBytes<T> + shared_bytes<A>(static_cast<int>(planes) * kPlane), cluster};
+}
+
+template <class T>
 cudaError_t run(const ForwardArgs& args, const ForwardPlan& plan, cudaStream_t stream) {
   const std::int64_t planes = cluster_planes(plan);
   if (args.anchors.rows > kClusterRows || args.candidates.rows > kClusterRows || planes > kLargestPlanes ||
@@ -196,9 +201,7 @@ cudaError_t run(const ForwardArgs& args, const ForwardPlan& plan, cudaStream_t s
       .planes = static_cast<int>(planes),
       .aligned = rows_aligned(args.anchors, args.dtype) && rows_aligned(args.candidates, args.dtype),
   };
-  const LaunchShape shape{plan.cluster, kThreads, kOtherBytes<T> + shared_bytes<A>(static_cast<int>(planes) * kPlane),
-                          plan.cluster};
-  return launch(cluster_kernel<T>, shape, stream, cluster_args);
+  return launch(cluster_kernel<T>, shape_of<T>(plan.cluster, planes), stream, cluster_args);
 }
 
 }  // namespace
@@ -225,6 +228,22 @@ cudaError_t compiled_capability(int* capability) {
   const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&cluster_kernel<float>));
   *capability = attributes.ptxVersion;
   return error;
+}
+
+ClusterLimits cluster_limits(int shared_bytes) {
+  const auto holds = [&](int blocks, std::int64_t planes) {
+    return cluster_shared_bytes(planes) <= shared_bytes &&
+           active_clusters(cluster_kernel<float>, shape_of<float>(blocks, planes)) > 0 &&
+           active_clusters(cluster_kernel<Half>, shape_of<Half>(blocks, planes)) > 0 &&
+           active_clusters(cluster_kernel<BFloat16>, shape_of<BFloat16>(blocks, planes)) > 0;
+  };
+  for (int blocks = kClusterBlocks; blocks > 1; blocks /= 2) {
+    // A plan has clusters of fewer blocks only where one plane a block is enough.
+    for (std::int64_t planes = blocks == kClusterBlocks ? kLargestPlanes : 1; planes > 0; --planes) {
+      if (holds(blocks, planes)) return {blocks, static_cast<int>(planes)};
+    }
+  }
+  return {0, 0};
 }
 #endif
 

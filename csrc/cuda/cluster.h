@@ -15,4 +15,14 @@ cudaError_t run_cluster(const ForwardArgs& args, const ForwardPlan& plan, char* 
 // without clusters.
 cudaError_t compiled_capability(int* capability);
 
+// What the current device holds of this kernel's clusters, in every type that it serves, for DeviceFacts: a GPU that is
+// cut down, or a slice of one, may have no group of multiprocessors left that is large enough. Asked of the driver, on
+// the host; nothing is enqueued, so it may be asked while a stream is captured. A question that fails counts as a no and
+// leaves no error behind. The device and its copy of the code are of capability 9.0 or above.
+struct ClusterLimits {
+  int blocks;  // of the largest cluster, 0: none
+  int planes;  // that each block of it may keep
+};
+ClusterLimits cluster_limits(int shared_bytes);
+
 }  // namespace sn::cuda

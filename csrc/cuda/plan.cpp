@@ -26,8 +26,6 @@ constexpr std::int64_t kBufferBytes = std::int64_t{320} << 20;
 constexpr std::int64_t kDirectProducts = std::int64_t{1} << 28;
 // Dense scores serve every anchor's whole row of candidates up to here; beyond, a sample bounds what is kept.
 constexpr std::int64_t kDenseCandidates = 1024;
-constexpr int kClusterBlocks = 8;  // the largest cluster that needs no opt-in
-constexpr int kClusterMajor = 9;
 
 // A sample of one in r leaves about r K candidates to look at, distributed as r times a Gamma(K) variable: this many
 // hold all of them but for about one row in 10^6 (r = 16, K = 10: 493).
@@ -163,15 +161,22 @@ ForwardPath choose(const Problem& problem, const DeviceFacts& device) {
 bool serves(ForwardPath path, const Problem& problem, const DeviceFacts& device) {
   const bool some = problem.N > 0 && problem.M > 0 && problem.D > 0;
   const bool screenable = some && problem.dtype != DType::kFloat64 && std::min(problem.k, problem.M) <= kFastNeighbours;
-  const std::int64_t planes = divide_up(problem.D, kLargestSlice * kClusterBlocks);
   switch (path) {
     case ForwardPath::kAuto:
     case ForwardPath::kDirect:
       return true;
-    case ForwardPath::kCluster:
-      return some && device.major >= kClusterMajor && problem.N <= kClusterRows && problem.M <= kClusterRows &&
-             problem.dtype != DType::kFloat64 && planes <= kLargestPlanes &&
+    case ForwardPath::kCluster: {
+      if (!some || device.major < kClusterMajor || problem.N > kClusterRows || problem.M > kClusterRows ||
+          problem.dtype == DType::kFloat64) {
+        return false;
+      }
+      ForwardPlan plan;
+      plan_cluster(plan, problem);
+      const std::int64_t planes = cluster_planes(plan);
+      return plan.cluster <= device.largest_cluster &&
+             planes <= std::min<std::int64_t>(kLargestPlanes, device.cluster_planes) &&
              cluster_shared_bytes(planes) <= device.shared_bytes;
+    }
     case ForwardPath::kDense:
     case ForwardPath::kScreen:
       return screenable;

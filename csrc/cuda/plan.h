@@ -14,6 +14,10 @@ struct DeviceFacts {
   int minor = 0;
   int multiprocessors = 132;
   int shared_bytes = 232448;  // a block may use at most, opted in
+  // Clusters of the kernel of kCluster that the device really holds (cluster_limits in cluster.h): fewer than its
+  // architecture allows where parts of it are switched off or given to others. 0: none.
+  int largest_cluster = 8;  // blocks
+  int cluster_planes = 8;   // planes of sums that a block of the largest may keep
 };
 
 // The one summation order (direct_sum.cuh derives it) cuts D into chunks, and chunks into spans.

@@ -647,16 +647,16 @@ inline cudaError_t allow_shared(const void* kernel, int bytes) {
   return error;
 }
 
-// Launches on `stream` and reports what went wrong with this launch, configuration errors included.
-template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream, Args... args) {
+// What a launch of this shape needs said, in `config`, which refers to `attribute`, and of the kernel.
+inline cudaError_t configure(const void* kernel, const LaunchShape& shape, cudaStream_t stream,
+                             cudaLaunchAttribute& attribute, cudaLaunchConfig_t& config) {
   if (shape.blocks <= 0 || shape.blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
   if (shape.shared_bytes > kPlainSharedBytes) {
-    const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
+    const cudaError_t error = allow_shared(kernel, shape.shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attribute{};
-  cudaLaunchConfig_t config{};
+  attribute = {};
+  config = {};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
@@ -673,7 +673,31 @@ cudaError_t launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStre
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
+  return cudaSuccess;
+}
+
+// Launches on `stream` and reports what went wrong with this launch, configuration errors included.
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream, Args... args) {
+  cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config;
+  const cudaError_t error = configure(reinterpret_cast<const void*>(kernel), shape, stream, attribute, config);
+  if (error != cudaSuccess) return error;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+// Clusters of this shape that the current device holds at once. 0 also where that cannot be found out; the runtime
+// keeps no error of it.
+template <typename... Params>
+int active_clusters(void (*kernel)(Params...), const LaunchShape& shape) {
+  cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config;
+  int clusters = 0;
+  cudaError_t error = configure(reinterpret_cast<const void*>(kernel), shape, nullptr, attribute, config);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error == cudaSuccess) return clusters;
+  static_cast<void>(cudaGetLastError());
+  return 0;
 }
 
 }  // namespace sn::cuda

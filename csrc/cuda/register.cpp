@@ -18,6 +18,7 @@
 #include "../sn_types.h"
 #include "cluster.h"
 #include "forward.h"
+#include "sizes_direct.h"
 
 namespace {
 
@@ -59,12 +60,36 @@ int compiled_major(std::int32_t device) {
   return capability / 10;
 }
 
+// Clusters that the current device holds, asked once as well. Two threads may ask at the same time; the answer is one.
+sn::cuda::ClusterLimits cluster_limits(std::int32_t device, int shared_bytes) {
+  constexpr int kKnown = 1 << 16;
+  constexpr int kBits = 8;
+  static std::array<std::atomic<int>, 64> answers{};
+  int answer = 0;
+  if (static_cast<std::size_t>(device) < answers.size()) answer = answers[device];
+  if (answer == 0) {
+    const sn::cuda::ClusterLimits limits = sn::cuda::cluster_limits(shared_bytes);
+    answer = kKnown | limits.blocks << kBits | limits.planes;
+    if (static_cast<std::size_t>(device) < answers.size()) answers[device] = answer;
+  }
+  return {.blocks = (answer & ~kKnown) >> kBits, .planes = answer & ((1 << kBits) - 1)};
+}
+
 // Attributes come from the driver's table, without a synchronisation; four look-ups cost less than a cache's lock.
 sn::cuda::DeviceFacts device_facts(std::int32_t device) {
-  return {.major = std::min(attribute(cudaDevAttrComputeCapabilityMajor, device), compiled_major(device)),
-          .minor = attribute(cudaDevAttrComputeCapabilityMinor, device),
-          .multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device),
-          .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+  sn::cuda::DeviceFacts facts{
+      .major = std::min(attribute(cudaDevAttrComputeCapabilityMajor, device), compiled_major(device)),
+      .minor = attribute(cudaDevAttrComputeCapabilityMinor, device),
+      .multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device),
+      .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+      .largest_cluster = 0,
+      .cluster_planes = 0};
+  if (facts.major >= sn::cuda::kClusterMajor) {
+    const sn::cuda::ClusterLimits limits = cluster_limits(device, facts.shared_bytes);
+    facts.largest_cluster = limits.blocks;
+    facts.cluster_planes = limits.planes;
+  }
+  return facts;
 }
 
 sn::operators::ForwardOutputs forward_cuda(const Tensor& feats, const Tensor& labels,

@@ -91,6 +91,8 @@ constexpr std::int64_t direct_launches(const ForwardPlan& plan) {
 
 inline constexpr std::int64_t kClusterRows = 64;   // anchors, and candidates: one tile
 inline constexpr std::int64_t kLargestPlanes = 8;  // slices that one block of the cluster may keep
+inline constexpr int kClusterBlocks = 8;           // the largest cluster that needs no opt-in
+inline constexpr int kClusterMajor = 9;
 // Sums of one anchor in a plane: 8 more than the tile has, against bank conflicts.
 inline constexpr std::int64_t kClusterPitch = 72;
 inline constexpr std::int64_t kClusterOther = 76 * 1024;  // bytes of shared memory beside the planes, an upper bound

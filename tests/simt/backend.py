@@ -56,6 +56,7 @@ class Settings:
     minor: int = 0
     multiprocessors: int = 132
     shared_bytes: int = 232448
+    max_cluster: int = 8
     wave_rows: int = 0
     slice_elements: int = 0
     score_tile: int = 0
@@ -165,6 +166,7 @@ class _Settings(ctypes.Structure):
         ("minor", ctypes.c_int32),
         ("multiprocessors", ctypes.c_int32),
         ("shared_bytes", ctypes.c_int32),
+        ("max_cluster", ctypes.c_int32),
         ("wave_rows", ctypes.c_int32),
         ("slice_elements", ctypes.c_int32),
         ("score_tile", ctypes.c_int32),

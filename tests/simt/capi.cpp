@@ -159,19 +159,19 @@ sn::cuda::DeviceFacts facts_of(const sn_simt_settings& settings) {
   return {.major = settings.major,
           .minor = settings.minor,
           .multiprocessors = settings.multiprocessors,
-          .shared_bytes = settings.shared_bytes};
+          .shared_bytes = settings.shared_bytes,
+          .largest_cluster = settings.max_cluster};
 }
 
 void prepare(const sn_simt_settings& settings, sn_simt_report& report) {
   report = {};
-  constexpr int kFirstWithClusters = 9;
   sn::simt::reset({.seed = settings.seed,
                    .mma_error = static_cast<sn::simt::MmaError>(settings.mma_error),
                    .mma_seed = settings.mma_seed,
                    .mma_error_scale = settings.mma_error_scale,
                    .mma_model = static_cast<sn::simt::MmaModel>(settings.mma_model),
                    .shared_bytes = settings.shared_bytes,
-                   .max_cluster = settings.major >= kFirstWithClusters ? 8 : 1});
+                   .max_cluster = settings.major >= sn::cuda::kClusterMajor ? std::max(settings.max_cluster, 1) : 1});
 }
 
 int finish(cudaError_t error, std::string fault, std::int64_t planned, sn_simt_report& report) {

@@ -20,6 +20,7 @@ struct sn_simt_settings {
   std::int32_t minor;
   std::int32_t multiprocessors;
   std::int32_t shared_bytes;
+  std::int32_t max_cluster;  // blocks that the device holds of a cluster, from major 9 on
 
   // Changes to the plan, so that small problems reach what only large ones are planned with; 0: as planned. Sizes of
   // the workspace follow. What a path has no use for is ignored.

@@ -261,6 +261,7 @@ sn_simt_settings settings_for(std::uint64_t seed, sn::simt::MmaError error, Forw
           .minor = 0,
           .multiprocessors = seed % 2 == 0 ? 4 : 132,
           .shared_bytes = 232448,
+          .max_cluster = 8,
           .wave_rows = 0,
           .slice_elements = 0,
           .score_tile = 0,

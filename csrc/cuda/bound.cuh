@@ -6,13 +6,26 @@
 // A_ij = |h_i - h_j|. With u = 2^-24 the unit roundoff of fp32 and Dp = padded_dims:
 //   n       = |h|^2 (1 + d), |d| <= (Dp/32 + 16) u: every product of 11-bit numbers is exact, a lane adds at most
 //             Dp/32 + 8 squares, all >= 0, and five more additions join the lanes.
-//   dot     PTX leaves order and rounding inside an mma open. Claimed (the host harness injects errors up to it, a
-//             probe on a device is to confirm it): each step adds a group of g products and the accumulator, all
-//             aligned to the largest and cut off below 2^-23 of it, and cuts their sum off to 24 bits. That is at most
-//             (g + 2) 2^-23 |h_i||h_j| a group, Dp/g groups, g >= 8 from sm_80 on: |dot - h_i.h_j| <= 1.25 Dp 2^-23
-//             |h_i||h_j|.
-//   s       one more rounding: <= u (2 |dot| + n_j).
-// Since 2 |h_i||h_j| <= |h_i|^2 + |h_j|^2, everything is bounded by a multiple of n_i + n_j:
+//   dot     PTX leaves order and rounding inside an mma open. Claimed (a probe on a device is to confirm it; the host
+//             harness injects errors up to it): each step takes a group of g >= 8 products and the accumulator, aligns
+//             them to the largest of their exponents, E, cuts each off below 2^(E - 23), and cuts their exact sum off
+//             to 24 bits. The exponent of a product is the sum of its operands' exponents, and that of a subnormal, or
+//             of 0, is the least there is, e0 = -14 (bf16: -126), however small the number. So what a step loses,
+//               (g + 1) 2^(E - 23) + 2^-23 |sum|,
+//             is no multiple of 2^-23 |h_i||h_j|: products of a row of subnormals have far larger exponents than
+//             values. With S = (|h_i|^2 + |h_j|^2) / 2 it is at most (g + 2) 2^-23 S, or of no account. E is that
+//               of the accumulator, c: 2^E <= |c|, and |c|, like |sum|, is a part of h_i . h_j, at most S, and what was
+//                 lost before, a second-order term;
+//               of two normal numbers: 2^E <= |a||b| <= (a^2 + b^2) / 2 <= S;
+//               of one with an exponent e > e0 and one at e0: 2^E = 2^(e + e0) <= 2^(2 e - 1) <= S;
+//               of two at e0. fp16: E = -28; products, and what sums of them were cut to, are multiples of 2^-48, which
+//                 is a multiple of 2^(E - 23) = 2^-51: aligning loses nothing. bf16: 2^(E - 23) = 2^-275.
+//             bf16 products below 2^-126 may be lost altogether: D 2^-126, where n >= 2^-60 (prepare.cu).
+//             There are Dp/g steps, and (g + 2) / g <= 1.25:
+//               2 |dot - h_i . h_j| <= 1.25 Dp 2^-23 (|h_i|^2 + |h_j|^2).
+//             Larger groups cut off later, as on newer architectures, lose less: a quarter with g = 16 and 2^(E - 25).
+//   s       one more rounding: <= u (2 |dot| + n_j) <= u (n_i + 2 n_j).
+// So everything is bounded by a multiple of n_i + n_j, and of nothing smaller:
 //   |(n_i + s) - A^2| <= (n_i + n_j) (1.25 Dp 2^-23 + (Dp/64 + 10) 2^-23)
 // and with
 //   eta = 1.25 Dp 2^-23 + (Dp/32 + 32) 2^-23          (screening_error in sizes_screen.h)
@@ -40,8 +53,8 @@
 //
 // Null rows. Where x = m in every column v is 0, and exactly then rho is 0 next to n = 0 (of half inputs: the rows of
 // zeros; x = -0 where m = 0 makes no difference). All of them are one point, however many: every anchor is at the same
-// distance from each, with the same key, so that their order is that of their indices. Behind the first K + 1 of them, of
-// which one may be the anchor itself, none is in any support set: a bank of zeros, or of one and the same row, which
+// distance from each, with the same key, so that their order is that of their indices. Behind the first K + 1 of them,
+// of which one may be the anchor itself, none is in any support set: a bank of zeros, or of one and the same row, which
 // no threshold could tell apart, is as good as K + 1 rows of it. An index that K + 1 of them do not exceed, in
 // Control.last_null, is found in the sample.
 #pragma once
@@ -114,11 +127,8 @@ __device__ __forceinline__ FarThreshold far_threshold(float reach, float n_i, fl
 //
 // Where x = m in all columns, nothing is rounded: rho = 0.
 //
-// One element x of a row: its copy, and what it adds to n and R; `differs` becomes nonzero where x is not m.
-__device__ __forceinline__ Half copy_element(float x, float mean, float scale, float& squares, float& rests,
-                                             std::uint32_t& differs) {
-  const float centred = subtract(x, mean);
-  differs |= bits_of(centred) & 0x7fffffffu;
+// One element v' of a row: its copy, and what it adds to n and R.
+__device__ __forceinline__ Half copy_element(float centred, float scale, float& squares, float& rests) {
   const float scaled = multiply(centred, scale);
   const Half copy = narrow<Half>(scaled);
   const float copied = widen(copy);

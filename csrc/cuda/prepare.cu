@@ -247,8 +247,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
   const std::int64_t end = gCast == nullptr ? args.dims : args.padded_dims;
 
   float rSquares = 0.0f;
-  float rRests = 0.0f;  // squares of what the copy leaves
-  std::uint32_t rDiffers = 0;
+  float rRests = 0.0f;   // squares of what the copy leaves
+  bool differs = false;  // from the mean, in some column
   bool finite = true;
   bool fits = true;
   float rLargest = 0.0f;
@@ -262,7 +262,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         finite = finite && is_finite(rGroup[i]);
-        rCast.elements[i] = copy_element(rGroup[i], rMeans[i / 4].elements[i % 4], scale, rSquares, rRests, rDiffers);
+        const float centred = subtract(rGroup[i], rMeans[i / 4].elements[i % 4]);
+        differs = differs || centred != 0.0f;
+        rCast.elements[i] = copy_element(centred, scale, rSquares, rRests);
         fits = fits && is_finite(rCast.elements[i]);
       }
     } else {
@@ -283,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
     rRests = add(rRests, shuffle_xor(rRests, mask));
     rLargest = maximum(rLargest, shuffle_xor(rLargest, mask));
   }
-  const bool differs = any_lane(rDiffers != 0);
+  differs = any_lane(differs);
   finite = all_lanes(finite);
   fits = all_lanes(fits) && finite && screenable;
   if constexpr (std::is_same_v<T, BFloat16>) {

@@ -686,11 +686,13 @@ __device__ __forceinline__ void convert_stage(const Shared<float>& sWide, const 
     Pack<Half> rCopy;
     float squares = 0.0f;  // of the stage alone: a sum of sums rounds less
     float rests = 0.0f;
-    std::uint32_t differs = 0;
+    std::uint32_t differs = 0;  // bits: as a flag it would cost registers
 #pragma unroll
     for (int i = 0; i < kChunkElements; ++i) {
       const float value = rValues[i / 4].elements[i % 4];
-      rCopy.elements[i] = copy_element(value, rMeans[i / 4].elements[i % 4], scale, squares, rests, differs);
+      const float centred = subtract(value, rMeans[i / 4].elements[i % 4]);
+      differs |= bits_of(centred) & 0x7fffffffu;
+      rCopy.elements[i] = copy_element(centred, scale, squares, rests);
       if (!is_finite(value)) sums.flags |= 1u << q;
       if (!is_finite(rCopy.elements[i])) sums.flags |= 0x100u << q;
     }

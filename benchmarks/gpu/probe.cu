@@ -353,7 +353,10 @@ Arithmetic examine() {
     for (int k = 0; k < kDepth; ++k) sum.product(k, k == at[0] ? 1.0 : std::ldexp(1.0, -t));
     found.staircase.push_back(std::ldexp(evaluate<T16>(sum), t));
   }
-  if (found.bits == 0) return found;
+  if (found.bits == 0) {  // whoever keeps nothing shows no groups
+    found.group = 0;
+    return found;
+  }
 
   const double unit = std::ldexp(1.0, -found.bits);
   const auto beside_one = [&](double value) {

@@ -19,8 +19,8 @@ def _tool(name: str) -> str | None:
 
 
 @cache
-def build(target: str) -> None:
-    """Builds a target of the harness, what changed of it.
+def build(target: str) -> Path:
+    """Builds a target of the harness, what changed of it, and gives the folder's file of that name.
 
     Raises:
         RuntimeError: with the output of a build that failed.
@@ -36,20 +36,15 @@ def build(target: str) -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}")
+    return TREE / target
 
 
+@cache
 def library() -> Path:
-    """The harness with the kernels. SN_SIMT_LIBRARY names one that is there already."""
+    """The harness and the kernels. SN_SIMT_LIBRARY names a library that is there already."""
     if given := os.environ.get("SN_SIMT_LIBRARY"):
         return Path(given)
-    build("sn_simt")
-    return TREE / "libsn_simt.so"
-
-
-def program(target: str) -> Path:
-    """A program of the harness."""
-    build(target)
-    return TREE / target
+    return build("sn_simt").with_name("libsn_simt.so")
 
 
 @cache

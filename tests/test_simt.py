@@ -1,11 +1,13 @@
 """The CUDA kernels on emulated threads: every path against the oracle and, bit for bit, against the others.
 
 The backend "simt" runs the whole semantic suite on the path that the plan chooses; small problems end on two of them.
-Here every path is forced, with the schedule of threads and the error of the tensor core's products varied.
+Here every path is forced, with the schedule of threads and the error of the tensor core's products varied, and under
+models of real tensor cores.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -79,6 +81,68 @@ def test_no_error_within_the_bound_shows(name: str, path: str, mma_error: str) -
     with simt.using(path="direct"):
         expected = judge.neighbors_of(case, "simt")
     with simt.using(path=path, mma_error=mma_error, seed=3, mma_seed=5):
+        found = judge.neighbors_of(case, "simt")
+        assert served(case, path)
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+def faint(case: Case, dtype: torch.dtype) -> Case:
+    """The case with rows of four sizes: ordinary ones, faint ones, such as have subnormal elements beside normal ones,
+    and subnormal ones (of bfloat16, or of the half-precision copies of float)."""
+    scales = {torch.float16: (0, -7, -14, -18), torch.bfloat16: (0, -30, -60, -129), torch.float32: (0, -8, -24, -32)}
+
+    def scaled(feats: torch.Tensor) -> torch.Tensor:
+        exponents = torch.tensor(scales[dtype], dtype=torch.float64)[torch.arange(len(feats)) % 4]
+        return (feats.double() * torch.exp2(exponents)[:, None]).to(dtype)
+
+    candidates = None if case.candidates is None else scaled(case.candidates)
+    return replace(case, feats=scaled(case.feats), candidates=candidates)
+
+
+FAINT = {
+    "float16": faint(problems.self_case(150, 70, 30, seed=5), torch.float16),
+    "bfloat16": faint(problems.self_case(150, 70, 30, seed=6), torch.bfloat16),
+    "float32": faint(problems.self_case(150, 70, 30, seed=7), torch.float32),
+    "float16-bank": faint(problems.bank_case(30, 170, 40, 30, seed=8), torch.float16),
+    "float32-bank": faint(problems.bank_case(30, 170, 40, 30, seed=9), torch.float32),
+    "one-sided": replace(
+        problems.bank_case(30, 170, 40, 30, seed=10).to(torch.float16),
+        feats=(problems.embeddings(30, 40, problems.random_labels(30, 30, seed=10), seed=10) * 2.0**-18).half(),
+    ),
+}
+ARITHMETIC = {
+    "hopper": {"mma_model": "hopper"},
+    "ampere": {"mma_model": "ampere"},
+    "plus": {"mma_error": "plus"},
+    "minus": {"mma_error": "minus"},
+}
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("path", ["dense", "screen", "bank"])
+@pytest.mark.parametrize("name", FAINT)
+def test_subnormal_rows(name: str, path: str, arithmetic: str) -> None:
+    """A tensor core aligns products of subnormal numbers by exponents larger than theirs: that may not show either."""
+    case = FAINT[name]
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path=path, seed=4, **ARITHMETIC[arithmetic]):
+        found = judge.neighbors_of(case, "simt")
+        served(case, path)
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("model", ["hopper", "ampere"])
+@pytest.mark.parametrize("path", ["dense", "screen"])
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_models_of_real_tensor_cores(name: str, path: str, model: str) -> None:
+    """What the devices compute, as far as it is known, instead of injected errors."""
+    case = problems.adversarial_case(name, 150, 70)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path=path, mma_model=model, seed=6):
         found = judge.neighbors_of(case, "simt")
         assert served(case, path)
     for got, wanted in zip(found, expected, strict=True):

@@ -2,8 +2,8 @@
 
 `load` takes the library that the CMake target sn_simt builds and defines `sn_simt::forward` and `sn_simt::backward`,
 with the schemas of `sn_ops::forward` and `sn_ops::backward`. How they run is in `settings`: the schedule, the error of
-the products, the device that the plan is made for, the path, changes to the plan. A fault of the harness is a
-RuntimeError with its text.
+the products or the model of a tensor core that makes them, the device that the plan is made for, the path, changes to
+the plan. A fault of the harness is a RuntimeError with its text.
 """
 
 from __future__ import annotations

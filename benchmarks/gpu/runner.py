@@ -29,12 +29,12 @@ from typing import Any
 import manifest
 import protocol
 import steps as table
+from records import FIGURE_WIDTH, SCHEMA
 from steps import Step
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
-SCHEMA = 1
 BALLAST_BYTES = 4 << 20
 BALLAST_PIECE = 256 << 10
 SAVE_EVERY_S = 2.0
@@ -196,7 +196,7 @@ class Runner:
                 self.disk.write_line(f"{step.name}: cut off: {text}".encode())
                 continue
             with self.lock:
-                result["figure"] = message.get("figure", result["figure"])
+                result["figure"] = message.get("figure", result["figure"])[:FIGURE_WIDTH]
                 result["reason"] = message.get("reason", result["reason"])
                 news = message.get("data") or {}
                 protocol.merge(self.record["provenance"], news.pop("provenance", {}))

@@ -267,7 +267,7 @@ def emulated_programs() -> dict[str, str]:
     import simt_build
 
     library = simt_build.library()
-    return {"SN_SIMT_LIBRARY": str(library), probe.EMULATED: str(simt_build.program("sn_simt_probe"))}
+    return {"SN_SIMT_LIBRARY": str(library), probe.EMULATED: str(simt_build.build("sn_simt_probe"))}
 
 
 def act(name: str) -> None:

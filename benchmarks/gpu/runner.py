@@ -422,11 +422,13 @@ def device_of_smi() -> dict[str, Any] | None:
 def provenance(command: list[str]) -> dict[str, Any]:
     """Where, when, with what and from which commit; the step `facts` adds what only the libraries know.
 
-    The commit is git's, or, where the tree came without its history, that of the manifest `prepare.sh` left.
+    The commit is git's, or, where the tree came without its history (or in one that does not know the commit that was
+    prepared), that of the manifest `prepare.sh` left.
     """
     known = manifest.read()
     head = output_of("git", "-C", str(ROOT), "rev-parse", "--show-toplevel", "HEAD").splitlines()
-    if len(head) == 2 and Path(head[0]) == ROOT:
+    prepared = str(known.get("commit", "HEAD"))
+    if len(head) == 2 and Path(head[0]) == ROOT and output_of("git", "-C", str(ROOT), "cat-file", "-t", prepared):
         commit: str | None = head[1]
         dirty: bool | None = output_of("git", "-C", str(ROOT), "status", "--porcelain") != ""
     else:

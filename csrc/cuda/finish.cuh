@@ -111,17 +111,20 @@ __device__ AnchorRecord finish_anchor(const ForwardArgs& args, std::int64_t anch
 // ---- all anchors ----------------------------------------------------------------------------------------------------
 
 // Sums are fixed by N alone: partial p adds the records p, p + kPartials, ... in order, then the partials meet in a
-// tree of halves.
+// tree of halves. Counts are integers, which any order adds up to the same: by warp, then the warps'. (Not by atomics:
+// shared memory has none of 64 bits, and the loop that stands in for one took 25 us of a call on an H200.)
 inline constexpr int kPartials = 256;
 
 struct ReductionMemory {
-  Shared<double> sSums;           // [3][kPartials]
-  Shared<std::uint64_t> sCounts;  // [kCounts]
+  Shared<double> sSums;           // [kSums][kPartials]
+  Shared<std::uint64_t> sCounts;  // [kCounts][kWarps]
   static constexpr int kSums = 3;
   static constexpr int kCounts = 5;
-  static constexpr int kBytes = shared_bytes<double>(kSums * kPartials) + shared_bytes<std::uint64_t>(kCounts);
+  static constexpr int kWarps = kMaxThreads / kWarpSize;
+  static constexpr int kBytes = shared_bytes<double>(kSums * kPartials) + shared_bytes<std::uint64_t>(kCounts * kWarps);
+  static_assert(kCounts <= kWarpSize, "a thread of the first warp adds up each count");
   __device__ __forceinline__ explicit ReductionMemory(SharedArena& arena)
-      : sSums(arena.take<double>(kSums * kPartials)), sCounts(arena.take<std::uint64_t>(kCounts)) {}
+      : sSums(arena.take<double>(kSums * kPartials)), sCounts(arena.take<std::uint64_t>(kCounts * kWarps)) {}
 };
 
 // Records that other blocks of this launch may have written.
@@ -176,8 +179,6 @@ __device__ void final_reduction(const ForwardArgs& args, const Records& records,
                                 const ReductionMemory& memory) {
   if (poison) return poison_outputs<A>(args);
   const std::int64_t N = args.anchors.rows;
-  for (int i = thread_id(); i < ReductionMemory::kCounts; i += thread_count()) memory.sCounts.set(i, 0);
-  sync_block();
   std::uint64_t rCounts[ReductionMemory::kCounts] = {};
   for (int partial = thread_id(); partial < kPartials; partial += thread_count()) {
     double rSums[ReductionMemory::kSums] = {};
@@ -195,10 +196,19 @@ __device__ void final_reduction(const ForwardArgs& args, const Records& records,
     }
     for (int sum = 0; sum < ReductionMemory::kSums; ++sum) memory.sSums.set(sum * kPartials + partial, rSums[sum]);
   }
+#pragma unroll
   for (int i = 0; i < ReductionMemory::kCounts; ++i) {
-    if (rCounts[i] != 0) memory.sCounts.atomic_add(i, rCounts[i]);
+#pragma unroll
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) rCounts[i] += shuffle_xor(rCounts[i], mask);
+    if (lane_id() == 0) memory.sCounts.set(i * ReductionMemory::kWarps + warp_id(), rCounts[i]);
   }
   sync_block();
+  if (thread_id() < ReductionMemory::kCounts) {
+    const Shared<std::uint64_t> sMine = memory.sCounts.offset(thread_id() * ReductionMemory::kWarps);
+    std::uint64_t count = 0;
+    for (int warp = 0; warp < thread_count() / kWarpSize; ++warp) count += sMine.get(warp);
+    sMine.set(0, count);  // read behind the barriers of the tree
+  }
   for (int half = kPartials / 2; half > 0; half /= 2) {
     for (int item = thread_id(); item < ReductionMemory::kSums * half; item += thread_count()) {
       const int at = item / half * kPartials + item % half;
@@ -207,16 +217,19 @@ __device__ void final_reduction(const ForwardArgs& args, const Records& records,
     sync_block();
   }
   if (thread_id() != 0) return;
-  const auto ratio = [](double sum, double count) { return count > 0.0 ? sum / count : 0.0; };
+  const auto ratio = [](double sum, double of) { return of > 0.0 ? sum / of : 0.0; };
+  const auto count = [&](int which) {
+    return static_cast<double>(memory.sCounts.get(which * ReductionMemory::kWarps));
+  };
   const double loss = memory.sSums.get(0);
-  const double valid = static_cast<double>(memory.sCounts.get(3));
+  const double valid = count(3);
   if (args.options.reduction == Reduction::kMean) *static_cast<A*>(args.loss) = static_cast<A>(ratio(loss, valid));
   if (args.options.reduction == Reduction::kSum) *static_cast<A*>(args.loss) = static_cast<A>(loss);
   args.stats[kValidAnchors] = valid;
-  args.stats[kPositiveDistance] = ratio(memory.sSums.get(kPartials), static_cast<double>(memory.sCounts.get(0)));
-  args.stats[kNegativeDistance] = ratio(memory.sSums.get(2 * kPartials), static_cast<double>(memory.sCounts.get(1)));
-  args.stats[kNearestIsPositive] = ratio(static_cast<double>(memory.sCounts.get(4)), valid);
-  args.stats[kSupportPositives] = ratio(static_cast<double>(memory.sCounts.get(2)), valid);
+  args.stats[kPositiveDistance] = ratio(memory.sSums.get(kPartials), count(0));
+  args.stats[kNegativeDistance] = ratio(memory.sSums.get(2 * kPartials), count(1));
+  args.stats[kNearestIsPositive] = ratio(count(4), valid);
+  args.stats[kSupportPositives] = ratio(count(2), valid);
   args.stats[kPoison] = 0.0;
 }
 

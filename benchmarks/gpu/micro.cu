@@ -405,7 +405,15 @@ void print(const cudaDeviceProp& facts, bool quick, const std::vector<Measuremen
       "{\"device\": {\"name\": \"%s\", \"capability\": \"%d.%d\", \"memory_bytes\": %zu, \"driver\": %d, \"runtime\": "
       "%d",
       name.c_str(), facts.major, facts.minor, facts.totalGlobalMem, driver, runtime);
-  for (const auto& [label, which] : attributes) std::printf(", \"%s\": %d", label, attribute_of(which));
+  for (const auto& [label, which] : attributes) {
+    int value = 0;
+    if (cudaDeviceGetAttribute(&value, which, 0) == cudaSuccess) {
+      std::printf(", \"%s\": %d", label, value);
+    } else {  // a fact that this driver gives no more
+      static_cast<void>(cudaGetLastError());
+      std::printf(", \"%s\": null", label);
+    }
+  }
   std::printf("}, \"quick\": %s, \"measurements\": {", quick ? "true" : "false");
   for (std::size_t m = 0; m < results.size(); ++m) {
     const Measurement& one = results[m];
@@ -440,6 +448,7 @@ int main(int argc, char** argv) {
   unsigned* words = nullptr;  // a ticket, and where nothing is ever written
   CHECK(cudaMalloc(&words, 2 * sizeof(unsigned)));
   CHECK(cudaMemset(words, 0, 2 * sizeof(unsigned)));
+  CHECK(cudaDeviceSynchronize());  // the benchmark's stream does not wait for the default one
   {
     Bench bench(quick);
     // Clocks rise under load.

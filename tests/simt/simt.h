@@ -21,8 +21,8 @@
 //     pieces of a workspace have guards between them (capi.cpp, which looks at the guards without it too).
 //
 // mma multiplies exactly and then errs, up to the bound that the kernels rely on (mma_error_bound), in a direction the
-// options choose, as a function of its operands and the seed alone, so that schedules compare bit for bit; or it is one of
-// the published models of a tensor core, to the bit (MmaModel).
+// options choose, as a function of its operands and the seed alone, so that schedules compare bit for bit; or it is one
+// of the published models of a tensor core, to the bit (MmaModel).
 //
 // What it cannot show: a missing fence or a weak ordering in global memory (here every store is seen at once); races in
 // global memory, except as results that change with the schedule; missing proxy fences and the asynchronous side of
@@ -51,11 +51,11 @@ enum class MmaError : std::int32_t {
   kMinus = 4     // the bound, downwards
 };
 
-// What is known of real ones (arXiv 2511.10909, arXiv 2512.07004): the products of a group of columns and the accumulator
-// are aligned to the largest exponent among them, each cut off (towards zero) below `bits` fraction bits of it, and added
-// exactly; the sum is cut off to a float; groups follow one another. The exponent of a product is the sum of its
-// factors', before it is normalised; that of a subnormal is the format's least (-14 of Half, -126 of BFloat16 and float).
-// A product that is zero aligns nothing. Subnormal results are kept.
+// What is known of real ones (arXiv 2511.10909, arXiv 2512.07004): the products of a group of columns and the
+// accumulator are aligned to the largest exponent among them, each cut off (towards zero) below `bits` fraction bits of
+// it, and added exactly; the sum is cut off to a float; groups follow one another. The exponent of a product is the sum
+// of its factors', before it is normalised; that of a subnormal is the format's least (-14 of Half, -126 of BFloat16 and
+// float). A product that is zero aligns nothing. Subnormal results are kept.
 enum class MmaModel : std::int32_t {
   kNone = 0,           // exact products and MmaError
   kGroup16Bits25 = 1,  // H100, H200, B200, RTX Blackwell
@@ -100,13 +100,13 @@ const Statistics& statistics();
 // |error| of one mma.m16n8k16 is at most this times
 //   max(|accumulator| + sum |products|, max 2^e / 2),
 // the second maximum over products with exactly one factor subnormal or zero, e the exponent it is aligned by. Hardware
-// cuts its terms off by such exponents (MmaModel; should it align by zeros too, that is covered), which may lie far above
-// the products themselves: 2 groups x 9 terms x 2^-24 2^e = 9 2^-23 2^e with groups of 8 and 24 bits, 4.25 2^-23 2^e with
-// 16 and 25; the half is 10 2^-23 2^e. Of two subnormal factors nothing need be said: products of Half are multiples
-// of 2^-48, which the cut at 2^(-28 - 23) keeps, and those of BFloat16 lie below every float.
+// cuts its terms off by such exponents (MmaModel; should it align by zeros too, that is covered), which may lie far
+// above the products themselves: 2 groups x 9 terms x 2^-24 2^e = 9 2^-23 2^e with groups of 8 and 24 bits, 4.25 2^-23
+// 2^e with 16 and 25; the half is 10 2^-23 2^e. Of two subnormal factors nothing need be said: products of Half are
+// multiples of 2^-48, which the cut at 2^(-28 - 23) keeps, and those of BFloat16 lie below every float.
 //
-// The kernels rely on (n_i + n_j) / 2 in place of that maximum, n = |h|^2 of the rows, and it is never smaller: the sums
-// are at most |h_i||h_j|; and with x subnormal, z normal, 2^e = 2^(least + exponent of z) <= z^2 <= n_j.
+// The kernels rely on (n_i + n_j) / 2 in place of that maximum, n = |h|^2 of the rows, and it is never smaller: the
+// sums are at most |h_i||h_j|; and with x subnormal, z normal, 2^e = 2^(least + exponent of z) <= z^2 <= n_j.
 inline constexpr double mma_error_bound = 1.25 * 16 / 8388608.0;
 
 // ---- records of shared memory ---------------------------------------------------------------------------------------

@@ -6,14 +6,16 @@ three ways of installing (isolated, not isolated, editable) take the same path.
 Environment variables:
     SN_OPS_CUDA             0: no CUDA backend; 1: fail when it cannot be built; unset: build it where possible
     CUDA_HOME               the toolkit to build with
-    TORCH_CUDA_ARCH_LIST    CUDA architectures, such as "8.0 9.0a 12.0+PTX"
+    TORCH_CUDA_ARCH_LIST    CUDA architectures, such as "8.0 9.0a 12.0+PTX" or "Ampere;Hopper"; what cannot be
+                            built is left out
     SN_OPS_WERROR           1: warnings are errors
-    CMAKE_BUILD_PARALLEL_LEVEL  compile jobs at a time
+    CMAKE_BUILD_PARALLEL_LEVEL  compile jobs at a time; unset: MAX_JOBS, else the processors this process may use
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -74,6 +76,54 @@ def cuda_choice() -> str:
     return choices[value]
 
 
+def quota_of(group: Path) -> float:
+    """Processors' time that one control group grants: cpu.max of version 2, cpu.cfs_* of version 1; inf: no limit."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        try:
+            quota, period = map(float, " ".join((group / name).read_text() for name in names).split())
+        except (OSError, ValueError):  # not there, "max"
+            continue
+        if quota > 0 and period > 0:
+            return quota / period
+    return math.inf
+
+
+def granted_processors(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> float:
+    """Processors' time that this process' control groups grant it; inf: no limit, or none that can be read.
+
+    The limits of all groups above hold too. A process in a container may be told a path that only the outside has; its
+    own group is then the root of what is mounted, which is looked at with those above.
+    """
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return math.inf
+    limits = [math.inf]
+    for line in lines:
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for root in (mount / controllers, mount / "cpu") if controllers else (mount, mount / "unified"):
+            own = root / path.lstrip("/")
+            limits += [quota_of(group) for group in (own, *own.parents) if group.is_relative_to(root)]
+    return min(limits)
+
+
+def jobs() -> int:
+    """Compile jobs at a time: what the user says, else the processors that this process may use.
+
+    The machine may have many more than a container or a batch system grants, and nvcc takes gigabytes a job.
+    """
+    for name in ("CMAKE_BUILD_PARALLEL_LEVEL", "MAX_JOBS"):
+        value = os.environ.get(name, "").strip()
+        if value:
+            if not (value.isascii() and value.isdecimal() and int(value) > 0):
+                raise SystemExit(f"{name}: expected a whole number of at least 1, got {value!r}")
+            return int(value)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return math.ceil(min(usable, granted_processors()))
+
+
 class CMakeBuild(build_ext):
     """Configures, builds and installs the libraries into the package folder."""
 
@@ -107,9 +157,9 @@ class CMakeBuild(build_ext):
             f"-DSN_OPS_CUDA={cuda_choice()}",
             f"-DSN_OPS_WERROR={'ON' if os.environ.get('SN_OPS_WERROR') == '1' else 'OFF'}",
         ]
-        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+        parallel = str(jobs())  # a bad value is refused before the compiler runs
         subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(tree), "--parallel", jobs], check=True)
+        subprocess.run([cmake, "--build", str(tree), "--parallel", parallel], check=True)
 
         # A library of an earlier build (a CUDA one, now switched off) must not slip into this one.
         for stale in self.libraries_in_target():
@@ -140,10 +190,11 @@ class CMakeBuild(build_ext):
         return {}
 
 
-setup(
-    # The one extension that is always there; it makes the wheel a platform wheel. CMake knows its sources.
-    ext_modules=[Extension(f"{PACKAGE}._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-    # Asked for by an isolated build, on top of pyproject.toml's requirements, when no torch is there yet.
-    setup_requires=[] if find_torch() else [TORCH_REQUIREMENT],
-)
+if __name__ == "__main__":  # frontends run this file; tests only read its functions
+    setup(
+        # The one extension that is always there; it makes the wheel a platform wheel. CMake knows its sources.
+        ext_modules=[Extension(f"{PACKAGE}._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+        # Asked for by an isolated build, on top of pyproject.toml's requirements, when no torch is there yet.
+        setup_requires=[] if find_torch() else [TORCH_REQUIREMENT],
+    )

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "build" / "simt"
 
 
-def _tool(name: str) -> str | None:
+@cache
+def setup_functions() -> ModuleType:
+    """The functions of setup.py, which does nothing when it is imported."""
+    spec = importlib.util.spec_from_file_location("sn_ops_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tool(name: str) -> str | None:
     """A program of this environment, activated or not, or of PATH."""
     return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
@@ -25,13 +37,13 @@ def build(target: str) -> Path:
     Raises:
         RuntimeError: with the output of a build that failed.
     """
-    cmake, ninja = _tool("cmake"), _tool("ninja")
+    cmake, ninja = tool("cmake"), tool("ninja")
     if cmake is None:
         raise RuntimeError("the backend 'simt' is built with cmake, which is in the extra 'test'; found none")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     for command in (
         [cmake, "-S", str(ROOT), "-B", str(TREE), *generator, "-DSN_OPS_CUDA=OFF"],
-        [cmake, "--build", str(TREE), "--target", target, "--parallel", str(os.cpu_count() or 1)],
+        [cmake, "--build", str(TREE), "--target", target, "--parallel", str(setup_functions().jobs())],
     ):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode != 0:

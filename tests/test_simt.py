@@ -251,6 +251,24 @@ def test_rows_of_zeros_tie_by_thousands(k: int, cut: dict[str, Any]) -> None:
         assert judge.same_bits(got, wanted)
 
 
+@pytest.mark.parametrize("path", ["bank", "screen"])
+def test_rows_that_only_underflow_to_zeros(path: str) -> None:
+    """The first of the bank are so small that nothing of them is left in the copy; their keys tell them from zeros."""
+    case = problems.bank_case(20, 2600, 40, 30, seed=9)
+    assert case.candidates is not None and case.candidate_labels is not None
+    feats = torch.where((torch.arange(20) < 6)[:, None], 0.0, case.feats * 2.0**40)
+    bank = torch.where((torch.arange(2600) < 500)[:, None], 2.0**-60 * case.candidates.sign(), 0.0)
+    case = Case(feats, case.labels, bank, case.candidate_labels, k=10)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    assert (expected.indices[:6] >= 500).all()
+    with simt.using(path=path):
+        found = judge.neighbors_of(case, "simt")
+        assert served(case, path)
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
 @pytest.mark.parametrize("score_tile", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_rows_of_zeros_among_the_anchors(dtype: torch.dtype, score_tile: int) -> None:

@@ -150,7 +150,7 @@ __device__ __forceinline__ float wanted_upper(const RefineArgs& args, const Anch
 // facts are therefore there. One block.
 template <bool kSample>
 __device__ __forceinline__ void find_last_null(const RefineArgs& args, Shared<std::uint32_t> sBins) {
-  const std::uint32_t known = load(&args.gControl->last_null);
+  const std::uint32_t known = atomic_load(&args.gControl->last_null);  // written below
   if (load(&args.gControl->unscreenable) != 0) return;
   const std::int64_t stride = kSample ? args.column_stride : args.second_stride;
   std::int64_t count = args.columns;

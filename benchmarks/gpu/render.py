@@ -263,7 +263,7 @@ def paths_table(forced: list[Case], planned: list[Case]) -> Table:
                 how,
                 *(time_cell(row.get(path)) for path in paths),
                 min(times, key=lambda path: times[path]) if times else NOTHING,
-                takes.get(problem) or NOTHING,
+                takes.get(problem) or first["note"].removeprefix("planned: ") or NOTHING,
             ]
         )
     return Table("Paths", ["shape", "dtype", "scope", "how", *paths, "fastest", "planner takes"], lines)

@@ -63,7 +63,7 @@ class Shape:
         """How tables call it."""
         kind = "bank " if self.bank else "gather " if self.M else ""
         against = f" x {self.M}" if self.M else ""
-        return f"{kind}{self.N}{against} x {self.D} {self.dtype}"
+        return f"{kind}{self.N}{against} x {self.D} {self.dtype}" + (f" k {self.k}" if self.k != 10 else "")
 
 
 LOSS = (
@@ -81,23 +81,23 @@ LOSS = (
     Shape(512, 2048, 8192),
     Shape(65536, 2048),
 )
-FORCED = (
-    (Shape(32, 2048), ("cluster", "direct")),
-    (Shape(64, 2048), ("cluster", "direct")),
-    (Shape(64, 512), ("cluster", "direct")),
-    (Shape(256, 2048), ("direct", "dense", "screen")),
-    (Shape(400, 2048), ("direct", "dense", "screen")),
-    (Shape(512, 2048), ("direct", "dense", "screen")),
-    (Shape(1024, 512), ("direct", "dense", "screen")),
-    (Shape(1024, 2048), ("direct", "dense", "screen")),
-    (Shape(2048, 2048), ("dense", "screen")),
-    (Shape(4096, 512), ("dense", "screen")),
-    (Shape(64, 2048, 16384, bank=True), ("dense", "screen", "bank")),
-    (Shape(64, 2048, 65536, bank=True), ("dense", "screen", "bank")),
-    (Shape(256, 2048, 16384, bank=True), ("dense", "screen", "bank")),
-    (Shape(512, 2048, 8192), ("dense", "screen")),
+SELF = ("direct", "dense", "screen")
+AGAINST = ("direct", "dense", "screen", "bank")
+FORCED: tuple[tuple[Shape, tuple[str, ...]], ...] = (
+    *((Shape(N, D), ("cluster", "direct")) for N in (16, 32, 64) for D in (64, 128, 512, 2048)),
+    *((Shape(N, 2048), SELF) for N in (256, 512, 640, 768, 1024, 2048)),
+    *((Shape(N, 512), SELF) for N in (512, 1024, 1280, 1536, 2048, 4096)),
+    *((Shape(N, 128), SELF) for N in (1024, 1536, 2048, 4096)),
+    *((Shape(N, 2048, dtype="bfloat16"), SELF) for N in (512, 768, 1024)),
+    (Shape(1024, 512, k=100), SELF),
+    *((Shape(64, D, M, bank=True), AGAINST) for D in (128, 2048) for M in (1024, 4096, 16384, 65536)),
+    *((Shape(256, D, M, bank=True), AGAINST) for D in (128, 2048) for M in (1024, 4096, 16384, 65536)),
+    *((Shape(512, 2048, M), SELF) for M in (1024, 2048, 8192)),
+    *((Shape(N, 512, 512, bank=True), SELF) for N in (1024, 4096, 16384)),
 )
-KERNELS = (*LOSS[:8], LOSS[10], LOSS[11])
+PLANNED = "planned: "  # what the note of a forced path begins with; the path that the plan chooses follows
+MOST_DIRECT = 1 << 34  # products that the direct path is still timed at
+KERNELS = (*LOSS[:8], LOSS[10], LOSS[11], LOSS[12])
 RIVALS = (LOSS[1], LOSS[3], LOSS[4], LOSS[5])
 COMPILED = RIVALS[:2]
 TRITON = (LOSS[1], LOSS[3], LOSS[5], LOSS[10])
@@ -264,10 +264,11 @@ def timed(
     wanted: str,
     taken: str | None,
     hows: tuple[str, ...],
+    scopes: tuple[str, ...] = ("forward", "both"),
 ) -> Iterator[dict[str, Any]]:
     """Forward, and forward and backward, each in the ways asked for. A contestant that cannot is a case with a note."""
     sets = sets_of(shape, device.device)
-    for scope in ("forward", "both"):
+    for scope in scopes:
         call = pass_of(loss, sets, scope)
         for how in hows:
             take = graph_samples if how == "graph" else called_samples
@@ -319,15 +320,18 @@ def loss(device: Gpu | Pretended) -> None:
 
 
 def paths(device: Gpu | Pretended) -> None:
-    """Shapes that several paths serve, by each."""
+    """Forward of shapes that several paths serve, by each: the backward is the same."""
     count = 0
     for shape, names in FORCED if device.name == "cuda" else EMULATED_FORCED:
         for name in names:
             taken = path_taken(device, shape, name)
-            if taken is None:
+            if taken is None or (name == "direct" and shape.N * shape.candidates * shape.D > MOST_DIRECT):
                 continue
             device.force(name)
-            for case in timed(device, shape, "cuda", ours(device.backend, shape.k), name, taken, ("graph",)):
+            for case in timed(
+                device, shape, "cuda", ours(device.backend, shape.k), name, taken, ("graph",), ("forward",)
+            ):
+                case["note"] = case["note"] or PLANNED + str(path_taken(device, shape, "auto"))
                 told(device, case)
             device.force("auto")
             count += 1
@@ -356,7 +360,7 @@ def kernels(device: Gpu | Pretended) -> None:
         say(cases=[], kernels=rows)
         for row in rows:
             print(f"{shape.label}: {row['total_us']:8.1f} us  {row['calls']:3d} x  {row['name'][:100]}", flush=True)
-    say(figure="per-kernel times of " + ("10 shapes" if device.name == "cuda" else "one shape"))
+    say(figure="per-kernel times of " + (f"{len(KERNELS)} shapes" if device.name == "cuda" else "one shape"))
 
 
 def rivals(device: Gpu | Pretended) -> None:

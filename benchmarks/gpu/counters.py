@@ -23,9 +23,7 @@ from device import ROOT, open_device
 from times import LOSS, ours, pass_of, sets_of
 
 SHAPES = (LOSS[1], LOSS[5], LOSS[10])
-KERNELS = (
-    "score_kernel|refine_kernel|gather_kernel|bank_kernel|thresholds_kernel|select_kernel|tile_kernel|merge_kernel"
-)
+KERNELS = "(score|refine|gather|bank|thresholds|select|tile|merge)_kernel"
 SETS = ("basic", "full")
 """Sets of counters, by what they cost: "basic" first, so that something is there if "full" takes too long."""
 
@@ -55,13 +53,13 @@ def calls() -> None:
         call = pass_of(ours(device.backend, shape.k), sets_of(shape, device.device)[:1], "both")
         call(0)
         device.synchronize()
-        torch.cuda.cudart().cudaProfilerStart()  # type: ignore[no-untyped-call]
+        torch.cuda.cudart().cudaProfilerStart()
         call(0)
         device.synchronize()
         torch.cuda.cudart().cudaProfilerStop()
 
 
-def rows_of(text: str) -> list[dict[str, Any]]:
+def rows_of(text: str) -> Any:
     """A row a kernel, from ncu's CSV: its name, and the wanted metrics with their units."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     kernels: dict[str, dict[str, Any]] = {}
@@ -83,20 +81,16 @@ def main() -> None:
     for name in SETS:
         command = ["ncu", "--clock-control", "none", "--set", name, "--csv", "--page", "details"]
         command += ["--profile-from-start", "off", "--kernel-name", f"regex:{KERNELS}"]
-        done = subprocess.run(
-            [*command, sys.executable, __file__, "calls"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            env=dict(os.environ),
-        )
+        command += [sys.executable, __file__, "calls"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
         rows = rows_of(done.stdout)
         for row in rows:
             print(row, flush=True)
         if done.returncode != 0 or not rows:
             print(done.stdout[-3000:], done.stderr[-3000:], flush=True)
             protocol.fail(f"ncu --set {name}: exit status {done.returncode}, {len(rows)} kernels")
-        protocol.say(figure=f"{len(rows)} launches of {len(SHAPES)} shapes", **{name: rows})
+        found: dict[str, Any] = {name: rows}
+        protocol.say(figure=f"{len(rows)} launches of {len(SHAPES)} shapes", **found)
 
 
 if __name__ == "__main__":

@@ -65,10 +65,11 @@ def test_large_batch_at_the_size_of_the_goals(core: ModuleType) -> None:
 def test_small_batches_take_few_launches(core: ModuleType) -> None:
     """Forward and backward of a small batch: two launches with clusters, three without."""
     for n, d in product((1, 2, 33, 64), (1, 128, 2048, 5000)):
-        facts = plan(core, n, n, d)
+        facts = plan(core, n, n, d, path="cluster")
         assert (facts["path"], facts["launches"]) == ("cluster", 1)
         assert 1 <= facts["cluster"] <= 8 and facts["d_slices"] <= 4 * facts["cluster"]
-        assert plan(core, n, n, d, "sm_80")["launches"] <= 2
+        for device in ("sm_80", "sm_90"):
+            assert plan(core, n, n, d, device)["launches"] <= 2
     for n in (128, 256, 384):
         assert plan(core, n, n, 2048)["launches"] <= 2
     for n in (1, 64, 128, 256, 384):
@@ -89,23 +90,49 @@ def test_slices_fill_the_device_and_follow_the_order_of_sums(core: ModuleType) -
 @pytest.mark.parametrize(
     ("n", "m", "d", "options", "path"),
     [
-        (64, 64, 2048, {}, "cluster"),
-        (64, 64, 2048, {"device": "sm_80"}, "direct"),
-        (64, 64, 2048, {"dtype": F64}, "direct"),
+        # One cluster where a warp has one anchor and a block one slice.
+        (8, 8, 64, {}, "cluster"),
+        (9, 9, 64, {}, "direct"),
+        (32, 32, 256, {}, "cluster"),
+        (32, 32, 512, {}, "cluster"),
+        (33, 33, 512, {}, "direct"),
+        (32, 32, 513, {}, "direct"),
+        (32, 32, 512, {"device": "sm_80"}, "direct"),
+        (32, 32, 512, {"dtype": F64}, "direct"),
+        # Direct sums in one wave, up to 2^29 products.
+        (64, 64, 2048, {}, "direct"),
         (256, 256, 2048, {}, "direct"),
-        (1024, 1024, 2048, {}, "dense"),
+        (640, 640, 2048, {}, "direct"),
+        (1024, 1024, 512, {}, "direct"),
+        (64, 4096, 2048, {}, "direct"),
+        (256, 4096, 128, {}, "direct"),
+        # Rows too long for many anchors, more than one wave, more products.
+        (1280, 1280, 128, {}, "screen"),
+        (768, 768, 2048, {}, "dense"),
+        (257, 4096, 128, {}, "screen"),
+        # Dense scores below 2^20 pairs, of rows that are not long.
+        (256, 4096, 2048, {}, "dense"),
+        (512, 1024, 2048, {}, "dense"),
+        (1024, 1024, 2048, {}, "screen"),
+        (512, 2048, 2048, {}, "screen"),
+        (64, 16384, 2048, {}, "screen"),
+        (512, 8192, 2048, {}, "screen"),
+        (4096, 512, 512, {}, "screen"),
+        # Banks are read once where converting them is most of the work.
+        (256, 16384, 128, {}, "bank"),
+        (256, 65536, 129, {}, "screen"),
+        (256, 65536, 128, {"dtype": BF16}, "screen"),
+        (257, 65536, 128, {}, "screen"),
         (8192, 8192, 512, {}, "screen"),
         (8192, 8192, 512, {"k": 129}, "direct"),
         (8192, 8192, 512, {"dtype": F64}, "direct"),
-        (64, 64, 2048, {"largest_cluster": 4}, "direct"),
-        (64, 64, 2048, {"largest_cluster": 0}, "direct"),
-        (64, 64, 256, {"largest_cluster": 4}, "cluster"),
-        (64, 64, 257, {"largest_cluster": 4}, "direct"),
-        (64, 64, 4096, {"cluster_planes": 2}, "cluster"),
-        (64, 64, 4097, {"cluster_planes": 2}, "direct"),
-        (65536, 100, 512, {}, "dense"),
-        (256, 65536, 2048, {}, "bank"),
-        (256, 65536, 2048, {"dtype": BF16}, "screen"),
+        (32, 32, 512, {"largest_cluster": 4}, "direct"),
+        (32, 32, 512, {"largest_cluster": 0}, "direct"),
+        (32, 32, 256, {"largest_cluster": 4}, "cluster"),
+        (32, 32, 257, {"largest_cluster": 4}, "direct"),
+        (32, 32, 512, {"cluster_planes": 1}, "cluster"),
+        (32, 32, 512, {"cluster_planes": 0}, "direct"),
+        (65536, 100, 512, {}, "screen"),
         (0, 100, 8, {}, "direct"),
         (100, 0, 8, {}, "direct"),
     ],
@@ -142,6 +169,15 @@ def test_buffers_hold_what_a_sample_leaves(core: ModuleType) -> None:
         ratio = facts["second_stride"] or -(-m // facts["sample_columns"])
         assert facts["buffer_capacity"] >= (1.4 if k > 33 else 2) * ratio * k, (m, k, facts)
         assert facts["buffer_capacity"] >= 16 * k
+
+
+def test_buffers_of_very_many_anchors(core: ModuleType) -> None:
+    """As much memory for fewer entries: a larger second sample; room for 32 times its ratio whatever that is."""
+    for m in (32768, 65536, 200_000, 1_000_000, 4_000_000):
+        facts = plan(core, 65536, m, 128, symmetric=False, path="screen")
+        assert facts["second_stride"] >= 12 and facts["buffer_capacity"] >= 32 * facts["second_stride"], (m, facts)
+    assert plan(core, 65536, 65536, 128)["buffer_capacity"] == 384
+    assert plan(core, 65536, 65536, 128, k=11)["buffer_capacity"] >= 512
 
 
 def test_bad_arguments(core: ModuleType) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import statistics
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,6 +80,33 @@ def copies(device: Gpu | Pretended) -> dict[str, Any]:
     return {"copy": entry("B/s", rates(device, lambda: target.copy_(source), 2.0 * size))}
 
 
+def calls(device: Gpu | Pretended) -> dict[str, Any]:
+    """What PyTorch takes from Python for one small operation, and for a small loss with its backward: a floor of ours."""
+    x = torch.randn(128, 128, device=device.device, requires_grad=True)
+    labels = torch.arange(128, device=device.device)
+
+    def operation() -> None:
+        with torch.no_grad():
+            x.add_(0.0)
+
+    def both() -> None:
+        torch.autograd.grad(torch.nn.functional.cross_entropy(x, labels), x)
+
+    def seconds(call: Any) -> list[float]:
+        device.synchronize()
+        times = 100 if device.name == "cuda" else 1
+        samples = []
+        for _ in range(SAMPLES):
+            start = time.perf_counter()
+            for _ in range(times):
+                call()
+            device.synchronize()
+            samples.append((time.perf_counter() - start) / times)
+        return samples[1:]
+
+    return {"torch_operation": entry("s", seconds(operation)), "torch_cross_entropy": entry("s", seconds(both))}
+
+
 def micro(device: Gpu | Pretended) -> dict[str, Any]:
     """What the compiled program measures, under its names and, for what `expected` states, under those."""
     if device.name != "cuda":
@@ -113,6 +141,7 @@ def main() -> None:
         ),
         **copied,
     )
+    protocol.say(**calls(device))
     protocol.say(**micro(device))
     if during:
         protocol.say(provenance={"clocks_under_load_mhz": during})

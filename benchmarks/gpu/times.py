@@ -99,7 +99,7 @@ PLANNED = "planned: "  # what the note of a forced path begins with; the path th
 MOST_DIRECT = 1 << 34  # products that the direct path is still timed at
 KERNELS = (*LOSS[:8], LOSS[10], LOSS[11], LOSS[12])
 RIVALS = (LOSS[1], LOSS[3], LOSS[4], LOSS[5])
-COMPILED = RIVALS[:2]
+COMPILED = RIVALS[1:2]
 TRITON = (LOSS[1], LOSS[3], LOSS[5], LOSS[10])
 EMULATED = (Shape(32, 16), Shape(16, 16, 64, bank=True))
 EMULATED_FORCED = ((Shape(32, 16), ("cluster", "direct")),)

@@ -1,5 +1,6 @@
-// The one place where a problem meets its kernels. Thresholds between paths are the ones that ../cuda/README.md derives
-// from instruction and byte counts; a measurement that says otherwise belongs here.
+// The one place where a problem meets its kernels. Thresholds between paths are set from the times of forced paths on an
+// NVIDIA H200 (benchmarks/results/nvidia-h200, steps "paths"; CUDA graphs, K = 10): what they say of other devices is a
+// guess.
 #include "plan.h"
 
 #include <algorithm>
@@ -22,10 +23,25 @@ constexpr std::int64_t divide_up(std::int64_t value, std::int64_t divisor) {
 constexpr std::int64_t kScratchEntries = std::int64_t{1} << 22;
 // Candidate buffers of one wave of the screening: 65536 anchors with 384 + 256 entries of 8 bytes are 320 MiB.
 constexpr std::int64_t kBufferBytes = std::int64_t{320} << 20;
-// Sums of products up to which tiles of direct sums beat the screening with its longer chain of kernels.
-constexpr std::int64_t kDirectProducts = std::int64_t{1} << 28;
-// Dense scores serve every anchor's whole row of candidates up to here; beyond, a sample bounds what is kept.
-constexpr std::int64_t kDenseCandidates = 1024;
+// Products up to which tiles of direct sums beat the longer chains of kernels: 640 x 2048 takes 78 us against 111, half
+// of 1024 x 1024 x 512 takes 79 against 94. Beyond one wave the tiles serve no second triangle and the time doubles.
+constexpr std::int64_t kDirectProducts = std::int64_t{1} << 29;
+// Rows of more candidates are selected from by a radix search, which is slow for many anchors: 1536 x 128 takes 122 us
+// against 87. Few anchors and not too many candidates: 256 x 4096 x 128 takes 54 against 86, 64 x 16384 x 128 ties.
+constexpr std::int64_t kShortRow = 1024;
+constexpr std::int64_t kFewAnchors = 256;
+constexpr std::int64_t kLongRow = 8192;
+// Dense scores beat the screening below so many pairs, 768 x 2048 by 123 us to 143 (1024 x 2048: 159 to 155), with few
+// anchors at them too (256 x 4096 x 2048: 149 to 207), as long as rows are not so long that refining each takes longest.
+constexpr std::int64_t kDensePairs = std::int64_t{1} << 20;
+constexpr std::int64_t kDenseRow = 4096;
+// Reading a bank once pays while converting it is most of the work: 256 x 16384 x 128 takes 96 us against the screening's
+// 107, 256 x 65536 x 2048 takes 758 against 619.
+constexpr std::int64_t kBankDims = 128;
+// One cluster ties with tiles in two launches (15 us) where every warp has one anchor and every block one slice; with
+// 8 anchors a warp it takes 64.
+constexpr std::int64_t kClusterAnchors = 32;
+constexpr std::int64_t kClusterWarps = 8;  // of a block
 
 // A sample of one in r leaves about r K candidates to look at, distributed as r times a Gamma(K) variable: this many
 // hold all of them but for about one row in 10^6 (r = 16, K = 10: 493).
@@ -35,8 +51,12 @@ std::int64_t expected_entries(std::int64_t K, std::int64_t ratio) {
   return ratio * static_cast<std::int64_t>(std::ceil(k + 5.0 * std::sqrt(k) + 5.0));
 }
 constexpr std::int64_t kSmallestBuffer = 512;
-// Very many anchors: a quarter less memory for one row in 5000 that the ladder serves.
-constexpr std::int64_t kLeanBuffer = 384;
+// Very many anchors: a quarter less memory for a larger second sample. Errors of the scores leave a fifth more entries
+// at D = 2048, so that of 32 r entries one row in 10^4 has more; with one in 16 it was one in 200 of 65536, and the
+// ladder that served them two thirds of the forward.
+constexpr std::int64_t kLeanRatio = 12;
+constexpr std::int64_t kLeanEntries = 32;  // times the ratio: room for up to 10 neighbours
+constexpr std::int64_t kLeanNeighbours = 10;
 constexpr std::int64_t kLeanFrom = 32768;
 constexpr std::int64_t kFarCapacity = 256;
 constexpr std::int64_t kSmallestSample = 64;
@@ -107,21 +127,23 @@ void plan_screened(ForwardPlan& plan, const Problem& problem) {
                                std::max<std::int64_t>(1, kBufferBytes / (8 * plan.buffer_capacity))});
   } else {
     // Two samplings of ratio sqrt(M / sample) each serve more candidates than one of ratio kSampleRatio can.
-    const std::int64_t lean = N >= kLeanFrom ? kLeanBuffer : kSmallestBuffer;
+    const bool lean = N >= kLeanFrom && K <= kLeanNeighbours;
+    const std::int64_t densest = lean ? kLeanRatio : kSampleRatio;
+    const std::int64_t smallest = lean ? kLeanEntries * kLeanRatio : kSmallestBuffer;
     const std::int64_t least = std::max<std::int64_t>(kSmallestSample, 2 * K);
-    std::int64_t sample = std::max(least, round_up(M / kSampleRatio, kSampleMultiple));
-    std::int64_t ratio = kSampleRatio;
-    const std::int64_t largest = 2 * std::max(lean, ladder_entries(K));  // scores that fit the place of the buffer
+    std::int64_t sample = std::max(least, round_up(M / densest, kSampleMultiple));
+    std::int64_t ratio = densest;
+    const std::int64_t largest = 2 * std::max(smallest, ladder_entries(K));  // scores that fit the place of the buffer
     if (sample > largest) {
       sample = largest;
-      ratio = std::max(kSampleRatio, static_cast<std::int64_t>(std::ceil(std::sqrt(static_cast<double>(M) / sample))));
+      ratio = std::max(densest, static_cast<std::int64_t>(std::ceil(std::sqrt(static_cast<double>(M) / sample))));
       plan.second_stride = ratio;
     }
     sample = std::min(sample, M);
     plan.sample_stride = M / sample;
     plan.sample_columns = divide_up(M, plan.sample_stride);
-    const std::int64_t enough = N >= kLeanFrom && K <= 10 ? kLeanBuffer : expected_entries(K, ratio);
-    plan.buffer_capacity = std::max({lean, ladder_entries(K), round_up(enough, kSampleMultiple)});
+    const std::int64_t enough = lean ? kLeanEntries * ratio : expected_entries(K, ratio);
+    plan.buffer_capacity = std::max({smallest, ladder_entries(K), round_up(enough, kSampleMultiple)});
     plan.far_capacity = kFarCapacity;
     plan.wave_rows = std::min(N, std::max<std::int64_t>(1, kBufferBytes / (8 * (plan.buffer_capacity + kFarCapacity))));
   }
@@ -146,14 +168,30 @@ void plan_screened(ForwardPlan& plan, const Problem& problem) {
   plan.workspace_bytes = workspace.bytes();
 }
 
-ForwardPath choose(const Problem& problem, const DeviceFacts& device) {
-  if (serves(ForwardPath::kCluster, problem, device)) return ForwardPath::kCluster;
-  if (!serves(ForwardPath::kScreen, problem, device)) return ForwardPath::kDirect;
+bool direct_pays(const Problem& problem, const DeviceFacts& device) {
   const std::int64_t pairs = problem.N * problem.M;
-  const std::int64_t sums = problem.symmetric ? pairs / 2 : pairs;
-  if (pairs <= kScratchEntries && sums * problem.D <= kDirectProducts) return ForwardPath::kDirect;
-  if (pairs <= kScratchEntries || problem.M <= kDenseCandidates) return ForwardPath::kDense;
-  return serves(ForwardPath::kBank, problem, device) ? ForwardPath::kBank : ForwardPath::kScreen;
+  if (pairs > kDirectProducts || (problem.symmetric ? pairs / 2 : pairs) * problem.D > kDirectProducts) return false;
+  if (problem.M > kShortRow && (problem.N > kFewAnchors || problem.M > kLongRow)) return false;
+  return direct_shape(problem, device, kScratchEntries).waves == 1;
+}
+
+bool dense_pays(const Problem& problem) {
+  const std::int64_t pairs = problem.N * problem.M;
+  return problem.M <= kDenseRow && (problem.N <= kFewAnchors ? pairs <= kDensePairs : pairs < kDensePairs);
+}
+
+bool cluster_pays(const Problem& problem) {
+  ForwardPlan plan;
+  plan_cluster(plan, problem);
+  return problem.N <= std::min(kClusterAnchors, kClusterWarps * plan.cluster) && plan.slice_elements == kChunk;
+}
+
+ForwardPath choose(const Problem& problem, const DeviceFacts& device) {
+  if (serves(ForwardPath::kCluster, problem, device) && cluster_pays(problem)) return ForwardPath::kCluster;
+  if (!serves(ForwardPath::kScreen, problem, device) || direct_pays(problem, device)) return ForwardPath::kDirect;
+  if (dense_pays(problem)) return ForwardPath::kDense;
+  return serves(ForwardPath::kBank, problem, device) && problem.D <= kBankDims ? ForwardPath::kBank
+                                                                               : ForwardPath::kScreen;
 }
 
 }  // namespace

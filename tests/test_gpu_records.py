@@ -394,15 +394,19 @@ def test_the_page_says_what_the_records_say(results: Path) -> None:
     assert rows(text, "ncu", "not run", "1.5", "40", "-", "no time left")
 
 
-def test_the_newest_record_of_a_call_is_shown(results: Path) -> None:
+def test_each_step_is_shown_from_the_newest_record_that_ran_it(results: Path) -> None:
     made = measure(git(results, "rev-parse", "HEAD"))
     made["provenance"]["date"] = "2026-11-25T10:00:00+00:00"
-    made["steps"] = [step("loss", {"cases": [case("cuda", "both", "graph", 30.0, expected_us=25.0)], "kernels": []})]
+    made["steps"] = [
+        step("loss fp32", {"cases": [case("cuda", "both", "graph", 30.0, expected_us=25.0)], "kernels": []})
+    ]
     save(results, made)
     assert page.main(["--results", str(results)]) == 0
     text = (results / "README.md").read_text()
     assert "| 30.0 | 25.0 | 1.20 |" in text
     assert "| 50.0 | 25.0 | 2.00 |" not in text
+    assert rows(text, "64 x 65536 x 2048 bank", "321", "123")  # the older record's
+    assert text.count(" has loss fp32: ") == 1 and " has ceilings, paths, rivals, train, ncu: " in text
     assert "Tensor core: Hopper" in text  # the other call's
 
 

@@ -81,7 +81,7 @@ def copies(device: Gpu | Pretended) -> dict[str, Any]:
 
 
 def calls(device: Gpu | Pretended) -> dict[str, Any]:
-    """What PyTorch takes from Python for one small operation, and for a small loss with its backward: a floor of ours."""
+    """What PyTorch takes from Python for a small operation, and for a small loss and its gradient: a floor of ours."""
     x = torch.randn(128, 128, device=device.device, requires_grad=True)
     labels = torch.arange(128, device=device.device)
 

@@ -22,7 +22,7 @@ from typing import Any
 import expected
 import records
 import render
-from records import Record
+from records import Record, Step
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 COMMAND = "python benchmarks/gpu/page.py"
@@ -203,10 +203,11 @@ on paper.
 
 READING = f"""## GPUs
 
-The newest record of each call, by device. Times are medians in microseconds; "both" is forward + backward, "graph" a
-replayed CUDA graph, "called" the same call from Python. A ~ marks an interquartile range above {render.NOISY:.0%} of
-the median. Expected times and ceilings are stated for an {expected.DEVICE}, in `benchmarks/gpu/expected.py`: the goal,
-or the prediction where there is no goal. A ratio is measured over expected.
+By device, each step from the newest record that ran it: ratios may compare times of two commits. Times are medians in
+microseconds; "both" is forward + backward, "graph" a replayed CUDA graph, "called" the same call from Python. A ~ marks
+an interquartile range above {render.NOISY:.0%} of the median. Expected times and ceilings are stated for an
+{expected.DEVICE}, in `benchmarks/gpu/expected.py`: the goal, or the prediction where there is no goal. A ratio is
+measured over expected.
 """
 
 
@@ -227,16 +228,36 @@ def listing(entries: list[Entry]) -> str:
     return "## Records\n\n" + "\n".join(lines) + "\n"
 
 
-def newest(entries: list[Entry], call: str) -> Entry | None:
-    """The last record of a call, by its date and time."""
+def by_date(entries: list[Entry], call: str) -> list[tuple[Record, Entry]]:
+    """The records of a call, the newest first, by date and time."""
     found = [(entry.record, entry) for entry in entries if entry.record is not None and entry.record["call"] == call]
+    found.sort(key=lambda pair: (datetime.fromisoformat(pair[0]["provenance"]["date"]), pair[1].place), reverse=True)
+    return found
+
+
+def composed(found: list[tuple[Record, Entry]]) -> tuple[Record, dict[str, Entry]]:
+    """The newest record, with the steps that only older ones ran added to it; and where each step is from.
+
+    Raises:
+        ValueError: for no record.
+    """
     if not found:
-        return None
-    return max(found, key=lambda pair: (datetime.fromisoformat(pair[0]["provenance"]["date"]), pair[1].place))[1]
+        raise ValueError("expected a record")
+    steps: list[Step] = []
+    sources: dict[str, Entry] = {}
+    for wanted in (lambda step: step["result"] != "not run", lambda step: True):
+        for record, entry in found:
+            for step in filter(wanted, record["steps"]):
+                if step["name"] not in sources:
+                    sources[step["name"]] = entry
+                    steps.append(step)
+    whole = found[0][0].copy()
+    whole["steps"] = steps
+    return whole, sources
 
 
 def device_section(device: str, entries: list[Entry]) -> str:
-    """What the newest records of one device say."""
+    """What the newest records of one device say, step by step."""
     parts = [f"## {device}\n"]
     if device != expected.DEVICE:
         parts.append(f"Expected times are stated for an {expected.DEVICE}, which this is not.\n")
@@ -244,13 +265,18 @@ def device_section(device: str, entries: list[Entry]) -> str:
         ("prove", "Is it right?", render.prove_tables),
         ("measure", "How fast is it?", render.measure_tables),
     ):
-        entry = newest(entries, call)
-        if entry is None or entry.record is None:
+        found = by_date(entries, call)
+        if not found:
             parts.append(f"### {title}\n\nNo record of `{call}`.\n")
             continue
-        facts = render.facts(entry.record["provenance"])
-        parts.append(f"### {title}\n\n[{entry.place}]({entry.place}): {facts}.\n")
-        parts += [table.markdown() for table in tables(entry.record)]
+        record, sources = composed(found)
+        parts.append(f"### {title}\n")
+        for each, entry in found:
+            ran = [name for name, source in sources.items() if source is entry]
+            if ran:
+                facts = render.facts(each["provenance"])
+                parts.append(f"[{entry.place}]({entry.place}) has {', '.join(ran)}: {facts}.\n")
+        parts += [table.markdown() for table in tables(record)]
     return "\n".join(parts)
 
 

@@ -470,16 +470,22 @@ class Shared {
     return Shared<U>(reinterpret_cast<U*>(data_));
   }
 
+  // Shared memory has atomics of 32 bits; of 64, all but an exchange are a loop, 20 us where a block's threads meet.
+  static constexpr bool kHasAtomics = sizeof(T) == 4;
   __device__ __forceinline__ T atomic_add(int i, std::type_identity_t<T> value) const {
+    static_assert(kHasAtomics);
     return sn::cuda::atomic_add(data_ + i, value);
   }
   __device__ __forceinline__ T atomic_or(int i, std::type_identity_t<T> value) const {
+    static_assert(kHasAtomics);
     return sn::cuda::atomic_or(data_ + i, value);
   }
   __device__ __forceinline__ T atomic_max(int i, std::type_identity_t<T> value) const {
+    static_assert(kHasAtomics);
     return sn::cuda::atomic_max(data_ + i, value);
   }
   __device__ __forceinline__ T atomic_min(int i, std::type_identity_t<T> value) const {
+    static_assert(kHasAtomics);
     return sn::cuda::atomic_min(data_ + i, value);
   }
 

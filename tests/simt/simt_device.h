@@ -481,16 +481,22 @@ class Shared {
     return Shared<U>(position_, begin_, end_);
   }
 
+  // Shared memory has atomics of 32 bits; of 64, all but an exchange are a loop, 20 us where a block's threads meet.
+  static constexpr bool kHasAtomics = sizeof(T) == 4;
   T atomic_add(int i, std::type_identity_t<T> value, SN_SIMT_WHERE) const {
+    static_assert(kHasAtomics);
     return atomic(i, [=](T old) { return detail::wrapping_sum(old, value); }, where);
   }
   T atomic_or(int i, std::type_identity_t<T> value, SN_SIMT_WHERE) const {
+    static_assert(kHasAtomics);
     return atomic(i, [=](T old) { return static_cast<T>(old | value); }, where);
   }
   T atomic_max(int i, std::type_identity_t<T> value, SN_SIMT_WHERE) const {
+    static_assert(kHasAtomics);
     return atomic(i, [=](T old) { return old > value ? old : value; }, where);
   }
   T atomic_min(int i, std::type_identity_t<T> value, SN_SIMT_WHERE) const {
+    static_assert(kHasAtomics);
     return atomic(i, [=](T old) { return old < value ? old : value; }, where);
   }
 

@@ -508,7 +508,6 @@ __global__ void atomics_kernel(std::uint32_t* gWords, std::int32_t* gSigned, std
   SharedArena arena;
   const Shared<std::uint32_t> sWords = arena.take<std::uint32_t>(4);
   const Shared<std::int32_t> sSigned = arena.take<std::int32_t>(2);
-  const Shared<std::uint64_t> sLong = arena.take<std::uint64_t>(3);
   if (thread_id() == 0) {
     sWords.set(0, 0);
     sWords.set(1, 0);
@@ -516,9 +515,6 @@ __global__ void atomics_kernel(std::uint32_t* gWords, std::int32_t* gSigned, std
     sWords.set(3, ~0u);
     sSigned.set(0, -1000);
     sSigned.set(1, 1000);
-    sLong.set(0, 0);
-    sLong.set(1, 0);
-    sLong.set(2, ~std::uint64_t{0});
   }
   sync_block();
   const auto id = static_cast<std::uint32_t>(block_id()) * static_cast<std::uint32_t>(thread_count()) +
@@ -530,9 +526,9 @@ __global__ void atomics_kernel(std::uint32_t* gWords, std::int32_t* gSigned, std
   sWords.atomic_min(3, id);
   sSigned.atomic_max(0, static_cast<std::int32_t>(id) - 500);
   sSigned.atomic_min(1, static_cast<std::int32_t>(id) - 500);
-  sLong.atomic_add(0, far);
-  sLong.atomic_max(1, far);
-  sLong.atomic_min(2, far);
+  atomic_add(&gLong[0], far);
+  atomic_max(&gLong[1], far);
+  atomic_min(&gLong[2], far);
   sync_block();
   if (thread_id() == 0) {
     atomic_add(&gWords[0], sWords.get(0));
@@ -541,9 +537,6 @@ __global__ void atomics_kernel(std::uint32_t* gWords, std::int32_t* gSigned, std
     atomic_min(&gWords[3], sWords.get(3));
     atomic_max(&gSigned[0], sSigned.get(0));
     atomic_min(&gSigned[1], sSigned.get(1));
-    atomic_add(&gLong[0], sLong.get(0));
-    atomic_max(&gLong[1], sLong.get(1));
-    atomic_min(&gLong[2], sLong.get(2));
   }
   // Everyone draws a ticket of its own.
   const std::uint32_t ticket = atomic_add(&gWords[4], 1u);

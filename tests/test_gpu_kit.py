@@ -1,0 +1,220 @@
+"""The GPU kit's own logic: what is asked of its table, its runner and its shapes. `rehearse.py` runs it as a whole."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import counters
+import device
+import manifest
+import protocol
+import records
+import runner
+import smoke
+import steps
+import suite
+import times
+
+CALLS = tuple(steps.CALL_LIMIT_S)
+LONGEST_COMMAND_S = 600
+"""What a rented machine gives one command."""
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_caps_of_a_call_fit_its_limit(call: str) -> None:
+    mine = steps.steps_of(call)
+    assert 0 < steps.longest(mine) + steps.OVERHEAD_S <= steps.CALL_LIMIT_S[call] <= LONGEST_COMMAND_S
+    assert sum(steps.CALL_LIMIT_S.values()) <= 15 * 60
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_table_is_whole(call: str) -> None:
+    mine = steps.steps_of(call)
+    names = [step.name for step in mine]
+    assert len(set(names)) == len(names)
+    assert mine[0].name == "facts" and mine[0].gate and mine[0].always
+    for position, step in enumerate(mine):
+        assert (manifest.HERE / step.program[0]).is_file(), step
+        assert step.what and step.cap > 0
+        assert step.beside is None or step.beside in names[:position]
+        if step.program[0] == "times.py":
+            assert step.program[1] in times.STEPS
+    assert sorted(step.name for group in steps.groups_of(mine) for step in group) == sorted(names)
+    assert {step.call for step in steps.STEPS} == set(CALLS)
+
+
+def test_steps_beside_each_other_count_once() -> None:
+    a = steps.Step("a", "prove", 10, ("facts.py",), "")
+    b = steps.Step("b", "prove", 25, ("facts.py",), "", beside="a")
+    c = steps.Step("c", "prove", 5, ("facts.py",), "")
+    assert steps.longest([a, b, c]) == 30
+    assert [[step.name for step in group] for group in steps.groups_of([a, b, c])] == [["a", "b"], ["c"]]
+    # Picked without the one it runs beside, a step runs by itself.
+    assert [[step.name for step in group] for group in steps.groups_of([b, c])] == [["b"], ["c"]]
+
+
+@pytest.mark.parametrize(
+    ("only", "first", "expected"),
+    [
+        ("", "", ["facts", "smoke", "probe", "tests", "sanitizers", "replay", "tests-triton"]),
+        ("replay,probe", "", ["facts", "probe", "replay"]),
+        ("", "replay", ["facts", "replay", "tests-triton"]),
+        ("smoke,replay", "probe", ["facts", "replay"]),
+    ],
+)
+def test_steps_are_picked(only: str, first: str, expected: list[str]) -> None:
+    assert [step.name for step in runner.chosen(steps.steps_of("prove"), only, first)] == expected
+
+
+@pytest.mark.parametrize(("only", "first"), [("smoke,fast", ""), ("", "fast")])
+def test_an_unknown_step_is_named(only: str, first: str) -> None:
+    with pytest.raises(SystemExit, match=r"expected steps among facts, smoke.* got 'fast'"):
+        runner.chosen(steps.steps_of("prove"), only, first)
+
+
+def test_what_a_step_says_is_merged() -> None:
+    data: dict[str, Any] = {}
+    for news in ({"runs": [1]}, {"runs": [2], "a": {"b": 1}}, {"a": {"c": 2}, "n": 1}, {"n": 2}):
+        protocol.merge(data, news)
+    assert data == {"runs": [1, 2], "a": {"b": 1, "c": 2}, "n": 2}
+
+
+def test_a_full_disk_keeps_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room only once a piece of the ballast is given up, and that once only: the next record goes, too."""
+    disk = runner.Disk(tmp_path, "prove")
+    ballast = tmp_path / ".prove.ballast"
+    kept, write = ballast.stat().st_size, Path.write_text
+    assert kept == runner.BALLAST_BYTES
+    pieces = [1]
+
+    def full(path: Path, text: str, **more: Any) -> int:
+        if ballast.stat().st_size > kept - pieces[0] * runner.BALLAST_PIECE:
+            raise OSError(28, "No space left on device")
+        return write(path, text, **more)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for pieces[0] in (1, 2):
+        assert disk.save({"complete": False})
+    pieces[0] = runner.BALLAST_BYTES // runner.BALLAST_PIECE + 1
+    assert not disk.save({"complete": True})
+    assert '"complete": false' in (tmp_path / "prove.json").read_text()
+    assert any("no room for the record" in trouble for trouble in disk.troubles)
+    disk.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prove.json", "prove.log"]
+
+
+class H200:
+    """What the plan asks of a device."""
+
+    facts: dict[str, Any] = {  # noqa: RUF012
+        "capability": (9, 0), "multiprocessors": 132, "shared_bytes": 232448
+    }  # fmt: skip
+
+
+def plans(core: ModuleType, path: str, dtype: str) -> list[dict[str, Any]]:
+    shapes = smoke.RUNS[path][1]
+    return [
+        core.cuda_plan(s.N, s.M or s.N, s.D, s.k, device.PLAN_DTYPES[dtype], s.M is None, True, path, **H200.facts)
+        for s in shapes
+    ]
+
+
+def test_the_smoke_test_reaches_every_path_and_dtype(core: ModuleType) -> None:
+    """No shape is refused, and what GPU code can go wrong by size is there."""
+    assert set(smoke.RUNS) == set(device.PATHS)
+    for path, (dtypes, shapes) in smoke.RUNS.items():
+        assert set(dtypes) == {"float32"} if path == "bank" else set(dtypes) >= {"float32", "float16", "bfloat16"}
+        assert any(shape.emulated for shape in shapes)
+        for dtype in dtypes:
+            for plan in plans(core, path, dtype):
+                assert path in ("auto", plan["path"])
+    clusters = plans(core, "cluster", "float32")
+    assert {plan["cluster"] for plan in clusters} == {1, 2, 4, 8}
+    assert max(plan["d_slices"] / plan["cluster"] for plan in clusters) == 8
+    assert {plan["waves"] > 1 for plan in plans(core, "direct", "float32")} == {True, False}
+    assert {plan["waves"] > 1 for plan in plans(core, "dense", "float32")} == {True, False}
+    assert {plan["second_stride"] > 0 for plan in plans(core, "screen", "float32")} == {True, False}
+    partitioned = {
+        core.cuda_backward_plan(s.N, s.M or s.N, s.D, s.k, 0, s.M is None, **H200.facts)["partitioned"]
+        for s in smoke.BACKWARD
+    }
+    assert partitioned == {True, False}
+
+
+def test_values_that_differ_are_seen() -> None:
+    inputs = smoke.inputs_of(smoke.small(20, 8), device.DTYPES["float32"])
+    found = smoke.outcome(inputs, "cpu")
+    assert smoke.different_bits(found, found) == []
+    assert smoke.different_values(found, found, inputs.feats.dtype) == []
+    for name in ("loss", "gradient 0", "distances"):
+        wrong = {**found, name: found[name].clone()}
+        wrong[name].view(-1)[3] += 1e-2 * found[name].norm()
+        assert [text.split(" (")[0] for text in smoke.different_bits(found, wrong)] == [name]
+        assert name in [text.split(" (")[0] for text in smoke.different_values(found, wrong, inputs.feats.dtype)]
+        wrong[name].view(-1)[3] = float("nan")
+        assert name in [text.split(" (")[0] for text in smoke.different_values(found, wrong, inputs.feats.dtype)]
+    wrong = {**found, "indices": found["indices"].roll(1, 1)}
+    assert any("indices" in text for text in smoke.different_values(found, wrong, inputs.feats.dtype))
+
+
+@pytest.mark.parametrize(
+    ("line", "outcome", "name"),
+    [
+        ("tests/test_a.py::test_b[cuda-x 1] PASSED   [  3%]", "PASSED", "tests/test_a.py::test_b[cuda-x 1]"),
+        ("[gw3] [ 91%] FAILED tests/test_a.py::test_b[cuda] ", "FAILED", "tests/test_a.py::test_b[cuda]"),
+        ("[gw3] [ 91%] SKIPPED tests/test_a.py::test_b ", "SKIPPED", "tests/test_a.py::test_b"),
+    ],
+)
+def test_lines_of_pytest_are_read(line: str, outcome: str, name: str) -> None:
+    found, named = suite.OUTCOME.search(line), suite.NAME.search(line)
+    assert found is not None and named is not None
+    assert (found[1], named[0].strip()) == (outcome, name)
+
+
+def test_modules_of_the_suite_exist() -> None:
+    for module in (*suite.MODULES, *suite.TRITON_MODULES):
+        assert (manifest.ROOT / module).is_file(), module
+
+
+def test_counters_are_read() -> None:
+    text = (
+        '==PROF== connected\n"ID","Kernel Name","Grid Size","Section Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","tile_kernel","(8, 1, 1)","Speed","Duration","ns","1,234"\n'
+        '"0","tile_kernel","(8, 1, 1)","Speed","Something","ns","9"\n'
+        '"1","gather_kernel","(2, 1, 1)","Occupancy","Achieved Occupancy","%","40"\n'
+    )
+    assert counters.rows_of(text) == [
+        {"kernel": "tile_kernel", "grid": "(8, 1, 1)", "Duration": "1,234 ns"},
+        {"kernel": "gather_kernel", "grid": "(2, 1, 1)", "Achieved Occupancy": "40 %"},
+    ]
+
+
+def test_every_time_becomes_a_case_of_the_schema() -> None:
+    shape = times.Shape(64, 2048, 65536, bank=True)
+    case = times.case_of(shape, "cuda", "auto", "bank", "both", "graph", [3.0, 1.0, 2.0])
+    assert set(case) == set(records.Case.__annotations__)
+    assert (case["median_us"], case["expected_us"], case["M"]) == (2.0, 180, 65536)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--python", "2.99"], "missing: python2.99 on PATH"),
+        (["--env", "{environment}", "--python", "2.99", "--torch", "0.0"], "missing: Python 2.99 in"),
+        (["--env", "{environment}", "--torch", "0.0"], "missing: torch 0.0 in"),
+    ],
+)
+def test_prepare_says_what_is_missing(tmp_path: Path, options: list[str], said: str) -> None:
+    environment = tmp_path / "environment"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "python").symlink_to(
+        subprocess.check_output(["sh", "-c", "command -v python3"], text=True).strip()
+    )
+    command = [str(manifest.HERE / "prepare.sh"), *(text.format(environment=environment) for text in options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and said in done.stdout, (done.stdout, done.stderr)

@@ -7,9 +7,9 @@
 //   n       = |h|^2 (1 + d), |d| <= (Dp/32 + 16) u: every product of 11-bit numbers is exact, a lane adds at most
 //             Dp/32 + 8 squares, all >= 0, and five more additions join the lanes.
 //   dot     PTX leaves order and rounding inside an mma open. Claimed (benchmarks/gpu/probe.cu asks a device, and an
-//             H200 kept far within it; the host harness injects errors up to it): each step takes a group of g >= 8 products and the accumulator, aligns
-//             them to the largest of their exponents, E, cuts each off below 2^(E - 23), and cuts their exact sum off
-//             to 24 bits. The exponent of a product is the sum of its operands' exponents, and that of a subnormal, or
+//             H200 kept within a quarter of it; the host harness injects errors up to it): each step takes a group of
+//             g >= 8 products and the accumulator, aligns them to the largest of their exponents, E, cuts each off
+//             below 2^(E - 23), and cuts their exact sum off to 24 bits. The exponent of a product is the sum of its operands' exponents, and that of a subnormal, or
 //             of 0, is the least there is, e0 = -14 (bf16: -126), however small the number. So what a step loses,
 //               (g + 1) 2^(E - 23) + 2^-23 |sum|,
 //             is no multiple of 2^-23 |h_i||h_j|: products of a row of subnormals have far larger exponents than

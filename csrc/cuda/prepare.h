@@ -10,10 +10,10 @@
 // for the whole call (half-precision inputs: m = 0, e = 0), h is v rounded to half precision (half inputs: the row
 // itself).
 //   n    |h|^2, off by at most a relative (Dpad / 32 + 16) 2^-24
-//   rho  >= |v - h|; 0 for half inputs and where v = 0; +inf for a row of which the copy says nothing, because it is out of the range
-//        of the copy or of the products. Such a row has n = 0 (and h = 0 unless it serves in place); it is appended to
-//        the candidates of every anchor, whatever its score, and as an anchor nothing can be certified for it: its
-//        place is the ladder. A row with a NaN or Inf is such a row and sets Control.nonfinite.
+//   rho  >= |v - h|; 0 for half inputs and where v = 0; +inf for a row of which the copy says nothing, because it is
+//        out of the range of the copy or of the products. Such a row has n = 0 (and h = 0 unless it serves in place);
+//        it is appended to the candidates of every anchor, whatever its score, and as an anchor nothing can be
+//        certified for it: its place is the ladder. A row with a NaN or Inf is such a row and sets Control.nonfinite.
 // Control.unscreenable: e would be outside of +-60, or all rows of the sample and all anchors that were looked at are
 // equal. Then no cast is worth anything: rho is +inf and n is 0 for all rows, the score kernels write NOTHING (no
 // scores, no entries, no facts of bank rows) but Control.nonfinite, and every row goes to the ladder.

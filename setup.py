@@ -95,7 +95,7 @@ def granted_processors(groups: Path = Path("/proc/self/cgroup"), mount: Path = P
     own group is then the root of what is mounted, which is looked at with those above.
     """
     try:
-        lines = groups.read_text().splitlines()
+        lines = groups.read_text(errors="replace").splitlines()
     except OSError:
         return math.inf
     limits = [math.inf]
@@ -117,8 +117,8 @@ def jobs() -> int:
     for name in ("CMAKE_BUILD_PARALLEL_LEVEL", "MAX_JOBS"):
         value = os.environ.get(name, "").strip()
         if value:
-            if not (value.isascii() and value.isdecimal() and int(value) > 0):
-                raise SystemExit(f"{name}: expected a whole number of at least 1, got {value!r}")
+            if not (value.isascii() and value.isdecimal() and len(value) < 10 and int(value) > 0):
+                raise SystemExit(f"{name}: expected a whole number of at least 1, got {value[:40]!r}")
             return int(value)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return math.ceil(min(usable, granted_processors()))

@@ -33,6 +33,8 @@ constexpr const char* kBackwardSchema =
     "(Tensor grad_feats, Tensor grad_candidates)";
 // For tests: the path of the CUDA forward from now on, a sn::cuda::ForwardPath; `_C_cuda` implements it.
 constexpr const char* kCudaForcePathSchema = "cuda_force_path(int path) -> ()";
+// The path that the last CUDA forward of this process took; 0 before the first.
+constexpr const char* kCudaLastPathSchema = "cuda_last_path() -> int";
 
 // ---- the framework's threads ----------------------------------------------------------------------------------------
 
@@ -103,6 +105,7 @@ STABLE_TORCH_LIBRARY(sn_ops, library) {
   library.def(kForwardSchema);
   library.def(kBackwardSchema);
   library.def(kCudaForcePathSchema);
+  library.def(kCudaLastPathSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sn_ops, CPU, library) {

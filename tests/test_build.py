@@ -36,7 +36,7 @@ def test_jobs_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["CMAKE_BUILD_PARALLEL_LEVEL", "MAX_JOBS"])
-@pytest.mark.parametrize("value", ["0", "-2", "2.5", "many", "\u0662"])
+@pytest.mark.parametrize("value", ["0", "-2", "2.5", "many", "\u0662", "9" * 40])
 def test_bad_jobs(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=f"{name}: expected a whole number of at least 1, got '{value}'"):
@@ -123,6 +123,7 @@ def pretended(folder: Path) -> Path:
     [
         ("7.0 7.5", "7.0 7.5 (the CUDA backend needs 8.0 or later)"),
         ("Turing", "7.5+PTX (the CUDA backend needs 8.0 or later)"),
+        ("8.0a 9.0f", "8.0a 9.0f (unknown to nvcc 13.0)"),
         ("Volta;14.0", "7.0+PTX (the CUDA backend needs 8.0 or later), 14.0 (unknown to nvcc 13.0)"),
     ],
 )
@@ -154,6 +155,7 @@ def test_no_architecture_at_all(tmp_path: Path, architectures: str) -> None:
         ("Turing Ampere;Ada", "7.5+PTX (the CUDA backend needs 8.0 or later)", "80 86 86+PTX 89 89+PTX"),
         ("hopper 9.0 8.0 8.0+PTX", "", "90 90+PTX 80 80+PTX"),
         ("9.0a", "", "90a"),
+        ("8.0+ptx\t8.9\n8.6a ", "8.6a (unknown", "80 80+PTX 89"),
     ],
 )
 def test_what_can_be_built_is(tmp_path: Path, architectures: str, left_out: str, built: str) -> None:

@@ -108,6 +108,9 @@ def test_a_full_disk_keeps_the_record(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prove.json", "prove.log"]
 
 
+PLAN_DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
+
+
 class H200:
     """What the plan asks of a device."""
 
@@ -119,7 +122,7 @@ class H200:
 def plans(core: ModuleType, path: str, dtype: str) -> list[dict[str, Any]]:
     shapes = smoke.RUNS[path][1]
     return [
-        core.cuda_plan(s.N, s.M or s.N, s.D, s.k, device.PLAN_DTYPES[dtype], s.M is None, True, path, **H200.facts)
+        core.cuda_plan(s.N, s.M or s.N, s.D, s.k, PLAN_DTYPES[dtype], s.M is None, True, path, **H200.facts)
         for s in shapes
     ]
 
@@ -199,6 +202,30 @@ def test_every_time_becomes_a_case_of_the_schema() -> None:
     case = times.case_of(shape, "cuda", "auto", "bank", "both", "graph", [3.0, 1.0, 2.0])
     assert set(case) == set(records.Case.__annotations__)
     assert (case["median_us"], case["expected_us"], case["M"]) == (2.0, 180, 65536)
+
+
+def test_messages_that_are_none_are_refused() -> None:
+    good = protocol.parse('{"figure": "x", "data": {"a": [1.5]}}')
+    assert good == {"figure": "x", "data": {"a": [1.5]}}
+    bad = ["5", "[]", "{", '{"figure": 5}', '{"figure": null}', '{"data": [1]}', '{"data": {"a": NaN}}', '{"x": 1}']
+    for text in [*bad, '{"data": {"provenance": 5}}', "[" * 100_000]:
+        with pytest.raises(protocol.MessageError):
+            protocol.parse(text)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        protocol.say(time=float("nan"))
+
+
+def test_a_folder_is_for_one_runner_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "prove.json").write_text("an earlier run's")
+    first = runner.Disk(tmp_path, "prove")
+    assert not (tmp_path / "prove.json").exists()
+    with pytest.raises(SystemExit, match="another prove is running there"):
+        runner.Disk(tmp_path, "prove")
+    runner.Disk(tmp_path, "measure").close()
+    first.close()
+    runner.Disk(tmp_path, "prove").close()
+    with pytest.raises(SystemExit, match="expected a folder to write to"):
+        runner.Disk(tmp_path / "prove.log", "prove")
 
 
 @pytest.mark.parametrize(

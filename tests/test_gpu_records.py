@@ -43,7 +43,16 @@ def record(call: str, steps: list[dict[str, Any]], commit: str = "a" * 40) -> di
         "clocks_mhz": clocks,
         "l2_bytes": 60 << 20,
     }
+    libraries = {
+        "commit": commit,
+        "dirty": False,
+        "architecture": "9.0a",
+        "torch": "2.11.0+cu130",
+        "nvcc": "13.0.88",
+        "changed_since": [],
+    }
     provenance = {
+        "libraries": libraries,
         "date": "2026-11-24T10:00:00+00:00",
         "commit": commit,
         "dirty": False,
@@ -472,6 +481,11 @@ def test_a_changed_record_is_noticed(results: Path, capsys: pytest.CaptureFixtur
         (put("NVIDIA H100", "provenance", "device", "name"), "its content belongs in nvidia-h100/"),
         (put("2026-11-23T10:00:00+00:00", "provenance", "date"), "its content belongs in nvidia-h200/2026-11-23"),
         (put(2, "schema"), "schema: expected 1"),
+        (put(None, "provenance", "libraries"), "what its libraries were built from"),
+        (put("c" * 40, "provenance", "libraries", "commit"), "built from something else"),
+        (put(True, "provenance", "libraries", "dirty"), "built from something else"),
+        (put(["sn_ops/_C_cuda.so"], "provenance", "libraries", "changed_since"), "built from something else"),
+        (put(float("nan"), "steps", 1, "seconds"), "NaN is no number of JSON"),
     ],
 )
 @pytest.mark.parametrize("arguments", [["--check"], []])
@@ -484,6 +498,22 @@ def test_a_record_out_of_order_is_noticed(
     assert page.main([*arguments, "--results", str(results)]) == 1
     assert said in capsys.readouterr().out
     assert (results / "README.md").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "said"),
+    [
+        (1, put("passed", "result"), "steps[1]: passed, but a run did not"),
+        (2, put(False, "data", "holds"), "holds: False contradicts"),
+        (3, put("passed", "result"), "steps[3]: passed, but 900 tests passed and 1 failed"),
+        (4, put(False, "data", "runs", 0, "clean"), "steps[4]: passed, but a tool found something"),
+        (5, put(3, "data", "runs", 0, "wrong"), "steps[5]: passed, but a replay was wrong"),
+    ],
+)
+def test_a_step_that_contradicts_itself_is_noticed(number: int, change: Change, said: str) -> None:
+    made = prove()
+    change(made["steps"][number])
+    assert said in "\n".join(records.problems(made))
 
 
 def test_a_commit_beside_the_history_is_noticed(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 import protocol
 import sn_ops
-from sn_ops import ops
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATHS = ("auto", "cluster", "direct", "dense", "screen", "bank")
@@ -31,7 +30,6 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-PLAN_DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 WARM_UPS = 3
 
 
@@ -39,11 +37,6 @@ class Replay(Protocol):
     """Work that was captured: call it to run it again."""
 
     def __call__(self) -> None: ...
-
-
-def shared_bytes(properties: Any) -> int:
-    """What a block may have at most; torch's annotations do not know the field."""
-    return int(properties.shared_memory_per_block_optin)
 
 
 class Gpu:
@@ -59,16 +52,14 @@ class Gpu:
         if not usable.usable:
             protocol.not_run(f"the backend 'cuda' is not usable: {usable.reason}")
         self.device = torch.device("cuda")
-        properties = torch.cuda.get_device_properties(0)
-        self.facts: dict[str, Any] = {
-            "capability": (properties.major, properties.minor),
-            "multiprocessors": properties.multi_processor_count,
-            "shared_bytes": shared_bytes(properties),
-        }
 
     def force(self, path: str) -> None:
         """Forward calls take this path from now on, where it can serve."""
         torch.ops.sn_ops.cuda_force_path(PATHS.index(path))
+
+    def last_path(self) -> str:
+        """The path that the last forward took: a forced one that cannot serve is not taken."""
+        return PATHS[torch.ops.sn_ops.cuda_last_path()]
 
     def synchronize(self) -> None:
         """Wait for the device; its errors surface here."""
@@ -134,7 +125,6 @@ class Pretended:
     def __init__(self, backend: str) -> None:
         self.backend = backend
         self.device = torch.device("cpu")
-        self.facts: dict[str, Any] = {"capability": (9, 0), "multiprocessors": 132, "shared_bytes": 232448}
         self._forced: Any = nullcontext()
         if backend == "simt":
             sys.path.append(str(ROOT / "tests"))
@@ -148,6 +138,15 @@ class Pretended:
             from simt import backend as simt
 
             simt.settings = dataclasses.replace(simt.settings, path=path)
+
+    def last_path(self) -> str:
+        """As on a GPU; the CPU's own paths are none of these."""
+        if self.backend != "simt":
+            return ""
+        from simt import backend as simt
+
+        assert simt.last_report is not None
+        return simt.last_report.path
 
     def synchronize(self) -> None:
         """Work is done when a call returns."""
@@ -182,16 +181,6 @@ class Pretended:
 def open_device(stand_in: str) -> Gpu | Pretended:
     """The GPU, or in a rehearsal `stand_in`: "simt" or "cpu"."""
     return Pretended(stand_in) if protocol.pretending() else Gpu()
-
-
-def plan(device: Gpu | Pretended, N: int, M: int, D: int, k: int, dtype: str, symmetric: bool, path: str) -> Any:
-    """The forward's plan on this device, for rows that start at multiples of 16 bytes.
-
-    Raises:
-        ValueError: where `path` cannot serve.
-    """
-    core: Any = ops.CORE
-    return core.cuda_plan(N, M, D, k, PLAN_DTYPES[dtype], symmetric, True, path, **device.facts)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import Any
 
 import torch
 
 import manifest
 import protocol
+import runner
 import sn_ops
-from device import shared_bytes
 from sn_ops import ops
 
 
@@ -23,7 +22,7 @@ def device_facts() -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,
-        "shared_bytes": shared_bytes(properties),
+        "shared_bytes": getattr(properties, "shared_memory_per_block_optin", 0),  # torch's annotations lack it
     }
 
 
@@ -60,21 +59,25 @@ def main() -> None:
         },
         backends=backends,
     )
-    print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout if not pretend else "no device")
     if device is None:
         protocol.fail(f"torch {torch.__version__} finds no GPU")
+    if not pretend:
+        print(runner.output_of("nvidia-smi"))
     if not pretend and not backends["cuda"]["usable"]:
         protocol.fail(f"the backend 'cuda' is not usable: {backends['cuda']['reason']}")
-    if changed := (manifest.state(manifest.read()) or {}).get("changed_since"):
+    known = manifest.read()
+    changed = (manifest.state(known) or {}).get("changed_since")
+    if changed and not pretend:
         protocol.fail(f"not the files that were built: {', '.join(changed)}; run prepare.sh again")
     where = torch.device("cpu" if pretend else "cuda")
     feats = torch.eye(4, 8, device=where)
     loss = sn_ops.sn_loss(feats, torch.tensor([0, 0, 1, 1], device=where), k=2)
     if not bool(torch.isfinite(loss)):
         protocol.fail(f"the loss of four unit rows is {float(loss)}")
-    protocol.say(
-        figure=f"{device['name']}, torch {torch.__version__}, built for {build['cuda_architectures'] or 'CPUs'}"
-    )
+    built, head = known.get("commit", "")[:10], (runner.provenance([])["commit"] or "")[:10]
+    stale = f"; LIBRARIES OF {built}, tree of {head}" if known and built != head else ""
+    architectures = build["cuda_architectures"] or "CPUs"
+    protocol.say(figure=f"{device['name']}, torch {torch.__version__}, built for {architectures}{stale}")
 
 
 if __name__ == "__main__":

@@ -143,6 +143,11 @@ def _gpu_entry(path: Path, place: PurePosixPath) -> tuple[Entry, list[str]]:
         found.append("incomplete: the runner did not reach its end")
     if provenance["dirty"]:
         found.append("from a checkout with uncommitted changes")
+    libraries = provenance.get("libraries")
+    if libraries is None:
+        found.append("it does not say what its libraries were built from: build them with prepare.sh")
+    elif libraries["commit"] != provenance["commit"] or libraries["dirty"] or libraries["changed_since"]:
+        found.append("its libraries were built from something else than its commit")
     if (wanted := records.place(record)) != Path(place):
         found.append(f"its content belongs in {wanted.as_posix()}")
     results = [step["result"] for step in record["steps"]]
@@ -175,8 +180,8 @@ def survey(folder: Path) -> Survey:
                 entry, why = _gpu_entry(path, place)
             else:
                 raise ValueError("no record belongs so deep")
-        except ValueError as error:
-            found.problems.append(f"{place}: {error}")
+        except (ValueError, TypeError, AttributeError, KeyError, OSError, RecursionError) as error:
+            found.problems.append(f"{place}: {error or type(error).__name__}")
             continue
         if entry.commit is not None and not reason and not is_ancestor(folder, entry.commit):
             why.append(f"its commit {entry.commit} is not an ancestor of HEAD")

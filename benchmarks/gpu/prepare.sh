@@ -12,17 +12,19 @@
 # Leaves sn_ops/_C.*.so and _C_cuda.so in place, the probe and the micro-benchmarks in benchmarks/gpu/built, and a
 # manifest there: the commit, the versions, the files' hashes. Lists what travels, and says what is missing.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "$0")/../.."
 
 arch=9.0a python=3.12 torch=2.11.0 env='' archive=''
 limit_mib=64
 while [ $# -gt 0 ]; do
+  case $1 in --*) [ $# -gt 1 ] || { printf 'prepare: %s: expected a value\n' "$1"; exit 2; } ;; esac
   case $1 in
     --arch) arch=$2 ;;
     --python) python=$2 ;;
     --torch) torch=$2 ;;
-    --env) env=$(cd "$2" && pwd) ;;
-    --archive) archive=$2 ;;
+    --env) env=$(cd "$caller" && cd "$2" && pwd) ;;
+    --archive) archive=$(cd "$caller" && cd "$(dirname "$2")" && pwd)/$(basename "$2") ;;
     *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" | sed '$d'; exit 2 ;;
   esac
   shift 2
@@ -62,6 +64,10 @@ fi
 PATH=$env/bin:$PATH
 export TORCH_CUDA_ARCH_LIST=$arch
 
+# What an earlier run left must not be taken for this one's, should this one fail.
+built=benchmarks/gpu/built
+rm -rf "$built" && mkdir -p "$built"
+
 # ---- the libraries and the programs --------------------------------------------------------------------------------
 
 say "the libraries, for $arch under Python ${found/ /, torch }"
@@ -71,8 +77,6 @@ if ! SN_OPS_CUDA=1 python setup.py -q build_ext --inplace >build/gpu/libraries.l
   exit 1
 fi
 say "the probe and the micro-benchmarks"
-built=benchmarks/gpu/built
-rm -rf "$built" && mkdir -p "$built"
 tree=build/gpu/programs-$arch
 if ! { cmake -S . -B "$tree" -G Ninja -DSN_OPS_CUDA=OFF -DSN_OPS_CUDA_OBJECTS=ON &&
   cmake --build "$tree" --target sn_gpu_probe sn_gpu_micro; } >build/gpu/programs.log 2>&1; then
@@ -134,9 +138,10 @@ manifest = {
 }
 path = pathlib.Path("benchmarks/gpu/built/manifest.json")
 path.write_text(json.dumps(manifest, indent=1) + "\n")
-tracked = [n for n in output("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0") if n]
+listed = output("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0")
+tracked = [name for name in listed if os.path.isfile(name) and os.path.abspath(name) != archive]
 carried = [name for name in [*built, str(path)] if name not in missing]
-size = sum(os.path.getsize(name) for name in {*tracked, *carried} if os.path.isfile(name))
+size = sum(os.path.getsize(name) for name in {*tracked, *carried})
 print("prepare: besides the checkout these travel:")
 for name in carried:
     print(f"prepare:   {os.path.getsize(name) / 2**20:6.1f} MiB  {name}")

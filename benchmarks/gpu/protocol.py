@@ -1,8 +1,9 @@
 """How a step tells the runner what it found: lines on standard output, so that nothing said is lost by a crash.
 
-A line that begins with MARK holds a JSON object. Its `data` is merged into the step's data: objects key by key, lists
-by appending, anything else by replacing. `figure` is the step's word in the table at the end, `reason` why it did not
-pass. All other lines are for the log.
+What follows MARK in a line, to its end, is a JSON object. Its `data` is merged into the step's data: objects key by
+key, lists by appending, anything else by replacing. `figure` is the step's word in the table at the end, `reason` why
+it did not pass. All else is for the log. A message that cannot be read fails the step that it is from: what the step
+found is not whole.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def pretending() -> bool:
 def say(figure: str | None = None, reason: str | None = None, **data: Any) -> None:
     """Tell the runner."""
     message = {"figure": figure, "reason": reason, "data": data or None}
-    print(MARK + json.dumps({key: value for key, value in message.items() if value is not None}), flush=True)
+    text = json.dumps({key: value for key, value in message.items() if value is not None}, allow_nan=False)
+    sys.stdout.write(f"{MARK}{text}\n")  # one write: what others print does not come between
+    sys.stdout.flush()
 
 
 def not_run(reason: str) -> NoReturn:
@@ -41,6 +44,35 @@ def fail(reason: str) -> NoReturn:
     """End this process: what it looked at is wrong."""
     say(reason=reason)
     sys.exit(1)
+
+
+class MessageError(ValueError):
+    """What a step said is no message."""
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The message after MARK.
+
+    Raises:
+        MessageError: saying what is wrong with it.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise MessageError(f"{constant} is no number of JSON")
+
+    try:
+        message = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"{error}: {text[:80]!r}") from None
+    if not isinstance(message, dict):
+        raise MessageError(f"expected an object, got {text[:80]!r}")
+    for key, value in message.items():
+        wanted = {"figure": str, "reason": str, "data": dict}.get(key)
+        if wanted is None or not isinstance(value, wanted):
+            raise MessageError(f"expected figure, reason and data, got {key!r} with {value!r:.60}")
+    if not isinstance(message.get("data", {}).get("provenance", {}), dict):
+        raise MessageError("expected an object as provenance")
+    return message
 
 
 def merge(into: dict[str, Any], news: dict[str, Any]) -> None:

@@ -426,6 +426,23 @@ def _step_problems(step: Step, complete: bool, where: str) -> Iterator[str]:
     if not found and kind in _DATA_PROBLEMS:
         found += _DATA_PROBLEMS[kind](data, f"{where}.data")
     yield from found
+    if not found and step["result"] == "passed" and (denial := _denial(kind, data)):
+        yield f"{where}: passed, but {denial}"
+
+
+def _denial(kind: str, data: Any) -> str:
+    """What in the data of a step that proves says that it did not pass; empty if nothing does."""
+    if DATA[kind] is Tests and (data["failed"] or not data["passed"]):
+        return f"{data['passed']} tests passed and {data['failed']} failed"
+    if DATA[kind] is Probe and not data["holds"]:
+        return "the bound does not hold"
+    if DATA[kind] is Smoke and any(run["result"] not in ("passed", "not run") for run in data["runs"]):
+        return "a run did not"
+    if DATA[kind] is Sanitizers and not all(run["clean"] for run in data["runs"]):
+        return "a tool found something"
+    if DATA[kind] is Replay and any(run.get("wrong") for run in data["runs"]):
+        return "a replay was wrong"
+    return ""
 
 
 def _record_problems(record: Record) -> Iterator[str]:
@@ -542,9 +559,13 @@ def write(record: Record, path: Path) -> None:
 
 def read(path: Path) -> Record:
     """The record in a file. Raises ValueError, with every problem, if it is none; OSError if it cannot be read."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if found := problems(record):
         raise ValueError("\n".join(f"{path}: {line}" for line in found))

@@ -37,6 +37,9 @@ MOST_FILES = 8
 MOST_FILE_BYTES = 16 << 20
 SMALL_DISK = "3m"
 
+LEFT_BEHIND = ["sleep", f"600.{os.getpid() if 'REHEARSAL' not in os.environ else os.environ['REHEARSAL']}"]
+"""A process to look for afterwards, of this rehearsal and no other."""
+
 # What steps of the made-up calls do, each a program for `python -c`; `say` is protocol.say.
 PROGRAMS = {
     "good": "say(figure='fine', cases=[1])",
@@ -45,12 +48,14 @@ PROGRAMS = {
     "raises": "raise ValueError('unexpected')",
     "lacks": "protocol.not_run('no such tool')",
     "hangs": "say(cases=[1, 2]); import time; time.sleep(600)",
-    "hangs with a child": "import subprocess, time; subprocess.Popen(['sleep', '600']); time.sleep(600)",
+    "hangs with a child": "import subprocess, time; subprocess.Popen(LEFT_BEHIND); time.sleep(600)",
     "ignores": "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); say(cases=[3]); time.sleep(600)",
     "dies": "say(cases=[4]); import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
     "aborts": "say(figure='CUDA error'); import os; os.abort()",
-    "leaves a child": "import subprocess; subprocess.Popen(['sleep', '600']); say(cases=[5])",
+    "leaves a child": "import subprocess; subprocess.Popen(LEFT_BEHIND); say(cases=[5])",
     "babbles": "import sys; sys.stdout.buffer.write(b'\\xff\\xfe@kit\\n@kit {cut off\\n'); say(cases=[6])",
+    "interrupted": "import sys; say(cases=['a']); sys.stderr.write('50 %'); sys.stderr.flush(); say(cases=['b'])",
+    "infinite": 'print(\'@kit {"data": {"time": Infinity}}\')',
     "gate": "protocol.fail('it does not load')",
     "fills": "import os\nwith open(os.path.join(os.environ['TMPDIR'], '../../../big'), 'wb', 0) as f:\n"
     "    try:\n        while True: f.write(b'x' * 65536)\n    except OSError as e: print(e)\nsay(cases=[7])",
@@ -143,12 +148,15 @@ def whole(stage: Stage) -> None:
 
 def failing(stage: Stage) -> None:
     """A step that fails, raises, lacks something: the others run, the record says which and why."""
-    status, results = stage.play("failing", [step(name) for name in ("fails", "raises", "lacks", "babbles", "good")])
+    names = ("fails", "raises", "lacks", "babbles", "interrupted", "infinite", "good")
+    status, results = stage.play("failing", [step(name) for name in names])
     stage.check(status == 1, "a failed step must show in the exit status")
     stage.expect(results, "fails", "failed", "it is wrong", [1])
     stage.expect(results, "raises", "failed", "exit status 1")
     stage.expect(results, "lacks", "not run", "no such tool")
-    stage.expect(results, "babbles", "passed", cases=[6])
+    stage.expect(results, "babbles", "failed", "cannot be read", [6])
+    stage.expect(results, "interrupted", "passed", cases=["a", "b"])
+    stage.expect(results, "infinite", "failed", "cannot be read")
     stage.expect(results, "good", "passed", cases=[1])
     log = (stage.folder / "failing" / "prove.log").read_text(errors="replace")
     stage.check("the last words" in log and "unexpected" in log, "the log lacks what steps printed")
@@ -166,7 +174,7 @@ def hanging(stage: Stage) -> None:
     stage.expect(results, "ignores", "timed out", "more than 2 s", [3])
     stage.expect(results, "leaves a child", "passed", cases=[5])
     stage.expect(results, "good", "passed", cases=[1])
-    left = subprocess.run(["pgrep", "-f", "sleep 600"], capture_output=True, text=True).stdout.split()
+    left = subprocess.run(["pgrep", "-f", " ".join(LEFT_BEHIND)], capture_output=True, text=True).stdout.split()
     stage.check(not left, f"processes are left: {left}")
 
 
@@ -272,7 +280,7 @@ def emulated_programs() -> dict[str, str]:
 
 def act(name: str) -> None:
     """Be a step of a made-up call."""
-    exec(PROGRAMS[name], {"protocol": protocol, "say": protocol.say})
+    exec(PROGRAMS[name], {"protocol": protocol, "say": protocol.say, "LEFT_BEHIND": LEFT_BEHIND})
 
 
 def main() -> int:
@@ -290,7 +298,7 @@ def main() -> int:
         return runner.Runner("prove", steps, 120, options.stopped, pretend=True, command=["rehearse"]).run()
     folder = options.keep or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.update(emulated_programs())
+    os.environ.update(emulated_programs(), REHEARSAL=LEFT_BEHIND[1].partition(".")[2])
     stage = Stage(folder)
     for each in ACTS:
         started = time.monotonic()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
+import io
 import json
 import os
 import platform
@@ -20,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,6 +43,8 @@ BALLAST_PIECE = 256 << 10
 SAVE_EVERY_S = 2.0
 GRACE_S = 3.0  # between asking a process to end and ending it
 LOG_BYTES = 12 << 20
+REHEARSAL_SLACK = 4.0
+LINE_BYTES = 4 << 20  # a longer line is taken in pieces: a step may print without end
 LAST_LINES = 12  # of a step that did not pass, shown at the end
 
 
@@ -48,7 +53,14 @@ class Disk:
     is given up whenever there is no room to write it."""
 
     def __init__(self, folder: Path, call: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._turn = (folder / f".{call}.lock").open("w")
+            fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"{folder}: another {call} is running there") from None
+        except OSError as error:
+            raise SystemExit(f"{folder}: expected a folder to write to, got: {error}") from None
         self.folder = folder
         self.record = folder / f"{call}.json"
         self.log = folder / f"{call}.log"
@@ -61,8 +73,11 @@ class Disk:
             room = min(BALLAST_BYTES, shutil.disk_usage(folder).free // 2)
             self._ballast.write_bytes(os.urandom(room))
         except OSError as error:
-            self._ballast.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._ballast.unlink(missing_ok=True)
             self.trouble(f"no room is kept back for the record: {error}")
+        with contextlib.suppress(OSError):
+            self.record.unlink(missing_ok=True)  # an earlier run's must not be taken for this one's
         try:
             self._log = self.log.open("wb", buffering=0)
         except OSError as error:
@@ -93,7 +108,7 @@ class Disk:
         fresh = self.record.with_suffix(".json.new")
         with self._lock:
             while True:
-                text = json.dumps({**record, "troubles": self.troubles}, indent=1) + "\n"
+                text = json.dumps({**record, "troubles": self.troubles}, indent=1, allow_nan=False) + "\n"
                 try:
                     fresh.write_text(text, encoding="utf-8")
                     os.replace(fresh, self.record)
@@ -107,19 +122,21 @@ class Disk:
                     if not self.give_up_ballast():
                         return False
 
-    def give_up_ballast(self) -> bool:
+    def give_up_ballast(self, *, everything: bool = False) -> bool:
         """Free a piece of what is kept back; the log, which would take it, ends. False where nothing is left."""
         self._log_ended = True
         with contextlib.suppress(OSError):
             left = self._ballast.stat().st_size
-            os.truncate(self._ballast, max(0, left - BALLAST_PIECE))
+            os.truncate(self._ballast, 0 if everything else max(0, left - BALLAST_PIECE))
             return left > 0
         return False
 
     def close(self) -> None:
-        """Give the ballast back."""
+        """Give the ballast back, and the folder to others."""
         with contextlib.suppress(OSError):
             self._ballast.unlink(missing_ok=True)
+            (self.folder / f".{self.record.stem}.lock").unlink(missing_ok=True)
+        self._turn.close()
 
 
 class Runner:
@@ -129,6 +146,7 @@ class Runner:
         self, call: str, steps: Sequence[Step], limit: float, folder: Path, *, pretend: bool, command: list[str]
     ) -> None:
         self.call = call
+        self.command = command
         self.pretend = pretend
         self.end = time.monotonic() + limit
         self.disk = Disk(folder, call)
@@ -137,6 +155,7 @@ class Runner:
         self.stopped = ""
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.tails: dict[str, list[str]] = {}
+        self.unread: dict[str, str] = {}
         self.saved = 0.0
         self.steps = list(steps)
         self.results: dict[str, dict[str, Any]] = {
@@ -155,7 +174,7 @@ class Runner:
             "schema": SCHEMA,
             "call": call,
             "rehearsal": pretend,
-            "provenance": provenance(command),
+            "provenance": {},
             "steps": list(self.results.values()),
             "complete": False,
         }
@@ -182,28 +201,34 @@ class Runner:
     def listen(self, step: Step, process: subprocess.Popen[bytes]) -> None:
         """Log what a step prints; take what it says."""
         assert process.stdout is not None
-        result = self.results[step.name]
-        for line in process.stdout:
-            text = line.decode("utf-8", "replace")
-            if not text.startswith(protocol.MARK):
-                self.disk.write_line(f"{step.name}: ".encode() + (line if line.endswith(b"\n") else line + b"\n"))
-                self.tails.setdefault(step.name, []).append(text.rstrip("\n"))
+        while line := process.stdout.readline(LINE_BYTES):
+            printed, mark, said = line.decode("utf-8", "replace").partition(protocol.MARK)
+            if printed.strip() or not mark:
+                text = printed.rstrip("\n")
+                self.disk.write_line(f"{step.name}: {text}\n".encode())
+                self.tails.setdefault(step.name, []).append(text[:300])
                 del self.tails[step.name][:-LAST_LINES]
-                continue
-            try:
-                message = json.loads(text[len(protocol.MARK) :])
-            except ValueError:
-                self.disk.write_line(f"{step.name}: cut off: {text}".encode())
-                continue
-            with self.lock:
-                result["figure"] = message.get("figure", result["figure"])[:FIGURE_WIDTH]
-                result["reason"] = message.get("reason", result["reason"])
-                news = message.get("data") or {}
-                protocol.merge(self.record["provenance"], news.pop("provenance", {}))
-                if news:
-                    result["data"] = result["data"] or {}
-                    protocol.merge(result["data"], news)
-                self.save(now=False)
+            if mark:
+                try:
+                    self.take(step, protocol.parse(said))
+                except protocol.MessageError as error:
+                    self.disk.write_line(f"{step.name}: cannot be read: {said}".encode())
+                    self.unread.setdefault(step.name, f"it said what cannot be read: {error}")
+
+    def take(self, step: Step, message: dict[str, Any]) -> None:
+        """Put what a step says into the record."""
+        result = self.results[step.name]
+        with self.lock:
+            if result["result"] not in ("not run", "running"):
+                return  # it has ended, and someone whom it left behind is speaking
+            result["figure"] = message.get("figure", result["figure"])[:FIGURE_WIDTH].replace("\n", " ")
+            result["reason"] = message.get("reason", result["reason"])
+            news = message.get("data", {})
+            protocol.merge(self.record["provenance"], news.pop("provenance", {}))
+            if news:
+                result["data"] = result["data"] or {}
+                protocol.merge(result["data"], news)
+            self.save(now=False)
 
     def save(self, *, now: bool = True) -> None:
         """Write the record; often asked for, not always done."""
@@ -223,7 +248,21 @@ class Runner:
                     time.sleep(0.1)
 
     def run_step(self, step: Step) -> None:
-        """Run one step to its end, whatever that is."""
+        """Run one step to its end, whatever that is; a fault of the runner's own is that step's."""
+        try:
+            self.run_process(step)
+        except Exception as error:
+            with self.lock:
+                self.results[step.name].update(result="failed", reason=f"the runner: {error!r}")
+            self.disk.trouble(f"{step.name}: {error!r}")
+        result = self.results[step.name]
+        self.disk.write_line(f"runner: {step.name} {result['result']} after {result['seconds']} s\n".encode())
+        shutil.rmtree(self.scratch / step.name, ignore_errors=True)
+        self.save()
+        print(line_of(result), flush=True)
+
+    def run_process(self, step: Step) -> None:
+        """The process of a step, and what its end says."""
         result = self.results[step.name]
         cap = min(step.cap, self.end - time.monotonic())
         started = time.monotonic()
@@ -270,18 +309,15 @@ class Runner:
             elif late:
                 result.update(result="timed out", reason=f"it took more than {cap:.0f} s. " + result["reason"])
             elif status < 0:
-                name = signal.Signals(-status).name if -status in signal.valid_signals() else f"signal {-status}"
-                result.update(result="crashed", reason=f"ended by {name}. " + result["reason"])
+                result.update(result="crashed", reason=f"ended by {signal_name(-status)}. " + result["reason"])
             elif status == protocol.NOT_RUN:
-                result["result"] = "not run"
+                result.update(result="not run", reason=result["reason"] or "it lacks something, and does not say what")
             elif status != 0:
                 result.update(result="failed", reason=result["reason"] or f"exit status {status}")
+            elif step.name in self.unread:
+                result.update(result="failed", reason=self.unread[step.name])
             else:
                 result["result"] = "passed"
-            self.disk.write_line(f"runner: {step.name} {result['result']} after {result['seconds']} s\n".encode())
-        shutil.rmtree(self.scratch / step.name, ignore_errors=True)
-        self.save()
-        print(line_of(result), flush=True)
 
     # ---- all of them ---------------------------------------------------------------------------------------------
 
@@ -295,6 +331,8 @@ class Runner:
     def run(self) -> int:
         """Run all; 0 if every step passed."""
         with handling((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self.stop):
+            self.save()
+            self.record["provenance"] = provenance(self.command)
             self.save()
             closed = ""
             for group in table.groups_of(self.steps):
@@ -318,10 +356,12 @@ class Runner:
                 for step in wanted:
                     if step.gate and self.results[step.name]["result"] != "passed":
                         closed = f"{step.name} did not pass"
-            self.record["complete"] = not self.stopped
             shutil.rmtree(self.scratch.parent.parent, ignore_errors=True)
+            with self.lock:
+                self.record["complete"] = not self.stopped
+                self.disk.give_up_ballast(everything=True)
+                saved = self.disk.save(self.record)
             self.disk.close()
-            saved = self.disk.save(self.record)
         print(self.last_screen(), flush=True)
         if not saved:
             print(f"the record, which could not be written:\n{json.dumps(self.record)}", flush=True)
@@ -342,6 +382,14 @@ class Runner:
         dirty = ", modified" if self.record["provenance"].get("dirty") else ""
         text.append(f"{device.get('name', 'no device')}, {commit[:10]}{dirty}; record {self.disk.record}")
         return "\n".join(text)
+
+
+def signal_name(number: int) -> str:
+    """As people call it; real-time signals have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def line_of(result: dict[str, Any], width: int = 0) -> str:
@@ -470,7 +518,9 @@ def chosen(steps: list[Step], only: str, first: str) -> list[Step]:
 
 def main(call: str, description: str, arguments: list[str] | None = None) -> int:
     """The command of a call."""
-    steps = table.steps_of(call)
+    # Emulated threads are slow.
+    slack = REHEARSAL_SLACK if protocol.pretending() else 1.0
+    steps = [replace(step, cap=slack * step.cap) for step in table.steps_of(call)]
     listing = "\n".join(f"  {step.name:<11} {step.cap:4.0f} s  {step.what}" for step in steps)
     parser = argparse.ArgumentParser(
         description=f"{description}\n\nsteps, with the most each may take:\n{listing}",
@@ -481,8 +531,11 @@ def main(call: str, description: str, arguments: list[str] | None = None) -> int
     parser.add_argument("--from", dest="first", default="", metavar="STEP", help="begin with this step")
     parser.add_argument("--limit", type=float, default=table.CALL_LIMIT_S[call], help="seconds in all (%(default)s)")
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     command = [f"{call}.py", *(sys.argv[1:] if arguments is None else arguments)]
     picked = chosen(steps, options.only, options.first)
     return Runner(
-        call, picked, options.limit, options.out.resolve(), pretend=protocol.pretending(), command=command
+        call, picked, slack * options.limit, options.out.resolve(), pretend=protocol.pretending(), command=command
     ).run()

@@ -23,7 +23,7 @@ import manifest
 import protocol
 import records
 import sn_ops
-from device import DTYPES, Gpu, Pretended, open_device, plan
+from device import DTYPES, Gpu, Pretended, open_device
 from protocol import say
 
 sys.path.append(str(manifest.HERE.parent))
@@ -94,6 +94,7 @@ FORCED: tuple[tuple[Shape, tuple[str, ...]], ...] = (
     *((Shape(256, D, M, bank=True), AGAINST) for D in (128, 2048) for M in (1024, 4096, 16384, 65536)),
     *((Shape(512, 2048, M), SELF) for M in (1024, 2048, 8192)),
     *((Shape(N, 512, 512, bank=True), SELF) for N in (1024, 4096, 16384)),
+    *((Shape(16384, 512, M, bank=True), SELF) for M in (64, 128, 256)),
 )
 PLANNED = "planned: "  # what the note of a forced path begins with; the path that the plan chooses follows
 MOST_DIRECT = 1 << 34  # products that the direct path is still timed at
@@ -296,12 +297,14 @@ def told(device: Gpu | Pretended, case: dict[str, Any]) -> None:
 
 
 def path_taken(device: Gpu | Pretended, shape: Shape, wanted: str) -> str | None:
-    """By the plan; None where `wanted` cannot serve."""
-    try:
-        found: str = plan(device, shape.N, shape.candidates, shape.D, shape.k, shape.dtype, not shape.M, wanted)["path"]
-    except ValueError:
-        return None
-    return found
+    """The path that a call takes with `wanted` forced, another one where that cannot serve."""
+    device.force(wanted)
+    inputs = inputs_of(shape, device.device, 0)
+    with torch.no_grad():
+        ours(device.backend, shape.k)(inputs, inputs["feats"])
+    taken = device.last_path()
+    device.force("auto")
+    return taken or None
 
 
 # ---- the steps -------------------------------------------------------------------------------------------------------
@@ -323,15 +326,18 @@ def paths(device: Gpu | Pretended) -> None:
     """Forward of shapes that several paths serve, by each: the backward is the same."""
     count = 0
     for shape, names in FORCED if device.name == "cuda" else EMULATED_FORCED:
+        planned = path_taken(device, shape, "auto")
         for name in names:
+            if name == "direct" and shape.N * shape.candidates * shape.D > MOST_DIRECT:
+                continue
             taken = path_taken(device, shape, name)
-            if taken is None or (name == "direct" and shape.N * shape.candidates * shape.D > MOST_DIRECT):
+            if taken not in (None, name):
                 continue
             device.force(name)
             for case in timed(
                 device, shape, "cuda", ours(device.backend, shape.k), name, taken, ("graph",), ("forward",)
             ):
-                case["note"] = case["note"] or PLANNED + str(path_taken(device, shape, "auto"))
+                case["note"] = case["note"] or PLANNED + str(planned)
                 told(device, case)
             device.force("auto")
             count += 1

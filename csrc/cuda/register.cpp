@@ -31,6 +31,13 @@ using torch::stable::Tensor;
 // Set by tests alone, so that they reach every path.
 std::atomic<ForwardPath> forced_path{ForwardPath::kAuto};
 
+// What a forced path came to: one that cannot serve is not taken.
+std::atomic<ForwardPath> taken_path{ForwardPath::kAuto};
+
+std::int64_t last_path() {
+  return static_cast<std::int64_t>(taken_path.load());
+}
+
 void force_path(std::int64_t path) {
   sn::checks::expect_between("cuda_force_path", "path", path, 0, static_cast<std::int64_t>(ForwardPath::kBank));
   forced_path = static_cast<ForwardPath>(path);
@@ -112,6 +119,7 @@ sn::operators::ForwardOutputs forward_cuda(const Tensor& feats, const Tensor& la
             problem, facts, sn::cuda::serves(wanted, problem, facts) ? wanted : ForwardPath::kAuto);
         const Output workspace(place, {plan.workspace_bytes}, ScalarType::Byte);
         STD_CUDA_CHECK(sn::cuda::forward(args, plan, workspace.data<char>(), current_stream(device)));
+        taken_path = plan.path;
       });
 }
 
@@ -141,4 +149,5 @@ STABLE_TORCH_LIBRARY_IMPL(sn_ops, CUDA, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(sn_ops, CompositeExplicitAutograd, library) {
   library.impl("cuda_force_path", TORCH_BOX(&force_path));
+  library.impl("cuda_last_path", TORCH_BOX(&last_path));
 }

@@ -118,6 +118,10 @@ def test_slices_fill_the_device_and_follow_the_order_of_sums(core: ModuleType) -
         (64, 16384, 2048, {}, "screen"),
         (512, 8192, 2048, {}, "screen"),
         (4096, 512, 512, {}, "screen"),
+        # Direct sums against few candidates, up to 2^31 products.
+        (16384, 256, 512, {}, "direct"),
+        (16384, 257, 512, {}, "screen"),
+        (16385, 256, 512, {}, "screen"),
         # Banks are read once where converting them is most of the work.
         (256, 16384, 128, {}, "bank"),
         (256, 65536, 129, {}, "screen"),
@@ -133,6 +137,7 @@ def test_slices_fill_the_device_and_follow_the_order_of_sums(core: ModuleType) -
         (32, 32, 512, {"cluster_planes": 1}, "cluster"),
         (32, 32, 512, {"cluster_planes": 0}, "direct"),
         (65536, 100, 512, {}, "screen"),
+        (40960, 100, 512, {}, "direct"),
         (0, 100, 8, {}, "direct"),
         (100, 0, 8, {}, "direct"),
     ],

@@ -26,6 +26,10 @@ constexpr std::int64_t kBufferBytes = std::int64_t{320} << 20;
 // Products up to which tiles of direct sums beat the longer chains of kernels: 640 x 2048 takes 78 us against 111, half
 // of 1024 x 1024 x 512 takes 79 against 94. Beyond one wave the tiles serve no second triangle and the time doubles.
 constexpr std::int64_t kDirectProducts = std::int64_t{1} << 29;
+// Against few candidates of their own the chains cost more than they save: 16384 x 128 x 512 takes 226 us against 367,
+// 16384 x 256 x 512 takes 378 against 396 (16384 x 512 x 512: 697 against 447).
+constexpr std::int64_t kTinyRow = 256;
+constexpr std::int64_t kTinyProducts = std::int64_t{1} << 31;
 // Rows of more candidates are selected from by a radix search, which is slow for many anchors: 1536 x 128 takes 122 us
 // against 87. Few anchors and not too many candidates: 256 x 4096 x 128 takes 54 against 86, 64 x 16384 x 128 ties.
 constexpr std::int64_t kShortRow = 1024;
@@ -170,6 +174,7 @@ void plan_screened(ForwardPlan& plan, const Problem& problem) {
 
 bool direct_pays(const Problem& problem, const DeviceFacts& device) {
   const std::int64_t pairs = problem.N * problem.M;
+  if (!problem.symmetric && problem.M <= kTinyRow) return pairs <= kTinyProducts / std::max<std::int64_t>(1, problem.D);
   if (pairs > kDirectProducts || (problem.symmetric ? pairs / 2 : pairs) * problem.D > kDirectProducts) return false;
   if (problem.M > kShortRow && (problem.N > kFewAnchors || problem.M > kLongRow)) return false;
   return direct_shape(problem, device, kScratchEntries).waves == 1;

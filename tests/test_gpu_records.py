@@ -568,7 +568,7 @@ def test_the_readme_says_what_its_record_says() -> None:
     section = (root / "README.md").read_text().partition("## Speed on a GPU")[2].partition("\n## ")[0]
     made = records.read(root / "benchmarks" / "results" / re.findall(r"record `([^`]+)`", section)[0])
     times: dict[tuple[str, str, str], float | None] = {}
-    for wanted in ("loss", "rivals"):
+    for wanted in ("loss", "rivals", "compile"):
         for found in render.cases_of(made, wanted):
             if found["scope"] == "both":
                 times[found["label"], found["backend"], found["how"]] = found["median_us"]
@@ -576,7 +576,7 @@ def test_the_readme_says_what_its_record_says() -> None:
     assert len(lines) == 6
     for name, *cells in lines:
         label = name.strip().replace("256 against a bank of ", "bank 256 x ") + " float32"
-        columns = [("cuda", "graph"), ("cuda", "called"), ("eager", "called"), ("strongest", "called")]
+        columns = [("cuda", "graph"), ("cuda", "called"), ("eager", "called"), ("compile", "called")]
         for cell, (backend, how) in zip(cells, columns, strict=True):
             median = times.get((label, backend, how))
             assert cell.strip() == ("" if median is None else f"{median:.0f}"), (name, backend, how)

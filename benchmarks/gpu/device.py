@@ -42,15 +42,15 @@ class Replay(Protocol):
 class Gpu:
     """The first CUDA device."""
 
-    backend = "cuda"
     name = "cuda"
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "cuda") -> None:
         if not torch.cuda.is_available():
             protocol.not_run(f"torch {torch.__version__} finds no GPU")
-        usable = sn_ops.backends()["cuda"]
+        usable = sn_ops.backends()[backend]
         if not usable.usable:
-            protocol.not_run(f"the backend 'cuda' is not usable: {usable.reason}")
+            protocol.not_run(f"the backend {backend!r} is not usable: {usable.reason}")
+        self.backend = backend
         self.device = torch.device("cuda")
 
     def force(self, path: str) -> None:
@@ -178,9 +178,9 @@ class Pretended:
         return [("pretended", times, self.seconds(call, times) * 1e6)]
 
 
-def open_device(stand_in: str) -> Gpu | Pretended:
-    """The GPU, or in a rehearsal `stand_in`: "simt" or "cpu"."""
-    return Pretended(stand_in) if protocol.pretending() else Gpu()
+def open_device(stand_in: str, backend: str = "cuda") -> Gpu | Pretended:
+    """The GPU with the backend that the step is about, or in a rehearsal `stand_in`: "simt" or "cpu"."""
+    return Pretended(stand_in) if protocol.pretending() else Gpu(backend)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -2,7 +2,8 @@
 
     python benchmarks/gpu/measure.py OUT
 
-Copy OUT/measure.json to benchmarks/results/<device>/ and run `python benchmarks/gpu/page.py` to publish it.
+To publish it: OUT/measure.json becomes benchmarks/results/<device>/<date>-<commit>-measure.json, then
+`python benchmarks/gpu/page.py`.
 """
 
 from __future__ import annotations

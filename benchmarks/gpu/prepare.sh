@@ -17,21 +17,23 @@ cd "$(dirname "$0")/../.."
 
 arch=9.0a python=3.12 torch=2.11.0 env='' archive=''
 limit_mib=64
+say() { printf 'prepare: %s\n' "$*"; }
+usage() { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" | sed '$d'; }
 while [ $# -gt 0 ]; do
+  case $1 in -h | --help) usage; exit 0 ;; esac
   case $1 in --*) [ $# -gt 1 ] || { printf 'prepare: %s: expected a value\n' "$1"; exit 2; } ;; esac
   case $1 in
     --arch) arch=$2 ;;
     --python) python=$2 ;;
     --torch) torch=$2 ;;
-    --env) env=$(cd "$caller" && cd "$2" && pwd) ;;
+    --env) env=$(cd "$caller" && cd "$2" 2>/dev/null && pwd) || { say "missing: an environment in $2"; exit 1; } ;;
     --archive) archive=$(cd "$caller" && cd "$(dirname "$2")" && pwd)/$(basename "$2") ;;
-    *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" | sed '$d'; exit 2 ;;
+    *) usage; exit 2 ;;
   esac
   shift 2
 done
 
 missing=()
-say() { printf 'prepare: %s\n' "$*"; }
 
 # ---- the target's Python and torch -------------------------------------------------------------------------------
 

@@ -266,7 +266,7 @@ def paths_table(forced: list[Case], planned: list[Case]) -> Table:
                 takes.get(problem) or first["note"].removeprefix("planned: ") or NOTHING,
             ]
         )
-    return Table("Paths", ["shape", "dtype", "scope", "how", *paths, "fastest", "planner takes"], lines)
+    return Table("Paths", ["shape", "dtype", "scope", "how", *paths, "fastest", "planner took"], lines)
 
 
 def rivals_table(rivals: list[Case], own: list[Case]) -> Table:
@@ -340,7 +340,7 @@ def measure_tables(record: Record) -> list[Table]:
         *(ceilings_table(cast("dict[str, Ceiling]", step["data"])) for step in steps_of(record, "ceilings")),
         cases_table("Loss, us", own),
         paths_table(cases_of(record, "paths"), own),
-        rivals_table([*cases_of(record, "rivals"), *cases_of(record, "triton")], own),
+        rivals_table([case for kind in ("rivals", "compile", "triton") for case in cases_of(record, kind)], own),
         train_table(cases_of(record, "train")),
         kernels_table(kernels_of(record)),
     ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import importlib.util
 import io
 import json
 import os
@@ -194,6 +195,8 @@ class Runner:
             **({protocol.PRETEND: "1"} if self.pretend else {}),
             **dict(step.environment),
         }
+        if importlib.util.find_spec("sn_ops") is None:  # not installed: the checkout's own
+            changes["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         # A cache that was filled beforehand is worth minutes.
         changes.setdefault("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(scratch / "triton")))
         return os.environ | changes
@@ -313,7 +316,8 @@ class Runner:
             elif status == protocol.NOT_RUN:
                 result.update(result="not run", reason=result["reason"] or "it lacks something, and does not say what")
             elif status != 0:
-                result.update(result="failed", reason=result["reason"] or f"exit status {status}")
+                last = next((text for text in reversed(self.tails.get(step.name, [])) if text.strip()), "")
+                result.update(result="failed", reason=result["reason"] or f"exit status {status}. {last}".strip())
             elif step.name in self.unread:
                 result.update(result="failed", reason=self.unread[step.name])
             else:
@@ -332,7 +336,9 @@ class Runner:
         """Run all; 0 if every step passed."""
         with handling((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self.stop):
             self.save()
-            self.record["provenance"] = provenance(self.command)
+            self.record["provenance"] = provenance(self.command, self.disk.folder)
+            if self.record["provenance"]["dirty"]:
+                print("changes are not committed: this record cannot be published", flush=True)
             self.save()
             closed = ""
             for group in table.groups_of(self.steps):
@@ -467,7 +473,15 @@ def device_of_smi() -> dict[str, Any] | None:
     }
 
 
-def provenance(command: list[str]) -> dict[str, Any]:
+def changed_files(besides: Path | None) -> bool:
+    """Whether git knows of changes that are not committed, but for what this run writes itself."""
+    pathspec = ["--", "."]
+    if besides is not None and besides.is_relative_to(ROOT) and besides != ROOT:
+        pathspec.append(f":(exclude){besides.relative_to(ROOT)}")
+    return output_of("git", "-C", str(ROOT), "status", "--porcelain", *pathspec) != ""
+
+
+def provenance(command: list[str], folder: Path | None = None) -> dict[str, Any]:
     """Where, when, with what and from which commit; the step `facts` adds what only the libraries know.
 
     The commit is git's, or, where the tree came without its history (or in one that does not know the commit that was
@@ -478,7 +492,7 @@ def provenance(command: list[str]) -> dict[str, Any]:
     prepared = str(known.get("commit", "HEAD"))
     if len(head) == 2 and Path(head[0]) == ROOT and output_of("git", "-C", str(ROOT), "cat-file", "-t", prepared):
         commit: str | None = head[1]
-        dirty: bool | None = output_of("git", "-C", str(ROOT), "status", "--porcelain") != ""
+        dirty: bool | None = changed_files(folder)
     else:
         commit, dirty = known.get("commit"), known.get("dirty")
     return {

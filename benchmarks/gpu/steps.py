@@ -72,6 +72,7 @@ STEPS = (
         60,
         ("suite.py", "triton"),
         "the suite's worked examples and selections by the Triton backend, compiled here",
+        anyway=True,
         environment=(("OMP_NUM_THREADS", "2"),),
     ),
     Step("facts", "measure", 30, ("facts.py",), "device, driver, versions; the libraries load", gate=True, always=True),

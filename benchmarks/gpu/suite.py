@@ -64,8 +64,10 @@ def main(backend: str) -> None:
             skipped=counts["SKIPPED"],
         )
 
+    # The checkout, where pytest starts, must not hide an installed package.
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
     process = subprocess.Popen(
-        command(backend), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
+        command(backend), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     assert process.stdout is not None
     summing_up = False

@@ -390,8 +390,7 @@ def rivals(device: Gpu | Pretended) -> None:
 def by_triton(device: Gpu | Pretended) -> None:
     """The Triton backend; its first calls, which compile, are not counted."""
     for shape in TRITON if device.name == "cuda" else EMULATED[:1]:
-        backend = "triton" if device.name == "cuda" else device.backend
-        for case in timed(device, shape, "triton", ours(backend, shape.k), "", None, ("graph", "called")):
+        for case in timed(device, shape, "triton", ours(device.backend, shape.k), "", None, ("graph", "called")):
             told(device, case)
     say(figure="the Triton backend at 4 shapes" if device.name == "cuda" else "one shape")
 
@@ -412,6 +411,6 @@ STEPS = {"loss": loss, "paths": paths, "kernels": kernels, "rivals": rivals, "tr
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in STEPS:
         raise SystemExit(f"expected one of {', '.join(STEPS)}, got {' '.join(sys.argv[1:])!r}")
-    opened = open_device("cpu")
+    opened = open_device("cpu", "triton" if sys.argv[1] == "triton" else "cuda")
     protocol.say(cases=[], kernels=[])
     STEPS[sys.argv[1]](opened)

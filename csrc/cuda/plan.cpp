@@ -56,8 +56,8 @@ std::int64_t expected_entries(std::int64_t K, std::int64_t ratio) {
 }
 constexpr std::int64_t kSmallestBuffer = 512;
 // Very many anchors: a quarter less memory for a larger second sample. Errors of the scores leave a fifth more entries
-// at D = 2048, so that of 32 r entries one row in 10^4 has more; with one in 16 it was one in 200 of 65536, and the
-// ladder that served them two thirds of the forward.
+// at D = 2048, so that of 32 r entries one row in 10^4 has more; with one in 16 it is one in 200, by estimate, and
+// the ladder that served them took two thirds of the forward.
 constexpr std::int64_t kLeanRatio = 12;
 constexpr std::int64_t kLeanEntries = 32;  // times the ratio: room for up to 10 neighbours
 constexpr std::int64_t kLeanNeighbours = 10;

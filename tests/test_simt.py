@@ -292,7 +292,7 @@ def test_rows_of_zeros_among_the_anchors(dtype: torch.dtype, score_tile: int) ->
 )
 def test_a_device_cut_down(max_cluster: int, dims: int, path: str, dtype: torch.dtype) -> None:
     """A cluster that the device does not hold is never launched, asked for or not: the same bits on another path."""
-    case = problems.self_case(40, dims, 8).to(dtype)
+    case = problems.self_case(30, dims, 8).to(dtype)
     with simt.using(path="direct"):
         expected = judge.neighbors_of(case, "simt")
     for asked in ("auto", "cluster"):

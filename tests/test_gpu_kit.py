@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import counters
 import device
 import manifest
+import probe
 import protocol
 import records
+import replay
 import runner
 import smoke
+import sn_ops
 import steps
 import suite
 import times
@@ -147,6 +156,120 @@ def test_the_smoke_test_reaches_every_path_and_dtype(core: ModuleType) -> None:
         for s in smoke.BACKWARD
     }
     assert partitioned == {True, False}
+
+
+class Stub:
+    """A device on which the path named is the one that runs."""
+
+    name, backend, device = "cuda", "cpu", torch.device("cpu")
+    forced, ran = "auto", ""
+
+    def force(self, path: str) -> None:
+        self.forced = path
+
+    def last_path(self) -> str:
+        return self.ran or self.forced
+
+    def synchronize(self) -> None:
+        pass
+
+    def capture(self, call: Callable[[], object], *, warm_ups: int = 1) -> Callable[[], object]:
+        return call
+
+    @contextmanager
+    def busy(self) -> Iterator[Callable[[], None]]:
+        yield lambda: None
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [(0, "differs from direct: loss"), (2, "differs from itself: loss"), (3, "differs from cpu: loss")],
+)
+def test_a_path_that_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch, call: int, said: str) -> None:
+    """The direct call, the path's, its second, the CPU's: one of them gives another loss."""
+    inputs = smoke.inputs_of(smoke.small(20, 8), torch.float32)
+    assert smoke.faults_of(Stub(), "screen", inputs, torch.float32) == ("screen", [])  # type: ignore[arg-type]
+    made, count = smoke.outcome, iter(range(10))
+
+    def wrong(*arguments: Any) -> dict[str, torch.Tensor]:
+        found = made(*arguments)
+        return found | {"loss": found["loss"] + 1e-2} if next(count) == call else found
+
+    monkeypatch.setattr(smoke, "outcome", wrong)
+    assert said in " ".join(smoke.faults_of(Stub(), "screen", inputs, torch.float32)[1])  # type: ignore[arg-type]
+
+
+def test_a_path_that_did_not_run_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(smoke.RUNS, "cluster", (("float32",), (smoke.small(20, 8),)))
+    monkeypatch.setitem(smoke.RUNS, "screen", (("float32",), (smoke.small(20, 8),)))
+    elsewhere = Stub()
+    assert smoke.one_process(Stub(), "screen", "float32") == 0  # type: ignore[arg-type]
+
+    def faults(*_: Any) -> tuple[str, list[str]]:
+        return "dense", []
+
+    monkeypatch.setattr(smoke, "faults_of", faults)
+    assert smoke.one_process(elsewhere, "screen", "float32") == smoke.WRONG  # type: ignore[arg-type]
+    assert smoke.one_process(elsewhere, "cluster", "float32") == smoke.ELSEWHERE  # type: ignore[arg-type]
+    assert "dense ran" in capsys.readouterr().out
+
+
+def test_a_replay_that_is_wrong_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replay.Case("small", 20, 8)
+    monkeypatch.setattr(replay, "REPLAYS", 3)
+    assert replay.replays_of(Stub(), case)["wrong"] == 0  # type: ignore[arg-type]
+    made, count = sn_ops.sn_loss, iter(range(1000))
+
+    def stale(*arguments: Any, **options: Any) -> Any:
+        loss, stats = made(*arguments, **options)
+        return loss + (1e-3 if next(count) == 4 else 0.0), stats
+
+    monkeypatch.setattr(sn_ops, "sn_loss", stale)
+    assert replay.replays_of(Stub(), case)["wrong"] == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("holds", "status"), [(True, 0), (False, 1), (True, 1)])
+def test_a_bound_that_fails_fails_the_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holds: bool, status: int
+) -> None:
+    program = tmp_path / "program"
+    facts = {"group": 16, "bits": 25, "worst": 0.3}
+    told = {"model": "hopper", "bound": 1.25, "holds": holds, "types": {"float16": facts}}
+    program.write_text(f"#!/bin/sh\necho '{json.dumps(told)}'\nexit {status}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv(protocol.PRETEND, "1")
+    monkeypatch.setenv(probe.EMULATED, str(program))
+    if holds and status == 0:
+        probe.main()
+        return
+    with pytest.raises(SystemExit, match="1"):
+        probe.main()
+
+
+@pytest.mark.parametrize("body", ["assert False", "pass", None])
+def test_a_test_that_fails_fails_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str | None) -> None:
+    tests = tmp_path / "test_it.py"
+    tests.write_text("" if body is None else f"def test_one():\n    pass\n\n\ndef test_two():\n    {body}\n")
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", os.devnull, str(tests)]
+    monkeypatch.setattr(suite, "command", lambda backend: command)
+    if body == "pass":
+        suite.main("cuda")
+        return
+    with pytest.raises(SystemExit, match="1"):
+        suite.main("cuda")
+
+
+def test_changes_are_seen_but_for_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *command], check=True)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    assert not runner.changed_files(None)
+    (tmp_path / "OUT").mkdir()
+    (tmp_path / "OUT" / "prove.json").touch()
+    assert runner.changed_files(None) and not runner.changed_files(tmp_path / "OUT")
+    (tmp_path / "other").touch()
+    assert runner.changed_files(tmp_path / "OUT")
 
 
 def test_values_that_differ_are_seen() -> None:

@@ -506,6 +506,7 @@ def test_a_record_out_of_order_is_noticed(
     [
         (1, put("passed", "result"), "steps[1]: passed, but a run did not"),
         (2, put(False, "data", "holds"), "holds: False contradicts"),
+        (2, put(1.5, "data", "types", "float16", "general"), "holds: True contradicts"),
         (3, put("passed", "result"), "steps[3]: passed, but 900 tests passed and 1 failed"),
         (4, put(False, "data", "runs", 0, "clean"), "steps[4]: passed, but a tool found something"),
         (5, put(3, "data", "runs", 0, "wrong"), "steps[5]: passed, but a replay was wrong"),

@@ -384,7 +384,12 @@ def _ceilings_problems(data: dict[str, Ceiling], where: str) -> Iterator[str]:
 def _probe_problems(data: Probe, where: str) -> Iterator[str]:
     if not data["types"]:
         yield f"{where}.types: expected at least one"
-    elif data["holds"] != all(each["worst"] <= data["bound"] for each in data["types"].values()):
+        return
+    # What was measured, and what follows from group and bits for any row, where these are known.
+    errors = [
+        each[name] for each in data["types"].values() for name in ("worst", "general") if each.get(name) is not None
+    ]
+    if data["holds"] != all(error <= data["bound"] for error in errors):
         yield f"{where}.holds: {data['holds']} contradicts the worst errors and the bound {data['bound']}"
 
 

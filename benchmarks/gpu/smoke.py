@@ -30,6 +30,7 @@ AT_ONCE = 6
 PROCESS_S = 40.0
 ALPHA, WEIGHT = 50.0, 0.1
 WRONG = 3  # exit status of a process that was wrong and said how; a traceback's is 1
+ELSEWHERE = 4  # of one whose path did not run on some shape: nothing was wrong, and not all was shown
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,9 @@ def faults_of(device: Gpu | Pretended, path: str, inputs: Inputs, dtype: torch.d
 
 
 def one_process(device: Gpu | Pretended, path: str, dtype: str) -> int:
-    """All shapes of a path; how many were wrong. A path that did not run proves nothing: that is wrong, too, but for
+    """All shapes of a path; the exit status. A path that did not run proves nothing: that is wrong, too, but for
     clusters, which a device may not have."""
-    wrong = 0
+    wrong = elsewhere = 0
     for shape in [shape for shape in RUNS[path][1] if shape.emulated or device.name == "cuda"]:
         started = time.monotonic()
         taken, faults = faults_of(device, path, inputs_of(shape, DTYPES[dtype]), DTYPES[dtype])
@@ -216,9 +217,10 @@ def one_process(device: Gpu | Pretended, path: str, dtype: str) -> int:
             faults.append(f"{taken} ran")
             result = "not run" if path == "cluster" and not faults[:-1] else "failed"
         wrong += result == "failed"
+        elsewhere += result == "not run"
         run = {"path": path, "taken": taken, "dtype": dtype, "shape": shape.name, "result": result}
         protocol.say(runs=[run | {"note": "; ".join(faults), "seconds": round(time.monotonic() - started, 2)}])
-    return wrong
+    return WRONG if wrong else ELSEWHERE if elsewhere else 0
 
 
 def jobs() -> list[tuple[str, str]]:
@@ -232,6 +234,7 @@ def main() -> None:
     todo, lock = jobs(), threading.Lock()
     turn = threading.Semaphore(2 if protocol.pretending() else AT_ONCE)
     bad: list[str] = []
+    elsewhere: list[str] = []
     done = 0
 
     def run(path: str, dtype: str) -> None:
@@ -259,14 +262,17 @@ def main() -> None:
             timer.cancel()
         with lock:
             done += 1
-            if status != 0:
+            if status == ELSEWHERE:
+                elsewhere.append(f"{path} {dtype}")
+            elif status != 0:
                 how = f"exit status {status}" if status > 0 else f"ended by signal {-status}"
                 bad.append(f"{path} {dtype}")
                 print(f"{path} {dtype}: {how}: {' | '.join(tail)}", flush=True)
                 if status != WRONG:  # its shapes say themselves what is wrong
                     note = f"{how}: {' | '.join(tail)}"[:300]
                     protocol.say(runs=[{"path": path, "dtype": dtype, "shape": "", "result": "crashed", "note": note}])
-            protocol.say(figure=f"{done - len(bad)} of {len(todo)} right")
+            aside = f"; DID NOT RUN: {', '.join(sorted(elsewhere))}" if elsewhere else ""
+            protocol.say(figure=f"{done - len(bad) - len(elsewhere)} of {len(todo)} right{aside}")
 
     threads = [threading.Thread(target=run, args=job) for job in todo]
     for thread in threads:
@@ -282,5 +288,5 @@ if __name__ == "__main__":
         opened = open_device("simt")
         torch.set_num_threads(2)
         assert ops.CORE is not None
-        sys.exit(WRONG if one_process(opened, sys.argv[1], sys.argv[2]) else 0)
+        sys.exit(one_process(opened, sys.argv[1], sys.argv[2]))
     main()

@@ -181,8 +181,13 @@ class Cases(TypedDict):
 # --------------------------------------------------------------------------------------------------
 
 
-class ProbeType(TypedDict):
-    """How the tensor core accumulates one type. `worst` is the largest error seen, in D 2^-23."""
+class _ProbeType(TypedDict, total=False):
+    general: float | None
+
+
+class ProbeType(_ProbeType):
+    """How the tensor core accumulates one type. `worst` is the largest error seen, in D 2^-23; `general` is what no row
+    exceeds by what group and bits say, null where these are of no known kind."""
 
     group: int
     bits: int
@@ -386,10 +391,8 @@ def _probe_problems(data: Probe, where: str) -> Iterator[str]:
         yield f"{where}.types: expected at least one"
         return
     # What was measured, and what follows from group and bits for any row, where these are known.
-    errors = [
-        each[name] for each in data["types"].values() for name in ("worst", "general") if each.get(name) is not None
-    ]
-    if data["holds"] != all(error <= data["bound"] for error in errors):
+    errors = [error for each in data["types"].values() for error in (each["worst"], each.get("general"))]
+    if data["holds"] != all(error is None or error <= data["bound"] for error in errors):
         yield f"{where}.holds: {data['holds']} contradicts the worst errors and the bound {data['bound']}"
 
 

@@ -2,8 +2,9 @@
 
 Each step is a process with a session of its own and a limit: a hang, a crash or a CUDA error that sticks costs that
 process and not the run. What it prints goes to `<call>.log` line by line; after every step, and while a step speaks
-every two seconds, the record is written again to `<call>.json`, a new file that takes the old one's place. No other file is
-left. On a disk that fills up the log ends first: some of the disk is kept back for the record. At the end a table.
+every two seconds, the record is written again to `<call>.json`, a new file that takes the old one's place. No other
+file is left. On a disk that fills up the log ends first: some of the disk is kept back for the record. At the end a
+table.
 """
 
 from __future__ import annotations

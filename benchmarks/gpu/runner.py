@@ -549,7 +549,8 @@ def main(call: str, description: str, arguments: list[str] | None = None) -> int
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    command = [f"{call}.py", *(sys.argv[1:] if arguments is None else arguments)]
+    given = sys.argv[1:] if arguments is None else arguments
+    command = [f"{call}.py", *("OUT" if Path(text) == options.out else text for text in given)]
     picked = chosen(steps, options.only, options.first)
     return Runner(
         call, picked, slack * options.limit, options.out.resolve(), pretend=protocol.pretending(), command=command

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +31,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 WARM_UPS = 3
-
-
-class Replay(Protocol):
-    """Work that was captured: call it to run it again."""
-
-    def __call__(self) -> None: ...
 
 
 class Gpu:
@@ -65,7 +59,7 @@ class Gpu:
         """Wait for the device; its errors surface here."""
         torch.cuda.synchronize()
 
-    def capture(self, call: Callable[[], object], *, warm_ups: int = WARM_UPS) -> Replay:
+    def capture(self, call: Callable[[], object], *, warm_ups: int = WARM_UPS) -> Callable[[], object]:
         """A CUDA graph of what `call` enqueues."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -151,7 +145,7 @@ class Pretended:
     def synchronize(self) -> None:
         """Work is done when a call returns."""
 
-    def capture(self, call: Callable[[], object], *, warm_ups: int = WARM_UPS) -> Replay:
+    def capture(self, call: Callable[[], object], *, warm_ups: int = WARM_UPS) -> Callable[[], object]:
         """The call itself."""
         for _ in range(min(1, warm_ups)):
             call()

@@ -11,6 +11,7 @@ status 0 if all of it held.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -174,8 +175,17 @@ def hanging(stage: Stage) -> None:
     stage.expect(results, "ignores", "timed out", "more than 2 s", [3])
     stage.expect(results, "leaves a child", "passed", cases=[5])
     stage.expect(results, "good", "passed", cases=[1])
-    left = subprocess.run(["pgrep", "-f", " ".join(LEFT_BEHIND)], capture_output=True, text=True).stdout.split()
-    stage.check(not left, f"processes are left: {left}")
+    stage.check(not left_behind(), f"processes are left: {left_behind()}")
+
+
+def left_behind() -> list[str]:
+    """Processes that steps started and that should be gone."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if path.read_bytes().split(b"\0")[:-1] == [word.encode() for word in LEFT_BEHIND]:
+                found.append(path.parent.name)
+    return found
 
 
 def dying(stage: Stage) -> None:

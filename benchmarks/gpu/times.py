@@ -31,9 +31,8 @@ sys.path.append(str(manifest.HERE.parent))
 import baselines
 
 IMAGES = 4
-SETS_BYTES = (
-    256 << 20
-)  # of inputs that calls of a graph take in turn, so that none finds its own in the caches by chance
+# Inputs that calls of a graph take in turn, so that none finds its own in the caches by chance: bytes and sets at most.
+SETS_BYTES = 256 << 20
 MOST_SETS = 4
 SAMPLE_S = 3e-3
 MOST_SAMPLES = 30

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sn_ops.reid.across import gather, sync_batchnorm
 from sn_ops.reid.config import LossConfig
+from sn_ops.reid.ddp import gather, sync_batchnorm
 from sn_ops.reid.losses import build_losses
 
 

@@ -16,6 +16,10 @@ From Python::
 
 Parts of their own: `sn_ops.reid.evaluation` (scores from features), `sn_ops.reid.report` (the HTML report),
 `sn_ops.reid.data` (data sets), `sn_ops.reid.losses` (metric terms).
+
+Layers, from the bottom up; a module imports from its own layer, from those before it, and the public API of `sn_ops`:
+requirements, files, config, data, evaluation, ddp, models, losses, checkpoint, inference, report, training, compare,
+commands, cli.
 """
 
 from __future__ import annotations
@@ -24,37 +28,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import Config, from_yaml, to_yaml
-    from .data.records import Sample, Split
-    from .data.registry import load_dataset
-    from .embed import embed_images, load_embeddings, save_embeddings
-    from .engine import train
-    from .evaluating import evaluate_model
+    from .config import Config, from_yaml, preset, to_yaml
+    from .data import Sample, Split, load_dataset, load_split
+    from .inference import (
+        embed_images,
+        evaluate_model,
+        export_onnx,
+        load_embeddings,
+        open_trained,
+        rank_images,
+        save_embeddings,
+    )
     from .models import build_model
-    from .onnx import export_onnx
-    from .presets import preset
-    from .rank import rank_images
-    from .trained import load_split, open_trained
+    from .training import train
 
 # Where each public name lives: importing this package imports none of these modules.
 _HOME = {
     "Config": "config",
-    "Sample": "data.records",
-    "Split": "data.records",
+    "Sample": "data",
+    "Split": "data",
     "build_model": "models",
-    "embed_images": "embed",
-    "evaluate_model": "evaluating",
-    "export_onnx": "onnx",
+    "embed_images": "inference",
+    "evaluate_model": "inference",
+    "export_onnx": "inference",
     "from_yaml": "config",
-    "load_dataset": "data.registry",
-    "load_embeddings": "embed",
-    "load_split": "trained",
-    "open_trained": "trained",
-    "preset": "presets",
-    "rank_images": "rank",
-    "save_embeddings": "embed",
+    "load_dataset": "data",
+    "load_embeddings": "inference",
+    "load_split": "data",
+    "open_trained": "inference",
+    "preset": "config",
+    "rank_images": "inference",
+    "save_embeddings": "inference",
     "to_yaml": "config",
-    "train": "engine",
+    "train": "training",
 }
 
 __all__ = [

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .config import Config, training_values
-from .data.records import Sample
+from .data import Sample
 
 FORMAT = "sn_ops.reid checkpoint"
 VERSION = 1
@@ -61,6 +61,26 @@ def _plain(config: Config) -> dict[str, Any]:
     from .config import to_dict
 
     return to_dict(config)
+
+
+def find_checkpoint(path: str | os.PathLike[str], which: str = "last") -> Path:
+    """The checkpoint file that a path means: the file itself, or `checkpoints/<which>.pt` of a run's folder.
+
+    Raises:
+        FileNotFoundError: neither; the message says what there is.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    folder = path / "checkpoints"
+    found = folder / f"{which}.pt"
+    if found.is_file():
+        return found
+    there = ", ".join(sorted(file.name for file in folder.glob("*.pt"))) if folder.is_dir() else ""
+    if there:
+        raise FileNotFoundError(f"sn_ops.reid: run: expected {which}.pt in {folder}, got {there}")
+    got = "a folder without checkpoints" if path.is_dir() else "nothing of that name"
+    raise FileNotFoundError(f"sn_ops.reid: run: expected a run's folder or a checkpoint at {path}, got {got}")
 
 
 def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:

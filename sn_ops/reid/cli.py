@@ -2,7 +2,7 @@
 
 A mistake of the user (a missing file, a setting that there is not, a data set that is incomplete) is one message on
 stderr and exit status 2; a fault of ours is a traceback. A run that was told to stop, or that met a loss that is not
-finite, ends with the status that `sn_ops.reid.engine` gives it.
+finite, ends with the status that `sn_ops.reid.training` gives it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .presets import PRESETS
+from .config import PRESETS
 
 USAGE_ERROR = 2
 INTERRUPTED = 130

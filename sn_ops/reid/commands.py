@@ -13,9 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .config import Config, DataConfig, from_yaml, keys, to_dict
-from .embed import Embeddings, image_files, load_embeddings, save_embeddings
-from .evaluating import (
+from .config import Config, DataConfig, from_yaml, keys, preset, to_dict
+from .data import load_split
+from .ddp import pick_device
+from .evaluation import Scores
+from .files import replace_json
+from .inference.embed import Embeddings, image_files, load_embeddings, save_embeddings
+from .inference.scoring import (
     Tick,
     baseline_scores,
     check_evaluation,
@@ -27,18 +31,14 @@ from .evaluating import (
     scores_record,
     show_scores,
 )
-from .evaluation import Scores
-from .files import replace_json
+from .inference.trained import Trained, open_trained
 from .requirements import need
-from .trained import Trained, load_split, open_trained, pick_device
 
 # ---- what commands share ------------------------------------------------------------------------
 
 
 def configuration(options: argparse.Namespace) -> Config:
     """The configuration that the options ask for: a preset or a file, then --data, --root and --set in that order."""
-    from .presets import preset
-
     if options.config is not None:
         config = from_yaml(options.config)
     else:
@@ -76,7 +76,7 @@ def progress(what: str) -> Iterator[Tick]:
 
 def train(options: argparse.Namespace) -> None:
     """Trains, prints the scores and says where the report is."""
-    from . import engine
+    from . import training
 
     if options.resume is not None and options.out is not None:
         raise ValueError("sn_ops.reid: --out: expected none with --resume, which goes on in the run's own folder")
@@ -87,7 +87,7 @@ def train(options: argparse.Namespace) -> None:
         config = _assigned(from_yaml(_run_of(options.resume) / "config.yaml"), options)
     if options.out is not None and config is not None:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(options.out)))
-    run = engine.train(config, resume=options.resume, progress=not options.no_progress)
+    run = training.train(config, resume=options.resume, progress=not options.no_progress)
     if os.environ.get("RANK", "0") == "0":
         record = json.loads((run / "scores.json").read_text(encoding="utf-8"))
         print(show_scores(record["scores"]))
@@ -170,8 +170,7 @@ def evaluate(options: argparse.Namespace) -> None:
     out = options.out or (trained.run or trained.checkpoint.parent) / "evaluation"
     print(replace_json(out / "scores.json", record))
     if not options.no_report:
-        from .report import write_report
-        from .reporting import build_report
+        from .report import build_report, write_report
 
         title = f"{trained.run.name if trained.run else trained.checkpoint.name}: {split.name}"
         print(
@@ -181,7 +180,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Rebuilds a run's report."""
-    from .reporting import write_run_report
+    from .report import write_run_report
 
     trained = _open(options)
     if trained.run is None:
@@ -207,7 +206,8 @@ def embed(options: argparse.Namespace) -> None:
 def rank(options: argparse.Namespace) -> None:
     """The list on stdout, and as HTML or CSV."""
     from .data.loading import eval_transform
-    from .rank import rank_images, write_ranking
+    from .inference.rank import rank_images
+    from .report import write_ranking
 
     files = [Path("ranking.html")] if options.out is None else options.out
     for file in files:
@@ -245,7 +245,7 @@ def rank(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Writes ONNX and says how far it is from PyTorch."""
-    from .onnx import check_onnx, export_onnx
+    from .inference.onnx import check_onnx, export_onnx
 
     trained = _open(options)
     height, width = trained.config.data.height, trained.config.data.width

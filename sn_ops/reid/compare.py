@@ -18,10 +18,9 @@ import torch
 import sn_ops
 
 from .config import Config, from_yaml
-from .data.records import Split
-from .evaluating import baseline_scores
+from .data import Split, load_split
 from .files import replace_json, replace_text
-from .trained import load_split
+from .inference.scoring import baseline_scores
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "sn-span": ("loss.metric=sn", "loss.squeeze=span"),
@@ -175,10 +174,10 @@ def compare_losses(
 
 def _trained_run(config: Config, folder: Path, progress: bool) -> Path:
     """The folder of a complete run of this configuration."""
-    from . import engine
+    from .training import train
 
     if not (folder / "config.yaml").is_file():
-        return engine.train(config, progress=progress)
+        return train(config, progress=progress)
     there = from_yaml(folder / "config.yaml")
     if there.fingerprint() != config.fingerprint():
         raise ValueError(
@@ -188,9 +187,9 @@ def _trained_run(config: Config, folder: Path, progress: bool) -> Path:
     if (folder / "scores.json").is_file():
         return folder
     if (folder / "checkpoints" / "last.pt").is_file():
-        return engine.train(config, resume=folder, progress=progress)
+        return train(config, resume=folder, progress=progress)
     shutil.rmtree(folder)  # killed before its first checkpoint: there is nothing to go on from
-    return engine.train(config, progress=progress)
+    return train(config, progress=progress)
 
 
 def _scores(run: Path) -> dict[str, float]:

@@ -18,11 +18,12 @@ import torch
 
 from reid_tiny import one_thread
 from sn_ops import reid
-from sn_ops.reid import cli, compare, reporting
+from sn_ops.reid import cli, compare
 from sn_ops.reid.checkpoint import load_checkpoint, save_checkpoint
 from sn_ops.reid.config import from_dict, keys
-from sn_ops.reid.embed import embed_images, load_embeddings
 from sn_ops.reid.evaluation import evaluate
+from sn_ops.reid.inference import embed_images, load_embeddings
+from sn_ops.reid.report import build
 
 image_module = pytest.importorskip("PIL.Image", reason="pillow is not installed: pip install 'sn_ops[reid]'")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'sn_ops[reid]'")
@@ -228,14 +229,14 @@ def test_a_log_that_was_cut_off(tmp_path: Path) -> None:
         '{"epoch": 1, "step": 3, "gallery": 9, "mAP": 0.5}\n'
         '{"epoch": 2, "step": 4, "loss": 1.0, "metric": 1.0, "lr": 2.0}\n{"epo'
     )
-    history = reporting.read_history(log)
+    history = build.read_history(log)
     assert len(history) == 3
     shown = [{"step": 2, "loss": 2.0, "lr": 2.0}, {"step": 3, "mAP": 0.5}, {"step": 4, "loss": 1.0, "lr": 2.0}]
-    assert reporting.curves(history) == shown
-    assert reporting.curves(history, " (synthetic)")[1] == {"step": 3, "mAP (synthetic)": 0.5}
+    assert build.curves(history) == shown
+    assert build.curves(history, " (synthetic)")[1] == {"step": 3, "mAP (synthetic)": 0.5}
     log.write_text('{"epo\n{"epoch": 2}\n')
     with pytest.raises(ValueError, match="expected a JSON object, got line 1"):
-        reporting.read_history(log)
+        build.read_history(log)
 
 
 # ---- render, embed, rank, export ----------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 from sn_ops.reid.config import (
     SECTIONS,
     Config,
+    ConfigError,
     EvalConfig,
     ModelConfig,
     OptimConfig,
@@ -19,9 +20,8 @@ from sn_ops.reid.config import (
     to_dict,
     to_yaml,
 )
-from sn_ops.reid.fields import ConfigError
-from sn_ops.reid.presets import PRESETS, about, preset
-from sn_ops.reid.schedule import learning_rate
+from sn_ops.reid.config.presets import PRESETS, about, preset
+from sn_ops.reid.training.schedule import learning_rate
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

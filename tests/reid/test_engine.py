@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from reid_tiny import metrics, one_thread, tiny_config, write_market
-from sn_ops.reid.accumulate import backward_in_chunks
 from sn_ops.reid.checkpoint import CheckpointError, load_checkpoint, random_state, save_checkpoint
 from sn_ops.reid.config import Config, from_dict, from_yaml
-from sn_ops.reid.engine import EXIT_NONFINITE, EXIT_STOPPED, NonFiniteLossError, StoppedError, train
-from sn_ops.reid.logs import RunLog
-from sn_ops.reid.memory import Memory
+from sn_ops.reid.losses import Memory
 from sn_ops.reid.models import Output
-from sn_ops.reid.stopping import StopSignals
+from sn_ops.reid.training import EXIT_NONFINITE, EXIT_STOPPED, NonFiniteLossError, StoppedError, train
+from sn_ops.reid.training.gradcache import backward_in_chunks
+from sn_ops.reid.training.log import RunLog
+from sn_ops.reid.training.signals import StopSignals
 
 
 @pytest.fixture(autouse=True)
@@ -141,8 +141,10 @@ class Restless(nn.Module):
 @pytest.fixture
 def restless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are of `Restless`, and write no report, which takes longer than they do."""
-    monkeypatch.setattr("sn_ops.reid.trainer.build_model", lambda config, identities, **options: Restless(identities))
-    monkeypatch.setattr("sn_ops.reid.reporting.write_run_report", lambda *args, **options: None)
+    monkeypatch.setattr(
+        "sn_ops.reid.training.trainer.build_model", lambda config, identities, **options: Restless(identities)
+    )
+    monkeypatch.setattr("sn_ops.reid.report.build.write_run_report", lambda *args, **options: None)
 
 
 VARIANTS = {
@@ -254,19 +256,19 @@ def test_killed_without_a_chance(market: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("restless")
 def test_a_signal_while_evaluating(market: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing to wait for: the checkpoint is there."""
-    from sn_ops.reid import evaluating
+    from sn_ops.reid.inference import scoring
 
-    evaluate = evaluating.evaluate_model
+    evaluate = scoring.evaluate_model
 
     def interrupted(*args: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the signal should have ended it")
 
     wanted = train(tiny_config(market, tmp_path / "wanted"), progress=False)
-    monkeypatch.setattr(evaluating, "evaluate_model", interrupted)
+    monkeypatch.setattr(scoring, "evaluate_model", interrupted)
     with pytest.raises(StoppedError, match="SIGINT"):
         train(tiny_config(market, tmp_path / "run"), progress=False)
-    monkeypatch.setattr(evaluating, "evaluate_model", evaluate)
+    monkeypatch.setattr(scoring, "evaluate_model", evaluate)
     train(resume=tmp_path / "run", progress=False)
     assert same(training(tmp_path / "run"), training(wanted)) and metrics(tmp_path / "run") == metrics(wanted)
 
@@ -277,9 +279,9 @@ def test_a_signal_that_work_takes_in_its_own_way(
     market: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """A process that the same signal killed is an error of the work; a destructor swallows what is raised in it."""
-    from sn_ops.reid import evaluating
+    from sn_ops.reid.inference import scoring
 
-    evaluate = evaluating.evaluate_model
+    evaluate = scoring.evaluate_model
 
     class Holder:
         def __del__(self) -> None:
@@ -297,7 +299,7 @@ def test_a_signal_that_work_takes_in_its_own_way(
         except BaseException:
             raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.") from None
 
-    monkeypatch.setattr(evaluating, "evaluate_model", interrupted)
+    monkeypatch.setattr(scoring, "evaluate_model", interrupted)
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
     with pytest.raises(StoppedError, match="SIGTERM: the run has stopped"):
         train(tiny_config(market, tmp_path / "run"), progress=False)
@@ -333,7 +335,7 @@ def test_exit_status(market: Path, tmp_path: Path) -> None:
         import sys
         sys.path.insert(0, {str(Path(__file__).parents[1])!r})
         from reid_tiny import tiny_config
-        from sn_ops.reid.engine import StoppedError, train
+        from sn_ops.reid.training import StoppedError, train
 
         config = tiny_config({str(market)!r}, {str(tmp_path / "run")!r}, "optim.epochs=1000", "eval.every=0",
                              "data.workers=1", "run.checkpoint_every=1000")
@@ -441,7 +443,9 @@ SPOILED: dict[str, Callable[[dict[str, Any]], Any]] = {
 def stopped(market: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `Restless` with a memory that a signal has stopped."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sn_ops.reid.trainer.build_model", lambda config, identities, **options: Restless(identities))
+        patch.setattr(
+            "sn_ops.reid.training.trainer.build_model", lambda config, identities, **options: Restless(identities)
+        )
         with pytest.raises(StoppedError):
             train(
                 tiny_config(market, tmp_path_factory.mktemp("stopped") / "run", "loss.memory=12"), progress=False,
@@ -476,7 +480,7 @@ def test_nonfinite_loss(market: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         network.body.register_forward_hook(spoil)
         return network
 
-    monkeypatch.setattr("sn_ops.reid.trainer.build_model", broken)
+    monkeypatch.setattr("sn_ops.reid.training.trainer.build_model", broken)
     config = tiny_config(market, tmp_path / "run")
     with pytest.raises(NonFiniteLossError, match=r"loss nan.* in step 1 \(epoch 1\); 1 of 8 embeddings") as caught:
         train(config, progress=False)

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from sn_ops.reid import cli
-from sn_ops.reid.embed import Embeddings, embed_images, image_files, load_embeddings, save_embeddings
-from sn_ops.reid.onnx import check_onnx, export_onnx
-from sn_ops.reid.rank import rank_images, write_ranking
+from sn_ops.reid.inference import (
+    Embeddings,
+    check_onnx,
+    embed_images,
+    export_onnx,
+    image_files,
+    load_embeddings,
+    rank_images,
+    save_embeddings,
+)
+from sn_ops.reid.report import write_ranking
 
 image_module = pytest.importorskip("PIL.Image", reason="pillow is not installed: pip install 'sn_ops[reid]'")
 

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 import reid_ranks
 from ranks import Ranks
 from reid_tiny import one_thread
-from sn_ops.reid.across import GroupBatchNorm, sync_batchnorm
 from sn_ops.reid.config import LossConfig, ModelConfig
+from sn_ops.reid.ddp import GroupBatchNorm, sync_batchnorm
 from sn_ops.reid.losses import build_losses
-from sn_ops.reid.models import Output, SmallNet, build_model
+from sn_ops.reid.models import Output, SmallNet, build_model, load_weights
 from sn_ops.reid.requirements import need
-from sn_ops.reid.weights import load_weights
 
 RESNET = ModelConfig(name="resnet50")
 TIMM = ModelConfig(name="timm:resnet18")

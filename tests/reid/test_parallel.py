@@ -20,9 +20,9 @@ import torch
 from reid_tiny import metrics, one_thread, tiny_config, write_market
 from sn_ops.reid.checkpoint import load_checkpoint
 from sn_ops.reid.config import Config, ModelConfig
-from sn_ops.reid.engine import train
+from sn_ops.reid.ddp import Parallel, processes
 from sn_ops.reid.models import ReIDModel, build_model
-from sn_ops.reid.parallel import Parallel, processes
+from sn_ops.reid.training import train
 
 # Batches of 3 identities: one rank has 1 of them, the other 2. SGD, since Adam's first steps turn rounding into signs.
 OPTIONS = (
@@ -52,13 +52,13 @@ from typing import Any
 
 sys.path[:0] = [{here!r}, {tests!r}]
 from test_parallel import FROZEN, VARIANTS, configuration, frozen_norms
-from sn_ops.reid.engine import StoppedError, train
+from sn_ops.reid.training import StoppedError, train
 
 import os, shutil, signal
 
-from sn_ops.reid import reporting
+from sn_ops.reid.report import build
 
-reporting.write_run_report = lambda *args, **options: None  # it takes longer than the runs
+build.write_run_report = lambda *args, **options: None  # it takes longer than the runs
 folder, market = Path({folder!r}), Path({market!r})
 for variant in VARIANTS:
     with frozen_norms(variant == FROZEN):
@@ -96,7 +96,7 @@ def frozen_norms(on: bool) -> Iterator[None]:
                 module.train = partial(_unmoved, module)  # type: ignore[method-assign, assignment]
         return model
 
-    with mock.patch("sn_ops.reid.trainer.build_model", build):
+    with mock.patch("sn_ops.reid.training.trainer.build_model", build):
         yield
 
 
@@ -128,7 +128,7 @@ def test_two_ranks_are_one_process(
 ) -> None:
     """The same losses and statistics step by step, and the same network at the end, up to rounding."""
     market, folder = runs
-    monkeypatch.setattr("sn_ops.reid.reporting.write_run_report", lambda *args, **options: None)
+    monkeypatch.setattr("sn_ops.reid.report.build.write_run_report", lambda *args, **options: None)
     with frozen_norms(variant == FROZEN):
         one = train(configuration(market, tmp_path / "run", variant), progress=False)
     wanted, found = metrics(one), metrics(folder / variant)
@@ -156,7 +156,7 @@ def test_a_signal_to_one_rank_stops_all(runs: tuple[Path, Path]) -> None:
 def test_one_process_goes_on_from_two(runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint is not bound to a number of ranks."""
     _, folder = runs
-    monkeypatch.setattr("sn_ops.reid.reporting.write_run_report", lambda *args, **options: None)
+    monkeypatch.setattr("sn_ops.reid.report.build.write_run_report", lambda *args, **options: None)
     shutil.copytree(folder / "stopped-early", tmp_path / "run")
     run = train(resume=tmp_path / "run", progress=False)
     for record, other in zip(metrics(run), metrics(folder / "memory"), strict=True):

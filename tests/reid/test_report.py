@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from sn_ops.reid import reporting
 from sn_ops.reid.config import Config, to_yaml
 from sn_ops.reid.data import Sample, Split
 from sn_ops.reid.data.loading import eval_transform
 from sn_ops.reid.evaluation import ReRank, Scores, evaluate, evaluate_with_distractors
 from sn_ops.reid.models import build_model
-from sn_ops.reid.report import Embedded, Report, page, plots, write_report
+from sn_ops.reid.report import Embedded, Report, build, page, plots, write_report
 
 # The extra `reid` has these; they are not optional for a run of the whole suite.
 image_module = pytest.importorskip("PIL.Image", reason="pillow is not installed: pip install 'sn_ops[reid]'")
@@ -174,8 +173,8 @@ def test_support_neighbours_are_those_of_the_loss(tmp_path: Path, monkeypatch: p
         seen.append(report)
         return write_report(path, report)
 
-    monkeypatch.setattr(reporting, "write_report", noted)
-    text = reporting.write_run_report(tmp_path, model=model, split=split).read_text()
+    monkeypatch.setattr(build, "write_report", noted)
+    text = build.write_run_report(tmp_path, model=model, split=split).read_text()
     assert "What the loss sees in a training batch, by the features that it takes (before a neck" in text
     assert all(module.training for module in model.modules())
 

@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
-from sn_ops.reid.baseline import colour_histograms
 from sn_ops.reid.data import market1501
 from sn_ops.reid.data.records import Sample, Split
 from sn_ops.reid.data.synthetic import FOLDERS, MANIFEST, Image, Renderer, SyntheticConfig, plan, render, writing
@@ -28,6 +27,7 @@ from sn_ops.reid.data.synthetic.figure import Figure
 from sn_ops.reid.data.synthetic.plan import Kind, cameras_of, identities
 from sn_ops.reid.data.synthetic.pose import Box, Moment, View, leg, moment
 from sn_ops.reid.evaluation import Scores, evaluate
+from sn_ops.reid.inference.histograms import colour_histograms
 
 NAME = re.compile(r"(-1|\d{4})_c([1-6])s([1-6])_(\d{6})_(\d{2})\.jpg")
 TINY = SyntheticConfig(

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 
 import sn_ops
 from reid_tiny import one_thread, tiny_config, write_market
-from sn_ops.reid import evaluating
 from sn_ops.reid.checkpoint import load_checkpoint
 from sn_ops.reid.config import Config
-from sn_ops.reid.engine import StoppedError, train
+from sn_ops.reid.data import load_split
+from sn_ops.reid.ddp import Parallel
+from sn_ops.reid.inference import scoring
 from sn_ops.reid.models import Output
-from sn_ops.reid.parallel import Parallel
-from sn_ops.reid.trained import load_split
-from sn_ops.reid.trainer import Trainer
+from sn_ops.reid.training import StoppedError, train
+from sn_ops.reid.training.trainer import Trainer
 
 
 class Plain(nn.Module):
@@ -47,8 +47,10 @@ class Plain(nn.Module):
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs are of `Plain`, on one thread, and write no report, which takes longer than they do."""
-    monkeypatch.setattr("sn_ops.reid.trainer.build_model", lambda config, identities, **options: Plain(identities))
-    monkeypatch.setattr("sn_ops.reid.reporting.write_run_report", lambda *args, **options: None)
+    monkeypatch.setattr(
+        "sn_ops.reid.training.trainer.build_model", lambda config, identities, **options: Plain(identities)
+    )
+    monkeypatch.setattr("sn_ops.reid.report.build.write_run_report", lambda *args, **options: None)
     with one_thread():
         yield
 
@@ -252,7 +254,7 @@ def test_best_is_the_highest(
     market: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: tuple[float, ...], best: int, stopped: bool
 ) -> None:
     """The network of the epoch with the highest mAP, the first of equals; a run that goes on remembers it."""
-    real, coming = evaluating.evaluate_model, list(scores)
+    real, coming = scoring.evaluate_model, list(scores)
 
     def scored(*args: Any, **options: Any) -> Any:
         found, value = real(*args, **options), coming.pop(0)
@@ -260,7 +262,7 @@ def test_best_is_the_highest(
             name: dataclasses.replace(score, mAP_standard=value, mAP_market=1 - value) for name, score in found.items()
         }
 
-    monkeypatch.setattr(evaluating, "evaluate_model", scored)
+    monkeypatch.setattr(scoring, "evaluate_model", scored)
     config = tiny_config(market, tmp_path / "run", "eval.every=1", "optim.lr=0.05")
     if stopped:
         with pytest.raises(StoppedError):

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .records import DISTRACTOR, JUNK, Sample, Split
-from .registry import DATASETS, load_dataset
+from .registry import DATASETS, load_dataset, load_split
 
-__all__ = ["DATASETS", "DISTRACTOR", "JUNK", "Sample", "Split", "load_dataset"]
+__all__ = ["DATASETS", "DISTRACTOR", "JUNK", "Sample", "Split", "load_dataset", "load_split"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +151,16 @@ class ReIDImages(Dataset[Item]):
             torch.default_generator.manual_seed(int(seed))
             tensor = self.transform(picture)
         return tensor, self.labels[index], self.cameras[index], index
+
+
+def outlive_stop_signals(worker: int) -> None:
+    """What a process that reads images begins with: it outlives the signals that stop the run, which schedulers and
+    terminals send to all its processes, so that the batch it owes arrives and no dead process is an error of its own.
+
+    It ends when its run's process does, or asks it to, which is a second SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def make_loader(

@@ -9,11 +9,14 @@ import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..requirements import need
 from . import cuhk01, cuhk03, duke, folder, market1501, msmt17
 from .records import Split
+
+if TYPE_CHECKING:
+    from ..config import DataConfig
 
 Loader = Callable[..., Split]
 """From the folder of a data set, and options by keyword, to its split."""
@@ -111,3 +114,12 @@ def load_dataset(name: str, root: str | os.PathLike[str], /, **options: Any) -> 
         raise ValueError(f"sn_ops.reid: data set: expected one of {', '.join(DATASETS)}, got {name!r}")
     _check_options(name, options)
     return DATASETS[name](root, **options)
+
+
+def load_split(data: DataConfig) -> Split:
+    """The data set that a configuration names.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_dataset`.
+    """
+    return load_dataset(data.name, Path(data.root), **data.options)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from .distances import Distances, FeatureDistances, MatrixDistances
 from .distractors import evaluate_with_distractors
 from .lists import RankedLists, ranked_lists
+from .matching import Protocol
 from .metrics import PerQuery, Scores
 from .multiquery import multi_query_features
-from .protocol import distances_of, evaluate, evaluate_matrix
-from .ranking import Protocol
 from .rerank import ReRank, RerankedDistances
+from .retrieval import distances_of, evaluate, evaluate_matrix
 
 __all__ = [
     "Distances",

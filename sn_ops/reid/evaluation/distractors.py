@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .distances import FeatureDistances, Metric
+from .matching import Protocol
 from .metrics import AveragePrecision, Scores, Unmatched, scores
-from .ranking import CHUNK, Protocol
+from .ranking import CHUNK
 
 
 def evaluate_with_distractors(

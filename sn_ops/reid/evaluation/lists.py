@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .distances import Distances
-from .ranking import CHUNK, Protocol, check_lengths
+from .matching import Protocol, check_lengths
+from .ranking import CHUNK
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .distances import Distances
-from .ranking import CHUNK, Protocol, match_ranks
+from .matching import Protocol
+from .ranking import CHUNK, match_ranks
 
 AveragePrecision = Literal["standard", "market"]
 Unmatched = Literal["skip", "zero"]

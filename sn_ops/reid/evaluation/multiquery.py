@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ranking import _integers
+from .matching import _integers
 
 
 def multi_query_features(

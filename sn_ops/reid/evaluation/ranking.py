@@ -19,93 +19,13 @@ import torch
 from torch import Tensor
 
 from .distances import Block, Distances, Tile
+from .matching import Protocol, check_lengths
 
 CHUNK = 1 << 21
 """Distances held at a time by default: 16 MB of float64, a handful of times over."""
 
 
 _FEW_DOUBTS = 8  # matches in doubt a query up to which it is faster to compare with each than to search
-
-
-class Protocol:
-    """Who matches whom, for some queries and a gallery."""
-
-    def __init__(
-        self,
-        query_ids: Tensor,
-        query_cameras: Tensor | None,
-        gallery_ids: Tensor,
-        gallery_cameras: Tensor | None,
-        device: torch.device,
-    ) -> None:
-        """Identities and cameras, integer `[Q]` and `[G]`, on any device; no cameras: nothing of a query's identity
-        is left out.
-
-        Raises:
-            TypeError, ValueError: not 1-D integer tensors, lengths that differ, only one of the cameras, a query of
-            a negative identity.
-        """
-        if (query_cameras is None) != (gallery_cameras is None):
-            raise ValueError("sn_ops.reid: cameras: expected them for query and gallery or for neither, got one")
-        self.query_ids = _integers("query_ids", query_ids, None, device)
-        self.gallery_ids = _integers("gallery_ids", gallery_ids, None, device)
-        self.query_cameras = self.gallery_cameras = None
-        if query_cameras is not None and gallery_cameras is not None:
-            self.query_cameras = _integers("query_cameras", query_cameras, len(self.query_ids), device)
-            self.gallery_cameras = _integers("gallery_cameras", gallery_cameras, len(self.gallery_ids), device)
-        if bool((self.query_ids < 0).any()):
-            raise ValueError(
-                f"sn_ops.reid: query_ids: expected none below 0 (junk), got {int((self.query_ids < 0).sum())}"
-            )
-        self.junk = (self.gallery_ids < 0).nonzero()[:, 0]
-        # The gallery in order of identity: the images of one are a run.
-        ids, self._order = self.gallery_ids.sort(stable=True)
-        self._first = torch.searchsorted(ids, self.query_ids)
-        self.same = torch.searchsorted(ids, self.query_ids, right=True) - self._first
-        """`[Q]`: how many gallery images have the query's identity, whatever their camera."""
-
-    def pairs(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For the queries from start to stop, every pair of one identity: row (from 0), column, and whether it counts.
-
-        Sorted by row, then column.
-        """
-        counts = self.same[start:stop]
-        rows = torch.arange(stop - start, device=counts.device).repeat_interleave(counts)
-        within = torch.arange(rows.numel(), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-        columns = self._order[self._first[start:stop][rows] + within]
-        if self.query_cameras is None or self.gallery_cameras is None:
-            return rows, columns, torch.ones_like(rows, dtype=torch.bool)
-        return rows, columns, self.query_cameras[start:stop][rows] != self.gallery_cameras[columns]
-
-    def blocks(self, rows_at_once: int, chunk: int) -> Iterator[tuple[int, int]]:
-        """Runs of queries short enough that neither they nor their matches are too many."""
-        same = self.same.tolist()
-        start, widest = 0, 0
-        for i, count in enumerate(same):
-            widest = max(widest, count)
-            if i > start and (i - start >= rows_at_once or (i + 1 - start) * widest > chunk):
-                yield start, i
-                start, widest = i, count
-        if same:
-            yield start, len(same)
-
-
-def _integers(name: str, values: Tensor, length: int | None, device: torch.device) -> Tensor:
-    if not isinstance(values, Tensor) or values.is_floating_point() or values.is_complex() or values.ndim != 1:
-        got = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"sn_ops.reid: {name}: expected a 1-D integer tensor, got {got}")
-    if length is not None and len(values) != length:
-        raise ValueError(f"sn_ops.reid: {name}: expected {length} entries, got {len(values)}")
-    return values.to(device, torch.int64)
-
-
-def check_lengths(distances: Distances, protocol: Protocol) -> None:
-    """Raises ValueError unless there is an identity for each query and each gallery row."""
-    for name, ids, rows in zip(
-        ("query_ids", "gallery_ids"), (protocol.query_ids, protocol.gallery_ids), distances.shape, strict=True
-    ):
-        if len(ids) != rows:
-            raise ValueError(f"sn_ops.reid: {name}: expected {rows} entries, one a feature row, got {len(ids)}")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
-"""The report of a run as one HTML file, and its figures."""
+"""The report of a run: one HTML file with curves, scores, ranked lists, support neighbours and embeddings."""
 
 from __future__ import annotations
 
-from .html import Embedded, Report, write_report
+from ..inference.embed import Embedded
+from .build import build_report, write_run_report
+from .html import Report, write_report
+from .ranking import write_ranking
 
-__all__ = ["Embedded", "Report", "write_report"]
+__all__ = ["Embedded", "Report", "build_report", "write_ranking", "write_report", "write_run_report"]

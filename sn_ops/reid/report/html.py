@@ -8,57 +8,14 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
-from typing import Protocol as Structure
 
 import torch
-from torch import Tensor
 
 import sn_ops
 
 from ..evaluation import Distances, FeatureDistances, Protocol, Scores, ranked_lists
+from ..inference.embed import Embedded
 from . import page, plots
-
-
-class Image(Structure):
-    """What the report needs of an image: `data.records.Sample` has it."""
-
-    @property
-    def path(self) -> Path:
-        """File."""
-
-    @property
-    def pid(self) -> int:
-        """Identity; -1 junk, 0 distractor."""
-
-    @property
-    def camera(self) -> int:
-        """Camera."""
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """Images and their features, row by row."""
-
-    samples: Sequence[Image]
-    features: Tensor
-    """`[n, D]`, floating point, on the CPU."""
-
-    def __post_init__(self) -> None:
-        if self.features.ndim != 2 or len(self.samples) != len(self.features):
-            raise ValueError(
-                f"sn_ops.reid: features: expected [{len(self.samples)}, D], one row a sample, "
-                f"got {list(self.features.shape)}"
-            )
-
-    @property
-    def ids(self) -> Tensor:
-        """int64 `[n]`."""
-        return torch.tensor([sample.pid for sample in self.samples], dtype=torch.int64)
-
-    @property
-    def cameras(self) -> Tensor:
-        """int64 `[n]`."""
-        return torch.tensor([sample.camera for sample in self.samples], dtype=torch.int64)
 
 
 @dataclass(frozen=True)

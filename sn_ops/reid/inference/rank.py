@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..evaluation import FeatureDistances, Protocol, ranked_lists
+from ..evaluation.distances import Metric
 from .embed import Embeddings, Transform, embed_images, image_files
-from .evaluation import FeatureDistances, Protocol, ranked_lists
-from .evaluation.distances import Metric
-from .report import page
 
 
 @dataclass(frozen=True)
@@ -70,24 +69,3 @@ def rank_images(
         Ranked(Path(images.paths[kept[i]]), distance)
         for i, distance in zip(lists.indices[0].tolist(), lists.distances[0].tolist(), strict=True)
     ]
-
-
-def write_ranking(file: str | os.PathLike[str], query: str | os.PathLike[str], ranking: Sequence[Ranked]) -> Path:
-    """A list as one self-contained HTML file, replaced atomically.
-
-    Raises:
-        ImportError: pillow is missing.
-        OSError: an image cannot be read, or the file not written.
-    """
-    file, query = Path(file), Path(query)
-    figures = [page.picture(query, ["query", query.name], "asked")]
-    figures += [
-        page.picture(found.path, [str(place), f"{found.distance:.3f}", found.path.name], "")
-        for place, found in enumerate(ranking, start=1)
-    ]
-    text = f"The images most like {query}, the nearest first, with the distance of their embeddings."
-    body = page.section("Ranked list", text, f'<div class="strip wide">{"".join(figures)}</div>')
-    unfinished = file.with_name(file.name + ".part")
-    unfinished.write_text(page.document(f"Ranking for {query.name}", [body]), encoding="utf-8")
-    os.replace(unfinished, file)
-    return file

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .data.images import read_image
-from .requirements import need
+from ..data.images import read_image
+from ..requirements import need
 
 STRIPES = 6
 BINS = (8, 4, 4)

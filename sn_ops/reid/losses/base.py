@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .across import gather
+from ..ddp import gather
 
 Stats = dict[str, Tensor]
 """Detached 0-d tensors by name, the same on every rank of a group."""

@@ -14,28 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoint import (
+from ..checkpoint import (
     check_resumable,
     data_fingerprint,
+    find_checkpoint,
     load_checkpoint,
     random_state,
     restoring,
     save_checkpoint,
     set_random_state,
 )
-from .config import Config, from_dict, to_yaml
-from .data.records import Split
-from .fields import ConfigError
-from .files import replace_json, replace_text
-from .logs import RunLog
-from .parallel import processes
-from .requirements import need
+from ..config import Config, ConfigError, from_dict, to_yaml
+from ..data import Split, load_split
+from ..ddp import processes
+from ..files import replace_json, replace_text
+from ..requirements import need
+from .log import RunLog
 from .schedule import learning_rate
-from .stopping import EXIT_NONFINITE, EXIT_STOPPED, NonFiniteLossError, StoppedError, StopSignals
-from .trained import find_checkpoint, load_split
+from .signals import StoppedError, StopSignals
 from .trainer import Trainer
-
-__all__ = ["EXIT_NONFINITE", "EXIT_STOPPED", "NonFiniteLossError", "StoppedError", "train"]
 
 RUNS = Path("runs")
 """Where runs without a `run.out` go."""
@@ -56,7 +53,7 @@ def train(
 
     A run that is stopped and resumed is on a CPU the run that was not stopped, bit for bit: in the network, and in
     metrics.jsonl but for times. SIGTERM or SIGINT ends it after the present step with a checkpoint. Under torchrun
-    every rank calls this; see `parallel`. The process's generators, number of threads and choice of deterministic
+    every rank calls this; see `ddp.ranks`. The process's generators, number of threads and choice of deterministic
     algorithms are put back afterwards.
 
     Args:
@@ -76,7 +73,7 @@ def train(
         NonFiniteLossError: the loss is NaN or infinite; nonfinite.json describes the batch. `EXIT_NONFINITE`.
         ImportError: a package of the extra is missing.
     """
-    from .evaluating import check_evaluation
+    from ..inference.scoring import check_evaluation
 
     checkpoint = None if resume is None else find_checkpoint(resume, "last")
     state = None if checkpoint is None else load_checkpoint(checkpoint)
@@ -251,8 +248,8 @@ class _Run:
         self.parallel.wait()
 
     def _score(self, final: bool) -> None:
-        from .evaluating import evaluate_model, scores_record
-        from .reporting import write_run_report
+        from ..inference.scoring import evaluate_model, scores_record
+        from ..report.build import write_run_report
 
         trainer, device = self.trainer, self.parallel.device
         asked = None if final else False  # None: what the configuration says

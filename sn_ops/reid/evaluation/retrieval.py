@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .distances import Distances, FeatureDistances, MatrixDistances, Metric
+from .matching import Protocol
 from .metrics import AveragePrecision, Scores, Unmatched, scores
-from .ranking import CHUNK, Protocol
+from .ranking import CHUNK
 from .rerank import ReRank, RerankedDistances
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .across import gather, sync_batchnorm
-from .trained import pick_device
+from .collectives import gather
+from .sync_batchnorm import sync_batchnorm
 
 Value = TypeVar("Value")
 
@@ -84,6 +85,23 @@ class Parallel:
         """Returns when all ranks have come here."""
         if self.group is not None:
             dist.barrier(self.group)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    known = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]{0,5}))?", name)
+    if known is None:  # PyTorch has more, such as meta, which would run into errors of its own
+        raise ValueError(f"sn_ops.reid: device: expected auto, cpu, cuda or cuda:<index>, got {name!r}")
+    # Before PyTorch reads the index, which it keeps in a byte.
+    if name != "cpu" and int(known[1] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"sn_ops.reid: device: expected a device that is here, got {name!r}")
+    return torch.device(name)
 
 
 @contextmanager

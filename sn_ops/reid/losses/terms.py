@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 import sn_ops
 
-from .across import gather, global_mean
-from .metric import Bank, MetricLoss, Stats, distances, pairs_of
+from ..ddp import gather, global_mean
+from .base import Bank, MetricLoss, Stats, distances, pairs_of
 
 if TYPE_CHECKING:
-    from .config import LossConfig
+    from ..config import LossConfig
 
 
 class SNMetric(MetricLoss):

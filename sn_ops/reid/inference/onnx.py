@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .requirements import need
+from ..requirements import need
 
 INPUT, OUTPUT = "images", "embeddings"
 

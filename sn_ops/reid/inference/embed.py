@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data.images import SUFFIXES, read_image
-from .stopping import outlive_stop_signals
+from ..data.images import SUFFIXES, read_image
+from ..data.loading import outlive_stop_signals
 
 Transform = Callable[[Any], Tensor]
 """From a `PIL.Image.Image` in RGB to a float tensor `[3, H, W]`, as the model was evaluated with."""
@@ -101,6 +101,48 @@ def embed_images(
     finally:
         model.train(training)
     return torch.cat(rows)
+
+
+class Image(Protocol):
+    """What the report needs of an image: `data.records.Sample` has it."""
+
+    @property
+    def path(self) -> Path:
+        """File."""
+
+    @property
+    def pid(self) -> int:
+        """Identity; -1 junk, 0 distractor."""
+
+    @property
+    def camera(self) -> int:
+        """Camera."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Images and their features, row by row."""
+
+    samples: Sequence[Image]
+    features: Tensor
+    """`[n, D]`, floating point, on the CPU."""
+
+    def __post_init__(self) -> None:
+        if self.features.ndim != 2 or len(self.samples) != len(self.features):
+            raise ValueError(
+                f"sn_ops.reid: features: expected [{len(self.samples)}, D], one row a sample, "
+                f"got {list(self.features.shape)}"
+            )
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 `[n]`."""
+        return torch.tensor([sample.pid for sample in self.samples], dtype=torch.int64)
+
+    @property
+    def cameras(self) -> Tensor:
+        """int64 `[n]`."""
+        return torch.tensor([sample.camera for sample in self.samples], dtype=torch.int64)
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import Config, from_yaml
-from .data.records import Split
-from .data.sampler import IdentitySampler
-from .evaluating import EmbeddedSplit, Embedder, Tick, embed_split, label, network_embedder, score_split
-from .evaluation import Scores
-from .models import ReIDModel
-from .report import Embedded, Report, write_report
-from .trained import load_split, open_trained
+from ..config import Config, from_yaml
+from ..data import Split, load_split
+from ..data.sampler import IdentitySampler
+from ..evaluation import Scores
+from ..inference.embed import Embedded
+from ..inference.scoring import EmbeddedSplit, Embedder, Tick, embed_split, label, network_embedder, score_split
+from ..inference.trained import open_trained
+from ..models import ReIDModel
+from .html import Report, write_report
 
 NOTICE = (
     "Synthetic: rendered pedestrians, not photographs. These numbers say that the trainer works and compare its "
@@ -155,7 +156,7 @@ def write_run_report(
         model: the network, where it is at hand; default: that of the checkpoint.
         split: the data set, where it is at hand; default: the one of the configuration.
         scores: of that network on that split, where they are known; default: what the configuration evaluates.
-        device, workers, tick: as `evaluating.network_embedder`.
+        device, workers, tick: as `inference.scoring.network_embedder`.
         out: the file; default: report.html in the folder.
 
     Returns:

@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .accumulate import backward_in_chunks
-from .checkpoint import random_state, set_random_state
-from .config import Config, check_neck
-from .data.loading import ReIDImages, make_loader, train_transform
-from .data.records import Split
-from .data.sampler import IdentitySampler
-from .fields import wrong
-from .losses import build_losses
-from .memory import Memory
-from .models import build_model
-from .parallel import Parallel
+from ..checkpoint import random_state, set_random_state
+from ..config import Config
+from ..config.config import check_neck
+from ..config.fields import wrong
+from ..data import Split
+from ..data.loading import ReIDImages, make_loader, outlive_stop_signals, train_transform
+from ..data.sampler import IdentitySampler
+from ..ddp import Parallel
+from ..losses import Memory, build_losses
+from ..models import build_model
+from .gradcache import backward_in_chunks
+from .nonfinite import report_nonfinite
 from .schedule import learning_rate
-from .stopping import outlive_stop_signals, report_nonfinite
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

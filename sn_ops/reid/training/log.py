@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .requirements import need
+from ..requirements import need
 
 # What the bar has room for, where the run has it; metrics.jsonl and TensorBoard get everything.
 _BAR = ("loss", "nearest_is_positive", "support_positives", "positive_distance", "negative_distance", "accuracy", "lr")

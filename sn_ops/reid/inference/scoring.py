@@ -12,13 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .config import Config
-from .data.loading import eval_transform
-from .data.records import Sample, Split
-from .embed import embed_images, image_files
-from .evaluation import ReRank, Scores, evaluate, evaluate_with_distractors, multi_query_features
-from .evaluation.metrics import AveragePrecision
-from .report import Embedded
+from ..config import Config
+from ..data import Sample, Split
+from ..data.loading import eval_transform
+from ..evaluation import ReRank, Scores, evaluate, evaluate_with_distractors, multi_query_features
+from ..evaluation.metrics import AveragePrecision
+from .embed import Embedded, embed_images, image_files
 
 Tick = Callable[[int], None]
 Embedder = Callable[[Sequence[Path]], Tensor]
@@ -216,7 +215,7 @@ def score_distractors(
 
 def baseline_scores(split: Split, config: Config, tick: Tick | None = None) -> dict[str, Scores]:
     """What colour histograms reach on a split without any training, by name."""
-    from .baseline import colour_histograms  # nothing else needs it
+    from .histograms import colour_histograms  # nothing else needs it
 
     embedded = embed_split(lambda paths: colour_histograms(paths, tick=tick), split)
     (score,) = score_split(embedded, split, config, rerank=False).values()

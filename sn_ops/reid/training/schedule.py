@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from .config import OptimConfig
+from ..config import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, epoch: int, step: int, steps: int) -> float:

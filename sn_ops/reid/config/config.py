@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..requirements import need
 from .fields import ConfigError, check, coerce, guess, option, parse, wrong
-from .requirements import need
 
 SQUEEZES = ("span", "support", "nearest", "none", "pair")
 """Readings of the squeeze term; "pair" is || x_near - x_far ||, the others are those of `sn_ops.sn_loss`."""

@@ -1,0 +1,17 @@
+"""The processes of a run, and what they compute together."""
+
+from __future__ import annotations
+
+from .collectives import gather, global_mean
+from .ranks import Parallel, pick_device, processes
+from .sync_batchnorm import GroupBatchNorm, sync_batchnorm
+
+__all__ = [
+    "GroupBatchNorm",
+    "Parallel",
+    "gather",
+    "global_mean",
+    "pick_device",
+    "processes",
+    "sync_batchnorm",
+]

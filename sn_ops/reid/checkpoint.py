@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .config import Config, training_values
+from .config import Config, to_dict, training_values
 from .data import Sample
+from .files import replacing
 
 FORMAT = "sn_ops.reid checkpoint"
 VERSION = 1
@@ -33,34 +34,17 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any], config: Config) -> None:
-    """Writes a checkpoint so that at any moment the file is the old one or the new one, whole.
-
-    A file beside it is written and flushed to the disk, then renamed; the folder's entry is flushed too.
+    """Replaces a checkpoint: at any moment, a power cut included, the file is the old one or the new one, whole.
 
     Args:
         path: where to.
         state: tensors and plain values; at least num_identities, epoch (finished ones) and model, a state dict.
         config: of the run.
     """
-    head = {"format": FORMAT, "version": VERSION, "config": _plain(config), "fingerprint": config.fingerprint()}
+    head = {"format": FORMAT, "version": VERSION, "config": to_dict(config), "fingerprint": config.fingerprint()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("wb") as out:
+    with replacing(path) as unfinished, unfinished.open("wb") as out:
         torch.save({**head, **state}, out)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(unfinished, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    from .config import to_dict
-
-    return to_dict(config)
 
 
 def find_checkpoint(path: str | os.PathLike[str], which: str = "last") -> Path:

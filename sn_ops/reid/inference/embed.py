@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data.images import SUFFIXES, read_image
 from ..data.loading import outlive_stop_signals
+from ..files import replacing
 
 Transform = Callable[[Any], Tensor]
 """From a `PIL.Image.Image` in RGB to a float tensor `[3, H, W]`, as the model was evaluated with."""
@@ -175,10 +176,8 @@ def save_embeddings(file: str | os.PathLike[str], embeddings: Embeddings) -> Pat
     file = Path(file)
     if file.suffix != ".npz":
         raise ValueError(f"sn_ops.reid: embeddings: expected a file name that ends in .npz, got {file}")
-    unfinished = file.with_name(file.name + ".part")
-    with unfinished.open("wb") as out:
+    with replacing(file) as unfinished, unfinished.open("wb") as out:
         np.savez(out, features=embeddings.features.float().cpu().numpy(), paths=np.array(embeddings.paths, dtype=str))
-    os.replace(unfinished, file)
     return file
 
 

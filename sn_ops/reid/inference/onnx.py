@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..files import replacing
 from ..requirements import need
 
 INPUT, OUTPUT = "images", "embeddings"
@@ -60,7 +61,6 @@ def export_onnx(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     wrapped = _Embedding(model, normalize).eval()
     example = torch.randn(2, 3, height, width, device=device, generator=_generator(device))
-    unfinished = path.with_name(path.name + ".part")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the exporter's, about its own use of torch.utils
@@ -75,11 +75,10 @@ def export_onnx(
             )
         if program is None:
             raise RuntimeError("sn_ops.reid: onnx: expected a program from torch.onnx.export, got None")
-        program.save(unfinished, external_data=False)
-        check_onnx(model, unfinished, height=height, width=width, normalize=normalize, tolerance=tolerance)
-        os.replace(unfinished, path)
+        with replacing(path) as unfinished:
+            program.save(unfinished, external_data=False)
+            check_onnx(model, unfinished, height=height, width=width, normalize=normalize, tolerance=tolerance)
     finally:
-        unfinished.unlink(missing_ok=True)
         model.train(training)
     return path
 

@@ -14,6 +14,7 @@ import torch
 import sn_ops
 
 from ..evaluation import Distances, FeatureDistances, Protocol, Scores, ranked_lists
+from ..files import replacing
 from ..inference.embed import Embedded
 from . import page, plots
 
@@ -64,9 +65,8 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
         parts.append(_support(batch, report.k, training=report.anchors is not None))
     if report.configuration:
         parts.append(page.section("Configuration", "", page.facts(report.configuration)))
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(page.document(report.title, parts), encoding="utf-8")
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(page.document(report.title, parts), encoding="utf-8")
     return path
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import replacing
 from ..inference.rank import Ranked
 from . import page
 
@@ -25,7 +26,6 @@ def write_ranking(file: str | os.PathLike[str], query: str | os.PathLike[str], r
     ]
     text = f"The images most like {query}, the nearest first, with the distance of their embeddings."
     body = page.section("Ranked list", text, f'<div class="strip wide">{"".join(figures)}</div>')
-    unfinished = file.with_name(file.name + ".part")
-    unfinished.write_text(page.document(f"Ranking for {query.name}", [body]), encoding="utf-8")
-    os.replace(unfinished, file)
+    with replacing(file) as unfinished:
+        unfinished.write_text(page.document(f"Ranking for {query.name}", [body]), encoding="utf-8")
     return file

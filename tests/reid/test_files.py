@@ -24,7 +24,8 @@ def test_the_block_ends_or_the_old_file_stays(tmp_path: Path) -> None:
             unfinished.write_text("half")
             raise KeyboardInterrupt
 
-    pytest.raises(KeyboardInterrupt, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert file.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
 
 

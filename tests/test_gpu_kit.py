@@ -48,7 +48,7 @@ def test_the_table_is_whole(call: str) -> None:
     assert len(set(names)) == len(names)
     assert mine[0].name == "facts" and mine[0].gate and mine[0].always
     for position, step in enumerate(mine):
-        assert (manifest.HERE / step.program[0]).is_file(), step
+        assert (manifest.PROGRAMS / step.program[0]).is_file(), step
         assert step.what and step.cap > 0
         assert step.beside is None or step.beside in names[:position]
         if step.program[0] == "times.py":
@@ -238,7 +238,7 @@ def test_a_bound_that_fails_fails_the_probe(
     program.write_text(f"#!/bin/sh\necho '{json.dumps(told)}'\nexit {status}\n")
     program.chmod(0o755)
     monkeypatch.setenv(protocol.PRETEND, "1")
-    monkeypatch.setenv(probe.EMULATED, str(program))
+    monkeypatch.setenv(protocol.EMULATED_PROBE, str(program))
     if holds and status == 0:
         probe.main()
         return

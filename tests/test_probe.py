@@ -1,4 +1,4 @@
-"""The probe of the tensor core's accumulation (benchmarks/gpu/probe.cu) on emulated threads, under each model.
+"""The probe of the tensor core's accumulation (benchmarks/gpu/programs/probe.cu) on emulated threads, under each model.
 
 On a device it has one short run: here it must name every model, find what a broken adder does wrong, and refuse what
 exceeds the bound that the screening relies on.

@@ -9,6 +9,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+PROGRAMS = HERE / "programs"
+"""Folder of the steps' programs."""
+
 BUILT = HERE / "built"
 """Folder of the compiled programs and of the manifest."""
 

@@ -20,6 +20,9 @@ NOT_RUN = 77
 PRETEND = "SN_OPS_KIT_PRETEND"
 """Environment variable that is set while the kit is rehearsed without a GPU."""
 
+EMULATED_PROBE = "SN_SIMT_PROBE"
+"""Environment variable with the path of `sn_gpu_probe` for emulated threads, which a rehearsal runs."""
+
 
 def pretending() -> bool:
     """Whether this is a rehearsal."""

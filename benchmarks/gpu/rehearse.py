@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import manifest
-import probe
 import protocol
 import records
 import runner
@@ -66,7 +65,7 @@ PROGRAMS = {
 
 def step(name: str, cap: float = 30, **more: Any) -> Step:
     """A step of a made-up call."""
-    return Step(name, "prove", cap, ("rehearse.py", "--act", name), "", **more)
+    return Step(name, "prove", cap, (__file__, "--act", name), "", **more)
 
 
 Results = dict[str, dict[str, Any]]
@@ -285,7 +284,7 @@ def emulated_programs() -> dict[str, str]:
     import simt_build
 
     library = simt_build.library()
-    return {"SN_SIMT_LIBRARY": str(library), probe.EMULATED: str(simt_build.build("sn_simt_probe"))}
+    return {"SN_SIMT_LIBRARY": str(library), protocol.EMULATED_PROBE: str(simt_build.build("sn_simt_probe"))}
 
 
 def act(name: str) -> None:

@@ -196,8 +196,9 @@ class Runner:
             **({protocol.PRETEND: "1"} if self.pretend else {}),
             **dict(step.environment),
         }
-        if importlib.util.find_spec("sn_ops") is None:  # not installed: the checkout's own
-            changes["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        # The programs import the modules of this folder; without an installed package, the checkout's own.
+        paths = [str(HERE)] if importlib.util.find_spec("sn_ops") else [str(HERE), str(ROOT)]
+        changes["PYTHONPATH"] = os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH", "")]))
         # A cache that was filled beforehand is worth minutes.
         changes.setdefault("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(scratch / "triton")))
         return os.environ | changes
@@ -272,7 +273,7 @@ class Runner:
         started = time.monotonic()
         try:
             environment = self.environment(step)
-            command = [sys.executable, str(HERE / step.program[0]), *step.program[1:]]
+            command = [sys.executable, str(manifest.PROGRAMS / step.program[0]), *step.program[1:]]
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,

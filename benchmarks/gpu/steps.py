@@ -2,6 +2,8 @@
 
 A call is one command on the GPU's machine, `prove.py` or `measure.py`. Its steps run in the order of the table, each a
 process of its own; a step with `beside` runs at the same time as the step it names.
+
+A step's program also runs by hand: `PYTHONPATH=benchmarks/gpu python benchmarks/gpu/programs/smoke.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ OVERHEAD_S = 20.0
 class Step:
     """One step of a call.
 
-    `program` is a file of this folder with its arguments. `cap` is in seconds: a process that takes longer is ended,
-    with all that it started. Where a `gate` does not pass, the steps after it are not run, since what they would show
-    is not worth the time; `anyway` marks those that still are. Steps marked `always` run whatever is picked.
+    `program` is a file of the folder `programs` with its arguments. `cap` is in seconds: a process that takes longer is
+    ended, with all that it started. Where a `gate` does not pass, the steps after it are not run: what they would show
+    is not worth the time. `anyway` marks those that still are. Steps marked `always` run whatever is picked.
     """
 
     name: str

@@ -6,8 +6,8 @@
 // A_ij = |h_i - h_j|. With u = 2^-24 the unit roundoff of fp32 and Dp = padded_dims:
 //   n       = |h|^2 (1 + d), |d| <= (Dp/32 + 16) u: every product of 11-bit numbers is exact, a lane adds at most
 //             Dp/32 + 8 squares, all >= 0, and five more additions join the lanes.
-//   dot     PTX leaves order and rounding inside an mma open. Claimed (benchmarks/gpu/probe.cu asks a device, and an
-//             H200 kept within a quarter of it; the host harness injects errors up to it): each step takes a group of
+//   dot     PTX leaves order and rounding inside an mma open. Claimed (benchmarks/gpu/programs/probe.cu asks a device,
+//             an H200 kept within a quarter of it; the host harness injects errors up to it): each step takes a group of
 //             g >= 8 products and the accumulator, aligns them to the largest of their exponents, E, cuts each off
 //             below 2^(E - 23), and cuts their exact sum off to 24 bits. The exponent of a product is the sum of its operands' exponents, and that of a subnormal, or
 //             of 0, is the least there is, e0 = -14 (bf16: -126), however small the number. So what a step loses,

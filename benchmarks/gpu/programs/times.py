@@ -1,6 +1,6 @@
 """The steps that take times of the loss: loss, paths, kernels, rivals, triton, compile.
 
-    python benchmarks/gpu/times.py loss
+    times.py loss
 
 Two times of each: in a CUDA graph of several calls on different inputs, what the device takes for one; and as called
 from Python, what a training loop waits for, submission included. Samples last at least SAMPLE_S; every one of them is

@@ -1,7 +1,7 @@
 """The step "smoke": every path of the forward, every kind of backward and every dtype, each in a process of its own.
 
-    python benchmarks/gpu/smoke.py                      all of them, several at a time
-    python benchmarks/gpu/smoke.py screen float16       what one process does
+    smoke.py                      all of them, several at a time
+    smoke.py screen float16       what one process does
 
 A process calls the path that it is about on several shapes, and holds the neighbours, their distances, the losses and
 the gradients bit for bit against those of the path `direct`, and by value against the backend `cpu`: a loss of an

@@ -1,7 +1,7 @@
 """The step "counters": what Nsight Compute says of each kernel at a few shapes, clocks left as they are.
 
-    python benchmarks/gpu/counters.py           profile what follows, where ncu is
-    python benchmarks/gpu/counters.py calls     forward and backward of each shape, of which the second is profiled
+    counters.py          profile what follows, where ncu is
+    counters.py calls    forward and backward of each shape; the second call is profiled
 
 Nothing here is a time to quote: a profiled kernel runs alone, many times, with cold caches.
 """

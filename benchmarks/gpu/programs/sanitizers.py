@@ -3,7 +3,7 @@
 The parent runs a process for each tool and share of the calls, all at once: most of their time is one CPU thread's.
 PyTorch's caching allocator is off, or small tensors would share segments, where reading the neighbour's is no fault.
 
-    compute-sanitizer --tool memcheck python benchmarks/gpu/sanitizers.py direct    what a process runs
+    compute-sanitizer --tool memcheck python sanitizers.py direct    what a process runs
 """
 
 from __future__ import annotations

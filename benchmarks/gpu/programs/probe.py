@@ -11,15 +11,13 @@ import manifest
 import protocol
 
 PROGRAM = "sn_gpu_probe"
-EMULATED = "SN_SIMT_PROBE"
-"""Environment variable with the same program for emulated threads, which a rehearsal runs."""
 
 
 def main() -> None:
     """Run it; fail where the bound does not hold."""
     command = [str(manifest.BUILT / PROGRAM)]
     if protocol.pretending():
-        command = [os.environ[EMULATED], "--model", "hopper"]
+        command = [os.environ[protocol.EMULATED_PROBE], "--model", "hopper"]
     if not Path(command[0]).exists():
         protocol.not_run(f"{PROGRAM} is not built: run benchmarks/gpu/prepare.sh where nvcc is")
     done = subprocess.run(command, capture_output=True, text=True)

@@ -4,8 +4,8 @@ A missing fence or a wrong last-block pattern shows as a stale value once in tho
 value is another one: each graph computes two batches in turn, in the same memory, and counts on the device what
 differs from the first eager call. Also: a capture in a process that has not called anything yet.
 
-    python benchmarks/gpu/replay.py             all of it
-    python benchmarks/gpu/replay.py fresh       what the process without a warm-up does
+    replay.py             all of it
+    replay.py fresh       what the process without a warm-up does
 """
 
 from __future__ import annotations

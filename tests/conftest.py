@@ -9,13 +9,12 @@ import hypothesis
 import pytest
 import torch
 
-import simt_build
-import triton_interpreter
+from support import simt_build, triton_interpreter
 
 triton_interpreter.switch_on()
 
 import sn_ops  # noqa: E402
-from ranks import Ranks  # noqa: E402
+from support.ranks import Ranks  # noqa: E402
 
 triton_interpreter.speed_up()
 

@@ -122,14 +122,14 @@ class Pretended:
         self._forced: Any = nullcontext()
         if backend == "simt":
             sys.path.append(str(ROOT / "tests"))
-            import simt_build
+            from support import simt_build
 
             simt_build.enable()
 
     def force(self, path: str) -> None:
         """As on a GPU."""
         if self.backend == "simt":
-            from simt import backend as simt
+            from support import simt
 
             simt.settings = dataclasses.replace(simt.settings, path=path)
 
@@ -137,7 +137,7 @@ class Pretended:
         """As on a GPU; the CPU's own paths are none of these."""
         if self.backend != "simt":
             return ""
-        from simt import backend as simt
+        from support import simt
 
         assert simt.last_report is not None
         return simt.last_report.path

@@ -281,7 +281,7 @@ ACTS: tuple[Callable[[Stage], None], ...] = (failing, hanging, dying, gates, sto
 def emulated_programs() -> dict[str, str]:
     """The emulated kernels and the emulated probe, built where they are not yet, as the environment names them."""
     sys.path.append(str(ROOT / "tests"))
-    import simt_build
+    from support import simt_build
 
     library = simt_build.library()
     return {"SN_SIMT_LIBRARY": str(library), protocol.EMULATED_PROBE: str(simt_build.build("sn_simt_probe"))}

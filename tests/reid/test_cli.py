@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from reid_tiny import one_thread
 from sn_ops import reid
 from sn_ops.reid import cli, compare
 from sn_ops.reid.checkpoint import load_checkpoint, save_checkpoint
@@ -24,6 +23,7 @@ from sn_ops.reid.config import from_dict, keys
 from sn_ops.reid.evaluation import evaluate
 from sn_ops.reid.inference import embed_images, load_embeddings
 from sn_ops.reid.report import build
+from support.tiny_runs import one_thread
 
 image_module = pytest.importorskip("PIL.Image", reason="pillow is not installed: pip install 'sn_ops[reid]'")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'sn_ops[reid]'")

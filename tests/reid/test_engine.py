@@ -1,4 +1,4 @@
-"""Whole runs on a few images: what they leave behind, stopping and going on, large batches, broken batches."""
+"""Whole runs on a few images: what they leave behind, stopping and going on, broken batches."""
 
 from __future__ import annotations
 
@@ -17,15 +17,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reid_tiny import metrics, one_thread, tiny_config, write_market
 from sn_ops.reid.checkpoint import CheckpointError, load_checkpoint, random_state, save_checkpoint
 from sn_ops.reid.config import Config, from_dict, from_yaml
-from sn_ops.reid.losses import Memory
-from sn_ops.reid.models import Output
 from sn_ops.reid.training import EXIT_NONFINITE, EXIT_STOPPED, NonFiniteLossError, StoppedError, train
-from sn_ops.reid.training.gradcache import backward_in_chunks
-from sn_ops.reid.training.log import RunLog
 from sn_ops.reid.training.signals import StopSignals
+from support.tiny_runs import Restless, metrics, one_thread, tiny_config, write_market
 
 
 @pytest.fixture(autouse=True)
@@ -118,24 +114,6 @@ def test_process_is_as_it_was(market: Path, tmp_path: Path) -> None:
 
 
 # ---- stopping and going on ----------------------------------------------------------------------
-
-
-class Restless(nn.Module):
-    """A network with everything that has a state beside its weights: dropout and batch norm; quick."""
-
-    def __init__(self, identities: int, *, norm: bool = True, dropout: float = 0.3) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.ReLU(), nn.Dropout(dropout),
-            nn.AvgPool2d((4, 6)), nn.Flatten(), nn.Linear(24, 16),
-        )  # fmt: skip
-        self.classifier = nn.Linear(16, identities) if identities else None
-
-    def forward(self, images: Tensor) -> Output | Tensor:
-        embedding = self.body(images)
-        if not self.training:
-            return embedding
-        return Output(embedding, None if self.classifier is None else self.classifier(embedding))
 
 
 @pytest.fixture
@@ -334,7 +312,7 @@ def test_exit_status(market: Path, tmp_path: Path) -> None:
         textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-        from reid_tiny import tiny_config
+        from support.tiny_runs import tiny_config
         from sn_ops.reid.training import StoppedError, train
 
         config = tiny_config({str(market)!r}, {str(tmp_path / "run")!r}, "optim.epochs=1000", "eval.every=0",
@@ -494,108 +472,7 @@ def test_nonfinite_loss(market: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_log(tmp_path: Path) -> None:
-    """Means over a line's steps, going on in the midst of a line, values that overflow; TensorBoard has the same."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with RunLog(tmp_path, every=2, steps=4, progress=False, tensorboard=True) as log:
-        log.start(0, None)
-        for step, norm in ((1, float("inf")), (2, 4.0), (3, 1.0)):
-            log.step(1, step, 0.5, {"loss": float(step), "gradient_norm": norm})
-        state = log.state()
-        log.step(1, 4, 0.5, {"loss": 100.0})  # of a run that was killed
-    with RunLog(tmp_path, every=2, steps=4, progress=False, tensorboard=True) as log:
-        log.start(3, state)
-        log.step(2, 4, 0.25, {"loss": 5.0, "gradient_norm": 3.0})
-    assert metrics(tmp_path) == [
-        {"epoch": 1, "step": 2, "lr": 0.5, "loss": 1.5, "gradient_norm": 4.0},
-        {"epoch": 2, "step": 4, "lr": 0.25, "loss": 4.0, "gradient_norm": 2.0},
-    ]
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 1.5), (4, 4.0)]
-    silent = tmp_path / "other"
-    silent.mkdir()
-    with RunLog(silent, every=1, steps=4, writes=False, tensorboard=True) as log:
-        log.start(0, None)
-        log.step(1, 1, 0.5, {"loss": 1.0})
-    assert not list(silent.iterdir())
-
-
-# ---- large batches ------------------------------------------------------------------------------
-
-
-def gradients_of(network: nn.Module, images: Tensor, chunks: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """A loss that no sum over chunks gives, and its gradients."""
-
-    def loss_of(embedding: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor]:
-        assert logits is not None
-        near = torch.cdist(embedding, embedding + 0.1).min(1).values
-        loss = near.logsumexp(0) + logits.softmax(1).square().mean()
-        return loss, loss.detach()
-
-    network.zero_grad()
-    torch.manual_seed(seed)
-    loss = backward_in_chunks(network, images, chunks, loss_of)
-    return loss, [p.grad.clone() for p in network.parameters() if p.grad is not None]
-
-
-@pytest.mark.parametrize("chunks", [2, 3, 7, 100])
-def test_chunks_give_the_gradient_of_the_whole(chunks: int) -> None:
-    torch.manual_seed(0)
-    network = Restless(5, norm=False, dropout=0.0).double().train()
-    images = torch.randn(10, 3, 48, 24, dtype=torch.float64)
-    loss, wanted = gradients_of(network, images, 1)
-    chunked, found = gradients_of(network, images, chunks)
-    torch.testing.assert_close(chunked, loss, rtol=1e-6, atol=0)
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)  # embeddings are collected in single precision
-
-
-def test_chunks_repeat_random_numbers_and_statistics() -> None:
-    """With dropout and batch norm: the gradients of the chunks' own forward, and one update of the statistics each."""
-    torch.manual_seed(0)
-    network = Restless(5).train()
-    images = torch.randn(8, 3, 48, 24)
-    norm = network.body[1]
-    assert isinstance(norm, nn.BatchNorm2d)
-    seen: list[Tensor] = []
-    handle = network.body.register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
-    gradients_of(network, images, 2)
-    handle.remove()
-    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and not torch.equal(seen[0], seen[1])
-    assert norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 2 and norm.track_running_stats
-    after = torch.rand(3)
-    torch.manual_seed(0)
-    network(images[:4]), network(images[4:])
-    assert torch.equal(torch.rand(3), after)  # generators stand where one pass leaves them
-
-
 # ---- memory -------------------------------------------------------------------------------------
-
-
-def test_memory_wraps_and_leaves_out_the_batch() -> None:
-    memory = Memory(5)
-    assert memory.candidates(torch.tensor([0])) is None
-
-    def rows(*images: int) -> tuple[Tensor, Tensor, Tensor]:
-        index = torch.tensor(images)
-        return index[:, None].float().expand(-1, 2), index * 10, index
-
-    memory.push(*rows(1, 2, 3))
-    memory.push(*rows(4, 5, 6))
-    found = memory.candidates(torch.tensor([5, 9]))
-    assert found is not None
-    assert found[0][:, 0].tolist() == [6, 2, 3, 4] and found[1].tolist() == [60, 20, 30, 40]  # 1 is overwritten
-    assert memory.candidates(torch.tensor([2, 3, 4, 5, 6])) is None
-    memory.push(*rows(*range(10, 20)))
-    found = memory.candidates(torch.tensor([0]))
-    assert found is not None and sorted(found[0][:, 0].tolist()) == [15, 16, 17, 18, 19]
-    again = Memory(5)
-    again.load_state_dict(memory.state_dict(), torch.device("cpu"))
-    copy = again.candidates(torch.tensor([0]))
-    assert copy is not None and torch.equal(copy[0], found[0])
-    with pytest.raises(ValueError, match="at least 1 row"):
-        Memory(0)
 
 
 @pytest.mark.usefixtures("restless")

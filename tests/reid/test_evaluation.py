@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import retrieval_oracle as oracle
 from sn_ops.reid.evaluation import (
     FeatureDistances,
     MatrixDistances,
@@ -25,6 +24,7 @@ from sn_ops.reid.evaluation import (
     ranked_lists,
 )
 from sn_ops.reid.evaluation.distances import Metric
+from support import retrieval_oracle as oracle
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import reid_ranks
 import sn_ops
-from ranks import Ranks
-from reid_tiny import one_thread
 from sn_ops.reid.config import LossConfig
 from sn_ops.reid.losses import (
     IdentityLoss,
@@ -25,6 +22,9 @@ from sn_ops.reid.losses import (
     TripletMetric,
     build_losses,
 )
+from support import reid_on_ranks
+from support.ranks import Ranks
+from support.tiny_runs import one_thread
 
 SN = LossConfig(metric="sn", k=4, alpha=7.0, weight=0.3)
 CONFIGS = {
@@ -356,7 +356,7 @@ def one_process(config: LossConfig, feats: Tensor, labels: Tensor) -> tuple[Tens
 def test_ranks_equal_one_process(ranks: Ranks, name: str, sizes: tuple[int, ...]) -> None:
     feats, labels = problem()
     shards = list(zip(feats.split(list(sizes)), labels.split(list(sizes)), strict=True))
-    results = ranks.run(range(len(sizes)), reid_ranks.metric_loss, CONFIGS[name], shards, None)
+    results = ranks.run(range(len(sizes)), reid_on_ranks.metric_loss, CONFIGS[name], shards, None)
     loss, stats, gradient = one_process(CONFIGS[name], feats, labels)
     close(torch.cat([result[2] for result in results]), len(sizes) * gradient, 1e-9)
     for result in results:
@@ -389,7 +389,7 @@ def test_banks_of_ranks(ranks: Ranks, name: str) -> None:
             banks[rank]["self_index"] = own
             banks[rank]["candidates"][[2, 0, 4]] = shards[rank][0][:3]
             banks[rank]["candidate_labels"][[2, 0, 4]] = shards[rank][1][:3]
-    results = ranks.run(range(2), reid_ranks.metric_loss, config, shards, banks)
+    results = ranks.run(range(2), reid_on_ranks.metric_loss, config, shards, banks)
 
     total, count, start = 0.0, 0, 0
     for rank, (own_feats, own_labels) in enumerate(shards):
@@ -416,7 +416,7 @@ def test_pair_refuses_two_own_rows(ranks: Ranks) -> None:
     feats, labels = problem()
     bank = {"candidates": feats, "candidate_labels": labels, "self_index": 0}
     with pytest.raises(Exception, match='expected None with a group and squeeze "pair"'):
-        ranks.run(range(2), reid_ranks.metric_loss, CONFIGS["sn-pair"], [(feats, labels)] * 2, [bank] * 2)
+        ranks.run(range(2), reid_on_ranks.metric_loss, CONFIGS["sn-pair"], [(feats, labels)] * 2, [bank] * 2)
 
 
 @pytest.mark.parametrize("sizes", [(12,), (6, 6), (5, 7), (2, 0, 10)])
@@ -427,7 +427,7 @@ def test_identity_loss_of_ranks(ranks: Ranks, sizes: tuple[int, ...]) -> None:
     loss, stats = IdentityLoss(0.1)(logits, labels)
     (gradient,) = torch.autograd.grad(loss, logits)
     shards = list(zip(logits.detach().split(list(sizes)), labels.split(list(sizes)), strict=True))
-    results = ranks.run(range(len(sizes)), reid_ranks.identity_loss, 0.1, shards)
+    results = ranks.run(range(len(sizes)), reid_on_ranks.identity_loss, 0.1, shards)
     close(torch.cat([result[2] for result in results]), len(sizes) * gradient, 1e-9)
     for result in results:
         close(result[0], loss.detach(), 1e-9)
@@ -438,7 +438,7 @@ def test_gather(ranks: Ranks) -> None:
     generator = torch.Generator().manual_seed(6)
     shards = [torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (4, 0, 2)]
     weights = [torch.randn(6, 3, generator=generator, dtype=torch.float64) for _ in shards]
-    results = ranks.run(range(3), reid_ranks.gathered, shards, weights)
+    results = ranks.run(range(3), reid_on_ranks.gathered, shards, weights)
     for rank, (everyone, start, gradient) in enumerate(results):
         assert torch.equal(everyone, torch.cat(shards))
         assert start == (0, 4, 4)[rank]

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import reid_ranks
-from ranks import Ranks
-from reid_tiny import one_thread
 from sn_ops.reid.config import LossConfig, ModelConfig
 from sn_ops.reid.ddp import GroupBatchNorm, sync_batchnorm
 from sn_ops.reid.losses import build_losses
 from sn_ops.reid.models import Output, SmallNet, build_model, load_weights
 from sn_ops.reid.requirements import need
+from support import reid_on_ranks
+from support.ranks import Ranks
+from support.tiny_runs import one_thread
 
 RESNET = ModelConfig(name="resnet50")
 TIMM = ModelConfig(name="timm:resnet18")
@@ -440,7 +440,11 @@ def test_batch_norm_of_ranks(ranks: Ranks, kind: str, sizes: tuple[int, ...]) ->
     values = (10 + 2 * torch.randn(shape, dtype=torch.float64)).requires_grad_()
     upstream = torch.randn(shape, dtype=torch.float64)
     results = ranks.run(
-        range(len(sizes)), reid_ranks.batch_norm, norm, values.detach().split(list(sizes)), upstream.split(list(sizes))
+        range(len(sizes)),
+        reid_on_ranks.batch_norm,
+        norm,
+        values.detach().split(list(sizes)),
+        upstream.split(list(sizes)),
     )
     expected = norm(values)
     (gradient,) = torch.autograd.grad(expected, values, upstream)
@@ -456,7 +460,7 @@ def test_batch_norm_of_ranks_in_half_precision(ranks: Ranks) -> None:
     """Its sums are in float32: 1300 rows cannot even be counted in bfloat16."""
     norm = nn.BatchNorm1d(3)
     values, upstream = (20 + torch.randn(1300, 3)).bfloat16(), torch.randn(1300, 3).bfloat16()
-    results = ranks.run(range(2), reid_ranks.batch_norm, norm, values.split([700, 600]), upstream.split([700, 600]))
+    results = ranks.run(range(2), reid_on_ranks.batch_norm, norm, values.split([700, 600]), upstream.split([700, 600]))
     norm(values.float())
     x = values.float().requires_grad_()
     expected = nn.functional.batch_norm(x, None, None, training=True)
@@ -477,7 +481,7 @@ def test_a_step_of_ranks_is_that_of_one_process(ranks: Ranks, sizes: tuple[int, 
     images, labels = torch.randn(12, 3, 64, 32, dtype=torch.float64), torch.arange(12) // 3
     model = build_model(ModelConfig(neck=True, dim=24), 4).double()
     shards = list(zip(images.split(list(sizes)), labels.split(list(sizes)), strict=True))
-    results = ranks.run(range(len(sizes)), reid_ranks.step, model, config, shards)
+    results = ranks.run(range(len(sizes)), reid_on_ranks.step, model, config, shards)
     output = model(images)
     losses = build_losses(config)
     assert losses.identity is not None

@@ -17,12 +17,12 @@ from unittest import mock
 import pytest
 import torch
 
-from reid_tiny import metrics, one_thread, tiny_config, write_market
 from sn_ops.reid.checkpoint import load_checkpoint
 from sn_ops.reid.config import Config, ModelConfig
 from sn_ops.reid.ddp import Parallel, processes
 from sn_ops.reid.models import ReIDModel, build_model
 from sn_ops.reid.training import train
+from support.tiny_runs import metrics, one_thread, tiny_config, write_market
 
 # Batches of 3 identities: one rank has 1 of them, the other 2. SGD, since Adam's first steps turn rounding into signs.
 OPTIONS = (

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import retrieval_oracle as oracle
 from sn_ops.reid.evaluation import ReRank, RerankedDistances, evaluate, rerank
+from support import retrieval_oracle as oracle
 
 
 def clusters(seed: int, q: int, g: int, d: int, people: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sn_ops
-from reid_tiny import one_thread, tiny_config, write_market
 from sn_ops.reid.checkpoint import load_checkpoint
 from sn_ops.reid.config import Config
 from sn_ops.reid.data import load_split
@@ -27,6 +26,7 @@ from sn_ops.reid.inference import scoring
 from sn_ops.reid.models import Output
 from sn_ops.reid.training import StoppedError, train
 from sn_ops.reid.training.trainer import Trainer
+from support.tiny_runs import one_thread, tiny_config, write_market
 
 
 class Plain(nn.Module):

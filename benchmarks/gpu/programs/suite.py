@@ -16,17 +16,17 @@ import protocol
 from device import ROOT
 
 MODULES = (
-    "tests/test_cuda.py",
-    "tests/test_selection.py",
-    "tests/test_nonfinite.py",
-    "tests/test_semantics.py",
-    "tests/test_by_hand.py",
-    "tests/test_operators.py",
-    "tests/test_bank.py",
+    "tests/backends/test_cuda.py",
+    "tests/loss/test_selection.py",
+    "tests/loss/test_nonfinite.py",
+    "tests/loss/test_semantics.py",
+    "tests/loss/test_by_hand.py",
+    "tests/backends/test_operators.py",
+    "tests/loss/test_bank.py",
 )
 WANTED = "cuda and not triton and not simt"
 # Every variant of a Triton kernel is compiled on the first call of it: some seconds each.
-TRITON_MODULES = ("tests/test_by_hand.py", "tests/test_selection.py")
+TRITON_MODULES = ("tests/loss/test_by_hand.py", "tests/loss/test_selection.py")
 TRITON_WANTED = "triton and not cuda"
 WORKERS = 6
 MOST_FAILURES = 10

@@ -1,0 +1,115 @@
+"""What is usable here, how the choice is made, and what `python -m sn_ops` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import sn_ops
+from support import problems
+from support.fresh_python import run
+
+PACKAGE = Path(sn_ops.__file__).parent
+
+
+SUITE_ONLY = {"simt"}
+"""Backends that the suite adds to this process."""
+
+
+def test_backends_lists_all_four() -> None:
+    facts = {name: entry for name, entry in sn_ops.backends().items() if name not in SUITE_ONLY}
+    assert set(facts) == {"cpu", "reference", "cuda", "triton"}
+    for name, entry in facts.items():
+        assert isinstance(entry.usable, bool), name
+        assert bool(entry.reason) != entry.usable, f"{name}: a reason exactly when it is not usable"
+    assert facts["reference"].usable
+    assert "cpu" in facts["cpu"].devices
+
+
+def test_compiled_backend_is_there() -> None:
+    """The package as installed has its native library: the suite must not pass on a half-built one."""
+    entry = sn_ops.backends()["cpu"]
+    assert entry.usable, entry.reason
+
+
+def test_auto_takes_cpu_for_cpu_tensors() -> None:
+    """Told by the bits: this backend and the reference sum in different orders."""
+    case = problems.self_case(200, 130, 30)
+    auto = sn_ops.sn_loss(case.feats, case.labels, reduction="none")
+    named = sn_ops.sn_loss(case.feats, case.labels, reduction="none", backend="cpu")
+    other = sn_ops.sn_loss(case.feats, case.labels, reduction="none", backend="reference")
+    assert auto.equal(named) and not auto.equal(other)
+
+
+def test_auto_takes_the_reference_elsewhere() -> None:
+    """Devices nobody serves: the reference runs wherever PyTorch does."""
+    loss = sn_ops.sn_loss(torch.empty(6, 4, device="meta"), torch.zeros(6, dtype=torch.int64, device="meta"))
+    assert loss.device.type == "meta" and loss.shape == ()
+
+
+def test_main_prints_versions_and_backends() -> None:
+    done = run("-m", "sn_ops")
+    assert done.returncode == 0, done.stderr
+    for text in (sn_ops.__version__, torch.__version__, *(sn_ops.backends().keys() - SUITE_ONLY)):
+        assert text in done.stdout
+    for entry in sn_ops.backends().values():
+        assert entry.reason in done.stdout
+
+
+def test_import_is_quiet() -> None:
+    """No warning, no output, no backtrace."""
+    done = run("-W", "error", "-c", "import sn_ops; sn_ops.backends()")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_typed_and_versioned() -> None:
+    assert (PACKAGE / "py.typed").exists()
+    assert sn_ops.__version__.count(".") == 2
+    for name in ("sn_loss", "SNLoss", "support_neighbors", "backends", "SNStats", "SupportNeighbors"):
+        assert getattr(sn_ops, name).__doc__
+
+
+def test_capability_can_be_chosen_from_outside(core: ModuleType) -> None:
+    """Every instruction set of this machine by the environment; a wrong name is an error that lists them."""
+    script = "from sn_ops import _C; print(_C.cpu_capability())"
+    for name in core.cpu_capabilities():
+        done = run("-c", script, SN_OPS_CPU_CAPABILITY=name)
+        assert done.stdout.strip() == name, done.stderr
+    assert run("-c", script).stdout.strip() == core.cpu_capabilities()[-1]
+    done = run("-c", script, SN_OPS_CPU_CAPABILITY="fastest")
+    assert done.returncode != 0 or "SN_OPS_CPU_CAPABILITY" in done.stderr
+    assert "generic" in done.stderr
+
+
+def test_capabilities(core: ModuleType) -> None:
+    names = core.cpu_capabilities()
+    assert names[0] == "generic" and len(set(names)) == len(names)
+    for name in names:
+        core.set_cpu_capability(name)
+        assert core.cpu_capability() == name
+    with pytest.raises(ValueError, match="generic"):
+        core.set_cpu_capability("fastest")
+    with pytest.raises(ValueError, match="screen"):
+        core.set_cpu_path("fastest")
+
+
+def test_build_facts(core: ModuleType) -> None:
+    facts = core.build_info()
+    assert facts["version"] == sn_ops.__version__
+    assert all(isinstance(key, str) and isinstance(value, str) for key, value in facts.items())
+
+
+def test_plan_tells_path_and_workspace(core: ModuleType) -> None:
+    """The launch plan of a large batch screens, that of a tiny one does not; a forced path is what the plan says."""
+    large = core.cpu_plan(4096, 4096, 512, 10, 0, True, 1)
+    tiny = core.cpu_plan(4, 4, 3, 10, 0, True, 1)
+    assert large["path"] == "screen" and tiny["path"] == "direct"
+    rows, dims = 4096, 512
+    budget = 8 * 2**20 + 2 * 2 * rows * dims + 1024 * rows
+    numbers = [value for value in large.values() if isinstance(value, int)]
+    assert numbers and max(numbers) <= budget
+    core.set_cpu_path("direct")
+    assert core.cpu_plan(4096, 4096, 512, 10, 0, True, 1)["path"] == "direct"

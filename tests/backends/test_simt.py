@@ -1,0 +1,334 @@
+"""The CUDA kernels on emulated threads: every path against the oracle and, bit for bit, against the others.
+
+The backend "simt" runs the whole semantic suite on the path that the plan chooses; small problems end on two of them.
+Here every path is forced, with the schedule of threads and the error of the tensor core's products varied, and under
+models of real tensor cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import sn_ops
+from support import judge, oracle, problems, simt_build
+from support.problems import Case
+
+simt_build.enable()
+from support import simt  # noqa: E402
+
+PATHS = ("cluster", "direct", "dense", "screen", "bank")
+ADVERSARIAL = [name for name in problems.ADVERSARIAL if name not in ("random", "signs", "bf16-exact")]
+
+
+@cache
+def direct(name: str) -> list[torch.Tensor]:
+    """Neighbours of a case by direct sums alone."""
+    with simt.using(path="direct"):
+        return list(judge.neighbors_of(problems.CASES[name](), "simt"))
+
+
+def served(case: Case, path: str) -> bool:
+    """Whether the last call took the path; where it did not, the path must be one that cannot serve the case."""
+    assert simt.last_report is not None
+    if simt.last_report.path == path:
+        return True
+    n, d = case.feats.shape
+    m = n if case.candidates is None else case.candidates.shape[0]
+    empty = min(n, m, d) == 0
+    wide = path in ("dense", "screen", "bank") and (case.feats.dtype == torch.float64 or min(case.k, m) > 128)
+    tall = path == "cluster" and (max(n, m) > 64 or case.feats.dtype == torch.float64)
+    foreign = path == "bank" and (case.candidates is None or n > 256 or case.feats.dtype != torch.float32)
+    assert empty or wide or tall or foreign, f"{path} did not serve {n} x {m} x {d}"
+    return False
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "direct"])
+@pytest.mark.parametrize("name", problems.CASES)
+def test_every_path_selects_what_direct_sums_do(name: str, path: str) -> None:
+    """All cases of the semantic suite; the direct path is held against the oracle by the suite itself."""
+    case = problems.CASES[name]()
+    with simt.using(path=path):
+        found = judge.neighbors_of(case, "simt")
+        if served(case, path):
+            for got, expected in zip(found, direct(name), strict=True):
+                assert judge.same_bits(got, expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("squeeze", oracle.SQUEEZES)
+@pytest.mark.parametrize("name", ["self-33x65-ids8-k10", "bank-33-65x100-k1-tensor", "duplicates", "one-identity"])
+def test_loss_on_every_path(name: str, squeeze: str, path: str) -> None:
+    """Loss, gradients and statistics against the oracle."""
+    case = problems.CASES[name]()
+    with simt.using(path=path):
+        judge.check_loss(case, "simt", judge.check_neighbors(case, "simt"), squeeze=squeeze, reductions=("mean",))
+
+
+@pytest.mark.parametrize("mma_error", ["none", "random", "plus", "minus", "extreme"])
+@pytest.mark.parametrize("path", ["dense", "screen"])
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_no_error_within_the_bound_shows(name: str, path: str, mma_error: str) -> None:
+    """Products as wrong as the bound allows, on inputs made to defeat it."""
+    case = problems.adversarial_case(name, 150, 70)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path=path, mma_error=mma_error, seed=3, mma_seed=5):
+        found = judge.neighbors_of(case, "simt")
+        assert served(case, path)
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+def faint(case: Case, dtype: torch.dtype) -> Case:
+    """The case with rows of four sizes: ordinary ones, faint ones, such as have subnormal elements beside normal ones,
+    and subnormal ones (of bfloat16, or of the half-precision copies of float)."""
+    scales = {torch.float16: (0, -7, -14, -18), torch.bfloat16: (0, -9, -22, -129), torch.float32: (0, -8, -24, -32)}
+
+    def scaled(feats: torch.Tensor) -> torch.Tensor:
+        exponents = torch.tensor(scales[dtype], dtype=torch.float64)[torch.arange(len(feats)) % 4]
+        return (feats.double() * torch.exp2(exponents)[:, None]).to(dtype)
+
+    candidates = None if case.candidates is None else scaled(case.candidates)
+    return replace(case, feats=scaled(case.feats), candidates=candidates)
+
+
+FAINT = {
+    "float16": faint(problems.self_case(150, 70, 30, seed=5), torch.float16),
+    "bfloat16": faint(problems.self_case(150, 70, 30, seed=6), torch.bfloat16),
+    "float32": faint(problems.self_case(150, 70, 30, seed=7), torch.float32),
+    "float16-bank": faint(problems.bank_case(30, 170, 40, 30, seed=8), torch.float16),
+    "float32-bank": faint(problems.bank_case(30, 170, 40, 30, seed=9), torch.float32),
+    "one-sided": replace(
+        problems.bank_case(30, 170, 40, 30, seed=10).to(torch.float16),
+        feats=(problems.embeddings(30, 40, problems.random_labels(30, 30, seed=10), seed=10) * 2.0**-18).half(),
+    ),
+}
+ARITHMETIC = {
+    "hopper": {"mma_model": "hopper"},
+    "ampere": {"mma_model": "ampere"},
+    "plus": {"mma_error": "plus"},
+    "minus": {"mma_error": "minus"},
+}
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("path", ["dense", "screen", "bank"])
+@pytest.mark.parametrize("name", FAINT)
+def test_subnormal_rows(name: str, path: str, arithmetic: str) -> None:
+    """A tensor core aligns products of subnormal numbers by exponents larger than theirs: that may not show either."""
+    case = FAINT[name]
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path=path, seed=4, **ARITHMETIC[arithmetic]):
+        found = judge.neighbors_of(case, "simt")
+        served(case, path)
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("model", ["hopper", "ampere"])
+@pytest.mark.parametrize("path", ["dense", "screen"])
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_models_of_real_tensor_cores(name: str, path: str, model: str) -> None:
+    """What the devices compute, as far as it is known, instead of injected errors."""
+    case = problems.adversarial_case(name, 150, 70)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path=path, mma_model=model, seed=6):
+        found = judge.neighbors_of(case, "simt")
+        assert served(case, path)
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+def test_large_batch_takes_the_screening() -> None:
+    """Where a sample bounds what is kept, few candidates are summed exactly, and no row is left for the ladder."""
+    case = problems.self_case(1300, 64, 325, seed=4)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path="screen"):
+        found = judge.neighbors_of(case, "simt")
+        report = simt.last_report
+    assert report is not None and report.path == "screen"
+    assert report.laddered == 0
+    assert 1300 * 10 <= report.refined <= 1300 * 40
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["clusters-1e-6", "collapsed-to-rounding", "all-identical", "norms-overflowing"])
+def test_the_ladder_serves_what_the_screening_cannot(name: str) -> None:
+    """Where the bound tells candidates of a row apart no more, the row is summed directly."""
+    case = problems.adversarial_case(name, 700, 40)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path="screen"):
+        found = judge.neighbors_of(case, "simt")
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"path": "direct", "wave_rows": 64},
+        {"path": "direct", "slice_elements": 128},
+        {"path": "dense", "wave_rows": 40},
+        {"path": "dense", "score_tile": 128},
+        {"path": "screen", "wave_rows": 70},
+        {"path": "screen", "score_tile": 128},
+        {"path": "screen", "score_tile": 128, "wave_rows": 150},
+        {"path": "screen", "sample_stride": 8, "second_stride": 3},
+        {"path": "screen", "far_capacity": 1},
+    ],
+    ids=str,
+)
+def test_however_the_work_is_cut(cut: dict[str, Any]) -> None:
+    """Waves, tiles, slices and samples that only large problems are planned with; one identity is too large to list."""
+    case = problems.self_case(301, 130, 12, seed=8)
+    labels = torch.where(torch.arange(301) % 2 == 0, 0, case.labels)
+    case = Case(case.feats, labels, k=10)
+    with simt.using(path="direct"):
+        judge.check_neighbors(case, "simt")
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(**cut):
+        found = judge.neighbors_of(case, "simt")
+        assert served(case, cut["path"])
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+def test_a_bank_is_certified_as_it_is_read() -> None:
+    """Few anchors against many candidates: no row is left for the ladder, few sums are exact."""
+    case = problems.bank_case(20, 3000, 70, 300, self_kind="offset", seed=3)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path="bank"):
+        found = judge.neighbors_of(case, "simt")
+        report = simt.last_report
+    assert report is not None and report.path == "bank"
+    assert report.laddered == 0
+    assert report.refined <= 20 * 60
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"path": "bank"},
+        {"path": "bank", "sample_stride": 60, "second_stride": 7},
+        {"path": "screen", "sample_stride": 60, "second_stride": 7},
+        {"path": "screen", "sample_stride": 60, "second_stride": 7, "wave_rows": 9},
+        {"path": "screen", "score_tile": 128},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("k", [1, 10, 40])
+def test_rows_of_zeros_tie_by_thousands(k: int, cut: dict[str, Any]) -> None:
+    """A bank of them but for a few rows: the first k + 1 stand for all, and one of those may be the anchor itself."""
+    case = problems.bank_case(20, 2600, 40, 30, k=k, seed=9)
+    assert case.candidates is not None and case.candidate_labels is not None
+    written = (torch.arange(2600) % 130 == 3)[:, None]
+    feats = torch.where((torch.arange(20) < 6)[:, None], 0.0, case.feats)
+    own = torch.where(torch.arange(20) < 12, torch.arange(20), -1)
+    case = Case(feats, case.labels, case.candidates * written, case.candidate_labels, own, k=k)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(**cut):
+        found = judge.neighbors_of(case, "simt")
+        assert served(case, cut["path"])
+        assert simt.last_report is not None and simt.last_report.laddered == 0
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("path", ["bank", "screen"])
+def test_rows_that_only_underflow_to_zeros(path: str) -> None:
+    """The first of the bank are so small that nothing of them is left in the copy; their keys tell them from zeros."""
+    case = problems.bank_case(20, 2600, 40, 30, seed=9)
+    assert case.candidates is not None and case.candidate_labels is not None
+    feats = torch.where((torch.arange(20) < 6)[:, None], 0.0, case.feats * 2.0**40)
+    bank = torch.where((torch.arange(2600) < 500)[:, None], 2.0**-60 * case.candidates.sign(), 0.0)
+    case = Case(feats, case.labels, bank, case.candidate_labels, k=10)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    assert (expected.indices[:6] >= 500).all()
+    with simt.using(path=path):
+        found = judge.neighbors_of(case, "simt")
+        assert served(case, path)
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("score_tile", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_of_zeros_among_the_anchors(dtype: torch.dtype, score_tile: int) -> None:
+    """Anchors are candidates here: tiles serve both triangles."""
+    case = problems.self_case(1100, 40, 200, seed=9)
+    feats = case.feats * (torch.arange(1100) % 40 == 3)[:, None]
+    case = Case(feats, case.labels, k=10).to(dtype)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path="screen", score_tile=score_tile):
+        found = judge.neighbors_of(case, "simt")
+        assert served(case, "screen")
+        assert simt.last_report is not None and simt.last_report.laddered == 0
+    for got, wanted in zip(found, expected, strict=True):
+        assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("max_cluster", "dims", "path"), [(8, 300, "cluster"), (4, 300, "direct"), (4, 200, "cluster"), (0, 60, "direct")]
+)
+def test_a_device_cut_down(max_cluster: int, dims: int, path: str, dtype: torch.dtype) -> None:
+    """A cluster that the device does not hold is never launched, asked for or not: the same bits on another path."""
+    case = problems.self_case(30, dims, 8).to(dtype)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    for asked in ("auto", "cluster"):
+        with simt.using(max_cluster=max_cluster, path=asked):
+            found = judge.neighbors_of(case, "simt")
+        assert simt.last_report is not None and simt.last_report.path == path
+        for got, wanted in zip(found, expected, strict=True):
+            assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_schedule_and_device_do_not_show(path: str) -> None:
+    """The same bits whatever order threads run in, and on a device of other size."""
+    case = problems.bank_case(40, 60, 90, 8, self_kind="offset", seed=2)
+    seen = []
+    for seed, multiprocessors in ((1, 132), (2, 132), (3, 28), (4, 200)):
+        leaves = case.leaves()
+        with simt.using(path=path, seed=seed, multiprocessors=multiprocessors):
+            neighbours = judge.neighbors_of(case, "simt")
+            loss = sn_ops.sn_loss(**leaves.arguments(), backend="simt")
+            seen.append([loss.detach(), *torch.autograd.grad(loss, leaves.inputs()), *neighbours])
+    for other in seen[1:]:
+        for got, wanted in zip(other, seen[0], strict=True):
+            assert judge.same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("partition", ["never", "always"])
+@pytest.mark.parametrize(
+    "name", ["self-127x100-ids30-k10", "bank-129-191x16-k33-offset", "all-identical", "duplicates"]
+)
+def test_backward_with_and_without_buckets(name: str, partition: str) -> None:
+    """Edges put in buckets of targets first, or looked for among all: the same sums in the same order."""
+    case = problems.CASES[name]()
+    grads = []
+    for chosen in ("auto", partition):
+        leaves = case.leaves()
+        with simt.using(partition=chosen):
+            loss = sn_ops.sn_loss(**leaves.arguments(), backend="simt")
+            grads.append(torch.autograd.grad(loss, leaves.inputs()))
+            assert simt.last_report is not None and simt.last_report.partitioned == (chosen == "always")
+    for got, wanted in zip(*grads, strict=True):
+        assert judge.same_bits(got, wanted)

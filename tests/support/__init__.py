@@ -1,0 +1,1 @@
+"""What the tests share: inputs, oracles, judges, processes and builds. No file here holds a test."""

@@ -1,4 +1,4 @@
-// What the orchestration (forward.cpp, backward.cpp; compiled once) asks of the hot loops (kernels.cpp;
+// What the orchestration (forward.cpp, backward.cpp; compiled once) asks of the hot loops (kernels/kernels.cpp;
 // compiled once per instruction set): a table of functions on plain types. Nothing here allocates, locks or
 // throws.
 #pragma once
@@ -34,9 +34,18 @@ inline constexpr std::int64_t wide_floats(std::int64_t tile) {
 
 // ---- screening ------------------------------------------------------------------------------------------------------
 
+// Screening: products of a bfloat16 copy find the few candidates whose direct distance must be known.
+//
+// What is kept for a row x: t = x - mean, A = bfloat16(t), norm = |t|^2, residual = |t - A|^2. For a pair (p, q)
+//   s_pq = norm_p + norm_q - 2 A_p.A_q   and   |key_pq - s_pq| <= E_p + E_q,
+// where key is the direct sum; forward_screen.cpp derives E. With w_pq = (norm_q - E_q) / 2 - A_p.A_q:
+//   lower bound of key_pq = 2 w_pq + norm_p - E_p,     upper bound = 2 (w_pq + E_q) + norm_p + E_p.
+// If u is the K-th smallest w + E_q seen so far, K candidates have keys <= 2 u + norm_p + E_p, so a candidate with
+// w > u + E_p cannot be among the K nearest. That is the threshold. Float rounding of w, u and thresholds is part of E.
+
 // One side of the screening (anchors or candidates), in position order: rows sorted by label, padded to
-// kTileGrain. A row t = x - mean is kept as A = bfloat16(t). forward.cpp derives the bound behind slack and
-// bias.
+// kTileGrain. A row t = x - mean is kept as A = bfloat16(t). forward_screen.cpp derives the bound behind
+// slack and bias.
 struct ScreenSide {
   FeatureView features;
   const std::int32_t* order;  // [rows] position -> row
@@ -102,7 +111,7 @@ struct Kernels {
   // Every value of rows [begin, end) finite?
   bool (*all_finite)(DType dtype, const FeatureView& features, std::int64_t dims, std::int64_t begin, std::int64_t end);
 
-  // Direct squared distances in the one summation order (kernels_direct.h). x, z: row pointers, at most
+  // Direct squared distances in the one summation order (kernels/direct.h). x, z: row pointers, at most
   // kDirectBlock.
   void (*direct_block)(DType dtype, const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz,
                        std::int64_t dims, bool upper, void* out, std::int64_t pitch);

@@ -9,9 +9,9 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-#include "kernels.h"
+#include "../kernels.h"
 
-#include "../sn_math.h"
+#include "../../sn_math.h"
 
 #ifndef SN_CPU_CAPABILITY
 #error "compile kernels.cpp with -DSN_CPU_CAPABILITY=generic, avx2, avx512 or avx512_bf16"
@@ -35,9 +35,9 @@ namespace {
 
 #include "simd.h"
 //
-#include "kernels_direct.h"
+#include "direct.h"
 //
-#include "kernels_backward.h"
+#include "backward.h"
 
 // ---- dispatch over dtypes -------------------------------------------------------------------------------------------
 
@@ -60,7 +60,16 @@ void direct_block_any(DType dtype, const void* const* x, std::int64_t nx, const 
   if (dtype == DType::kFloat64) return direct_block<double>(x, nx, z, nz, dims, upper, out, pitch);
   with_dtype(dtype, [&]<class T>(T*) { direct_block<T>(x, nx, z, nz, dims, upper, out, pitch); });
 }
-#include "kernels_screen.h"
+
+#include "pack.h"
+//
+#include "products.h"
+//
+#include "lists.h"
+//
+#include "epilogue.h"
+//
+#include "refine.h"
 
 // ---- small kernels --------------------------------------------------------------------------------------------------
 

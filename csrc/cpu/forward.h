@@ -1,0 +1,20 @@
+// The two paths of a forward. Both select the same neighbours in the same order and finish `loss`.
+#pragma once
+
+#include "../sn_types.h"
+#include "identities.h"
+#include "kernels.h"
+#include "loss.h"
+
+namespace sn::cpu {
+
+// Computes every distance. Acc: float, or double for float64 features.
+template <class Acc>
+void forward_direct(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kernels,
+                    const Identities& identities, Loss<Acc>& loss);
+
+// False if the rows cannot be screened; nothing has been written then.
+bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kernels,
+                    const Identities& identities, Loss<float>& loss);
+
+}  // namespace sn::cpu

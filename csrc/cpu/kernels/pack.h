@@ -1,0 +1,208 @@
+// Screening: the mean of sampled rows, and the packed bfloat16 copy with norms and residuals.
+// Included by kernels.cpp alone, inside its namespace.
+#pragma once
+
+inline constexpr float kFloatMost = 3.402823466e38f;
+
+// ---- the mean -------------------------------------------------------------------------------------------------------
+
+// A mean of sampled rows that an outlier cannot drag away: rows farther from the first mean than twice the
+// median are left out of the second. Sums are of differences to a sampled row, so that equal rows give
+// exactly that row.
+inline constexpr int kSampleRows = 32;
+// Half-precision rows are exact in the screening copy as they are: they are centred only if that shrinks them
+// a lot.
+inline constexpr float kWorthCentring = 0.25f;
+
+template <class T>
+void sampled_mean(const FeatureView* sides, int side_count, std::int64_t dims, float* mean, float* scratch) {
+  const T* rows[kSampleRows];
+  float far[kSampleRows];
+  float size[kSampleRows];
+  int count = 0;
+  for (int s = 0; s < side_count; ++s) {
+    const std::int64_t take = kSampleRows / side_count;
+    const std::int64_t n = sides[s].rows < take ? sides[s].rows : take;
+    for (std::int64_t i = 0; i < n; ++i) {
+      rows[count++] = static_cast<const T*>(sides[s].data) + (i * sides[s].rows / n) * sides[s].row_stride;
+    }
+  }
+  const std::int64_t padded = (dims + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+  const auto load = [dims](const T* row, std::int64_t c) SN_LAMBDA_INLINE {
+    return c + kLanes <= dims ? f_load(row + c) : f_load_partial(row + c, c < dims ? static_cast<int>(dims - c) : 0);
+  };
+  const auto average = [&](float* out) {
+    const F16 share = f_set1(1.0f / static_cast<float>(count));
+    for (std::int64_t c = 0; c < padded; c += kLanes) {
+      const F16 anchor = load(rows[0], c);
+      F16 sum = f_zero();
+      for (int i = 1; i < count; ++i) sum = f_add(sum, f_sub(load(rows[i], c), anchor));
+      f_store(out + c, f_fma(sum, share, anchor));
+    }
+  };
+  average(scratch);
+  float sorted[kSampleRows];
+  for (int i = 0; i < count; ++i) {
+    F16 spread = f_zero();
+    F16 square = f_zero();
+    for (std::int64_t c = 0; c < padded; c += kLanes) {
+      const F16 x = load(rows[i], c);
+      const F16 t = f_sub(x, f_load(scratch + c));
+      spread = f_fma(t, t, spread);
+      square = f_fma(x, x, square);
+    }
+    float lanes[kLanes];
+    f_store(lanes, spread);
+    far[i] = tree_sum(lanes);
+    f_store(lanes, square);
+    size[i] = tree_sum(lanes);
+  }
+  const auto median = [&](const float* values) {
+    for (int i = 0; i < count; ++i) {
+      int j = i;
+      for (; j > 0 && !(sorted[j - 1] <= values[i]); --j) sorted[j] = sorted[j - 1];
+      sorted[j] = values[i];
+    }
+    return sorted[count / 2];
+  };
+  const float usual = median(far);
+  const bool centre = sizeof(T) == sizeof(float) || usual < kWorthCentring * median(size);
+  int kept = 0;
+  for (int i = 0; i < count; ++i) {
+    if (far[i] <= 4.0f * usual) rows[kept++] = rows[i];
+  }
+  count = kept;
+  if (centre && count > 0) {
+    average(mean);
+  } else {
+    for (std::int64_t c = 0; c < padded; ++c) mean[c] = 0.0f;
+  }
+  for (std::int64_t c = 0; c < padded; ++c) {
+    if (c >= dims || !(__builtin_fabsf(mean[c]) <= kFloatMost)) mean[c] = 0.0f;  // any mean is right
+  }
+}
+
+// ---- the copy -------------------------------------------------------------------------------------------------------
+
+// 16 rows x 16 words to 16 words x 16 rows.
+SN_FORCE_INLINE void transpose_words(const std::uint32_t (&rows)[kPanel][kLanes], std::uint32_t* out) {
+#if defined(__AVX512F__)
+  __m512i a[16];
+  __m512i b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(rows[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[4 * i + 0] = _mm512_unpacklo_epi64(b[4 * i + 0], b[4 * i + 2]);
+    a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i + 0], b[4 * i + 2]);
+    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+    a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+  }
+  // a[4i + j], 128-bit group g: word 4g + j of rows 4i .. 4i + 3. Now gather the four i of each (g, j).
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i lo01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44);  // groups 0, 1 of i = 0, 1
+    const __m512i hi01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xee);  // groups 2, 3
+    const __m512i lo23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
+    const __m512i hi23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xee);
+    _mm512_store_si512(out + (0 + j) * 16, _mm512_shuffle_i32x4(lo01, lo23, 0x88));
+    _mm512_store_si512(out + (4 + j) * 16, _mm512_shuffle_i32x4(lo01, lo23, 0xdd));
+    _mm512_store_si512(out + (8 + j) * 16, _mm512_shuffle_i32x4(hi01, hi23, 0x88));
+    _mm512_store_si512(out + (12 + j) * 16, _mm512_shuffle_i32x4(hi01, hi23, 0xdd));
+  }
+#else
+  for (int word = 0; word < kLanes; ++word) {
+    for (int row = 0; row < kPanel; ++row) out[word * kPanel + row] = rows[row][word];
+  }
+#endif
+}
+
+// Rounds sixteen columns to bfloat16, to nearest even, subnormals to zero (a bfloat16 dot product flushes
+// them). words: the upper halves, two columns a word. residual: what rounding left out, exact in float.
+SN_FORCE_INLINE F16 round_columns(F16 t, std::uint32_t* words) {
+#if defined(__AVX512F__)
+  const __m512i bits = _mm512_castps_si512(t.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_and_si512(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd),
+                                           _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  const __m512i kept = _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7f800000)), rounded);
+  const __m512i even_half = _mm512_and_si512(_mm512_srli_epi64(kept, 16), _mm512_set1_epi64(0xffff));
+  const __m512i odd_half = _mm512_srli_epi64(kept, 32);  // its low half is zero already
+  _mm256_store_si256(reinterpret_cast<__m256i*>(words), _mm512_cvtepi64_epi32(_mm512_or_si512(even_half, odd_half)));
+  return {_mm512_sub_ps(t.v, _mm512_castsi512_ps(kept))};
+#else
+  alignas(64) std::uint32_t bits[kLanes];
+  alignas(64) std::uint64_t both[kLanes / 2];
+  static_assert(sizeof bits == sizeof both);
+  f_store(reinterpret_cast<float*>(bits), t);
+  for (int l = 0; l < kLanes; ++l) {
+    const std::uint32_t rounded = (bits[l] + 0x7fffu + ((bits[l] >> 16) & 1u)) & 0xffff0000u;
+    bits[l] = (bits[l] & 0x7f800000u) == 0 ? 0u : rounded;
+  }
+  const F16 residual = f_sub(t, f_load(reinterpret_cast<const float*>(bits)));
+  std::memcpy(both, bits, sizeof bits);
+  for (int l = 0; l < kLanes / 2; ++l) {
+    words[l] = static_cast<std::uint32_t>((both[l] >> 16) & 0xffffu) |
+               static_cast<std::uint32_t>((both[l] >> 32) & 0xffff0000u);
+  }
+  return residual;
+#endif
+}
+
+// Packs panels [first, last). False if a row is not finite or too large to be screened.
+template <class T>
+bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std::int64_t last) {
+  bool usable = true;
+  for (std::int64_t panel = first; panel < last; ++panel) {
+    const T* rows[kPanel];
+    F16 norm[kPanel];
+    F16 residual[kPanel];
+    for (int r = 0; r < kPanel; ++r) {
+      const std::int64_t position = panel * kPanel + r;
+      rows[r] = position < side.rows
+                    ? static_cast<const T*>(side.features.data) + side.order[position] * side.features.row_stride
+                    : nullptr;
+      norm[r] = f_zero();
+      residual[r] = f_zero();
+    }
+    std::uint32_t* out = side.packed + panel * screen.panel_stride;
+    alignas(64) std::uint32_t words[kPanel][kLanes] = {};
+    alignas(64) std::uint32_t turned[kLanes * kPanel];
+    for (std::int64_t pair = 0; pair < screen.pairs; pair += kLanes) {
+      for (int r = 0; r < kPanel; ++r) {
+        if (rows[r] == nullptr) continue;
+        for (int half = 0; half < 2; ++half) {
+          const std::int64_t c = 2 * pair + half * kLanes;
+          const std::int64_t left = screen.dims - c;
+          const F16 x =
+              left >= kLanes ? f_load(rows[r] + c) : f_load_partial(rows[r] + c, left > 0 ? static_cast<int>(left) : 0);
+          const F16 t = f_sub(x, f_load(screen.mean + c));
+          const F16 rest = round_columns(t, words[r] + half * (kLanes / 2));
+          norm[r] = f_fma(t, t, norm[r]);
+          residual[r] = f_fma(rest, rest, residual[r]);
+        }
+      }
+      const std::int64_t count = screen.pairs - pair < kLanes ? screen.pairs - pair : kLanes;
+      if (count == kLanes) {
+        transpose_words(words, out + pair * kPanel);
+      } else {
+        transpose_words(words, turned);
+        std::memcpy(out + pair * kPanel, turned, static_cast<std::size_t>(count * kPanel) * sizeof(std::uint32_t));
+      }
+    }
+    for (int r = 0; r < kPanel; ++r) {
+      float lanes[kLanes];
+      f_store(lanes, norm[r]);
+      side.norm[panel * kPanel + r] = tree_sum(lanes);
+      usable = usable && side.norm[panel * kPanel + r] <= kFloatMost;
+      f_store(lanes, residual[r]);
+      side.residual[panel * kPanel + r] = tree_sum(lanes);
+    }
+  }
+  return usable;
+}

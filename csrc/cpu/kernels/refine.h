@@ -1,0 +1,43 @@
+// Direct distances of what the bounds leave open, and the gathering of columns for them and for the backward.
+// Included by kernels.cpp alone, inside its namespace.
+#pragma once
+
+template <class T>
+void refine_rows(const Screen& screen, std::int64_t p) {
+  float d2[kListMost];
+  const std::int64_t count = screen.list_counts[p];
+  Entry* entries = screen.lists + p * screen.capacity;
+  direct_list_of<T>(screen, p, entries, count, d2);
+  for (std::int64_t e = 0; e < count; ++e) entries[e].score = d2[e];
+}
+
+inline void refine_columns(const Screen& screen, const float* anchor_columns, const float* candidate_columns,
+                           std::int64_t p) {
+  refine_segment(anchor_columns + p * kSegment, candidate_columns, screen.lists + p * screen.capacity,
+                 screen.list_counts[p]);
+}
+
+// Rows [begin, end) of `order` (or of the features themselves), columns [column, column + columns), as fp32
+// with zeros up to `pitch`.
+inline constexpr std::int64_t kAhead = 8;
+template <class T>
+void gather_columns(const FeatureView& features, const std::int32_t* order, std::int64_t begin, std::int64_t end,
+                    std::int64_t column, std::int64_t columns, std::int64_t pitch, float* out) {
+  for (std::int64_t r = begin; r < end; ++r) {
+    const T* row = static_cast<const T*>(features.data) + (order ? order[r] : r) * features.row_stride + column;
+    if (r + kAhead < end) {  // rows lie far apart, where no hardware prefetcher follows
+      const T* later = static_cast<const T*>(features.data) +
+                       (order ? order[r + kAhead] : r + kAhead) * features.row_stride + column;
+      for (std::int64_t c = 0; c < columns; c += 64 / static_cast<std::int64_t>(sizeof(T)))
+        __builtin_prefetch(later + c);
+    }
+    float* to = out + r * pitch;
+    std::int64_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes) f_store(to + c, f_load(row + c));
+    if (c < columns) {
+      f_store(to + c, f_load_partial(row + c, static_cast<int>(columns - c)));
+      c += kLanes;
+    }
+    for (; c < pitch; c += kLanes) f_store(to + c, f_zero());
+  }
+}

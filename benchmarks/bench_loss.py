@@ -32,7 +32,7 @@ from baselines import Recipe
 from contestants import Contestant, Setting, backend_contestants, rival_contestants
 from inputs import Batch, Spec
 from report import Case, Notes, Row, case_table, plural, summary, table
-from sn_ops import ops
+from sn_ops import dispatch
 
 SHAPES = "64x2048,128x2048,256x2048,1024x2048,4096x512,4096x2048,8192x128"
 QUICK_SHAPES = "64x2048,256x2048,1024x512"
@@ -382,7 +382,7 @@ def package_facts() -> dict[str, Any]:
         "sn_ops": sn_ops.__version__,
         "backends": {name: {"usable": info.usable, "reason": info.reason} for name, info in known.items()},
     }
-    core: Any = ops.CORE
+    core: Any = dispatch.CORE
     if core is not None:
         facts |= {"build": core.build_info(), "cpu_capability": core.cpu_capability()}
     return facts

@@ -27,7 +27,10 @@ from torch.multiprocessing.spawn import spawn
 import harness
 import report
 import sn_ops
-from sn_ops import distributed, ops, reference
+from sn_ops import ops, reference
+from sn_ops.distributed import exchange as exchanges
+from sn_ops.distributed import loss as group_loss
+from sn_ops.distributed import search
 
 # ---- the model -----------------------------------------------------------------------------------
 # N rows a rank, W ranks, D columns, K neighbours, s bytes an element. Seconds; docs/scaling.md derives each line.
@@ -156,11 +159,11 @@ def call_seconds(p: Problem, world: int, repeats: int) -> tuple[float, float]:
 def merge_seconds(p: Problem, repeats: int) -> float:
     """What a ring adds to the search of a batch: its squared distances, labels, and the merge."""
     (feats, own), (candidates, labels) = batch(p.rows, p.dims, 0), batch(p.rows, p.dims, 1)
-    call = distributed.Call(False, "cpu", feats, own, None, None, None, -1, p.k, 50.0, 0.1, 0, 0)
-    found = distributed._search(call, candidates, labels, 0, None, -1)
+    call = exchanges.Call(False, "cpu", feats, own, None, None, None, -1, p.k, 50.0, 0.1, 0, 0)
+    found = search._search(call, candidates, labels, 0, None, -1)
 
     def search_and_merge() -> object:
-        return distributed._merge(found, distributed._search(call, candidates, labels, p.rows, None, -1), p.k)
+        return search._merge(found, search._search(call, candidates, labels, p.rows, None, -1), p.k)
 
     return max(0.0, least(search_and_merge, repeats) - call_seconds(p, 1, repeats)[0])
 
@@ -168,7 +171,7 @@ def merge_seconds(p: Problem, repeats: int) -> float:
 def part_seconds(p: Problem, repeats: int) -> float:
     """The backward of a part that no edge leads to and with next to nothing in it: what a call costs at least."""
     indices = torch.full((8, p.k + 2), -1, dtype=torch.int32)
-    job = distributed._Backward(
+    job = group_loss._Backward(
         "cpu", torch.ones(()), torch.zeros(8, 8), indices, torch.zeros(8, p.k + 2), torch.ones(6, dtype=torch.float64),
         int(reference.Reduction.SUM), True,
     )  # fmt: skip
@@ -238,10 +241,10 @@ def _rank(rank: int, world: int, store: str, p: Problem, repeats: int, out: str)
     feats, labels = batch(p.rows, p.dims, rank)
     feats.requires_grad_()
     for mode in ("gather", "ring"):
-        exchange = distributed.Exchange(group, mode=mode)
+        exchange = exchanges.Exchange(group, mode=mode)
         losses: list[Tensor] = []
 
-        def forward(exchange: distributed.Exchange = exchange, losses: list[Tensor] = losses) -> None:
+        def forward(exchange: exchanges.Exchange = exchange, losses: list[Tensor] = losses) -> None:
             losses[:] = [sn_ops.sn_loss(feats, labels, k=p.k, group=exchange)]
 
         def backward(losses: list[Tensor] = losses) -> None:
@@ -311,7 +314,7 @@ def run_model(m: Machine, p: Problem) -> None:
         for seconds, size in ((gather_seconds, gather_bytes), (ring_seconds, ring_bytes)):
             forward, backward = seconds(m, p, world)
             row += [report.ms(forward), report.ms(backward), f"{size(p, world) / 2**30:.2f}"]
-        chosen = gather_bytes(p, world) > distributed.RING_ABOVE
+        chosen = gather_bytes(p, world) > exchanges.RING_ABOVE
         lines.append([*row, "ring" if chosen else "gather"])
     print(f"{p.rows} rows a rank, D = {p.dims}, k = {p.k}, {p.element} bytes an element; {asdict(m)}\n")
     header = ["ranks", "gather forward ms", "backward ms", "GiB", "ring forward ms", "backward ms", "GiB", "auto takes"]

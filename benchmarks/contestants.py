@@ -18,7 +18,7 @@ import harness
 import sn_ops
 from baselines import Recipe
 from inputs import Batch
-from sn_ops import ops
+from sn_ops import dispatch
 
 # run(batch, feats, recipe, reduction) -> loss; feats stands for batch.feats, and for its own candidates.
 Run = Callable[[Batch, Tensor, Recipe, str], Tensor]
@@ -171,7 +171,7 @@ def _backend(name: str, label: str, enter: Callable[[], None]) -> Contestant:
 
 
 def _capability_hook(capability: str) -> Callable[[], None]:
-    core: Any = ops.CORE
+    core: Any = dispatch.CORE
 
     def enter() -> None:
         if core.cpu_capability() != capability:
@@ -201,7 +201,7 @@ def backend_contestants(names: list[str], capabilities: list[str], device: torch
         if name != "cpu":
             found.append(_backend(name, name, harness.nothing))
             continue
-        core: Any = ops.CORE
+        core: Any = dispatch.CORE
         default = core.cpu_capability()
         for capability in capabilities or [default]:
             usable = core.cpu_capabilities()

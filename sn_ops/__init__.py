@@ -4,9 +4,9 @@ Li, Ding, Li, Zhang and Fu, "Support Neighbor Loss for Person Re-Identification"
 `sn_loss` and `SNLoss` compute it, `support_neighbors` shows its neighbours, `backends` says what runs it here.
 """
 
-from .functional import BackendInfo, SNStats, SupportNeighbors, backends, sn_loss, support_neighbors
+from .dispatch import BackendInfo, backends, version
+from .functional import SNStats, SupportNeighbors, sn_loss, support_neighbors
 from .modules import SNLoss
-from .ops import version
 
 __version__ = version()
 

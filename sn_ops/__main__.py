@@ -6,24 +6,24 @@ import platform
 
 import torch
 
-from . import __version__, backends, ops
+from . import __version__, backends, dispatch
 
 
 def _facts() -> dict[str, str]:
     cuda = torch.version.cuda or "none"
     facts = {
-        "sn_ops": f"{__version__}, {ops.__file__.removesuffix('/ops.py')}",
+        "sn_ops": f"{__version__}, {dispatch.__file__.removesuffix('/dispatch.py')}",
         "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, CUDA {cuda}, {torch.get_num_threads()} CPU threads",
     }
-    if ops.CORE is not None:
-        build = ops.CORE.build_info()
+    if dispatch.CORE is not None:
+        build = dispatch.CORE.build_info()
         facts["built with"] = f"{build['compiler']}, torch {build['torch']}"
         facts["CUDA kernels"] = build["cuda"]
         if build["cuda_architectures"]:
             facts["CUDA kernels"] += f" for {build['cuda_architectures']}"
-        usable = ", ".join(ops.CORE.cpu_capabilities())
-        facts["CPU kernels"] = f"{ops.CORE.cpu_capability()} in use; usable here: {usable}"
+        usable = ", ".join(dispatch.CORE.cpu_capabilities())
+        facts["CPU kernels"] = f"{dispatch.CORE.cpu_capability()} in use; usable here: {usable}"
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         facts[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"

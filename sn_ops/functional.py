@@ -1,37 +1,21 @@
-"""`sn_loss` and `support_neighbors`: validation, defaults, choice of backend."""
+"""`sn_loss` and `support_neighbors`: the public functions."""
 
 from __future__ import annotations
 
-import math
-import numbers
-import reprlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, NoReturn, cast, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from . import ops, reference, triton
+from . import ops, reference
+from .checks import _check_batch, _reject, check_options
+from .dispatch import _choose_backend, check_backend
 
 # The default loss options, the authors' recipe for Market-1501.
 K = 10
 ALPHA = 50.0
 WEIGHT = 0.1
-
-_SQUEEZE = {code.name.lower(): int(code) for code in reference.Squeeze}
-_REDUCTION = {code.name.lower(): int(code) for code in reference.Reduction}
-# The device types a backend serves (none: any), in the order in which "auto" asks.
-_BACKEND_DEVICES: dict[str, tuple[str, ...]] = {
-    "cuda": ("cuda",),
-    "triton": ("cuda",),
-    "cpu": ("cpu",),
-    "reference": (),
-}
-
-_FLOATING = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-_INTEGER = frozenset(
-    {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
-)
 
 
 class SNStats(NamedTuple):
@@ -66,212 +50,6 @@ class SupportNeighbors(NamedTuple):
     """int64 `[N]`: the nearest positive among all candidates, -1 where the anchor has none."""
     farthest_positive: Tensor
     """int64 `[N]`: the farthest positive among all candidates, -1 where the anchor has none."""
-
-
-class BackendInfo(NamedTuple):
-    """One entry of `backends()`."""
-
-    usable: bool
-    """It can serve tensors of its devices here."""
-    reason: str
-    """Why it is not usable; empty if it is."""
-    devices: tuple[str, ...]
-    """The device types it serves; empty for any."""
-
-
-# ---- validation ---------------------------------------------------------------------------------
-# Every check of the package is here. It runs on every call, so that it asks with cheap comparisons and leaves finding
-# the words to functions that run on failure alone.
-
-
-def _got(value: object) -> str:
-    if isinstance(value, Tensor):
-        layout = "" if value.layout is torch.strided else f", {value.layout}"
-        return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}{layout}"
-    return f"{reprlib.repr(value)} of type {type(value).__name__}"
-
-
-def _reject(argument: str, expected: str, value: object, error: type[Exception] = ValueError) -> NoReturn:
-    raise error(f"sn_ops: {argument}: expected {expected}, got {_got(value)}")
-
-
-def _reject_name(argument: str, allowed: tuple[str, ...], value: object) -> NoReturn:
-    names = ", ".join(repr(name) for name in allowed)
-    _reject(argument, f"one of {names}", value, ValueError if isinstance(value, str) else TypeError)
-
-
-def _count(k: object) -> int:
-    """`k` as an int."""
-    if type(k) is not int and (isinstance(k, bool) or not isinstance(k, (numbers.Integral, torch.SymInt))):
-        _reject("k", "an int >= 1", k, TypeError)
-    if k < 1:
-        _reject("k", "an int >= 1", k)
-    return k if type(k) is int else cast(int, k) if isinstance(k, torch.SymInt) else int(k)
-
-
-def _real(argument: str, value: object, positive: bool) -> float:
-    """`value` as a finite float, > 0 or at least >= 0."""
-    expected = "a finite number > 0" if positive else "a finite number >= 0"
-    if type(value) is not float:
-        if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
-            _reject(argument, expected, value, TypeError)
-        try:
-            value = float(value)
-        except OverflowError:
-            _reject(argument, expected, value)
-    if not (0.0 < value < math.inf or (value == 0.0 and not positive)):
-        _reject(argument, expected, value)
-    return value
-
-
-def check_options(
-    k: object, alpha: object, weight: object, squeeze: object, reduction: object, backend: object
-) -> tuple[int, float, float, int, int]:
-    """The options of the loss as the operators take them: k, alpha, weight, squeeze and reduction codes.
-
-    Raises:
-        TypeError, ValueError: naming the option, what is allowed and what came.
-    """
-    if not isinstance(squeeze, str) or squeeze not in _SQUEEZE:
-        _reject_name("squeeze", tuple(_SQUEEZE), squeeze)
-    if not isinstance(reduction, str) or reduction not in _REDUCTION:
-        _reject_name("reduction", tuple(_REDUCTION), reduction)
-    if not isinstance(backend, str) or not (backend == "auto" or backend in _BACKEND_DEVICES):
-        _reject_name("backend", ("auto", *_BACKEND_DEVICES), backend)
-    return (
-        _count(k),
-        _real("alpha", alpha, positive=True),
-        _real("weight", weight, positive=False),
-        _SQUEEZE[squeeze],
-        _REDUCTION[reduction],
-    )
-
-
-def _check_features(argument: str, feats: object) -> None:
-    if not isinstance(feats, Tensor):
-        _reject(argument, "a tensor", feats, TypeError)
-    if feats.dtype not in _FLOATING or feats.layout is not torch.strided:
-        _reject(argument, "a dense float64, float32, float16 or bfloat16 tensor", feats, TypeError)
-    if feats.dim() != 2:
-        _reject(argument, "a 2-D tensor, one row a sample", feats)
-
-
-def _check_index(argument: str, index: object, feats: Tensor, rows_of: str) -> Tensor:
-    """`index` as an int64 tensor, one entry for each row of `feats`, the argument `rows_of`."""
-    if not isinstance(index, Tensor):
-        _reject(argument, "an integer tensor", index, TypeError)
-    if index.dtype not in _INTEGER:
-        _reject(argument, "an integer tensor", index, TypeError)
-    if index.dim() != 1 or index.shape[0] != feats.shape[0]:
-        _reject(argument, f"shape [{feats.shape[0]}], one entry for each row of {rows_of}", index)
-    if index.device != feats.device:
-        _reject(argument, f"a tensor on {feats.device}, where {rows_of} is", index)
-    return index if index.dtype is torch.int64 else index.to(torch.int64)
-
-
-def _check_self_index(self_index: object, feats: Tensor, candidates: Tensor) -> tuple[Tensor | None, int]:
-    """The self_index and self_offset of the operators."""
-    n, m = feats.shape[0], candidates.shape[0]
-    if isinstance(self_index, Tensor):
-        index = _check_index("self_index", self_index, feats, "feats")
-        # Looking at the values needs them on the host: a GPU would have to be waited for, a tracer has none.
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if not traced and type(index) is Tensor and index.device.type == "cpu" and n > 0:
-            low, high = (int(bound) for bound in index.aminmax())
-            if low < -1 or high >= m:
-                outside = low if low < -1 else high
-                _reject("self_index", f"entries from -1 (none) to {m - 1}, a row of candidates", outside)
-        return index, -1
-    if isinstance(self_index, bool) or not isinstance(self_index, (numbers.Integral, torch.SymInt)):
-        _reject("self_index", "None, an int or an integer tensor", self_index, TypeError)
-    offset = self_index if isinstance(self_index, torch.SymInt) else int(self_index)
-    if offset < 0 or offset + n > m:
-        _reject("self_index", f"an offset with rows offset to offset + {n} inside the {m} candidates", offset)
-    return None, offset  # type: ignore[return-value]
-
-
-def _check_batch(
-    feats: Tensor,
-    labels: Tensor,
-    candidates: Tensor | None,
-    candidate_labels: Tensor | None,
-    self_index: int | Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-    """labels, candidate_labels, self_index and self_offset as the operators take them."""
-    _check_features("feats", feats)
-    labels = _check_index("labels", labels, feats, "feats")
-    if candidates is None:
-        if candidate_labels is not None:
-            _reject("candidates", "a tensor, since candidate_labels is given", candidates)
-        if self_index is not None:
-            _reject("self_index", "None without candidates (an anchor is itself among the anchors)", self_index)
-        return labels, None, None, 0
-
-    _check_features("candidates", candidates)
-    if candidate_labels is None:
-        _reject("candidate_labels", "an integer tensor, since candidates is given", candidate_labels)
-    if candidates.dtype is not feats.dtype:
-        _reject("candidates", f"a {feats.dtype} tensor like feats", candidates)
-    if candidates.device != feats.device:
-        _reject("candidates", f"a tensor on {feats.device}, where feats is", candidates)
-    if candidates.shape[1] != feats.shape[1]:
-        _reject("candidates", f"{feats.shape[1]} columns like feats", candidates)
-    candidate_labels = _check_index("candidate_labels", candidate_labels, candidates, "candidates")
-    if self_index is None:
-        return labels, candidate_labels, None, -1
-    index, offset = _check_self_index(self_index, feats, candidates)
-    return labels, candidate_labels, index, offset
-
-
-# ---- choice of backend --------------------------------------------------------------------------
-
-
-def backends() -> dict[str, BackendInfo]:
-    """Which backends this installation has, in the order in which "auto" asks them.
-
-    Returns:
-        Backend name -> (usable, reason if not, device types it serves; none stands for any).
-    """
-    return {
-        name: BackendInfo(name not in ops.LOAD_ERROR, ops.LOAD_ERROR.get(name, ""), _devices_of(name))
-        for name in _BACKEND_DEVICES
-    }
-
-
-def add_backend(name: str, devices: tuple[str, ...]) -> None:
-    """A backend from elsewhere, whose operators `ops.register` has; "auto" asks it last for tensors on `devices`."""
-    _BACKEND_DEVICES[name] = devices
-
-
-def _devices_of(backend: str) -> tuple[str, ...]:
-    """The device types a backend serves when it is named: for Triton the CPU under its interpreter, which "auto" never
-    takes."""
-    return triton.DEVICES if backend == "triton" else _BACKEND_DEVICES[backend]
-
-
-def _choose_backend(backend: str, feats: Tensor) -> str:
-    device = feats.device.type
-    if backend == "auto":
-        for name, devices in _BACKEND_DEVICES.items():
-            if device in devices and name not in ops.LOAD_ERROR and not ops.unfit(name, feats.device):
-                backend = name
-                break
-        else:
-            return "reference"
-    elif backend == "reference":
-        return backend
-    elif backend in ops.LOAD_ERROR:
-        raise ValueError(f"sn_ops: backend: {backend!r} is not usable: {ops.LOAD_ERROR[backend]}")
-    elif device not in _devices_of(backend):
-        served = " or ".join(_devices_of(backend))
-        _reject("backend", f"one that serves {device} tensors, as feats is ({backend!r} serves {served})", backend)
-    elif reason := ops.unfit(backend, feats.device):
-        raise ValueError(f"sn_ops: backend: {backend!r} cannot serve {feats.device}: {reason}")
-    ops.refuse_transforms()
-    return backend
-
-
-# ---- the public functions -----------------------------------------------------------------------
 
 
 @overload
@@ -381,19 +159,22 @@ def sn_loss(
     """
 
     def checked() -> tuple[Any, ...]:
-        options = check_options(k, alpha, weight, squeeze, reduction, backend)
+        check_backend(backend)
+        options = check_options(k, alpha, weight, squeeze, reduction)
         own_labels, bank_labels, index, offset = _check_batch(feats, labels, candidates, candidate_labels, self_index)
         chosen = _choose_backend(backend, feats)
         return chosen, feats, own_labels, candidates, bank_labels, index, offset, *options
 
     if group is not None:
-        from . import distributed  # imports torch.distributed, which most processes do not need
+        # They import torch.distributed, which most processes do not need.
+        from .distributed.exchange import Call
+        from .distributed.loss import loss as group_loss
 
         # Checked inside: what is wrong with this rank's arguments must reach the other ranks, which wait for it.
-        def prepare() -> distributed.Call:
-            return distributed.Call(bool(return_stats), *checked())
+        def prepare() -> Call:
+            return Call(bool(return_stats), *checked())
 
-        loss, stats = distributed.loss(group, sizes, prepare)
+        loss, stats = group_loss(group, sizes, prepare)
     else:
         if sizes is not None:
             _reject("sizes", "None without a group", sizes)
@@ -434,7 +215,8 @@ def support_neighbors(
     Raises:
         TypeError, ValueError: as `sn_loss`.
     """
-    k, alpha, weight, squeeze, reduction = check_options(k, ALPHA, WEIGHT, "none", "sum", backend)
+    check_backend(backend)
+    k, alpha, weight, squeeze, reduction = check_options(k, ALPHA, WEIGHT, "none", "sum")
     labels, candidate_labels, index, offset = _check_batch(feats, labels, candidates, candidate_labels, self_index)
     with torch.no_grad():
         _, edges, _, nearest, farthest, squared, _ = ops.forward(

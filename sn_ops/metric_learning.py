@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .functional import ALPHA, WEIGHT, K, SNStats, check_options, sn_loss
+from .checks import check_options
+from .dispatch import check_backend
+from .functional import ALPHA, WEIGHT, K, SNStats, sn_loss
 
 try:
     from pytorch_metric_learning.distances import LpDistance
@@ -70,9 +72,9 @@ class SNLoss(BaseMetricLossFunction):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.k, self.alpha, self.weight, _, _ = check_options(k, alpha, weight, squeeze, "none", backend)
+        self.backend = check_backend(backend)
+        self.k, self.alpha, self.weight, _, _ = check_options(k, alpha, weight, squeeze, "none")
         self.squeeze = squeeze
-        self.backend = backend
         distance = self.distance
         if not isinstance(distance, LpDistance) or distance.p != 2 or distance.power != 1:
             raise ValueError(f"sn_ops: distance: expected an LpDistance with p=2 and power=1, got {distance!r}")

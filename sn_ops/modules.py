@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .functional import ALPHA, WEIGHT, K, SNStats, check_options, sn_loss
+from .checks import check_options
+from .dispatch import check_backend
+from .functional import ALPHA, WEIGHT, K, SNStats, sn_loss
 
 
 class SNLoss(nn.Module):
@@ -41,14 +43,14 @@ class SNLoss(nn.Module):
         return_stats: bool = False,
     ) -> None:
         super().__init__()
-        self.k, self.alpha, self.weight, _, _ = check_options(k, alpha, weight, squeeze, reduction, backend)
+        self.backend = check_backend(backend)
+        self.k, self.alpha, self.weight, _, _ = check_options(k, alpha, weight, squeeze, reduction)
         if group is not None:
-            from . import distributed
+            from .distributed.exchange import check_group
 
-            distributed.check_group(group)
+            check_group(group)
         self.squeeze = squeeze
         self.reduction = reduction
-        self.backend = backend
         self.group = group
         self.return_stats = return_stats
 

@@ -1,4 +1,4 @@
-"""The two operators for PyTorch: loading the native libraries, shapes for tracing, autograd.
+"""The two operators for PyTorch: shapes for tracing, autograd.
 
 `forward` turns features into a loss and a support graph, `backward` a support graph into gradients; every backend has
 the two with one signature (`csrc/sn_ops.cpp` has the schemas, `reference.forward` and `reference.backward` say what
@@ -7,12 +7,8 @@ each argument and result is), so any forward can be checked with any backward.
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Callable, Iterable
-from functools import cache, partial
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -20,113 +16,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference, triton
+from .dispatch import CORE, LOAD_ERROR, _use_reference
 
 Graph = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-LOAD_ERROR: dict[str, str] = {}
-"""Backend name -> why this installation does not have it. A backend that is not listed loaded."""
-
-
-# ---- loading ------------------------------------------------------------------------------------
-
-
-_PACKAGE = Path(__file__).resolve().parent
-
-
-def _load_core() -> ModuleType | None:
-    """`sn_ops._C`, or None with the reason in LOAD_ERROR and a warning, since "auto" goes on without it."""
-    try:
-        return importlib.import_module(f"{__package__}._C")
-    except ModuleNotFoundError as error:
-        if error.name != f"{__package__}._C":
-            raise
-        reason = f"the compiled library sn_ops._C is not in {_PACKAGE}: "
-        if (_PACKAGE.parent / "CMakeLists.txt").exists():
-            reason += (
-                "this is the source checkout, which hides an installed sn_ops from a Python started there; run "
-                "`pip install -e .` in it to build the library in place, or `pip install .` and start Python elsewhere"
-            )
-        else:
-            reason += "run `pip install .` in a source checkout to build it"
-    except ImportError as error:
-        reason = f"the compiled library sn_ops._C in {_PACKAGE} does not load with torch {torch.__version__}: {error}"
-    LOAD_ERROR["cpu"] = reason
-    warnings.warn(f"sn_ops has only its slow backend 'reference': {reason}", RuntimeWarning, stacklevel=2)
-    return None
-
-
-def _load_cuda(core: ModuleType | None) -> str:
-    """Loads the CUDA kernels, `_C_cuda`, beside the core; why they cannot serve, empty if they can."""
-    if core is None:
-        return "it needs sn_ops._C, which did not load"
-    built = core.build_info()["cuda"]
-    library = _PACKAGE / "_C_cuda.so"
-    if not library.exists():
-        return built if built.startswith("not built") else f"{library} is missing: run `pip install .` again"
-    # Asked before loading: with another CUDA major the library loads and leaves two runtimes in the process.
-    if torch.version.cuda is None:
-        return f"it was built for CUDA {built}, torch {torch.__version__} is a build without CUDA"
-    if torch.version.cuda.split(".")[0] != built.split(".")[0]:
-        return f"it was built for CUDA {built}, torch {torch.__version__} for CUDA {torch.version.cuda}"
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        return f"{library} does not load with torch {torch.__version__}: {error}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("sn_ops::forward", "CUDA"):
-        return "its kernels of the loss are not part of this version of sn_ops"
-    return ""
-
-
-CORE = _load_core()
-if _reason := _load_cuda(CORE):
-    LOAD_ERROR["cuda"] = _reason
-if _reason := triton.missing():
-    LOAD_ERROR["triton"] = _reason
-
-
-def version() -> str:
-    """The version this package was built as; pyproject.toml has it, and an unbuilt checkout cannot know it."""
-    return "0+unbuilt" if CORE is None else str(CORE.build_info()["version"])
-
-
-def unfit(backend: str, device: torch.device) -> str:
-    """Why a backend that loaded cannot serve this device, of a type that it serves; empty if it can."""
-    return _unfit(backend, device)
-
-
-# What torch.compiler.assume_constant_result does; that would import the compiler, and Triton with it.
-unfit._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@cache  # asked at every call
-def _unfit(backend: str, device: torch.device) -> str:
-    if backend == "triton":
-        return triton.unfit(device)
-    if backend == "cuda" and CORE is not None:
-        built = CORE.build_info()["cuda_architectures"]
-        capability = torch.cuda.get_device_capability(device)
-        if not runs_on(built, capability):
-            return f"it was built for {built}, {device} is {capability[0]}{capability[1]}"
-    return ""
-
-
-def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether a GPU of this compute capability runs code for `architectures`, such as "80 90a 120+PTX": code runs on
-    the same major version from its own minor version on, "90a" on 9.0 alone, PTX on everything newer but where its
-    target is "90a" or the like."""
-    number = 10 * capability[0] + capability[1]
-    for name in architectures.split():
-        base = int(name.rstrip("afPTX+"))
-        target = name.removesuffix("+PTX")
-        if target.endswith("a"):
-            fits = number == base
-        elif target != name and not target.endswith("f"):
-            fits = number >= base
-        else:
-            fits = number >= base and number // 10 == base // 10
-        if fits:
-            return True
-    return False
 
 
 # ---- operators by backend -----------------------------------------------------------------------
@@ -217,13 +109,6 @@ _REDUCTION_ARGUMENT = 10
 """Where the forward operator's arguments have the reduction."""
 
 
-def _use_reference(what: str) -> NoReturn:
-    raise RuntimeError(
-        f"sn_ops: {what} not available from the fused backends, which differentiate the loss once, backwards. Use "
-        'backend="reference", which has no such limit.'
-    )
-
-
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Graph) -> None:
     feats, _, candidates = inputs[:3]
     _, indices, coefficients, nearest, farthest, squared, stats = output
@@ -251,12 +136,6 @@ def _differentiate(
 
 def _refuse_second_derivative(*_: object) -> NoReturn:
     _use_reference("second derivatives are")
-
-
-def refuse_transforms() -> None:
-    """Raise inside the transforms of torch.func, where a bare operator would drop tangents without a word."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        _use_reference("the transforms of torch.func (vmap, grad, jvp, ...) are")
 
 
 class _EagerLoss(torch.autograd.Function):

@@ -93,10 +93,10 @@ def full_speed_backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def core() -> Iterator[ModuleType]:
     """The native module; the CPU capability, path and number of threads are restored afterwards."""
-    from sn_ops import ops
+    from sn_ops import dispatch
 
     require("cpu")
-    module = ops.CORE
+    module = dispatch.CORE
     assert module is not None
     capability, threads = module.cpu_capability(), torch.get_num_threads()
     yield module

@@ -95,10 +95,10 @@ done
 if (cd / && python -c 'import torch' 2>/dev/null); then
   PYTHONPATH=$PWD python - <<'PY' || exit 1
 import torch, sn_ops
-from sn_ops import ops
-assert ops.CORE is not None, ops.LOAD_ERROR
-assert "cuda" not in ops.LOAD_ERROR, ops.LOAD_ERROR["cuda"]
-build = ops.CORE.build_info()
+from sn_ops import dispatch
+assert dispatch.CORE is not None, dispatch.LOAD_ERROR
+assert "cuda" not in dispatch.LOAD_ERROR, dispatch.LOAD_ERROR["cuda"]
+build = dispatch.CORE.build_info()
 print(f"prepare: they load under torch {torch.__version__}; built for {build['cuda_architectures']}")
 PY
 else

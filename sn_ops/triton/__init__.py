@@ -1,7 +1,8 @@
 """The Triton backend: the loss on a GPU where there is no CUDA toolkit, and a second definition of the algorithm.
 
-`kernels.py` is the loss from direct sums, to be read from top to bottom; `screening.py` finds the same neighbours
-faster for large batches; `operators.py` launches; `tuning.py` has the launch shapes. This module registers the
+`search.py` finds the neighbours by direct sums, in the order of `order.py`; `screening.py` finds the same neighbours
+faster for large batches; `loss.py` and `gradients.py` make losses and gradients of them; `operators.py` launches;
+`tuning.py` has the launch shapes. This module registers the
 operators `sn_triton::forward` and `sn_triton::backward` and needs neither a GPU nor Triton to be imported: the first
 call imports Triton.
 

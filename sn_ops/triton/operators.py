@@ -85,26 +85,26 @@ class Selection(NamedTuple):
 
 def _inspect(batch: Batch) -> Tensor:
     """Flags of blocks of rows, int32: is there a value that is not finite?"""
-    from . import kernels
+    from . import order, search
 
     rows, block = (64, 256) if tuning.INTERPRETED else (4, 1024)
-    acc = kernels.type_of(accumulation_dtype(batch.feats.dtype))
+    acc = order.type_of(accumulation_dtype(batch.feats.dtype))
     n, m, d = batch.sizes
     own, others = cdiv(n, rows), 0 if batch.symmetric else cdiv(m, rows)
     flags = torch.empty(own + others, dtype=torch.int32, device=batch.feats.device)
     if own:
-        kernels.inspect_kernel[(own,)](
-            batch.feats, batch.feats.stride(0), n, d, flags, 0, rows, block, acc, **kernels.EXACT
+        search.inspect_kernel[(own,)](
+            batch.feats, batch.feats.stride(0), n, d, flags, 0, rows, block, acc, **order.EXACT
         )
     if others:
         pool = batch.candidates
-        kernels.inspect_kernel[(others,)](pool, pool.stride(0), m, d, flags, own, rows, block, acc, **kernels.EXACT)
+        search.inspect_kernel[(others,)](pool, pool.stride(0), m, d, flags, own, rows, block, acc, **order.EXACT)
     return flags
 
 
 def _scan(batch: Batch, neighbours: int, indices: Tensor, selection: Selection) -> None:
     """Selection from direct sums of all pairs."""
-    from . import kernels
+    from . import order, search
 
     n, m, d = batch.sizes
     acc = selection.d2.dtype
@@ -121,30 +121,30 @@ def _scan(batch: Batch, neighbours: int, indices: Tensor, selection: Selection) 
         keys = torch.empty((0,) if dense else (rows, segments, plan.list_size), dtype=torch.int64, device=device)
         squared = torch.empty((rows, m) if dense else (0,), dtype=acc, device=device)
         extremes = Selection.empty(rows * segments, 0, batch.feats, acc)[1:]
-        kernels.scan_kernel[(cdiv(rows, plan.rows) * segments,)](
+        search.scan_kernel[(cdiv(rows, plan.rows) * segments,)](
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
             batch.labels, batch.candidate_labels, *batch.self_arguments(),
             first, rows, m, d, segments, plan.segment_size,
             keys, *extremes, squared,
             R=plan.rows, C=plan.columns, KP=plan.list_size, LOG_KP=log_kp,
             LOG_GROUPS=(plan.columns // plan.list_size).bit_length() - 1,
-            HAS_SELF=batch.self_index is not None, DENSE=dense, ACC=kernels.type_of(acc),
-            ONE_SPAN=d <= kernels.SPAN.value, num_warps=plan.warps, **kernels.EXACT,
+            HAS_SELF=batch.self_index is not None, DENSE=dense, ACC=order.type_of(acc),
+            ONE_SPAN=d <= order.SPAN.value, num_warps=plan.warps, **order.EXACT,
         )  # fmt: skip
         merge_rows = min(64, tuning.power_of_two(rows)) if tuning.INTERPRETED else max(1, 128 // plan.list_size)
-        kernels.merge_kernel[(cdiv(rows, merge_rows),)](
+        search.merge_kernel[(cdiv(rows, merge_rows),)](
             keys, *extremes, first, rows, neighbours, segments,
             indices, selection.d2, *selection[1:],
-            R=merge_rows, KP=plan.list_size, LOG_KP=log_kp, DENSE=dense, ACC=kernels.type_of(acc),
-            num_warps=1, **kernels.EXACT,
+            R=merge_rows, KP=plan.list_size, LOG_KP=log_kp, DENSE=dense, ACC=order.type_of(acc),
+            num_warps=1, **order.EXACT,
         )  # fmt: skip
         if dense:
             # Stable, so that ties stay in the order of indices; NaN, an anchor itself, comes behind infinity.
-            ordered, order = squared.sort(dim=1, stable=True)
-            ordered, order = ordered[:, :neighbours], order[:, :neighbours]
+            ordered, candidate = squared.sort(dim=1, stable=True)
+            ordered, candidate = ordered[:, :neighbours], candidate[:, :neighbours]
             itself = ordered.isnan()
             selection.d2[first : first + rows] = ordered.masked_fill(itself, torch.inf)
-            indices[first : first + rows, :neighbours] = order.masked_fill(itself, -1)
+            indices[first : first + rows, :neighbours] = candidate.masked_fill(itself, -1)
 
 
 class Screened(NamedTuple):
@@ -169,7 +169,7 @@ def _vectors(count: int, n: int, dtype: torch.dtype, device: torch.device) -> Te
 
 
 def _prepare(rows: Tensor, centre: Tensor | None, flags: Tensor, first_flag: int, block_rows: int) -> Screened:
-    from . import kernels, screening
+    from . import order, screening
 
     n, d = rows.shape
     half = rows if centre is None else rows.new_empty((n, cdiv(d, 64) * 64), dtype=torch.float16)
@@ -178,14 +178,14 @@ def _prepare(rows: Tensor, centre: Tensor | None, flags: Tensor, first_flag: int
         screening.prepare_kernel[(cdiv(n, block_rows),)](
             rows, rows.stride(0), n, d, rows if centre is None else centre, half, half.stride(0),
             scale, norm, rho, flags, first_flag,
-            CAST=centre is not None, R=block_rows, BLOCK=512, num_warps=4, **kernels.EXACT,
+            CAST=centre is not None, R=block_rows, BLOCK=512, num_warps=4, **order.EXACT,
         )  # fmt: skip
     return Screened(half, scale, norm, rho)
 
 
 def _positives(batch: Batch, selection: Selection) -> None:
     """near and far of every anchor, from direct sums within identities."""
-    from . import kernels, screening
+    from . import order, screening
 
     n, _, d = batch.sizes
     labels, candidate_order = batch.candidate_labels.sort(stable=True)
@@ -198,14 +198,14 @@ def _positives(batch: Batch, selection: Selection) -> None:
         batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
         batch.labels, batch.candidate_labels, *batch.self_arguments(), anchor_order, candidate_order, begin, end, n, d,
         *selection[1:],
-        R=plan.rows, C=plan.columns, HAS_SELF=batch.self_index is not None, ONE_SPAN=d <= kernels.SPAN.value,
-        num_warps=plan.warps, **kernels.EXACT,
+        R=plan.rows, C=plan.columns, HAS_SELF=batch.self_index is not None, ONE_SPAN=d <= order.SPAN.value,
+        num_warps=plan.warps, **order.EXACT,
     )  # fmt: skip
 
 
 def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tensor, selection: Selection) -> Tensor:
     """Selection through products of half precision; returns the flags of `_inspect`."""
-    from . import kernels, screening
+    from . import order, screening
 
     n, m, d = batch.sizes
     device = batch.feats.device
@@ -218,7 +218,7 @@ def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Ten
     depth = anchors.half.shape[1]
     product = {
         "BM": plan.tile[0], "BN": plan.tile[1], "BK": plan.tile[2], "GROUP": 8, "EVEN": depth % plan.tile[2] == 0,
-        "UPCAST": tuning.INTERPRETED, "num_warps": plan.warps, "num_stages": plan.stages, **kernels.EXACT,
+        "UPCAST": tuning.INTERPRETED, "num_warps": plan.warps, "num_stages": plan.stages, **order.EXACT,
     }  # fmt: skip
 
     def new(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -236,7 +236,7 @@ def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Ten
     sample_width = max(width, tuning.power_of_two(plan.groups))
     # Widening half precision beside the ladder's loop takes registers: half the pairs of a tile, as for float64.
     scan = tuning.scan_plan(n, m, neighbours, batch.feats.dtype != torch.float32, False)
-    one_span = d <= kernels.SPAN.value
+    one_span = d <= order.SPAN.value
     has_self = batch.self_index is not None
 
     def groups_of(wide: int, narrow: int) -> int:
@@ -254,7 +254,7 @@ def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Ten
             least, plan.groups, first, rows, neighbours, depth, anchors.norm, anchors.rho, count, queue_count, limit,
             twice,
             C=sample_width, KP=width, LOG_KP=width.bit_length() - 1, LOG_GROUPS=groups_of(sample_width, width),
-            R=block, num_warps=4, **kernels.EXACT,
+            R=block, num_warps=4, **order.EXACT,
         )  # fmt: skip
         screening.screen_kernel[(row_tiles * cdiv(m, plan.tile[1]),)](
             anchors.half, anchors.half.stride(0), anchors.scale, pool.half, pool.half.stride(0), *pool[1:],
@@ -265,14 +265,14 @@ def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Ten
             anchors.norm, anchors.rho, pool.norm, pool.rho, *batch.self_arguments(), first, rows, neighbours, depth,
             count, buffer, short, short_count, queue, queue_count,
             HAS_SELF=has_self, CAPACITY=plan.capacity, SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp,
-            LOG_GROUPS=groups_of(plan.capacity, plan.list_size), R=block, num_warps=4, **kernels.EXACT,
+            LOG_GROUPS=groups_of(plan.capacity, plan.list_size), R=block, num_warps=4, **order.EXACT,
         )  # fmt: skip
         columns = max(16, plan.list_size)
         screening.refine_kernel[(cdiv(rows, block),)](
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
             first, rows, neighbours, d, short, short_count, indices, selection.d2,
             SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp, LOG_GROUPS=groups_of(columns, plan.list_size),
-            R=block, C=columns, ONE_SPAN=one_span, UNROLL=plan.unroll, num_warps=4, **kernels.EXACT,
+            R=block, C=columns, ONE_SPAN=one_span, UNROLL=plan.unroll, num_warps=4, **order.EXACT,
         )  # fmt: skip
         screening.ladder_kernel[(plan.ladder_programs,)](
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
@@ -280,12 +280,12 @@ def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Ten
             cdiv(cdiv(m, plan.ladder_segments), scan.columns) * scan.columns, queue, queue_count, buffer,
             R=scan.rows, C=scan.columns, KP=plan.list_size, LOG_KP=log_kp,
             LOG_GROUPS=groups_of(scan.columns, plan.list_size), SEGMENTS=plan.ladder_segments, HAS_SELF=has_self,
-            ONE_SPAN=one_span, num_warps=scan.warps, **kernels.EXACT,
+            ONE_SPAN=one_span, num_warps=scan.warps, **order.EXACT,
         )  # fmt: skip
         block = 64 if tuning.INTERPRETED else max(1, 128 // plan.list_size)
         screening.settle_kernel[(cdiv(rows, block),)](
             queue, queue_count, buffer, first, neighbours, indices, selection.d2,
-            R=block, KP=plan.list_size, LOG_KP=log_kp, SEGMENTS=plan.ladder_segments, num_warps=1, **kernels.EXACT,
+            R=block, KP=plan.list_size, LOG_KP=log_kp, SEGMENTS=plan.ladder_segments, num_warps=1, **order.EXACT,
         )  # fmt: skip
     _positives(batch, selection)
     return flags
@@ -306,7 +306,7 @@ def forward(
     want_squared: bool,
 ) -> Graph:
     """`sn_triton::forward`; arguments and results as in `reference.forward`."""
-    from . import kernels
+    from . import loss, order
 
     feats, labels = _unit_stride(feats), labels.contiguous()
     if candidates is None or candidate_labels is None:
@@ -323,7 +323,7 @@ def forward(
     def new(*size: int, dtype: torch.dtype = acc) -> Tensor:
         return torch.empty(size, dtype=dtype, device=feats.device)
 
-    loss = new(n) if reduction == Reduction.NONE else new()
+    value = new(n) if reduction == Reduction.NONE else new()
     indices = new(n, neighbours + 2, dtype=torch.int32)
     coefficients = new(n, neighbours + 2)
     squared = new(n, neighbours + 2) if want_squared else new(0)
@@ -338,20 +338,20 @@ def forward(
         else:
             flags = _screen(batch, neighbours, screen, indices, selection)
         plan = tuning.loss_plan(n, neighbours)
-        records = new(cdiv(n, plan.rows), kernels.RECORD_SIZE, dtype=torch.float64)
+        records = new(cdiv(n, plan.rows), loss.RECORD_SIZE, dtype=torch.float64)
         if n:
-            kernels.loss_kernel[(records.shape[0],)](
+            loss.loss_kernel[(records.shape[0],)](
                 indices, *selection, batch.labels, batch.candidate_labels, flags, flags.numel(),
                 n, neighbours, *_halves(alpha), *_halves(weight),
-                loss, coefficients, squared, records,
+                value, coefficients, squared, records,
                 SQUEEZE=squeeze, REDUCTION=reduction, WANT_SQUARED=want_squared,
-                R=plan.rows, BLOCK=plan.block, ACC=kernels.type_of(acc), num_warps=plan.warps, **kernels.EXACT,
+                R=plan.rows, BLOCK=plan.block, ACC=order.type_of(acc), num_warps=plan.warps, **order.EXACT,
             )  # fmt: skip
-        kernels.reduce_kernel[(1,)](
-            records, records.shape[0], flags, flags.numel(), loss, stats,
-            REDUCTION=reduction, R=64, ACC=kernels.type_of(acc), num_warps=4, **kernels.EXACT,
+        loss.reduce_kernel[(1,)](
+            records, records.shape[0], flags, flags.numel(), value, stats,
+            REDUCTION=reduction, R=64, ACC=order.type_of(acc), num_warps=4, **order.EXACT,
         )  # fmt: skip
-    return loss, indices, coefficients, selection.near, selection.far, squared, stats
+    return value, indices, coefficients, selection.near, selection.far, squared, stats
 
 
 def backward(
@@ -366,7 +366,7 @@ def backward(
     need_candidates: bool,
 ) -> tuple[Tensor, Tensor]:
     """`sn_triton::backward`; arguments and results as in `reference.backward`."""
-    from . import kernels
+    from . import gradients, order
 
     symmetric = candidates is None
     feats = _unit_stride(feats)
@@ -386,22 +386,22 @@ def backward(
         upstream = grad_loss
         if reduction == Reduction.MEAN:
             upstream = torch.empty_like(grad_loss)
-            kernels.mean_kernel[(1,)](grad_loss, stats, upstream, kernels.type_of(acc), num_warps=1, **kernels.EXACT)
-        targets = order = bounds = indices
+            gradients.mean_kernel[(1,)](grad_loss, stats, upstream, order.type_of(acc), num_warps=1, **order.EXACT)
+        targets = by_target = bounds = indices
         chunks = torch.empty(0, dtype=acc, device=feats.device)
         incoming = need_candidates or (symmetric and need_feats)
         if incoming and n:
-            targets, order = indices.flatten().sort(stable=True)
+            targets, by_target = indices.flatten().sort(stable=True)
             rows = torch.arange(m + 1, dtype=torch.int32, device=feats.device)
             bounds = torch.searchsorted(targets, rows)
             whole = targets.numel() // plan.chunk
             if whole and columns:
                 chunks = torch.empty((whole, d), dtype=acc, device=feats.device)
-                kernels.hub_kernel[(cdiv(whole, plan.rows), columns)](
-                    feats, feats.stride(0), pool, pool.stride(0), targets, order, coefficients, upstream,
+                gradients.hub_kernel[(cdiv(whole, plan.rows), columns)](
+                    feats, feats.stride(0), pool, pool.stride(0), targets, by_target, coefficients, upstream,
                     whole, edges, d, chunks,
                     EACH=each, CHUNK=plan.chunk, R=plan.rows, EDGES=plan.edges, BLOCK=plan.block,
-                    ACC=kernels.type_of(acc), num_warps=plan.warps, **kernels.EXACT,
+                    ACC=order.type_of(acc), num_warps=plan.warps, **order.EXACT,
                 )  # fmt: skip
         for grad, own, into in (
             (grad_feats, True, symmetric) if need_feats else (grad_feats, False, False),
@@ -412,10 +412,10 @@ def backward(
             if into and n == 0:  # nobody's candidates
                 grad.copy_(stats[5].expand_as(grad))
                 continue
-            kernels.gradient_kernel[(cdiv(grad.shape[0], plan.rows), columns)](
-                feats, feats.stride(0), pool, pool.stride(0), indices, coefficients, bounds, order, upstream, stats,
+            gradients.gradient_kernel[(cdiv(grad.shape[0], plan.rows), columns)](
+                feats, feats.stride(0), pool, pool.stride(0), indices, coefficients, bounds, by_target, upstream, stats,
                 grad.shape[0], edges, d, chunks, grad,
                 OWN=own, INCOMING=into, EACH=each, CHUNK=plan.chunk, R=plan.rows, EDGES=plan.edges,
-                BLOCK=plan.block, ACC=kernels.type_of(acc), num_warps=plan.warps, **kernels.EXACT,
+                BLOCK=plan.block, ACC=order.type_of(acc), num_warps=plan.warps, **order.EXACT,
             )  # fmt: skip
     return grad_feats, grad_candidates

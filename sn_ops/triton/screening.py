@@ -1,4 +1,4 @@
-"""Exact selection at the speed of tensor cores: screen, refine, certify. It finds what `kernels.scan_kernel` finds.
+"""Exact selection at the speed of tensor cores: screen, refine, certify. It finds what `search.scan_kernel` finds.
 
 A matrix product in half precision gives all distances roughly. With a proven bound of its error it tells, for each
 anchor, which few candidates can be among the first K at all; those are decided by direct sums in the one summation
@@ -49,18 +49,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import (
+from .order import (
     NO_KEY,
     listed_distances,
     merge_sorted,
     own_index,
     pack_keys,
-    scan_segment,
     smallest,
-    store_support,
     tile_distances,
     update_extremes,
 )
+from .search import scan_segment, store_support
 
 # Beyond these a row's norm squared is not screened.
 LEAST_NORM = tl.constexpr(2.0**-60)

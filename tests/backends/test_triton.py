@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import sn_ops
-from sn_ops import ops, triton
+from sn_ops import dispatch, ops, triton
 from sn_ops.triton import operators, tuning
 from support import fresh_python, judge, oracle, problems
 from support.problems import Case
@@ -215,7 +215,7 @@ def test_path_does_not_depend_on_the_other_rows(monkeypatch: pytest.MonkeyPatch)
 
 
 def sums_in_documented_order(anchor: oracle.Array, candidates: oracle.Array) -> oracle.Array:
-    """`sn_ops/triton/kernels.py`, "The one summation order", in NumPy."""
+    """`sn_ops/triton/order.py`, "The one summation order", in NumPy."""
     rows, dims = candidates.shape
     total = np.zeros((rows, 32), candidates.dtype)
     for span in range(0, dims, 2048):
@@ -266,9 +266,9 @@ def fused_is_fused() -> bool:
 
 def test_one_place_sums() -> None:
     """No `tl.sum` of squares, no product outside `tl.fma`: `lane_step` and `lane_tree` are the order's only code."""
-    from sn_ops.triton import kernels, screening
+    from sn_ops.triton import gradients, loss, order, screening, search
 
-    for module in (kernels, screening):
+    for module in (order, search, screening, loss, gradients):
         path = module.__file__
         assert path is not None
         for node in ast.walk(ast.parse(Path(path).read_text())):
@@ -438,27 +438,26 @@ else:
     ],
 )
 def test_which_code_runs_where(architectures: str, capability: tuple[int, int], runs: bool) -> None:
-    assert ops.runs_on(architectures, capability) == runs
+    assert dispatch.runs_on(architectures, capability) == runs
 
 
 def test_auto_passes_over_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA library for other GPUs leaves them to Triton, a GPU too old for that to the reference."""
-    from sn_ops import functional
 
     class OnCuda:
         device = torch.device("cuda", 0)
 
-    monkeypatch.setattr(ops, "LOAD_ERROR", {})
+    monkeypatch.setattr(dispatch, "LOAD_ERROR", {})
     capability = (8, 6)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(ops, "runs_on", lambda _, found: found == (9, 0))
-    choose: Any = functional._choose_backend
+    monkeypatch.setattr(dispatch, "runs_on", lambda _, found: found == (9, 0))
+    choose: Any = dispatch._choose_backend
     for capability, chosen in ((8, 6), "triton"), ((9, 0), "cuda"), ((7, 5), "reference"):  # noqa: B007
-        ops._unfit.cache_clear()
+        dispatch._unfit.cache_clear()
         assert choose("auto", OnCuda) == chosen
     with pytest.raises(ValueError, match=r"7\.5"):
         choose("triton", OnCuda)
-    ops._unfit.cache_clear()
+    dispatch._unfit.cache_clear()
 
 
 def test_shapes_decide_everything() -> None:

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sn_ops
-from sn_ops import distributed
+from sn_ops.distributed import Exchange, collectives, exchange, search
+from sn_ops.distributed import loss as group_loss
 
 
 class Shard(NamedTuple):
@@ -47,7 +48,7 @@ COLLECTIVES = (
 
 
 def _through(group: Any, mode: str) -> Any:
-    return group if mode == "auto" else distributed.Exchange(group, mode=mode)
+    return group if mode == "auto" else Exchange(group, mode=mode)
 
 
 def loss_and_gradients(
@@ -58,10 +59,10 @@ def loss_and_gradients(
     shard = shards[rank]
     feats = shard.feats.clone().requires_grad_()
     bank = None if shard.candidates is None else shard.candidates.clone().requires_grad_()
-    seen: list[distributed.Graph] = []
+    seen: list[search.Graph] = []
     names: list[str] = []
 
-    def keep(call: distributed.Call, plan: Any, graph: distributed.Graph) -> tuple[Tensor, Tensor]:
+    def keep(call: exchange.Call, plan: Any, graph: search.Graph) -> tuple[Tensor, Tensor]:
         seen.append(graph)
         return globalise(call, plan, graph)
 
@@ -72,10 +73,10 @@ def loss_and_gradients(
 
         return counted
 
-    globalise = distributed._globalise
-    with mock.patch.object(distributed, "_globalise", keep):
+    globalise = group_loss._globalise
+    with mock.patch.object(group_loss, "_globalise", keep):
         places = [(dist, name) for name in COLLECTIVES if hasattr(dist, name)]
-        places += [(distributed, name) for name in ("_all_gather_single", "_reduce_scatter_single")]
+        places += [(collectives, name) for name in ("_all_gather_single", "_reduce_scatter_single")]
         patches = [mock.patch.object(at, name, count(name, getattr(at, name))) for at, name in places]
         for patch in patches:
             patch.start()
@@ -129,8 +130,8 @@ def module_with_sizes(group: Any, shards: Sequence[Shard], sizes: Sequence[int])
 def takes_the_ring(group: Any, shards: Sequence[Shard], limit: int) -> bool:
     """Whether the ring is taken under a limit of bytes."""
     shard = shards[dist.get_rank(group)]
-    with mock.patch.object(distributed, "_ring_graph", wraps=distributed._ring_graph) as ring:
-        sn_ops.sn_loss(shard.feats, shard.labels, group=distributed.Exchange(group, ring_above=limit))
+    with mock.patch.object(group_loss, "_ring_graph", wraps=search._ring_graph) as ring:
+        sn_ops.sn_loss(shard.feats, shard.labels, group=Exchange(group, ring_above=limit))
     return bool(ring.called)
 
 
@@ -221,12 +222,12 @@ def vmapped(group: Any, shards: Sequence[Shard]) -> None:
 
 def represent(group: Any) -> list[str]:
     """The module and the exchange as text."""
-    return [repr(sn_ops.SNLoss(group=group)), repr(distributed.Exchange(group, mode="ring"))]
+    return [repr(sn_ops.SNLoss(group=group)), repr(Exchange(group, mode="ring"))]
 
 
 def bad_exchange(group: Any, arguments: dict[str, Any]) -> None:
     """An `Exchange` that cannot be."""
-    distributed.Exchange(group, **arguments)
+    Exchange(group, **arguments)
 
 
 def wrapped_by_pml(group: Any, shards: Sequence[Shard], kind: str, options: dict[str, Any]) -> list[Tensor]:

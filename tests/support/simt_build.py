@@ -62,9 +62,9 @@ def library() -> Path:
 @cache
 def enable() -> None:
     """Registers the backend with sn_ops, for CPU tensors. Once."""
-    from sn_ops import functional, ops
+    from sn_ops import dispatch, ops
     from support import simt
 
     simt.load(library())
     ops.register(("simt",), "sn_simt")
-    functional.add_backend("simt", ("cpu",))
+    dispatch.add_backend("simt", ("cpu",))

@@ -10,7 +10,7 @@ import manifest
 import protocol
 import runner
 import sn_ops
-from sn_ops import ops
+from sn_ops import dispatch
 
 
 def device_facts() -> dict[str, Any]:
@@ -42,9 +42,9 @@ def pretended_facts() -> dict[str, Any]:
 
 def main() -> None:
     """Say them; fail where the backend is not usable or a call gives nonsense."""
-    core: Any = ops.CORE
+    core: Any = dispatch.CORE
     if core is None:
-        protocol.fail(ops.LOAD_ERROR["cpu"])
+        protocol.fail(dispatch.LOAD_ERROR["cpu"])
     build = core.build_info()
     pretend = protocol.pretending()
     device = pretended_facts() if pretend else device_facts() if torch.cuda.is_available() else None

@@ -24,7 +24,7 @@ from torch import Tensor
 import protocol
 import sn_ops
 from device import DTYPES, ROOT, Gpu, Pretended, open_device, same_bits
-from sn_ops import ops
+from sn_ops import dispatch
 
 AT_ONCE = 6
 PROCESS_S = 40.0
@@ -287,6 +287,6 @@ if __name__ == "__main__":
     if len(sys.argv) == 3:
         opened = open_device("simt")
         torch.set_num_threads(2)
-        assert ops.CORE is not None
+        assert dispatch.CORE is not None
         sys.exit(one_process(opened, sys.argv[1], sys.argv[2]))
     main()

@@ -1,0 +1,162 @@
+"""Validation of what users pass: every check of an argument of `sn_loss` and its like is here.
+
+It runs on every call, so that it asks with cheap comparisons and leaves finding the words to functions that run on
+failure alone.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import reprlib
+from typing import NoReturn, cast
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_SQUEEZE = {code.name.lower(): int(code) for code in reference.Squeeze}
+_REDUCTION = {code.name.lower(): int(code) for code in reference.Reduction}
+
+_FLOATING = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+_INTEGER = frozenset(
+    {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+)
+
+
+def _got(value: object) -> str:
+    if isinstance(value, Tensor):
+        layout = "" if value.layout is torch.strided else f", {value.layout}"
+        return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}{layout}"
+    return f"{reprlib.repr(value)} of type {type(value).__name__}"
+
+
+def _reject(argument: str, expected: str, value: object, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"sn_ops: {argument}: expected {expected}, got {_got(value)}")
+
+
+def _reject_name(argument: str, allowed: tuple[str, ...], value: object) -> NoReturn:
+    names = ", ".join(repr(name) for name in allowed)
+    _reject(argument, f"one of {names}", value, ValueError if isinstance(value, str) else TypeError)
+
+
+def _count(k: object) -> int:
+    """`k` as an int."""
+    if type(k) is not int and (isinstance(k, bool) or not isinstance(k, (numbers.Integral, torch.SymInt))):
+        _reject("k", "an int >= 1", k, TypeError)
+    if k < 1:
+        _reject("k", "an int >= 1", k)
+    return k if type(k) is int else cast(int, k) if isinstance(k, torch.SymInt) else int(k)
+
+
+def _real(argument: str, value: object, positive: bool) -> float:
+    """`value` as a finite float, > 0 or at least >= 0."""
+    expected = "a finite number > 0" if positive else "a finite number >= 0"
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
+            _reject(argument, expected, value, TypeError)
+        try:
+            value = float(value)
+        except OverflowError:
+            _reject(argument, expected, value)
+    if not (0.0 < value < math.inf or (value == 0.0 and not positive)):
+        _reject(argument, expected, value)
+    return value
+
+
+def check_options(
+    k: object, alpha: object, weight: object, squeeze: object, reduction: object
+) -> tuple[int, float, float, int, int]:
+    """The options of the loss as the operators take them: k, alpha, weight, squeeze and reduction codes.
+
+    Raises:
+        TypeError, ValueError: naming the option, what is allowed and what came.
+    """
+    if not isinstance(squeeze, str) or squeeze not in _SQUEEZE:
+        _reject_name("squeeze", tuple(_SQUEEZE), squeeze)
+    if not isinstance(reduction, str) or reduction not in _REDUCTION:
+        _reject_name("reduction", tuple(_REDUCTION), reduction)
+    return (
+        _count(k),
+        _real("alpha", alpha, positive=True),
+        _real("weight", weight, positive=False),
+        _SQUEEZE[squeeze],
+        _REDUCTION[reduction],
+    )
+
+
+def _check_features(argument: str, feats: object) -> None:
+    if not isinstance(feats, Tensor):
+        _reject(argument, "a tensor", feats, TypeError)
+    if feats.dtype not in _FLOATING or feats.layout is not torch.strided:
+        _reject(argument, "a dense float64, float32, float16 or bfloat16 tensor", feats, TypeError)
+    if feats.dim() != 2:
+        _reject(argument, "a 2-D tensor, one row a sample", feats)
+
+
+def _check_index(argument: str, index: object, feats: Tensor, rows_of: str) -> Tensor:
+    """`index` as an int64 tensor, one entry for each row of `feats`, the argument `rows_of`."""
+    if not isinstance(index, Tensor):
+        _reject(argument, "an integer tensor", index, TypeError)
+    if index.dtype not in _INTEGER:
+        _reject(argument, "an integer tensor", index, TypeError)
+    if index.dim() != 1 or index.shape[0] != feats.shape[0]:
+        _reject(argument, f"shape [{feats.shape[0]}], one entry for each row of {rows_of}", index)
+    if index.device != feats.device:
+        _reject(argument, f"a tensor on {feats.device}, where {rows_of} is", index)
+    return index if index.dtype is torch.int64 else index.to(torch.int64)
+
+
+def _check_self_index(self_index: object, feats: Tensor, candidates: Tensor) -> tuple[Tensor | None, int]:
+    """The self_index and self_offset of the operators."""
+    n, m = feats.shape[0], candidates.shape[0]
+    if isinstance(self_index, Tensor):
+        index = _check_index("self_index", self_index, feats, "feats")
+        # Looking at the values needs them on the host: a GPU would have to be waited for, a tracer has none.
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if not traced and type(index) is Tensor and index.device.type == "cpu" and n > 0:
+            low, high = (int(bound) for bound in index.aminmax())
+            if low < -1 or high >= m:
+                outside = low if low < -1 else high
+                _reject("self_index", f"entries from -1 (none) to {m - 1}, a row of candidates", outside)
+        return index, -1
+    if isinstance(self_index, bool) or not isinstance(self_index, (numbers.Integral, torch.SymInt)):
+        _reject("self_index", "None, an int or an integer tensor", self_index, TypeError)
+    offset = self_index if isinstance(self_index, torch.SymInt) else int(self_index)
+    if offset < 0 or offset + n > m:
+        _reject("self_index", f"an offset with rows offset to offset + {n} inside the {m} candidates", offset)
+    return None, offset  # type: ignore[return-value]
+
+
+def _check_batch(
+    feats: Tensor,
+    labels: Tensor,
+    candidates: Tensor | None,
+    candidate_labels: Tensor | None,
+    self_index: int | Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+    """labels, candidate_labels, self_index and self_offset as the operators take them."""
+    _check_features("feats", feats)
+    labels = _check_index("labels", labels, feats, "feats")
+    if candidates is None:
+        if candidate_labels is not None:
+            _reject("candidates", "a tensor, since candidate_labels is given", candidates)
+        if self_index is not None:
+            _reject("self_index", "None without candidates (an anchor is itself among the anchors)", self_index)
+        return labels, None, None, 0
+
+    _check_features("candidates", candidates)
+    if candidate_labels is None:
+        _reject("candidate_labels", "an integer tensor, since candidates is given", candidate_labels)
+    if candidates.dtype is not feats.dtype:
+        _reject("candidates", f"a {feats.dtype} tensor like feats", candidates)
+    if candidates.device != feats.device:
+        _reject("candidates", f"a tensor on {feats.device}, where feats is", candidates)
+    if candidates.shape[1] != feats.shape[1]:
+        _reject("candidates", f"{feats.shape[1]} columns like feats", candidates)
+    candidate_labels = _check_index("candidate_labels", candidate_labels, candidates, "candidates")
+    if self_index is None:
+        return labels, candidate_labels, None, -1
+    index, offset = _check_self_index(self_index, feats, candidates)
+    return labels, candidate_labels, index, offset

@@ -1,0 +1,209 @@
+"""Which backend serves a call: loading the native libraries, what is usable here and on which devices, the choice."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import triton
+from .checks import _reject, _reject_name
+
+LOAD_ERROR: dict[str, str] = {}
+"""Backend name -> why this installation does not have it. A backend that is not listed loaded."""
+
+# The device types a backend serves (none: any), in the order in which "auto" asks.
+_BACKEND_DEVICES: dict[str, tuple[str, ...]] = {
+    "cuda": ("cuda",),
+    "triton": ("cuda",),
+    "cpu": ("cpu",),
+    "reference": (),
+}
+
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _load_core() -> ModuleType | None:
+    """`sn_ops._C`, or None with the reason in LOAD_ERROR and a warning, since "auto" goes on without it."""
+    try:
+        return importlib.import_module(f"{__package__}._C")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}._C":
+            raise
+        reason = f"the compiled library sn_ops._C is not in {_PACKAGE}: "
+        if (_PACKAGE.parent / "CMakeLists.txt").exists():
+            reason += (
+                "this is the source checkout, which hides an installed sn_ops from a Python started there; run "
+                "`pip install -e .` in it to build the library in place, or `pip install .` and start Python elsewhere"
+            )
+        else:
+            reason += "run `pip install .` in a source checkout to build it"
+    except ImportError as error:
+        reason = f"the compiled library sn_ops._C in {_PACKAGE} does not load with torch {torch.__version__}: {error}"
+    LOAD_ERROR["cpu"] = reason
+    warnings.warn(f"sn_ops has only its slow backend 'reference': {reason}", RuntimeWarning, stacklevel=2)
+    return None
+
+
+def _load_cuda(core: ModuleType | None) -> str:
+    """Loads the CUDA kernels, `_C_cuda`, beside the core; why they cannot serve, empty if they can."""
+    if core is None:
+        return "it needs sn_ops._C, which did not load"
+    built = core.build_info()["cuda"]
+    library = _PACKAGE / "_C_cuda.so"
+    if not library.exists():
+        return built if built.startswith("not built") else f"{library} is missing: run `pip install .` again"
+    # Asked before loading: with another CUDA major the library loads and leaves two runtimes in the process.
+    if torch.version.cuda is None:
+        return f"it was built for CUDA {built}, torch {torch.__version__} is a build without CUDA"
+    if torch.version.cuda.split(".")[0] != built.split(".")[0]:
+        return f"it was built for CUDA {built}, torch {torch.__version__} for CUDA {torch.version.cuda}"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library} does not load with torch {torch.__version__}: {error}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("sn_ops::forward", "CUDA"):
+        return "its kernels of the loss are not part of this version of sn_ops"
+    return ""
+
+
+CORE = _load_core()
+if _reason := _load_cuda(CORE):
+    LOAD_ERROR["cuda"] = _reason
+if _reason := triton.missing():
+    LOAD_ERROR["triton"] = _reason
+
+
+def version() -> str:
+    """The version this package was built as; pyproject.toml has it, and an unbuilt checkout cannot know it."""
+    return "0+unbuilt" if CORE is None else str(CORE.build_info()["version"])
+
+
+def unfit(backend: str, device: torch.device) -> str:
+    """Why a backend that loaded cannot serve this device, of a type that it serves; empty if it can."""
+    return _unfit(backend, device)
+
+
+# What torch.compiler.assume_constant_result does; that would import the compiler, and Triton with it.
+unfit._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache  # asked at every call
+def _unfit(backend: str, device: torch.device) -> str:
+    if backend == "triton":
+        return triton.unfit(device)
+    if backend == "cuda" and CORE is not None:
+        built = CORE.build_info()["cuda_architectures"]
+        capability = torch.cuda.get_device_capability(device)
+        if not runs_on(built, capability):
+            return f"it was built for {built}, {device} is {capability[0]}{capability[1]}"
+    return ""
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability runs code for `architectures`, such as "80 90a 120+PTX": code runs on
+    the same major version from its own minor version on, "90a" on 9.0 alone, PTX on everything newer but where its
+    target is "90a" or the like."""
+    number = 10 * capability[0] + capability[1]
+    for name in architectures.split():
+        base = int(name.rstrip("afPTX+"))
+        target = name.removesuffix("+PTX")
+        if target.endswith("a"):
+            fits = number == base
+        elif target != name and not target.endswith("f"):
+            fits = number >= base
+        else:
+            fits = number >= base and number // 10 == base // 10
+        if fits:
+            return True
+    return False
+
+
+class BackendInfo(NamedTuple):
+    """One entry of `backends()`."""
+
+    usable: bool
+    """It can serve tensors of its devices here."""
+    reason: str
+    """Why it is not usable; empty if it is."""
+    devices: tuple[str, ...]
+    """The device types it serves; empty for any."""
+
+
+def backends() -> dict[str, BackendInfo]:
+    """Which backends this installation has, in the order in which "auto" asks them.
+
+    Returns:
+        Backend name -> (usable, reason if not, device types it serves; none stands for any).
+    """
+    return {
+        name: BackendInfo(name not in LOAD_ERROR, LOAD_ERROR.get(name, ""), _devices_of(name))
+        for name in _BACKEND_DEVICES
+    }
+
+
+def add_backend(name: str, devices: tuple[str, ...]) -> None:
+    """A backend from elsewhere, whose operators `register` has; "auto" asks it last for tensors on `devices`."""
+    _BACKEND_DEVICES[name] = devices
+
+
+def check_backend(backend: object) -> str:
+    """`backend`, which is "auto" or a backend's name.
+
+    Raises:
+        TypeError, ValueError: naming what is allowed and what came.
+    """
+    if not isinstance(backend, str) or not (backend == "auto" or backend in _BACKEND_DEVICES):
+        _reject_name("backend", ("auto", *_BACKEND_DEVICES), backend)
+    return backend
+
+
+def _devices_of(backend: str) -> tuple[str, ...]:
+    """The device types a backend serves when it is named: for Triton the CPU under its interpreter, which "auto" never
+    takes."""
+    return triton.DEVICES if backend == "triton" else _BACKEND_DEVICES[backend]
+
+
+def _choose_backend(backend: str, feats: Tensor) -> str:
+    device = feats.device.type
+    if backend == "auto":
+        for name, devices in _BACKEND_DEVICES.items():
+            if device in devices and name not in LOAD_ERROR and not unfit(name, feats.device):
+                backend = name
+                break
+        else:
+            return "reference"
+    elif backend == "reference":
+        return backend
+    elif backend in LOAD_ERROR:
+        raise ValueError(f"sn_ops: backend: {backend!r} is not usable: {LOAD_ERROR[backend]}")
+    elif device not in _devices_of(backend):
+        served = " or ".join(_devices_of(backend))
+        _reject("backend", f"one that serves {device} tensors, as feats is ({backend!r} serves {served})", backend)
+    elif reason := unfit(backend, feats.device):
+        raise ValueError(f"sn_ops: backend: {backend!r} cannot serve {feats.device}: {reason}")
+    refuse_transforms()
+    return backend
+
+
+# ---- what the fused backends do not serve ----
+
+
+def _use_reference(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"sn_ops: {what} not available from the fused backends, which differentiate the loss once, backwards. Use "
+        'backend="reference", which has no such limit.'
+    )
+
+
+def refuse_transforms() -> None:
+    """Raise inside the transforms of torch.func, where a bare operator would drop tangents without a word."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        _use_reference("the transforms of torch.func (vmap, grad, jvp, ...) are")

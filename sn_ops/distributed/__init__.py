@@ -23,5 +23,6 @@ of the one process. Who sums gradients instead divides the loss by the world siz
 """
 
 from .exchange import Exchange
+from .gather import all_gather_rows
 
-__all__ = ["Exchange"]
+__all__ = ["Exchange", "all_gather_rows"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sn_ops
-from sn_ops.distributed import Exchange, collectives, exchange, search
+from sn_ops.distributed import Exchange, all_gather_rows, collectives, exchange, search
 from sn_ops.distributed import loss as group_loss
 
 
@@ -51,6 +51,26 @@ def _through(group: Any, mode: str) -> Any:
     return group if mode == "auto" else Exchange(group, mode=mode)
 
 
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """The names of the collectives that are called meanwhile."""
+    names: list[str] = []
+
+    def count(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            names.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    places = [(dist, name) for name in COLLECTIVES if hasattr(dist, name)]
+    places += [(collectives, name) for name in ("_all_gather_single", "_reduce_scatter_single")]
+    with ExitStack() as patches:
+        for at, name in places:
+            patches.enter_context(mock.patch.object(at, name, count(name, getattr(at, name))))
+        yield names
+
+
 def loss_and_gradients(
     group: Any, shards: Sequence[Shard], options: dict[str, Any], mode: str = "auto", upstream: Sequence[Tensor] = ()
 ) -> Result:
@@ -60,35 +80,18 @@ def loss_and_gradients(
     feats = shard.feats.clone().requires_grad_()
     bank = None if shard.candidates is None else shard.candidates.clone().requires_grad_()
     seen: list[search.Graph] = []
-    names: list[str] = []
 
     def keep(call: exchange.Call, plan: Any, graph: search.Graph) -> tuple[Tensor, Tensor]:
         seen.append(graph)
         return globalise(call, plan, graph)
 
-    def count(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            names.append(name)
-            return original(*args, **kwargs)
-
-        return counted
-
     globalise = group_loss._globalise
-    with mock.patch.object(group_loss, "_globalise", keep):
-        places = [(dist, name) for name in COLLECTIVES if hasattr(dist, name)]
-        places += [(collectives, name) for name in ("_all_gather_single", "_reduce_scatter_single")]
-        patches = [mock.patch.object(at, name, count(name, getattr(at, name))) for at, name in places]
-        for patch in patches:
-            patch.start()
-        try:
-            loss, stats = sn_ops.sn_loss(
-                feats, shard.labels, candidates=bank, candidate_labels=shard.candidate_labels,
-                self_index=shard.self_index, group=_through(group, mode), return_stats=True, **options,
-            )  # fmt: skip
-            loss.backward(upstream[rank] if upstream else torch.ones_like(loss))
-        finally:
-            for patch in patches:
-                patch.stop()
+    with mock.patch.object(group_loss, "_globalise", keep), counted() as names:
+        loss, stats = sn_ops.sn_loss(
+            feats, shard.labels, candidates=bank, candidate_labels=shard.candidate_labels,
+            self_index=shard.self_index, group=_through(group, mode), return_stats=True, **options,
+        )  # fmt: skip
+        loss.backward(upstream[rank] if upstream else torch.ones_like(loss))
     graph = seen[0]
     gradients = [feats.grad, None if bank is None else bank.grad]
     return Result(loss.detach(), stats, gradients, graph.indices, graph.nearest, graph.farthest, names)
@@ -255,3 +258,35 @@ def overwrite_bank(group: Any, shards: Sequence[Shard], mode: str) -> None:
     )  # fmt: skip
     candidates[0] = 0
     loss.backward()
+
+
+class Gathered(NamedTuple):
+    """What a rank got from `all_gather_rows`."""
+
+    everyone: Tensor
+    start: int
+    gradient: Tensor | None
+    collectives: list[str]
+
+
+def gather_rows(group: Any, rows: Sequence[Tensor], upstream: Sequence[Tensor] = ()) -> Gathered:
+    """`all_gather_rows` of this rank's rows, and their gradient if there is an upstream one for each rank."""
+    rank = dist.get_rank(group)
+    leaf = rows[rank].clone().requires_grad_(bool(upstream))
+    with counted() as names:
+        everyone, start = all_gather_rows(leaf, group)
+        if upstream:
+            everyone.backward(upstream[rank])
+    return Gathered(everyone.detach(), start, leaf.grad, names)
+
+
+def gather_and_differentiate_twice(group: Any, rows: Sequence[Tensor]) -> None:
+    """Asks for a second derivative of what was gathered."""
+    leaf = rows[dist.get_rank(group)].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(all_gather_rows(leaf, group)[0].square().sum(), leaf, create_graph=True)
+    gradient.sum().backward()
+
+
+def gather_what_cannot_be(group: Any, rows: Any, of_group: bool) -> None:
+    """Rows, or a group, that are refused."""
+    all_gather_rows(rows, group if of_group else "everyone")

@@ -1,0 +1,85 @@
+# The steps of .ci/run that compile C++, CUDA and Triton, and run what needs no Python. Sourced; see steps.sh.
+
+# cmake and ninja, of their packages and out of the way of the environment that the README's commands make.
+prepare_native() {
+  python3 -m venv "$work/tools" && "$work/tools/bin/pip" install -q cmake ninja && mkdir "$work/bin" &&
+    ln -s "$work/tools/bin/cmake" "$work/tools/bin/ninja" "$work/bin/" || return
+  [ "$(uname -m)" = aarch64 ] ||
+    { need g++-aarch64-linux-gnu aarch64-linux-gnu-g++ && need qemu-user-static qemu-aarch64-static; } || true
+}
+
+configure() { # folder, options...
+  local tree=$1
+  shift
+  cmake -S . -B "$tree" -G Ninja -DSN_OPS_WERROR=ON "$@" >"$tree.log" || { cat "$tree.log"; return 1; }
+}
+
+# Code compiled for one instruction set must not define anything the linker could share with the rest of the program:
+# an inline function it keeps from an AVX-512 object would be an illegal instruction on a lesser machine.
+private_symbols() {
+  local object capability shared seen=0 status=0
+  configure "$work/core" && cmake --build "$work/core" || return
+  for object in $(find "$work/core/CMakeFiles" -path '*/sn_cpu_*.dir/*' -name kernels.cpp.o); do
+    capability=${object#*/sn_cpu_}
+    capability=${capability%%.dir*}
+    seen=$((seen + 1))
+    shared=$(nm -C --defined-only "$object" | awk '$2 ~ /[WVuBDRTi]/' | grep -v "sn::cpu::$capability::")
+    [ -z "$shared" ] || { printf '%s shares symbols:\n%s\n' "$capability" "$shared"; status=1; }
+  done
+  [ $seen -gt 0 ] || { echo "no kernels.cpp.o was built for a target sn_cpu_*"; status=1; }
+  return $status
+}
+
+configure_sanitized() { [ -f "$work/sanitize/build.ninja" ] || configure "$work/sanitize" -DSN_OPS_SANITIZE=ON; }
+cpp_core() {
+  configure_sanitized && cmake --build "$work/sanitize" --target sn_cpu_test && "$work/sanitize/sn_cpu_test"
+}
+# The kernels themselves, compiled for this CPU, on emulated threads: tests/simt/simt.h says what that proves.
+kernels_on_the_host() {
+  configure_sanitized &&
+    cmake --build "$work/sanitize" --target sn_simt_test sn_simt_loss_test && "$work/sanitize/sn_simt_test" &&
+    SN_SIMT_LAUNCH_LOG="$work/launches.txt" "$work/sanitize/sn_simt_loss_test"
+}
+
+aarch64() {
+  configure "$work/aarch64" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static &&
+    cmake --build "$work/aarch64" --target sn_cpu_test && qemu-aarch64-static "$work/aarch64/sn_cpu_test"
+}
+
+cuda_kernels() {
+  configure "$work/cuda" -DSN_OPS_CUDA_OBJECTS=ON -DSN_OPS_PTXAS_VERBOSE=ON \
+    -DSN_OPS_TORCH_DIR="$(python -c 'import torch; print(torch.__path__[0])')" &&
+    if ! cmake --build "$work/cuda" --target sn_cuda_objects sn_cuda_registration >"$work/ptxas.log" 2>&1; then
+      grep -v 'ptxas info' "$work/ptxas.log"
+      return 1
+    fi && python .ci/cuda_resources.py "$work/ptxas.log" "$work/launches.txt" &&
+    cmake --build "$work/cuda" --target sn_gpu_probe sn_gpu_micro
+}
+
+native_steps() {
+  PATH=$work/bin:$PATH
+  step "CPU kernels keep their symbols to themselves" private_symbols
+  if compgen -G 'tests/cpp/*.cpp' >/dev/null; then
+    step "C++ core under ASan and UBSan" cpp_core
+  else
+    skip "C++ core under ASan and UBSan" "tests/cpp has no test"
+  fi
+  step "CUDA kernels on the host, under ASan and UBSan" kernels_on_the_host
+  if command -v nvcc >/dev/null || [ -n "${CUDA_HOME:-}" ]; then
+    TORCH_CUDA_ARCH_LIST='' step "CUDA kernels, every architecture" cuda_kernels
+  else
+    skip "CUDA kernels, every architecture" "no nvcc here"
+  fi
+  if ! compgen -G 'tests/cpp/*.cpp' >/dev/null; then
+    skip "C++ core on aarch64" "tests/cpp has no test"
+  elif [ "$(uname -m)" = aarch64 ]; then
+    skip "C++ core on aarch64" "this machine is one: the steps above ran on it"
+  elif command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64-static >/dev/null; then
+    step "C++ core on aarch64" aarch64
+  else
+    skip "C++ core on aarch64" "no aarch64-linux-gnu-g++ and qemu-aarch64-static here"
+  fi
+}
+
+triton_steps() { step "Triton kernels, ahead of time" python .ci/triton_resources.py; }

@@ -1,0 +1,57 @@
+# What a step of .ci/run is, and how a series of steps runs beside others. Sourced; $work is a folder of this run.
+
+results=$work/results.txt # a line a step: passed, failed or skipped; seconds; name; reason
+lanes=()                  # processes that run a series of steps beside the others
+: >"$results"
+
+record() { # result, seconds, name, reason
+  printf '%s\t%d\t%s\t%s\n' "$1" "$2" "$3" "${4:-}" >>"$results"
+}
+
+step() { # name, command...: its exit status decides
+  local name=$1 started=$SECONDS result=failed
+  shift
+  printf '\n==== %s\n' "$name"
+  "$@" && result=passed
+  printf '==== %s: %s, %d s\n' "$name" "$result" $((SECONDS - started))
+  record "$result" $((SECONDS - started)) "$name"
+}
+
+skip() { # name, reason
+  printf '\n==== %s: skipped, %s\n' "$1" "$2"
+  record skipped 0 "$1" "$2"
+}
+
+need() { # package, command...: the command, installed as a Debian package where this may be done
+  local package=$1
+  shift
+  command -v "$1" >/dev/null && return
+  [ "$(id -u)" = 0 ] && [ "${CI:-}" = true ] && command -v apt-get >/dev/null || return
+  { apt-get install -y -qq "$package" || { apt-get update -qq && apt-get install -y -qq "$package"; }; } \
+    >"$work/apt.log" 2>&1
+  command -v "$1" >/dev/null
+}
+
+# A lane is a function that runs steps, beside the steps that follow and behind them in priority. What it prints comes
+# out when the lanes are joined. Lanes must not install anything: pip and apt-get have one user at a time.
+beside() { # function
+  printf '\n==== %s: beside what follows\n' "$1"
+  set -m # a process group of its own, to be stopped whole
+  { renice -n 5 -p "$BASHPID" >/dev/null; "$1"; } >"$work/$1.log" 2>&1 &
+  set +m
+  lanes+=("$!:$1")
+}
+
+join_lanes() {
+  local lane
+  for lane in "${lanes[@]}"; do
+    wait "${lane%%:*}" || record failed 0 "${lane#*:}" "ended with status $?"
+    cat "$work/${lane#*:}.log"
+  done
+  lanes=()
+}
+
+stop_lanes() {
+  local lane
+  for lane in "${lanes[@]}"; do kill -- "-${lane%%:*}"; done 2>/dev/null
+}

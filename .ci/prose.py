@@ -109,8 +109,11 @@ def c_blocks(source: str) -> Iterator[Block]:
         if token.startswith("//"):
             comments.append(Comment(number, len(before), not before.strip(), token.lstrip("/")))
         elif token.startswith("/*"):
-            texts = token[2:-2].splitlines()
-            yield [line_of(number + place, re.sub(r"^\s*\*", "", text)) for place, text in enumerate(texts)]
+            first, *rest = token[2:-2].splitlines()
+            starred = all(text.lstrip().startswith("*") for text in rest)
+            rest = [text.lstrip().removeprefix("*") if starred else text for text in rest]
+            first = first if starred else " " * (len(before) + 2) + first
+            yield [line_of(number + place, text) for place, text in enumerate([first, *rest])]
     yield from join_comments(comments)
 
 

@@ -110,7 +110,7 @@ def c_blocks(source: str) -> Iterator[Block]:
             comments.append(Comment(number, len(before), not before.strip(), token.lstrip("/")))
         elif token.startswith("/*"):
             first, *rest = token[2:-2].splitlines()
-            starred = all(text.lstrip().startswith("*") for text in rest)
+            starred = all(text.lstrip().startswith("*") for text in rest if text.strip())
             rest = [text.lstrip().removeprefix("*") if starred else text for text in rest]
             first = first if starred else " " * (len(before) + 2) + first
             yield [line_of(number + place, text) for place, text in enumerate([first, *rest])]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -16,10 +17,15 @@ else:
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
-def lint_requirements(path: Path = PYPROJECT) -> list[str]:
+def read_pyproject() -> dict[str, Any]:
+    """All of pyproject.toml."""
+    with PYPROJECT.open("rb") as file:
+        return tomllib.load(file)
+
+
+def lint_requirements() -> list[str]:
     """As pyproject.toml lists them."""
-    with path.open("rb") as file:
-        requirements: list[str] = tomllib.load(file)["dependency-groups"]["lint"]
+    requirements: list[str] = read_pyproject()["dependency-groups"]["lint"]
     return requirements
 
 

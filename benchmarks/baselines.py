@@ -141,8 +141,7 @@ def loop(
 ) -> tuple[Tensor, Tensor]:
     """One anchor at a time over the rows of the distance matrix, autograd through every step.
 
-    Structure as described for the paper's code. Its accidents (dropped ties, overflow, equal identity sizes) are not
-    reproduced.
+    Its structure is that of the paper's code, without its accidents: dropped ties, overflow, equal identity sizes.
     """
     x = widen(feats)
     z = x if candidates is None else widen(candidates)

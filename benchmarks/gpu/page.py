@@ -14,6 +14,7 @@ import difflib
 import json
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -196,8 +197,8 @@ def survey(folder: Path) -> Survey:
 
 HEADER = f"""# What was measured
 
-Generated from the records in this folder by `{COMMAND}`; never edited by hand. With `--check`, a step
-of `.ci/run`, it fails where this page is not what the records say, or a record is not in order.
+Generated from the records in this folder by `{COMMAND}`; never edited by hand. With `--check`,
+a step of `.ci/run`, it fails where this page differs from the records, or where a record is not in order.
 """
 
 NO_GPU = """## GPUs
@@ -210,8 +211,8 @@ READING = f"""## GPUs
 
 By device, each step from the newest record that ran it: ratios may compare times of two commits. Times are medians in
 microseconds; "both" is forward + backward, "graph" a replayed CUDA graph, "called" the same call from Python. A ~ marks
-an interquartile range above {render.NOISY:.0%} of the median. Expected times and ceilings are stated for an
-{expected.DEVICE}, in `benchmarks/gpu/expected.py`: the goal, or the prediction where there is no goal. A ratio is
+an interquartile range above {render.NOISY:.0%} of the median. Expected times and ceilings are those of an
+{expected.DEVICE} in `benchmarks/gpu/expected.py`: the goal, or the prediction where there is no goal. A ratio is
 measured over expected.
 """
 
@@ -280,7 +281,8 @@ def device_section(device: str, entries: list[Entry]) -> str:
             ran = [name for name, source in sources.items() if source is entry]
             if ran:
                 facts = render.facts(each["provenance"])
-                parts.append(f"[{entry.place}]({entry.place}) has {', '.join(ran)}: {facts}.\n")
+                origin = f"[{entry.place}]({entry.place}) has {', '.join(ran)}: {facts}."
+                parts.append(textwrap.fill(origin, 120, break_long_words=False, break_on_hyphens=False) + "\n")
         parts += [table.markdown() for table in tables(record)]
     return "\n".join(parts)
 

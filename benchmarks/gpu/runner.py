@@ -1,10 +1,9 @@
 """Runs the steps of a call and keeps the record of it, whatever a step does.
 
-Each step is a process with a session of its own and a limit: a hang, a crash or a CUDA error that sticks costs that
-process and not the run. What it prints goes to `<call>.log` line by line; after every step, and while a step speaks
-every two seconds, the record is written again to `<call>.json`, a new file that takes the old one's place. No other
-file is left. On a disk that fills up the log ends first: some of the disk is kept back for the record. At the end a
-table.
+Each step is a process with a session of its own and a time limit: a hang, a crash or a CUDA error that sticks ends that
+step, not the run. What a step prints goes to `<call>.log` line by line. The record, `<call>.json`, is replaced after
+every step, and every two seconds while a step reports. No other file is left. If the disk fills up, the log ends first:
+some of the disk is kept back for the record. A table of all steps is printed at the end.
 """
 
 from __future__ import annotations

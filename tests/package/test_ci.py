@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,14 @@ def test_steps_that_never_came_to_run_are_a_failure(tmp_path: Path) -> None:
 
 
 def test_what_runs_beside_ends_with_the_run(tmp_path: Path) -> None:
-    run_steps(tmp_path, 'others() { sleep 600 & echo $! >"$work/child"; wait; }; beside others; sleep 1')
+    started = 'until [ -s "$work/child" ]; do sleep 0.1; done'
+    run_steps(tmp_path, f'others() {{ sleep 600 & echo $! >"$work/child"; wait; }}; beside others; {started}')
     child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
-    assert not child.exists() or child.read_text().split()[2] == "Z"
+    for _ in range(100):
+        if not child.exists() or child.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("it still runs ten seconds later")
 
 
 @pytest.mark.parametrize(("bad", "status"), [("passed", 0), ("failed", 1)])

@@ -5,9 +5,9 @@
 //
 // One JSON object on stdout: facts of the device, and for each measurement its unit, all samples and their median.
 // Seconds are of one launch, node, ticket or barrier; bytes a second count what is read and what is written. Times are
-// taken by events on the stream, but for those named `host`. --quick takes a few samples and smaller buffers;
-// --programmatic adds graphs with programmatic dependent launch. Exit status 2, and the reason on stderr, if any call
-// fails.
+// taken by events on the stream, except those named `host`. --quick takes a few samples and smaller buffers,
+// --programmatic adds graphs with programmatic dependent launch. If a call fails, the exit status is 2 and stderr has
+// the reason.
 #include <cuda_runtime.h>
 
 #include <algorithm>

@@ -27,61 +27,38 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .config import Config, from_yaml, preset, to_yaml
-    from .data import Sample, Split, load_dataset, load_split
-    from .inference import (
-        embed_images,
-        evaluate_model,
-        export_onnx,
-        load_embeddings,
-        open_trained,
-        rank_images,
-        save_embeddings,
-    )
-    from .models import build_model
-    from .training import train
+if TYPE_CHECKING:  # the table below, as type checkers read it
+    from .config import Config as Config
+    from .config import from_yaml as from_yaml
+    from .config import preset as preset
+    from .config import to_yaml as to_yaml
+    from .data import Sample as Sample
+    from .data import Split as Split
+    from .data import load_dataset as load_dataset
+    from .data import load_split as load_split
+    from .inference import embed_images as embed_images
+    from .inference import evaluate_model as evaluate_model
+    from .inference import export_onnx as export_onnx
+    from .inference import load_embeddings as load_embeddings
+    from .inference import open_trained as open_trained
+    from .inference import rank_images as rank_images
+    from .inference import save_embeddings as save_embeddings
+    from .models import build_model as build_model
+    from .training import train as train
 
-# Where each public name lives: importing this package imports none of these modules.
-_HOME = {
-    "Config": "config",
-    "Sample": "data",
-    "Split": "data",
-    "build_model": "models",
-    "embed_images": "inference",
-    "evaluate_model": "inference",
-    "export_onnx": "inference",
-    "from_yaml": "config",
-    "load_dataset": "data",
-    "load_embeddings": "inference",
-    "load_split": "data",
-    "open_trained": "inference",
-    "preset": "config",
-    "rank_images": "inference",
-    "save_embeddings": "inference",
-    "to_yaml": "config",
-    "train": "training",
-}
+_PUBLIC: dict[str, tuple[str, ...]] = {
+    "config": ("Config", "from_yaml", "preset", "to_yaml"),
+    "data": ("Sample", "Split", "load_dataset", "load_split"),
+    "inference": ("embed_images", "evaluate_model", "export_onnx", "load_embeddings", "open_trained", "rank_images",
+                  "save_embeddings"),
+    "models": ("build_model",),
+    "training": ("train",),
+}  # fmt: skip
+"""The public names of each subpackage, which is imported when one of its names is first used."""
 
-__all__ = [
-    "Config",
-    "Sample",
-    "Split",
-    "build_model",
-    "embed_images",
-    "evaluate_model",
-    "export_onnx",
-    "from_yaml",
-    "load_dataset",
-    "load_embeddings",
-    "load_split",
-    "open_trained",
-    "preset",
-    "rank_images",
-    "save_embeddings",
-    "to_yaml",
-    "train",
-]
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -179,12 +179,12 @@ def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without torchrun, or with one rank of it, there is no group and nothing to wait for."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     with processes("cpu") as parallel:
-        assert parallel == Parallel(0, 1, torch.device("cpu")) and parallel.first
+        assert parallel == Parallel(0, 1, torch.device("cpu")) and parallel.is_main
         rows = torch.ones(2, 3, requires_grad=True)
-        assert parallel.everyone(5) == [5] and not parallel.rows(rows).requires_grad
+        assert parallel.all_gather_object(5) == [5] and not parallel.gather_rows(rows).requires_grad
         assert torch.equal(parallel.sum(torch.ones(2)), torch.ones(2))
         model = torch.nn.Linear(2, 2)
         assert parallel.wrap(model, sync=True) is model
-        parallel.wait()
+        parallel.barrier()
     with pytest.raises(ValueError, match="device: expected"), processes("tpu"):
         pass

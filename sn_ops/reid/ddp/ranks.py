@@ -41,7 +41,7 @@ class Parallel:
     """The process group of all ranks; None for one process."""
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """The rank that writes files and shows progress."""
         return self.rank == 0
 
@@ -69,11 +69,11 @@ class Parallel:
             dist.all_reduce(values, group=self.group)
         return values
 
-    def rows(self, rows: Tensor) -> Tensor:
+    def gather_rows(self, rows: Tensor) -> Tensor:
         """`[sum of n, ...]`: the rows `[n, ...]` of all ranks in rank order, without gradients."""
         return rows.detach() if self.group is None else gather(rows.detach(), self.group)[0]
 
-    def everyone(self, value: Value) -> list[Value]:
+    def all_gather_object(self, value: Value) -> list[Value]:
         """The value of each rank: anything that pickles, between processes of one run."""
         if self.group is None:
             return [value]
@@ -81,7 +81,7 @@ class Parallel:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when all ranks have come here."""
         if self.group is not None:
             dist.barrier(self.group)

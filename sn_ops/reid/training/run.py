@@ -88,21 +88,21 @@ def train(
     for package in ("yaml", "tqdm", "PIL.Image", "matplotlib", "scipy"):  # now, not after hours
         need(package)
     with _process_settings(config), processes(config.run.device) as parallel:
-        if parallel.first:
+        if parallel.is_main:
             split = load_split(config.data)
-        parallel.wait()  # the first one renders or unpacks, if that is what loading takes
-        if not parallel.first:
+        parallel.barrier()  # the first one renders or unpacks, if that is what loading takes
+        if not parallel.is_main:
             split = load_split(config.data)
         check_evaluation(split)
         data = data_fingerprint(split.train)
         if checkpoint is not None and state is not None:
             check_resumable(state, checkpoint, config, data)
         trainer = Trainer(config, split, parallel)
-        folder = parallel.everyone(_folder(config, checkpoint) if parallel.first else Path())[0]
-        if parallel.first:
+        folder = parallel.all_gather_object(_folder(config, checkpoint) if parallel.is_main else Path())[0]
+        if parallel.is_main:
             replace_text(folder / "config.yaml", to_yaml(config))
         log = RunLog(
-            folder, every=config.run.log_every, steps=trainer.steps * config.optim.epochs, writes=parallel.first,
+            folder, every=config.run.log_every, steps=trainer.steps * config.optim.epochs, writes=parallel.is_main,
             progress=progress, tensorboard=config.run.tensorboard,
         )  # fmt: skip
         # Each rank has its own dropout; a resumed one goes on with the one it had.
@@ -233,19 +233,19 @@ class _Run:
 
     def _save(self) -> None:
         state = self.trainer.state()  # on every rank
-        if self.parallel.first:
+        if self.parallel.is_main:
             state |= {"data": self.data, "log": self.log.state(), "best": self.best, "due": self.due}
             save_checkpoint(self.last, state, self.config)
-        self.parallel.wait()
+        self.parallel.barrier()
 
     def _evaluate(self, *, final: bool) -> None:
         """Scores of the network as it is; at the end the files about them."""
-        if self.parallel.first:
+        if self.parallel.is_main:
             before = random_state()
             with self.stop.at_once(self.last):
                 self._score(final)
             set_random_state(before)
-        self.parallel.wait()
+        self.parallel.barrier()
 
     def _score(self, final: bool) -> None:
         from ..inference.scoring import evaluate_model, scores_record

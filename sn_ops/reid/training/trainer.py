@@ -114,7 +114,7 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.zero_grad()
 
-        everyones_indices = indices if self.memory is None else parallel.rows(indices)
+        everyones_indices = indices if self.memory is None else parallel.gather_rows(indices)
         bank = None if self.memory is None else self.memory.candidates(everyones_indices)
 
         def loss_of(embedding: Tensor, logits: Tensor | None) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
@@ -140,7 +140,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.memory is not None:
-            self.memory.push(parallel.rows(embedding), parallel.rows(labels), everyones_indices)
+            self.memory.push(parallel.gather_rows(embedding), parallel.gather_rows(labels), everyones_indices)
         self.batch += 1
         if self.batch == self.steps:
             self.epoch, self.batch = self.epoch + 1, 0
@@ -198,7 +198,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "memory": None if self.memory is None else self.memory.state_dict(),
-            "random": self.parallel.everyone(random_state()),
+            "random": self.parallel.all_gather_object(random_state()),
         }
 
     def load(self, state: Mapping[str, Any]) -> bool:

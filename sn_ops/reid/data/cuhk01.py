@@ -59,8 +59,12 @@ def load(
         pid, camera = int(match[1]), (int(match[2]) - 1) // 2
         views.setdefault(pid, ([], []))[camera].append(Sample(place / name, pid, camera))
     if check_counts:
-        ORIGIN.check_number("people", IDENTITIES, len(views))
-        ORIGIN.check_number("images", IDENTITIES * IMAGES_EACH, len(names))
+        ORIGIN.check_numbers(
+            {
+                "people": (IDENTITIES, len(views)),
+                "images": (IDENTITIES * IMAGES_EACH, len(names)),
+            }
+        )
     for pid, sides in views.items():
         if not sides[0] or not sides[1]:
             raise ORIGIN.wrong("an image of every person in both views", f"person {pid} in one")

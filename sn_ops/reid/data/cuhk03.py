@@ -71,9 +71,13 @@ def load(
         for part, expected, found in zip(
             ("training", "query", "gallery"), COUNTS[boxes], (train, query, gallery), strict=True
         ):
-            ORIGIN.check_number(f"{boxes} {part} images", expected, len(found))
-        ORIGIN.check_number("training identities", TRAIN_IDENTITIES, people(train))
-        ORIGIN.check_number("query identities", TEST_IDENTITIES, people(query))
+            ORIGIN.check_numbers({f"{boxes} {part} images": (expected, len(found))})
+        ORIGIN.check_numbers(
+            {
+                "training identities": (TRAIN_IDENTITIES, people(train)),
+                "query identities": (TEST_IDENTITIES, people(query)),
+            }
+        )
     ORIGIN.check_identities(train, query, gallery)
     return Split(f"{ORIGIN.name} {boxes}", train, query, gallery)
 

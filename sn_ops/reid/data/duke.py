@@ -37,11 +37,15 @@ def load(root: str | os.PathLike[str], *, check_counts: bool = True) -> Split:
         if sample.pid < 1:
             raise ORIGIN.wrong("identities from 1 in bounding_box_test", f"{sample.pid} in {sample.path}")
     if check_counts:
-        ORIGIN.check_number("images in bounding_box_train", 16522, len(train))
-        ORIGIN.check_number("images in query", 2228, len(query))
-        ORIGIN.check_number("images in bounding_box_test", 17661, len(gallery))
-        ORIGIN.check_number("identities in bounding_box_train", 702, people(train))
-        ORIGIN.check_number("identities in query", 702, people(query))
-        ORIGIN.check_number("identities in bounding_box_test", 1110, people(gallery))
+        ORIGIN.check_numbers(
+            {
+                "images in bounding_box_train": (16522, len(train)),
+                "images in query": (2228, len(query)),
+                "images in bounding_box_test": (17661, len(gallery)),
+                "identities in bounding_box_train": (702, people(train)),
+                "identities in query": (702, people(query)),
+                "identities in bounding_box_test": (1110, people(gallery)),
+            }
+        )
     ORIGIN.check_identities(train, query, gallery)
     return Split(ORIGIN.name, train, query, gallery)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +35,14 @@ class Origin:
             f"sn_ops.reid: {self.name}: expected {expected}, got {got}. Where to get the whole set: {self.source}"
         )
 
-    def check_number(self, what: str, expected: int, got: int) -> None:
-        """Raises ValueError unless the numbers are equal."""
-        if got != expected:
-            remedy = "check_counts=False (on the command line --set data.options.check_counts=false) takes it as it is"
-            raise self.wrong(f"{expected} {what}", f"{got}; {remedy}")
+    def check_numbers(self, numbers: Mapping[str, tuple[int, int]]) -> None:
+        """Raises ValueError unless the two numbers of each kind, (expected, got), are equal."""
+        for what, (expected, got) in numbers.items():
+            if got != expected:
+                remedy = (
+                    "check_counts=False (on the command line --set data.options.check_counts=false) takes it as it is"
+                )
+                raise self.wrong(f"{expected} {what}", f"{got}; {remedy}")
 
     def locate(self, root: str | os.PathLike[str], folder: str, parts: Sequence[str]) -> Path:
         """The folder that has the parts: `root/folder`, or root itself where somebody renamed it.

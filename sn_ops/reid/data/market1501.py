@@ -43,15 +43,19 @@ def load(
     gallery = without_junk(everything)
     drawn = ORIGIN.named_images(place / "gt_bbox", cameras) if (place / "gt_bbox").is_dir() else ()
     if check_counts:
-        ORIGIN.check_number("images in bounding_box_train", 12936, len(train))
-        ORIGIN.check_number("images in query", 3368, len(query))
-        ORIGIN.check_number("images in bounding_box_test", 19732, len(everything))
-        ORIGIN.check_number("images of people or distractors in bounding_box_test", 15913, len(gallery))
-        ORIGIN.check_number("identities in bounding_box_train", 751, people(train))
-        ORIGIN.check_number("identities in query", 750, people(query))
-        ORIGIN.check_number("identities in bounding_box_test", 750, people(gallery))
+        ORIGIN.check_numbers(
+            {
+                "images in bounding_box_train": (12936, len(train)),
+                "images in query": (3368, len(query)),
+                "images in bounding_box_test": (19732, len(everything)),
+                "images of people or distractors in bounding_box_test": (15913, len(gallery)),
+                "identities in bounding_box_train": (751, people(train)),
+                "identities in query": (750, people(query)),
+                "identities in bounding_box_test": (750, people(gallery)),
+            }
+        )
         if drawn:
-            ORIGIN.check_number("images in gt_bbox", 25259, len(drawn))
+            ORIGIN.check_numbers({"images in gt_bbox": (25259, len(drawn))})
     ORIGIN.check_identities(train, query, gallery)
     if distractors is not None:
         gallery += distractor_images(distractors)

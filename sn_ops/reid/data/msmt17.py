@@ -52,12 +52,16 @@ def load(root: str | os.PathLike[str], *, version: str = "V1", check_counts: boo
             raise ORIGIN.wrong(f"no image in both {names[0]} and {names[1]}", min(both))
     train = tuple(sorted(train + val, key=_name))
     if check_counts:
-        ORIGIN.check_number("images in list_train.txt and list_val.txt", 32621, len(train))
-        ORIGIN.check_number("images in list_query.txt", 11659, len(query))
-        ORIGIN.check_number("images in list_gallery.txt", 82161, len(gallery))
-        ORIGIN.check_number("training identities", TRAIN_IDENTITIES, people(train))
-        ORIGIN.check_number("query identities", TEST_IDENTITIES, people(query))
-        ORIGIN.check_number("gallery identities", TEST_IDENTITIES, people(gallery))
+        ORIGIN.check_numbers(
+            {
+                "images in list_train.txt and list_val.txt": (32621, len(train)),
+                "images in list_query.txt": (11659, len(query)),
+                "images in list_gallery.txt": (82161, len(gallery)),
+                "training identities": (TRAIN_IDENTITIES, people(train)),
+                "query identities": (TEST_IDENTITIES, people(query)),
+                "gallery identities": (TEST_IDENTITIES, people(gallery)),
+            }
+        )
     ORIGIN.check_identities(train, query, gallery)
     return Split(f"{ORIGIN.name} {version}", train, query, gallery)
 

@@ -62,12 +62,5 @@ def evaluate_with_distractors(
     ids = torch.cat([ids, torch.full((counts[-1],), nobody)])
     cameras = torch.cat([cameras, torch.full((counts[-1],), -1)])
     protocol = Protocol(query_ids, query_cameras, ids, cameras, distances.device)
-    return scores(
-        distances,
-        protocol,
-        stops=[len(gallery) + count for count in counts],
-        max_rank=max_rank,
-        average_precision=average_precision,
-        unmatched=unmatched,
-        chunk=chunk,
-    )
+    stops = [len(gallery) + count for count in counts]
+    return scores(distances, protocol, max_rank, average_precision, unmatched, stops=stops, chunk=chunk)

@@ -92,11 +92,11 @@ class Scores:
 def scores(
     distances: Distances,
     protocol: Protocol,
-    *,
-    stops: Sequence[int] | None = None,
     max_rank: int = 50,
     average_precision: AveragePrecision = "standard",
     unmatched: Unmatched = "skip",
+    *,
+    stops: Sequence[int] | None = None,
     chunk: int = CHUNK,
 ) -> list[Scores]:
     """The scores for each prefix of the gallery (by default one: all of it).

@@ -65,15 +65,7 @@ def evaluate(
     """
     distances = distances_of(query, gallery, metric, rerank)
     protocol = Protocol(query_ids, query_cameras, gallery_ids, gallery_cameras, distances.device)
-    (result,) = scores(
-        distances,
-        protocol,
-        max_rank=max_rank,
-        average_precision=average_precision,
-        unmatched=unmatched,
-        chunk=chunk,
-    )
-    return result
+    return scores(distances, protocol, max_rank, average_precision, unmatched, chunk=chunk)[0]
 
 
 def evaluate_matrix(
@@ -91,12 +83,4 @@ def evaluate_matrix(
     """As `evaluate`, for distances that are already a matrix `[Q, G]`, floating point; +inf is allowed, NaN is not."""
     distances = MatrixDistances(matrix)
     protocol = Protocol(query_ids, query_cameras, gallery_ids, gallery_cameras, distances.device)
-    (result,) = scores(
-        distances,
-        protocol,
-        max_rank=max_rank,
-        average_precision=average_precision,
-        unmatched=unmatched,
-        chunk=chunk,
-    )
-    return result
+    return scores(distances, protocol, max_rank, average_precision, unmatched, chunk=chunk)[0]

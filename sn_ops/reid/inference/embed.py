@@ -35,6 +35,11 @@ def image_files(folder: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 class _Images(torch.utils.data.Dataset[Tensor]):
     def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
         self.paths, self.transform = paths, transform
@@ -82,7 +87,7 @@ def embed_images(
     if not paths:
         raise ValueError("sn_ops.reid: images: expected at least one path, got none")
     if device is None:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
     images = _Images([Path(path) for path in paths], transform)
     loader = torch.utils.data.DataLoader(
         images, batch_size=batch_size, num_workers=workers, worker_init_fn=outlive_stop_signals

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..files import replacing
 from ..requirements import need
+from .embed import device_of
 
 INPUT, OUTPUT = "images", "embeddings"
 
@@ -57,29 +59,22 @@ def export_onnx(
     for module in ("onnx", "onnxscript", "onnxruntime"):
         need(module)
     path = Path(path)
-    training = model.training
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    wrapped = _Embedding(model, normalize).eval()
-    example = torch.randn(2, 3, height, width, device=device, generator=_generator(device))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the exporter's, about its own use of torch.utils
-            program = torch.onnx.export(
-                wrapped,
-                (example,),
-                dynamo=True,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
-                verbose=False,
-            )
-        if program is None:
-            raise RuntimeError("sn_ops.reid: onnx: expected a program from torch.onnx.export, got None")
-        with replacing(path) as unfinished:
-            program.save(unfinished, external_data=False)
-            check_onnx(model, unfinished, height=height, width=width, normalize=normalize, tolerance=tolerance)
-    finally:
-        model.train(training)
+    with _as_exported(model, normalize) as wrapped, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the exporter's, about its own use of torch.utils
+        program = torch.onnx.export(
+            wrapped,
+            (_random_images(2, height, width, device_of(model)),),
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError("sn_ops.reid: onnx: expected a program from torch.onnx.export, got None")
+    with replacing(path) as unfinished:
+        program.save(unfinished, external_data=False)
+        check_onnx(model, unfinished, height=height, width=width, normalize=normalize, tolerance=tolerance)
     return path
 
 
@@ -108,13 +103,10 @@ def check_onnx(
     """
     runtime = need("onnxruntime")
     session = runtime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
-    training = model.training
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    wrapped = _Embedding(model, normalize).eval()
     worst = 0.0
-    try:
+    with _as_exported(model, normalize) as wrapped:
         for n in batches:
-            images = torch.randn(n, 3, height, width, device=device, generator=_generator(device))
+            images = _random_images(n, height, width, device_of(model))
             ours = wrapped(images).float().cpu()
             theirs = torch.from_numpy(session.run([OUTPUT], {INPUT: images.cpu().numpy()})[0])
             if theirs.shape != ours.shape:
@@ -126,10 +118,19 @@ def check_onnx(
                     f"in a batch of {n}"
                 )
             worst = max(worst, difference)
-    finally:
-        model.train(training)
     return worst
 
 
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(0)
+@contextmanager
+def _as_exported(model: nn.Module, normalize: bool) -> Iterator[nn.Module]:
+    """The network as the file has it, in eval mode; the model is put back into the mode that it was in."""
+    training = model.training
+    try:
+        yield _Embedding(model, normalize).eval()
+    finally:
+        model.train(training)
+
+
+def _random_images(n: int, height: int, width: int, device: torch.device) -> Tensor:
+    """The same at every call."""
+    return torch.randn(n, 3, height, width, device=device, generator=torch.Generator(device).manual_seed(0))

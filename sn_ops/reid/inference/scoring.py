@@ -17,7 +17,7 @@ from ..data import Sample, Split
 from ..data.loading import eval_transform
 from ..evaluation import ReRank, Scores, evaluate, evaluate_with_distractors, multi_query_features
 from ..evaluation.metrics import AveragePrecision
-from .embed import Embedded, embed_images, image_files
+from .embed import Embedded, device_of, embed_images, image_files
 
 Tick = Callable[[int], None]
 Embedder = Callable[[Sequence[Path]], Tensor]
@@ -181,7 +181,7 @@ def evaluate_model(
         multi_query = config.eval.multi_query and bool(split.multi)
     embedded = embed_split(embed, split, multi_query=multi_query)
     if device is None:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
     return score_split(embedded, split, config, rerank=config.eval.rerank if rerank is None else rerank, device=device)
 
 

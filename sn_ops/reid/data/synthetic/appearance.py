@@ -15,26 +15,16 @@ Colour = tuple[int, int, int]
 
 # Shared by everybody, and few: colours alone must not tell people apart.
 CLOTH: dict[str, Colour] = {
-    "black": (36, 36, 40),
-    "grey": (126, 128, 132),
-    "white": (226, 226, 222),
-    "red": (176, 42, 46),
-    "blue": (48, 78, 150),
-    "navy": (38, 46, 86),
-    "green": (58, 118, 76),
-    "yellow": (212, 180, 66),
-    "pink": (214, 140, 160),
-    "brown": (116, 82, 56),
-}
+    "black": (36, 36, 40), "grey": (126, 128, 132), "white": (226, 226, 222), "red": (176, 42, 46),
+    "blue": (48, 78, 150), "navy": (38, 46, 86), "green": (58, 118, 76), "yellow": (212, 180, 66),
+    "pink": (214, 140, 160), "brown": (116, 82, 56),
+}  # fmt: skip
 LEGS = ("black", "grey", "navy", "blue", "brown", "white")
 SKIN: tuple[Colour, ...] = ((246, 214, 190), (226, 180, 148), (190, 138, 104), (138, 94, 68), (88, 60, 46))
 HAIR: dict[str, Colour] = {
-    "black": (30, 26, 26),
-    "brown": (84, 56, 38),
-    "blond": (196, 160, 98),
-    "red": (146, 70, 38),
+    "black": (30, 26, 26), "brown": (84, 56, 38), "blond": (196, 160, 98), "red": (146, 70, 38),
     "grey": (160, 158, 156),
-}
+}  # fmt: skip
 
 UPPER = ("tank", "tee", "shirt", "jacket", "coat")
 LOWER = ("trousers", "shorts", "skirt", "long skirt")

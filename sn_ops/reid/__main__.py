@@ -1,4 +1,4 @@
-"""`python -m sn_ops.reid`, see `sn_ops.reid.cli`."""
+"""`python -m sn_ops.reid`: the same as the console script `sn-reid`, see `sn_ops.reid.cli`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The command line: `python -m sn_ops.reid <command>`.
+"""The command line: `sn-reid <command>`, or `python -m sn_ops.reid <command>`.
 
-A mistake of the user (a missing file, a setting that there is not, a data set that is incomplete) is one message on
-stderr and exit status 2; a fault of ours is a traceback. A run that was told to stop, or that met a loss that is not
-finite, ends with the status that `sn_ops.reid.training` gives it.
+A user error (a missing file, an unknown setting, an incomplete data set) prints one message on stderr and exits with 2;
+a bug prints a traceback. A run that a signal stopped exits with `sn_ops.reid.training.EXIT_STOPPED`, one whose loss is
+not finite with `EXIT_NONFINITE`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from .config import PRESETS
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
+_SCRIPT = "sn-reid"
 _EPILOG = """\
 from nothing to a ranked list:
-  python -m sn_ops.reid train --quick --out runs/first        renders pedestrians, trains, writes a report
-  python -m sn_ops.reid evaluate runs/first --rerank          scores, in both definitions of mAP
-  python -m sn_ops.reid rank runs/first QUERY.jpg FOLDER      the images of a folder most like one image
+  {0} train --quick --out runs/first        renders pedestrians, trains, writes a report
+  {0} evaluate runs/first --rerank          scores, in both definitions of mAP
+  {0} rank runs/first QUERY.jpg FOLDER      the images of a folder most like one image
 
 on real data:
-  python -m sn_ops.reid train --preset paper --data market1501 --root DATA --set model.weights=imagenet
+  {0} train --preset paper --data market1501 --root DATA --set model.weights=imagenet
 """
 
 
@@ -38,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; default: those of this process.
 
     Returns:
-        The exit status: 0; 2 for a mistake of the user, whose message is on stderr; 130 for Ctrl-C; what the engine
-        says for a run that did not end.
+        The exit status: 0; 2 after a user error, whose message is on stderr; 130 after Ctrl-C; the status of a run that
+        was stopped, see the module.
     """
     try:
         options = _parser().parse_args(arguments)
@@ -61,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def exit_status(error: BaseException) -> int | None:
-    """The exit status for an error that is not ours; None for one that is, and needs its traceback.
+    """The exit status of a user error; None for a bug, which needs its traceback.
 
-    Every check of this package names itself in its message. What the system refuses (a folder without permission, a
-    full disk) is no fault of the code either.
+    User errors are those that a check of this package raises, whose messages begin with its name, and what the system
+    refuses: a folder without permission, a full disk.
     """
     status = getattr(error, "exit_status", None)
     if isinstance(status, int):
@@ -84,7 +85,7 @@ def _message(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet_pipe() -> Iterator[None]:
-    """A reader that has seen enough (`| head`) ends the program without a word."""
+    """A reader that leaves early (`| head`) ends the program without an error."""
     try:
         yield
         sys.stdout.flush()
@@ -97,10 +98,11 @@ def _quiet_pipe() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
+    program = _SCRIPT if Path(sys.argv[0]).name == _SCRIPT else "python -m sn_ops.reid"
     parser = argparse.ArgumentParser(
-        prog="python -m sn_ops.reid",
+        prog=program,
         description="Person re-identification with the Support Neighbor loss.",
-        epilog=_EPILOG,
+        epilog=_EPILOG.format(program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="command", required=True)
@@ -110,10 +112,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    """A subcommand, which the function of its name in `sn_ops.reid.commands` does."""
+    """A subcommand, which runs the function of its name in `sn_ops.reid.commands`."""
 
     def run(options: argparse.Namespace) -> None:
-        from . import commands as functions  # what a command needs is imported when it is asked for
+        from . import commands as functions  # not before it is needed: --help stays fast
 
         getattr(functions, name)(options)
 
@@ -125,7 +127,7 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 
 def _configuration(parser: argparse.ArgumentParser, usual: str = "default") -> None:
-    """Where a configuration comes from; `usual` is the preset where nothing is said."""
+    """Options that choose a configuration; `usual` is the default preset."""
     parser.set_defaults(usual_preset=usual)
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default: {usual})")
@@ -137,7 +139,7 @@ def _configuration(parser: argparse.ArgumentParser, usual: str = "default") -> N
 
 def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="NAME", help="data set: short for --set data.name=NAME")
-    parser.add_argument("--root", metavar="DIR", help="folder that it is below: short for --set data.root=DIR")
+    parser.add_argument("--root", metavar="DIR", help="folder of the data set: short for --set data.root=DIR")
 
 
 def _set(parser: argparse.ArgumentParser) -> None:
@@ -151,13 +153,13 @@ def _set(parser: argparse.ArgumentParser) -> None:
 
 
 def _trained(parser: argparse.ArgumentParser) -> None:
-    """Which network."""
+    """Options that choose a network."""
     parser.add_argument("trained", metavar="RUN", type=Path, help="a run's folder, or a checkpoint file")
     parser.add_argument(
         "--checkpoint",
         choices=["best", "last"],
         default="last",
-        help="which one of a run: best was chosen on the test images (default: last)",
+        help="which checkpoint of a run; best was chosen on the test images (default: last)",
     )
     _device(parser)
 
@@ -180,24 +182,27 @@ def _evaluate(commands: Any) -> None:
     _trained(parser)
     _data(parser)
     _set(parser)
-    parser.add_argument("--distractors", type=Path, metavar="DIR", help="draw accuracy against gallery size with these")
+    parser.add_argument(
+        "--distractors",
+        type=Path,
+        metavar="DIR",
+        help="images to add to the gallery: draws accuracy against gallery size",
+    )
     parser.add_argument("--rerank", action="store_true", help="also by k-reciprocal re-ranking")
     parser.add_argument("--multi-query", action="store_true", help="also with the mean feature of a query's images")
-    parser.add_argument(
-        "--average-precision", choices=["standard", "market"], help="which definition the mAP of this run is"
-    )
+    parser.add_argument("--average-precision", choices=["standard", "market"], help="the definition of mAP")
     parser.add_argument("--baseline", action="store_true", help="also colour histograms, without any training")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of scores.json and report.html (default: evaluation, in RUN)"
     )
-    parser.add_argument("--no-report", action="store_true", help="scores.json alone")
+    parser.add_argument("--no-report", action="store_true", help="write scores.json only")
 
 
 def _compare(commands: Any) -> None:
     parser = _command(commands, "compare", "train each loss and each reading of the squeeze term over several seeds")
     _configuration(parser, usual="metric")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each (default: 3)")
-    parser.add_argument("--losses", metavar="A,B", help="some of them; an unknown name gets the list")
+    parser.add_argument("--losses", metavar="A,B", help="only these; an unknown name prints the list")
     parser.add_argument("--baseline", action="store_true", help="also colour histograms, without any training")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/compare"), metavar="DIR", help="folder (default: runs/compare)"
@@ -211,14 +216,14 @@ def _render(commands: Any) -> None:
     parser.add_argument("--quick", action="store_true", help="a few hundred images")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a number of the set, such as seed=1"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the set, such as seed=1"
     )
 
 
 def _embed(commands: Any) -> None:
     parser = _command(commands, "embed", "images to embeddings, as an .npz of features and paths")
     _trained(parser)
-    parser.add_argument("images", metavar="FOLDER", type=Path, help="searched to its depths")
+    parser.add_argument("images", metavar="FOLDER", type=Path, help="searched recursively")
     parser.add_argument("--out", type=Path, default=Path("embeddings.npz"), metavar="FILE", help="(%(default)s)")
 
 
@@ -226,7 +231,9 @@ def _rank(commands: Any) -> None:
     parser = _command(commands, "rank", "the images of a folder that are most like one image")
     _trained(parser)
     parser.add_argument("query", metavar="IMAGE", type=Path, help="what to look for")
-    parser.add_argument("images", metavar="FOLDER", type=Path, help="where: a folder, or an .npz of the command embed")
+    parser.add_argument(
+        "images", metavar="FOLDER", type=Path, help="where to look: a folder, or an .npz of the command embed"
+    )
     parser.add_argument("--top", type=int, default=10, metavar="N", help="how many (default: 10)")
     parser.add_argument(
         "--out", type=Path, action="append", metavar="FILE", help="an .html or .csv to write; may be repeated"

@@ -478,6 +478,21 @@ def test_help_and_a_closed_pipe(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stderr) == (0, "") and ended.stdout.startswith("data.name")
 
 
+def test_console_script(tmp_path: Path) -> None:
+    """What pip makes of the entry point is `python -m sn_ops.reid` under its own name."""
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    entry = re.search(r'^\[project\.scripts\]\nsn-reid = "([\w.]+):(\w+)"$', project, re.MULTILINE)
+    assert entry is not None
+    script = tmp_path / "sn-reid"
+    script.write_text(f"import sys\nfrom {entry[1]} import {entry[2]}\nsys.exit({entry[2]}())\n")
+    for program, command in {"sn-reid": [str(script)], "python -m sn_ops.reid": ["-m", "sn_ops.reid"]}.items():
+        shown = elsewhere(tmp_path, sys.executable, *command, "--help")
+        assert shown.returncode == 0 and shown.stdout.startswith(f"usage: {program} [-h] command "), shown.stderr
+        assert f"\n  {program} train --quick " in shown.stdout
+    wrong = elsewhere(tmp_path, sys.executable, str(script), "train", "--set", "loss.q=1")
+    assert wrong.returncode == cli.USAGE_ERROR and "got 'loss.q'" in wrong.stderr
+
+
 def test_public_names(tmp_path: Path) -> None:
     """All of them are there, none is imported before it is asked for, and another one is an AttributeError."""
     for name in reid.__all__:

@@ -1,7 +1,7 @@
-"""Person re-identification on the public API of sn_ops: data sets, training, evaluation, reports, use and export.
+"""Person re-identification on the public API of sn_ops: data sets, training, evaluation, reports, inference, export.
 
-`python -m sn_ops.reid train` renders a set of pedestrians, trains on it and writes a report; `python -m sn_ops.reid
---help` has the other commands. `pip install 'sn_ops[reid]'` has what they need beyond PyTorch.
+`sn-reid train` (or `python -m sn_ops.reid train`) renders a set of pedestrians, trains on it and writes a report;
+`sn-reid --help` lists the other commands. `pip install 'sn_ops[reid]'` installs what they need beyond PyTorch.
 
 From Python::
 
@@ -14,7 +14,7 @@ From Python::
     scores = reid.evaluate_model(trained.model, split, trained.config)
     print(scores["single query"])
 
-Parts of their own: `sn_ops.reid.evaluation` (scores from features), `sn_ops.reid.report` (the HTML report),
+Subpackages with more: `sn_ops.reid.evaluation` (scores from features), `sn_ops.reid.report` (the HTML report),
 `sn_ops.reid.data` (data sets), `sn_ops.reid.losses` (metric terms).
 
 Layers, from the bottom up; a module imports from its own layer, from those before it, and the public API of `sn_ops`:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What systems answer where a folder cannot be flushed: network and FUSE file systems (EINVAL, ENOTSUP), and folders
-# that may be written to but not read (EACCES).
+# Errors of folders that cannot be flushed: on network and FUSE file systems (EINVAL, ENOTSUP), or where the folder may
+# be written to but not read (EACCES).
 _NO_FLUSH = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EACCES})
 
 

@@ -1,4 +1,4 @@
-"""Imports of what the extra `reid` installs."""
+"""Imports of the packages of the extra `reid`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-# What torchvision's import describes whether or not its compiled library loaded.
+# The operators that torchvision's import needs even if its compiled library did not load.
 _DETECTION = ("nms", "qnms")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
@@ -34,14 +34,14 @@ def _admit_torchvision() -> torch.library.Library | None:
         declared = torch.library.Library("torchvision", "FRAGMENT")
         for name in _DETECTION:
             declared.define(f"{name}{_SCHEMA}")
-        return declared  # lives as long as the cache: its end would take the declarations back
+        return declared  # cached, since its end would remove the declarations
 
 
 def need(module: str) -> ModuleType:
-    """The module.
+    """Imports a module of a package that may be missing.
 
     Raises:
-        ImportError: it is not installed; the message names the extra that has it.
+        ImportError: it is not installed; the message names the extra to install.
     """
     package = module.partition(".")[0]
     if package in ("torchvision", "timm"):

@@ -20,22 +20,22 @@ SQUEEZES = ("span", "support", "nearest", "none", "pair")
 
 
 class _Section:
-    """What sections have in common: their values have one form, whoever makes them."""
+    """The base of sections: brings values to one form at construction."""
 
     def __post_init__(self) -> None:
         for name, hint in _HINTS[type(self)].items():
             value = getattr(self, name)
             one = coerce(hint, value)
             if one is not value:
-                object.__setattr__(self, name, one)  # frozen, but this is its making
+                object.__setattr__(self, name, one)  # frozen, but not constructed yet
 
 
 @dataclass(frozen=True)
 class DataConfig(_Section):
-    """What is trained on, and how images come in."""
+    """The data set, its images and batches."""
 
     name: str = option("synthetic", "data set: a name of sn_ops.reid.data.registry.DATASETS")
-    root: str = option("data/synthetic", "the data set's folder, or the one that its archive was unpacked in")
+    root: str = option("data/synthetic", "the data set's folder, or the folder in which its archive was unpacked")
     height: int = option(128, "image height, pixels", least=8)
     width: int = option(64, "image width, pixels", least=8)
     identities: int = option(16, "identities in a batch (P), over all ranks", least=1)
@@ -61,7 +61,7 @@ class ModelConfig(_Section):
 
 @dataclass(frozen=True)
 class LossConfig(_Section):
-    """What is minimised: metric_weight * metric + identity * cross-entropy."""
+    """The loss: metric_weight * metric + identity * cross-entropy."""
 
     metric: str = option("sn", "the metric term", choices=("sn", "triplet", "supcon", "none"))
     alpha: float = option(50.0, "SN: inverse temperature", above=0.0)
@@ -80,7 +80,7 @@ class LossConfig(_Section):
 
 @dataclass(frozen=True)
 class OptimConfig(_Section):
-    """How it is minimised."""
+    """The optimiser, its schedule and precision."""
 
     name: str = option("adam", "optimiser", choices=("adam", "adamw", "sgd"))
     lr: float = option(1e-3, "base learning rate", above=0.0)
@@ -93,13 +93,15 @@ class OptimConfig(_Section):
     warmup_epochs: float = option(2.0, "epochs of linear warm-up", least=0.0)
     warmup_start: float = option(0.01, "first learning rate of the warm-up over the base", least=0.0)
     amp: str = option("off", "mixed precision", choices=("off", "bf16", "fp16"))
-    accumulate: int = option(1, "chunks that a batch goes through the network in; the loss sees it whole", least=1)
+    accumulate: int = option(
+        1, "chunks in which a batch goes through the network; the loss sees the whole batch", least=1
+    )
     clip: float = option(0.0, "largest gradient norm; 0 for no clipping", least=0.0)
 
 
 @dataclass(frozen=True)
 class RunConfig(_Section):
-    """Where it runs, and what it leaves behind."""
+    """Where a run takes place, and what it writes."""
 
     out: str | None = option(None, "run folder; none: the next free one in runs/")
     seed: int = option(0, "seed of everything random", least=0, most=2**63 - 1)
@@ -126,10 +128,20 @@ class EvalConfig(_Section):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run is made from. `presets` has configurations that go together.
+    """The whole configuration of a run; `preset` has useful ones.
+
+    `sn-reid settings` prints every field with its meaning.
+
+    Args:
+        data: the data set, its images and batches.
+        model: the network from image to embedding.
+        loss: the loss.
+        optim: the optimiser, its schedule and precision.
+        run: where the run takes place, and what it writes.
+        eval: how retrieval is measured.
 
     Raises:
-        ConfigError (a ValueError): a field that it may not have, or fields that do not go together.
+        ConfigError: a value that a field does not allow, or fields that contradict each other; a ValueError.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -149,10 +161,17 @@ class Config:
         _check_together(self)
 
     def override(self, *assignments: str) -> Config:
-        """The configuration with `section.field=value` applied; `data.options.key=value` sets one loader option.
+        """A copy with some fields changed.
+
+        Args:
+            assignments: "section.field=value" each, such as "loss.k=8"; "data.options.key=value" sets one option of the
+                data set's loader.
+
+        Returns:
+            The changed configuration.
 
         Raises:
-            ConfigError: no such field (the message lists those there are), or a value that is not allowed.
+            ConfigError: no such field (the message lists the known ones), or a value that is not allowed.
         """
         values = to_dict(self)
         for assignment in assignments:
@@ -168,7 +187,7 @@ class Config:
         return from_dict(values)
 
     def fingerprint(self) -> str:
-        """A SHA-256 over every field that decides what is trained; where it runs and what it logs are left out."""
+        """A SHA-256, in hexadecimal, over the fields that decide what is trained: not where it runs or what it logs."""
         text = json.dumps(training_values(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -183,7 +202,7 @@ SECTIONS: dict[str, type[Any]] = {
 }
 _HINTS: dict[type[Any], dict[str, Any]] = {kind: typing.get_type_hints(kind) for kind in SECTIONS.values()}
 
-# Fields that may differ between a checkpoint and the run that goes on with it.
+# Fields that may differ between a checkpoint and the run that resumes it.
 _FREE = frozenset(
     {"data.root", "data.workers", "run.out", "run.device", "run.threads", "run.log_every", "run.checkpoint_every",
      "run.tensorboard"}
@@ -201,7 +220,7 @@ def training_values(config: Config) -> dict[str, Any]:
 
 
 def keys() -> dict[str, str]:
-    """`section.field` -> what it is, for help and error messages."""
+    """`section.field` -> its meaning, for help and error messages."""
     return {
         f"{name}.{item.name}": str(item.metadata["about"])
         for name, kind in SECTIONS.items()
@@ -215,10 +234,10 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """The configuration of sections of plain values; what is left out keeps its default.
+    """The configuration of sections of plain values; missing fields keep their defaults.
 
     Raises:
-        ConfigError: an unknown section or field (the message lists those there are), or as `Config`.
+        ConfigError: an unknown section or field (the message lists the known ones), or as `Config`.
     """
     sections: dict[str, Any] = {}
     for name, section in values.items():
@@ -228,13 +247,25 @@ def from_dict(values: Mapping[str, Any]) -> Config:
             raise wrong(name, "a mapping from field to value", section)
         kind = SECTIONS[name]
         for key in section:
-            _hint(name, str(key))  # there is such a field
+            _hint(name, str(key))  # raises if there is no such field
         sections[name] = kind(**section)
     return Config(**sections)
 
 
 def to_yaml(config: Config, file: str | os.PathLike[str] | None = None) -> str:
-    """The configuration as YAML, every field of it; also written to `file`."""
+    """A configuration as YAML, with every field.
+
+    Args:
+        config: the configuration.
+        file: where to write the YAML too; None: nowhere.
+
+    Returns:
+        The YAML.
+
+    Raises:
+        OSError: the file cannot be written.
+        ImportError: PyYAML is missing.
+    """
     text = str(need("yaml").safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
     if file is not None:
         Path(file).write_text(text, encoding="utf-8")
@@ -242,16 +273,23 @@ def to_yaml(config: Config, file: str | os.PathLike[str] | None = None) -> str:
 
 
 def from_yaml(file: str | os.PathLike[str]) -> Config:
-    """The configuration in a YAML file; what is left out keeps its default.
+    """The configuration in a YAML file, such as a run's config.yaml.
+
+    Args:
+        file: sections with fields; missing fields keep their defaults.
+
+    Returns:
+        The configuration.
 
     Raises:
         FileNotFoundError: no such file.
-        ConfigError: as `from_dict`, or not YAML.
+        ConfigError: not YAML, an unknown section or field (the message lists the known ones), or as `Config`.
+        ImportError: PyYAML is missing.
     """
     yaml = need("yaml")
     try:
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # the latter: not UTF-8, or a date or a number that cannot be
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date or number
         raise ConfigError(f"sn_ops.reid: configuration: expected YAML in {file}: {error}") from error
     if values is None:
         values = {}
@@ -297,12 +335,12 @@ def _check_together(config: Config) -> None:
 
 
 def check_neck(images: int, chunks: int, ranks: int = 1) -> None:
-    """Raises unless the neck, a batch norm, has at least two images to take statistics of.
+    """Checks that the neck, a batch norm, gets at least two images to take statistics of.
 
     Args:
-        images: of a rank's batch, the smallest there is.
-        chunks: in how many it goes through the network, at most `images`.
-        ranks: how many take statistics together.
+        images: the size of a rank's smallest batch.
+        chunks: in how many chunks it goes through the network, at most `images`.
+        ranks: how many ranks take statistics together.
 
     Raises:
         ConfigError: a chunk would have one image.

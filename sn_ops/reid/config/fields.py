@@ -1,4 +1,4 @@
-"""Fields of a configuration: what they may be, where their values come from as text, and what is wrong with one."""
+"""Fields of a configuration: allowed values, values from text, and error messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be: an unknown field, a value that is not allowed, fields that do not go together."""
+    """An invalid configuration: an unknown field, a value that is not allowed, or fields that contradict each other."""
 
 
 def option(
@@ -26,7 +26,7 @@ def option(
     most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A field with its help, and what is allowed: one of `choices`, `>= least`, `> above`, `<= most`, `< below`."""
+    """A field with its help text and its allowed values: of `choices`, `>= least`, `> above`, `<= most`, `< below`."""
     metadata = {
         "about": about, "choices": tuple(choices), "least": least, "above": above, "most": most, "below": below,
     }  # fmt: skip
@@ -48,10 +48,10 @@ def _split(hint: Any) -> tuple[type[Any], bool]:
 
 
 def coerce(hint: Any, value: Any) -> Any:
-    """What people and YAML write differently: an int for a float, 5e-5, which YAML 1.1 takes for text, and none, which
-    help and messages say, for YAML's null.
+    """The value in its one form: a float for an int where the field is a float, and for 5e-5, which YAML 1.1 reads as
+    text; None for "none", which help and messages use, and for "null".
 
-    One value has one form, so that configurations that are equal have the same fingerprint.
+    Equal configurations then have the same fingerprint.
     """
     kind, optional = _split(hint)
     if optional and _means_none(value):
@@ -69,7 +69,7 @@ def _means_none(value: object) -> bool:
 
 
 def parse(key: str, hint: Any, text: str) -> Any:
-    """The value that a command line's text stands for.
+    """The value of a command line's text.
 
     Raises:
         ConfigError: not a value of the field's type.
@@ -95,8 +95,8 @@ def parse(key: str, hint: Any, text: str) -> Any:
 
 
 def guess(text: str) -> Any:
-    """JSON where it is JSON, true and false as anyone writes them, text otherwise."""
-    if text.lower() in ("true", "false"):  # "False" as text would be a truth
+    """The value of text whose type is unknown: true or false in any case, JSON where it is JSON, text otherwise."""
+    if text.lower() in ("true", "false"):  # the text "False" would count as true
         return text.lower() == "true"
     try:
         return json.loads(text)
@@ -111,10 +111,10 @@ def _describe(hint: Any) -> str:
 
 
 def check(key: str, item: dataclasses.Field[Any], hint: Any, value: Any) -> None:
-    """Raises unless the field may have the value.
+    """Checks a field's value.
 
     Raises:
-        ConfigError: another type, or outside of what `option` allows.
+        ConfigError: another type, or a value that `option` does not allow.
     """
     kind, optional = _split(hint)
     if value is None and optional:
@@ -139,7 +139,7 @@ def check(key: str, item: dataclasses.Field[Any], hint: Any, value: Any) -> None
 
 
 def _check_plain(key: str, value: object) -> None:
-    """Raises unless YAML, JSON and a checkpoint can all hold the value, and give it back."""
+    """Raises unless YAML, JSON and a checkpoint can all store the value and return it unchanged."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if not isinstance(name, str):

@@ -1,4 +1,4 @@
-"""Data sets: `load_dataset(name, root)` gives a `Split` of `Sample`s; what is missing in a copy is said by name."""
+"""Data sets: `load_dataset(name, root)` returns a `Split` of `Sample`s; errors name what a copy lacks."""
 
 from __future__ import annotations
 

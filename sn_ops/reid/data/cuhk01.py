@@ -30,19 +30,19 @@ def load(
     """CUHK01: 971 people, two images in each of two views; `0001003.png` is image 3 of person 1 (1 and 2 are of the
     first view, 3 and 4 of the second).
 
-    It has no split of its own: papers draw test people at random and give the mean over several draws (seeds). The
-    first view is queried, the second is the gallery.
+    The set defines no split: papers draw test people at random and report the mean over several draws (seeds). The
+    first view is the query, the second the gallery.
 
     Args:
-        root: the folder `campus`, or the one with it.
-        split_seed: of the draw of test people, and of their images where not all are taken. The same on every machine
-            and version of Python.
+        root: the folder `campus`, or the folder that contains it.
+        split_seed: of the draw of test people, and of their images where not all are taken. A seed gives the same split
+            on every machine and version of Python.
         test_identities: 486, or 100 in the protocol with most people for training.
         shots: images of a test person in each view: 1 (single-shot) or 2.
         check_counts: 971 people with all four images.
 
     Raises:
-        FileNotFoundError: no folder or image; the message says where to get it.
+        FileNotFoundError: no folder or image; the message names where to get it.
         ValueError: names or numbers that are not the set's; more test people than there are.
     """
     if shots not in (1, 2):
@@ -72,7 +72,7 @@ def load(
         raise ValueError(
             f"sn_ops.reid: CUHK01: expected test_identities from 1 to {len(views) - 1}, got {test_identities!r}"
         )
-    # Of `random`, Python promises only that random() gives the same numbers for ever.
+    # random() is the only method of `random` whose numbers Python promises to keep.
     numbers = random.Random(split_seed)
     test = set(sorted(views, key=lambda pid: numbers.random())[:test_identities])
     parts: tuple[list[Sample], list[Sample]] = ([], [])

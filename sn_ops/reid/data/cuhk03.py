@@ -41,7 +41,7 @@ def load(
 ) -> Split:
     """CUHK03, 767 training and 700 test identities. The camera is the view: 0 or 1.
 
-    The images are in one HDF5 file; the first call writes them as PNG files, all or none of them.
+    The archive has the images in one HDF5 file; the first call writes all of them as PNG files.
 
     Args:
         root: the folder with `cuhk03_release/cuhk-03.mat` (or with `cuhk-03.mat` itself) and
@@ -51,7 +51,7 @@ def load(
         check_counts: images and identities of the protocol.
 
     Raises:
-        FileNotFoundError: a file is missing; the message says which and where to get it.
+        FileNotFoundError: a file is missing; the message names it and where to get it.
         ValueError: other boxes; a file that cannot be read; names, numbers or identities that are not the protocol's.
         ImportError: h5py, scipy or pillow is missing.
     """
@@ -85,12 +85,12 @@ def load(
 def extract(matrix: str | os.PathLike[str], boxes: str, folder: str | os.PathLike[str]) -> Path:
     """Writes the images of a `cuhk-03.mat` as `{pair}_{person:03d}_{view}_{image:02d}.png`, all numbers from 1.
 
-    They are written beside the folder first, which then appears complete: neither an interrupted call nor two at a
-    time leave a part of it.
+    They are written to a temporary folder, which is renamed when complete: interrupted or simultaneous calls leave no
+    partial folder.
 
-    MATLAB writes a file of version 7.3 as HDF5 with every dimension turned round, and a cell array as references: the
-    variable is `[1, 5]` camera pairs, a pair `[10, people]` images (5 of each view), an image `[3, W, H]` uint8, and a
-    cell without an image an array of less than three dimensions.
+    MATLAB 7.3 files are HDF5 with reversed dimensions, and a cell array is an array of references: the variable is
+    `[1, 5]` camera pairs, a pair `[10, people]` images (5 of each view), an image `[3, W, H]` uint8. A cell without an
+    image is an array of fewer than three dimensions.
 
     Raises:
         ValueError: not such a file.
@@ -103,11 +103,11 @@ def extract(matrix: str | os.PathLike[str], boxes: str, folder: str | os.PathLik
         images = _images(Path(matrix), boxes)
         for name, pixels in need("tqdm").tqdm(images, "CUHK03", unit=" images", disable=None, leave=False):
             image.fromarray(pixels).save(unfinished / name)
-        unfinished.chmod(0o755)  # a temporary folder is its owner's alone
+        unfinished.chmod(0o755)  # only its owner may read a temporary folder
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same images
+            if not folder.is_dir():  # otherwise another process wrote the same images first
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

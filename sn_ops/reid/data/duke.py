@@ -19,14 +19,14 @@ CAMERAS = 8
 
 def load(root: str | os.PathLike[str], *, check_counts: bool = True) -> Split:
     """DukeMTMC-reID: `bounding_box_train`, `query`, `bounding_box_test`, names like `0001_c2_f0046182.jpg` (identity 1,
-    camera 2). It has neither junk nor a distractor identity: gallery images of nobody queried have identities.
+    camera 2). There is no junk and no distractor identity: gallery images that match no query have identities too.
 
     Args:
-        root: the folder with the layout, or the one with `DukeMTMC-reID` in it.
+        root: the folder with the layout, or the folder that contains `DukeMTMC-reID`.
         check_counts: images and identities of the authors' archive.
 
     Raises:
-        FileNotFoundError: a folder is missing; the message says which and where to get it.
+        FileNotFoundError: a folder is missing; the message names it and where to get it.
         ValueError: names, numbers or identities that are not the set's.
     """
     place = ORIGIN.locate(root, FOLDER, ("bounding_box_train", "query", "bounding_box_test"))

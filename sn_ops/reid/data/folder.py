@@ -1,4 +1,4 @@
-"""Images of one's own: folders train, query and gallery, or a CSV file that says what is what."""
+"""A user's own images: folders train, query and gallery, or a CSV file that lists them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INTEGER = re.compile(r"-1|\d+")
 
 @dataclass(frozen=True)
 class _Row:
-    """An image as its folder or line describes it, and where that is for an error."""
+    """An image as its folder or line describes it, and where that is, for errors."""
 
     part: str
     path: Path
@@ -33,22 +33,22 @@ class _Row:
 
 
 def load(root: str | os.PathLike[str], *, csv: str | os.PathLike[str] | None = None) -> Split:
-    """A data set of one's own.
+    """A user's own data set.
 
     As folders: `train`, `query`, `gallery` and, for multiple query, `multi` in root. An image is in a folder of its
-    person there (`gallery/anna/0001_c2.jpg`; its camera is the number after `_c` or a first `c`), or its name begins
-    with person and camera as in Market-1501 (`gallery/0007_c2_0001.jpg`).
+    person (`gallery/anna/0001_c2.jpg`; the camera is the number after `_c` or a leading `c`), or its name begins with
+    person and camera as in Market-1501 (`gallery/0007_c2_0001.jpg`).
 
     As a CSV file: UTF-8, a line of headings, columns `path` (relative to root), `identity`, `part` (train, query,
-    gallery, multi) and `camera`, which may be absent.
+    gallery, multi) and optionally `camera`.
 
     Identities are integers, where -1 is junk (left out of the gallery) and 0 a distractor; or they are names, which
-    are numbered from 1 in sorted order. Cameras are integers. Where no image has a camera, every image is its own
-    camera, so that no match is left out for the query's camera; where only some have one, that is an error.
+    are numbered from 1 in sorted order. Cameras are integers. If no image has a camera, every image gets a camera of
+    its own, so that no match is left out; if only some have one, that is an error.
 
     Args:
-        root: the folder.
-        csv: the file, from the working directory or from root; None: folders.
+        root: the folder with the images.
+        csv: the CSV file, relative to the working directory or to root; None: folders.
 
     Raises:
         FileNotFoundError: a folder, the CSV file or an image of it is missing.
@@ -153,12 +153,12 @@ def _csv_rows(root: Path, file: Path) -> list[_Row]:
             raise ValueError(
                 f"sn_ops.reid: folder: expected {row.path} once, got it in {seen[row.path]} and {row.where}"
             )
-    # By name as the folders are, whatever the order of the lines.
+    # Sorted by name, as folders are.
     return sorted(rows, key=lambda row: (PARTS.index(row.part), row.path.as_posix()))
 
 
 def _csv_row(root: Path, line: Mapping[str | None, Any], where: str) -> _Row:
-    if None in line:  # what the reader puts surplus fields under
+    if None in line:  # the reader's key for surplus fields
         raise ValueError(f"sn_ops.reid: folder: expected {len(line) - 1} fields, got more in {where}")
     values = {name: (value or "").strip() for name, value in line.items()}
     if values["part"] not in PARTS:

@@ -1,4 +1,4 @@
-"""Image files: which files are images, reading one, and the error for one that cannot be read."""
+"""Image files: their suffixes, reading one, and the error for an unreadable one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class UnreadableImageError(OSError):
-    """A file is missing or not an image; the message has its path, in a process that reads for a DataLoader too.
+    """A file is missing or not an image; the message has its path, in worker processes of a DataLoader too.
 
-    A DataLoader raises the error of a worker once more in the main process, as `type(error)(text)` with the worker's
-    traceback as the text. Its last line is the message that was meant for the user: that is what becomes of the text.
+    A DataLoader raises a worker's error again in the main process, as `type(error)(text)` with the worker's traceback
+    as the text. The last line of that text is the message for the user, and the only one that is kept.
 
     Args:
         text: the message, or PyTorch's text around it.
@@ -37,5 +37,5 @@ def read_image(path: str | os.PathLike[str]) -> Any:
     try:
         with image.open(path) as opened:
             return opened.convert("RGB")
-    except Exception as error:  # OSError for the most part; damage also gives SyntaxError, ValueError, TypeError, ...
+    except Exception as error:  # mostly OSError; damaged files also give SyntaxError, ValueError, TypeError, ...
         raise UnreadableImageError(f"sn_ops.reid: images: expected an image, got {path}: {error}") from error

@@ -1,4 +1,4 @@
-"""What the loaders share: finding a data set's folders, reading names, and saying what is wrong with a copy."""
+"""What the loaders share: finding a data set's folders, reading file names, and errors about a copy."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _NAME = re.compile(r"(-1|\d+)_c(\d+)(?!\d)")
 
 @dataclass(frozen=True)
 class Origin:
-    """A data set's name and who has it: what an error needs to be of help."""
+    """A data set's name and where to get it, for error messages."""
 
     name: str
     source: str
     """The paper and the authors' page."""
 
     def missing(self, expected: str, got: str) -> FileNotFoundError:
-        """The error for something that is not there."""
+        """The error for a missing file or folder."""
         return FileNotFoundError(
             f"sn_ops.reid: {self.name}: expected {expected}, got {got}. Where to get it: {self.source}"
         )
 
     def wrong(self, expected: str, got: object) -> ValueError:
-        """The error for something that is not as in the authors' archive."""
+        """The error for a difference from the authors' archive."""
         return ValueError(
             f"sn_ops.reid: {self.name}: expected {expected}, got {got}. Where to get the whole set: {self.source}"
         )
@@ -45,13 +45,15 @@ class Origin:
                 raise self.wrong(f"{expected} {what}", f"{got}; {remedy}")
 
     def locate(self, root: str | os.PathLike[str], folder: str, parts: Sequence[str]) -> Path:
-        """The folder that has the parts: `root/folder`, or root itself where somebody renamed it.
+        """The folder that has the parts: `root/folder`, or root itself if it was renamed.
 
         Args:
-            parts: names of folders or files; none: whichever folder there is.
+            root: where to look.
+            folder: the name of the data set's folder.
+            parts: names of folders or files in it; none: the first of the two folders that exists.
 
         Raises:
-            FileNotFoundError: no root, or a part is in neither; the message has the missing ones by name.
+            FileNotFoundError: no root, or a part is in neither folder; the message names the missing parts.
         """
         root = Path(root).expanduser()
         if not root.is_dir():
@@ -70,13 +72,14 @@ class Origin:
     def named_images(self, folder: Path, cameras: int | None) -> tuple[Sample, ...]:
         """The images of a folder in Market-1501's naming, by name: `0002_c1s1_000451_03.jpg` is identity 2, camera 0.
 
-        Files with another suffix are none of ours: Market-1501's archive itself has a `Thumbs.db`.
+        Files with another suffix are skipped: Market-1501's own archive has a `Thumbs.db`.
 
         Args:
-            cameras: how many there are; None: any number.
+            folder: where the images are.
+            cameras: how many cameras there are; None: any number.
 
         Raises:
-            ValueError: an image's name does not begin with identity and camera, or has a camera that there is not.
+            ValueError: an image's name does not begin with identity and camera, or has a camera beyond the last.
         """
         samples = []
         for name in image_names(folder):
@@ -90,8 +93,8 @@ class Origin:
         return tuple(samples)
 
     def check_identities(self, train: Iterable[Sample], query: Iterable[Sample], gallery: Iterable[Sample]) -> None:
-        """Raises ValueError unless training and query identities are people, training and test identities are
-        different people, and every queried identity is in the gallery: otherwise files stand in a wrong folder.
+        """Raises ValueError where files must be in a wrong folder: a training or query identity that is no person, one
+        in both training and test, or a query identity that is not in the gallery.
         """
         known, wanted = {s.pid: s.path for s in train}, {s.pid: s.path for s in query}
         found = {s.pid: s.path for s in gallery}
@@ -111,24 +114,22 @@ class Origin:
 
 
 def image_names(folder: Path) -> list[str]:
-    """The names of a folder's images, sorted, so that nothing depends on the order of a file system."""
+    """The names of a folder's images, sorted, independent of the file system's order."""
     return sorted(name for name in os.listdir(folder) if name.lower().endswith(_SUFFIXES) and not name.startswith("."))
 
 
 def without_junk(samples: Iterable[Sample]) -> tuple[Sample, ...]:
-    """Those that count in a score."""
+    """The images that count in a score."""
     return tuple(sample for sample in samples if sample.pid != JUNK)
 
 
 def of_queries(query: Iterable[Sample], images: Iterable[Sample]) -> tuple[tuple[Sample, ...], set[tuple[int, int]]]:
-    """Those of the images that are of a queried identity under the camera that it is queried from, and the queried
-    (identity, camera) pairs that none is of.
-    """
+    """The images of a queried (identity, camera), and the queried (identity, camera) pairs without an image."""
     wanted = {(sample.pid, sample.camera) for sample in query}
     multi = tuple(sample for sample in images if (sample.pid, sample.camera) in wanted)
     return multi, wanted - {(sample.pid, sample.camera) for sample in multi}
 
 
 def people(samples: Iterable[Sample]) -> int:
-    """How many identities, junk and distractors left aside."""
+    """The number of identities, without junk and distractors."""
     return len({sample.pid for sample in samples if sample.pid > 0})

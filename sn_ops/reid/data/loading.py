@@ -1,4 +1,4 @@
-"""Images to batches: reading, transforms, augmentation that repeats itself exactly."""
+"""From images to batches: reading, transforms, repeatable augmentation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Transform = Callable[[Any], Tensor]
 Item = tuple[Tensor, int, int, int]
 """Image float32 `[3, H, W]`, label, camera, index in the data set."""
 
-# Of ImageNet's images in RGB from 0 to 1: what its pretrained networks, those of torchvision and timm, were given.
+# Of ImageNet's images in RGB from 0 to 1, as the pretrained networks of torchvision and timm expect.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -77,12 +77,12 @@ def train_transform(config: DataConfig) -> Transform:
 class ReIDImages(Dataset[Item]):
     """The images of a list of samples.
 
-    An item is (image float32 `[3, H, W]`, label, camera, index). What a random transform does to it is a function of
-    (`seed`, epoch, index) and, in a batch that has the image several times, of which time it is: neither the number
-    of workers nor the items read before change it, and the generators of the process are left as they were.
+    An item is (image float32 `[3, H, W]`, label, camera, index). A random transform depends on (`seed`, epoch, index)
+    and, in a batch that has the image several times, on which of them it is: neither on the number of workers nor on
+    items read before. The generators of the process do not change.
 
     Args:
-        samples: what to read.
+        samples: the images to read.
         transform: from a PIL image in RGB to a tensor, with random numbers from PyTorch's global generator on the CPU.
         identities: pid -> label, such as `Split.identities()`; None: the label is the pid.
         seed: an int >= 0.
@@ -116,16 +116,16 @@ class ReIDImages(Dataset[Item]):
         self.seed = seed
         self.labels = [sample.pid if identities is None else identities[sample.pid] for sample in samples]
         self.cameras = [sample.camera for sample in samples]
-        # Shared memory: workers that outlive an epoch see the next one's number.
+        # In shared memory, since workers live for several epochs.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
     def epoch(self) -> int:
-        """The epoch that random transforms depend on."""
+        """The epoch, on which random transforms depend."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, for workers that run as well; to be called before a loader is iterated over."""
+        """Sets the epoch, in running workers too. Call it before iterating over a loader."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -135,7 +135,7 @@ class ReIDImages(Dataset[Item]):
         return self._item(int(index), 0)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
-        """The items of a batch, which is how a DataLoader asks for them."""
+        """The items of a batch: a DataLoader calls this."""
         times: dict[int, int] = {}
         items = []
         for index in map(int, indices):
@@ -147,17 +147,17 @@ class ReIDImages(Dataset[Item]):
         picture = read_image(self.samples[index].path)
         (seed,) = np.random.SeedSequence((self.seed, self.epoch, index, time)).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would seed the GPUs of this process too.
+            # Not torch.manual_seed, which would also seed this process's GPUs.
             torch.default_generator.manual_seed(int(seed))
             tensor = self.transform(picture)
         return tensor, self.labels[index], self.cameras[index], index
 
 
 def outlive_stop_signals(worker: int) -> None:
-    """What a process that reads images begins with: it outlives the signals that stop the run, which schedulers and
-    terminals send to all its processes, so that the batch it owes arrives and no dead process is an error of its own.
+    """Makes a process that reads images survive the signals that stop a run: `worker_init_fn` of its loaders.
 
-    It ends when its run's process does, or asks it to, which is a second SIGTERM.
+    Schedulers and terminals send these signals to all processes of a run. The worker must still deliver its batch, and
+    its death would be reported as an error. It ends with the run's process, or at a second SIGTERM, which that sends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
@@ -173,14 +173,13 @@ def make_loader(
 ) -> DataLoader[Item]:
     """A loader of batches: images float32 `[n, 3, H, W]`, labels, cameras and indices int64 `[n]`.
 
-    It takes no random number from the generators of the process: iterating over it changes nothing that a resumed run
-    would have to restore.
+    It draws no random number from the generators of the process, so a resumed run need not restore any for it.
 
     Args:
-        images: what to read.
-        sampler: whose batches to read; None: all images in their order.
-        batch_size: without a sampler, images in a batch (fewer in the last one).
-        workers: processes that read; 0 reads in this one. They live until the loader goes.
+        images: the images to read.
+        sampler: of batches; None: all images in order.
+        batch_size: images in a batch, without a sampler; the last batch may have fewer.
+        workers: processes that read; 0 reads in this one. They live as long as the loader.
         pin_memory: batches in page-locked memory, for transfers to a GPU.
 
     Raises:

@@ -27,12 +27,12 @@ def load(
     (identity 0) are in it. A set without `gt_bbox` has no `Split.multi`.
 
     Args:
-        root: the folder with the layout, or the one with `Market-1501-v15.09.15` in it.
-        distractors: a folder of images of nobody who is queried (the 500k of the authors), added to the gallery.
+        root: the folder with the layout, or the folder that contains `Market-1501-v15.09.15`.
+        distractors: a folder of images that match no query (the authors' 500k), to add to the gallery.
         check_counts: of the authors' archive: images, identities and cameras. False for other sets in the layout.
 
     Raises:
-        FileNotFoundError: a folder is missing; the message says which and where to get it.
+        FileNotFoundError: a folder is missing; the message names it and where to get it.
         ValueError: names, numbers or identities that are not the set's.
     """
     place = ORIGIN.locate(root, FOLDER, ("bounding_box_train", "query", "bounding_box_test"))
@@ -63,8 +63,7 @@ def load(
 
 
 def distractor_images(folder: str | os.PathLike[str]) -> tuple[Sample, ...]:
-    """Every image of a folder as a distractor, by name. The names say nothing of interest: no camera is shared with a
-    query of the same identity, so all have camera 0.
+    """Every image of a folder as a distractor, by name, with camera 0: the camera of a distractor does not matter.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
@@ -77,7 +76,7 @@ def distractor_images(folder: str | os.PathLike[str]) -> tuple[Sample, ...]:
 
 
 def _multiple_query(query: tuple[Sample, ...], drawn: tuple[Sample, ...], folder: Path) -> tuple[Sample, ...]:
-    """Of the hand-drawn boxes those of a queried identity under the camera that it is queried from."""
+    """The hand-drawn boxes of every queried identity under the camera of its query."""
     if not drawn:
         return ()
     multi, absent = of_queries(query, drawn)

@@ -25,17 +25,16 @@ def load(root: str | os.PathLike[str], *, version: str = "V1", check_counts: boo
     """MSMT17. Training images are those of `list_train.txt` and `list_val.txt` together (the same identities), as in
     the paper: 32621.
 
-    The lists number the training identities from 0 and the test identities from 0 again. Here all are different, and
-    none is 0, which is the distractor elsewhere: training identity p of the lists is p + 1, test identity p is
-    p + 1042.
+    The lists number training and test identities from 0 each. Here they are distinct, and none is 0, the identity of
+    distractors: training identity p of the lists becomes p + 1, test identity p becomes p + 1042.
 
     Args:
-        root: the folder with the lists, or the one with `MSMT17_V1` or `MSMT17_V2` in it.
+        root: the folder with the lists, or the folder that contains `MSMT17_V1` or `MSMT17_V2`.
         version: "V1", or "V2" (the same images with faces blurred).
         check_counts: images and identities of the authors' archive.
 
     Raises:
-        FileNotFoundError: a folder, list or listed image is missing; the message says which and where to get it.
+        FileNotFoundError: a folder, list or listed image is missing; the message names it and where to get it.
         ValueError: another version; lines, names, numbers or identities that are not the set's.
     """
     if version not in FOLDERS:
@@ -73,18 +72,18 @@ def _listed(file: Path, folder: Path, first: int, identities: int) -> tuple[Samp
         fields = line.split()
         if not fields:
             continue
-        # The folder of an image is its identity too, and what stands third in its name the camera.
+        # An image's folder repeats its identity; the third part of its name is the camera.
         parts = PurePosixPath(fields[0]).name.split("_")
         try:
             pid, camera = int(fields[1]), int(parts[2])
-            told = int(PurePosixPath(fields[0]).parent.name)
+            repeated = int(PurePosixPath(fields[0]).parent.name)
         except (IndexError, ValueError):
             raise ORIGIN.wrong(
                 "lines like '0000/0000_000_01_0303morning_0008_0.jpg 0'", f"{line!r} in {file}, line {number}"
             ) from None
         if not 1 <= camera <= CAMERAS:
             raise ORIGIN.wrong(f"cameras from 1 to {CAMERAS}", f"{line!r} in {file}, line {number}")
-        if pid != told or not 0 <= pid < identities:
+        if pid != repeated or not 0 <= pid < identities:
             raise ORIGIN.wrong(
                 f"an identity from 0 to {identities - 1} that is also the image's folder",
                 f"{line!r} in {file}, line {number}",

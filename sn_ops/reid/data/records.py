@@ -1,4 +1,4 @@
-"""What a data set is to the trainer: who is on which image, from which camera, and in which part of the split."""
+"""A data set as the trainer sees it: identity and camera of each image, and the parts of the split."""
 
 from __future__ import annotations
 
@@ -6,37 +6,47 @@ from dataclasses import dataclass
 from pathlib import Path
 
 JUNK = -1
-"""Identity of images that no score counts: bad detections."""
+"""Identity of images that scores leave out: bad detections."""
 DISTRACTOR = 0
-"""Identity of gallery images of nobody who is queried: they count as wrong."""
+"""Identity of gallery images that match no query: they count as wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image."""
+    """One image of a data set."""
 
     path: Path
+    """The image file."""
     pid: int
-    """Identity as in the data set's names: `JUNK`, `DISTRACTOR`, or a person."""
+    """Identity as in the data set's file names: `JUNK` (-1), `DISTRACTOR` (0), or a person."""
     camera: int
-    """From 0."""
+    """The camera, from 0."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """A data set, divided for training and retrieval. Each part is ordered by name or as the data set's lists have it,
-    never as a file system does."""
+    """A data set, divided for training and retrieval.
+
+    Each part is ordered by file name or as the data set's own lists, never in the order of a file system.
+    """
 
     name: str
-    """As in tables: "Market-1501"."""
+    """The name to show, such as "Market-1501"."""
     train: tuple[Sample, ...]
+    """Training images."""
     query: tuple[Sample, ...]
+    """Images to search for; their identities are not those of training."""
     gallery: tuple[Sample, ...]
+    """Images to search in."""
     multi: tuple[Sample, ...] = ()
     """Images of the queried (identity, camera) pairs for multiple query; empty where the data set has none."""
     synthetic: bool = False
-    """Rendered images: every score on them is labelled so."""
+    """Whether the images are rendered: every score on them is then labelled so."""
 
     def identities(self) -> dict[int, int]:
-        """The label, 0 to P - 1, of every training identity, in the order of the identities."""
+        """The label of every training identity.
+
+        Returns:
+            Identity -> label, 0 to P - 1 in the order of the P identities.
+        """
         return {pid: label for label, pid in enumerate(sorted({sample.pid for sample in self.train}))}

@@ -1,4 +1,4 @@
-"""Data sets by name."""
+"""Data sets by name: `DATASETS` is the one list; a new data set is a line there."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from ..config import DataConfig
 
 Loader = Callable[..., Split]
-"""From the folder of a data set, and options by keyword, to its split."""
+"""A data set's folder, and options by keyword, to its split."""
 
 
 def load_synthetic(root: str | os.PathLike[str], /, *, quick: bool = False, workers: int = 1, **fields: Any) -> Split:
-    """Rendered pedestrians, which are rendered first where the folder does not have them yet.
+    """Rendered pedestrians; renders them first if the folder does not have them yet.
 
     Args:
-        root: the folder that has, or is to have, the images.
+        root: the folder of the images.
         quick: start from `SyntheticConfig.quick()`, the small set.
         workers: processes that render.
         fields: of `SyntheticConfig`, in place of its defaults.
@@ -34,7 +34,7 @@ def load_synthetic(root: str | os.PathLike[str], /, *, quick: bool = False, work
     Raises:
         TypeError, ValueError: a field that `SyntheticConfig` does not have or take; a folder with other images.
     """
-    from .synthetic import SyntheticConfig, render  # it draws with packages of the extra
+    from .synthetic import SyntheticConfig, render  # needs packages of the extra
 
     start = SyntheticConfig.quick() if quick else SyntheticConfig()
     known = [field.name for field in dataclasses.fields(start)]
@@ -44,7 +44,7 @@ def load_synthetic(root: str | os.PathLike[str], /, *, quick: bool = False, work
                 f"sn_ops.reid: options of synthetic: expected quick, workers, {', '.join(known)}, got {field!r}"
             )
     config = dataclasses.replace(start, **fields)
-    # A set that is there already takes no second, and shows no bar; nor does what is not a terminal.
+    # No bar for an existing set, which loads within a second, nor where stderr is no terminal.
     with need("tqdm").tqdm(desc="rendering", unit=" images", delay=1, disable=None, leave=False) as bar:
         place = render(Path(root).expanduser(), config, workers=workers, tick=bar.update)
     split = market1501.load(place, check_counts=False)
@@ -68,15 +68,17 @@ DATASETS: Mapping[str, Loader] = MappingProxyType(
 _KINDS: Mapping[type, str] = MappingProxyType(
     {bool: "true or false", int: "an int", str: "text", os.PathLike: "a path", type(None): "none"}
 )
-"""What options may be, for `_check_options` and in its words."""
+"""The types of options, and their names in error messages."""
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Options come from command lines and YAML, where a word is text: `False`, taken as it is, would be true.
+    """Checks options against the loader's signature.
+
+    They may come from command lines and YAML as text, and the text "False" would count as true.
 
     Raises:
-        TypeError: an option that the loader of `name` does not have, or of another type than its signature says. The
-            loader itself checks what it takes as `**fields`.
+        TypeError: an option that the loader of `name` does not have, or of another type than in its signature. The
+            loader itself checks its `**fields`.
     """
     parameters = inspect.signature(DATASETS[name]).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -85,7 +87,7 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
         if option in known:
             parts = typing.get_args(hints[option]) or (hints[option],)
             kinds: list[type] = [typing.get_origin(part) or part for part in parts]
-            # True is an int to Python, and to nobody who counts.
+            # Python counts True as an int.
             if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
                 expected = " or ".join(_KINDS[kind] for kind in kinds)
                 raise TypeError(
@@ -96,19 +98,24 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
             raise TypeError(f"sn_ops.reid: options of {name}: expected {', '.join(known)}, got {option!r}")
 
 
-# By position alone: `root` and `name` among the options are options that no set has.
+# Positional only: `root` and `name` by keyword are then unknown options, with the error of these.
 def load_dataset(name: str, root: str | os.PathLike[str], /, **options: Any) -> Split:
-    """The split of a data set.
+    """Loads a data set.
 
     Args:
-        name: one of `DATASETS`.
-        root: its folder, or the one that its archive was unpacked in.
-        options: by keyword, as the set's loader has them.
+        name: "market1501", "dukemtmc-reid", "msmt17", "cuhk03", "cuhk01", "folder" (your own images) or "synthetic"
+            (rendered pedestrians).
+        root: its folder, or the folder in which its archive was unpacked.
+        options: keyword options of its loader, `sn_ops.reid.data.DATASETS[name]`.
+
+    Returns:
+        Its training, query and gallery images.
 
     Raises:
-        ValueError: another name; names or numbers of images that are not the set's.
-        TypeError: an option that the set does not have, or of another type than the set's loader says.
-        FileNotFoundError: what is missing, and where to get it.
+        ValueError: another name; file names or numbers of images that differ from the authors' archive.
+        TypeError: an option that the loader does not have, or one of another type.
+        FileNotFoundError: missing files; the message names them and where to get them.
+        ImportError: a package that the data set needs is missing.
     """
     if name not in DATASETS:
         raise ValueError(f"sn_ops.reid: data set: expected one of {', '.join(DATASETS)}, got {name!r}")
@@ -117,9 +124,15 @@ def load_dataset(name: str, root: str | os.PathLike[str], /, **options: Any) -> 
 
 
 def load_split(data: DataConfig) -> Split:
-    """The data set that a configuration names.
+    """Loads the data set of a configuration.
+
+    Args:
+        data: names the data set, its folder and the options of its loader.
+
+    Returns:
+        Its training, query and gallery images.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_dataset`.
+        FileNotFoundError, ValueError, TypeError, ImportError: as `load_dataset`.
     """
     return load_dataset(data.name, Path(data.root), **data.options)

@@ -27,14 +27,14 @@ class IdentitySampler(Sampler[list[int]]):
 
     An epoch of n identities has B = ceil(n / P) batches. Where P does not divide n the identities are spread evenly:
     batches have floor(n / B) or ceil(n / B) identities, the larger ones first. Nothing is padded, repeated or dropped,
-    and there is no last batch of a few identities, whose images would find hardly a negative.
+    and no last batch has only a few identities, whose images would find few negatives.
 
-    The K images of an identity are drawn without replacement. An identity with fewer than K images gives all of them
-    equally often, but for a remainder, which is drawn.
+    The K images of an identity are drawn without replacement. From an identity with fewer than K images all are drawn
+    equally often, and the remainder at random.
 
     A batch lists its identities one after another, the K images of one together. With `world` processes, rank r has
-    the identities from `m * r // world` to `m * (r + 1) // world` of a batch of m: the batches of the ranks, put
-    together in rank order, are the batch of one process with the same arguments.
+    the identities from `m * r // world` to `m * (r + 1) // world` of a batch of m: the ranks' batches, concatenated in
+    rank order, are the batch of one process with the same arguments.
 
     Args:
         labels: `[n]` the identity of each image of the data set.
@@ -42,11 +42,12 @@ class IdentitySampler(Sampler[list[int]]):
         identities: P of the whole batch, over all ranks.
         images: K.
         seed: an int >= 0; with the number of the epoch it determines every batch.
-        camera_balanced: the K images of an identity are spread over its cameras: camera after camera, in a random
-            order, gives one image that has not been drawn, until there are K.
-        rank, world: which process this is, of how many.
+        camera_balanced: spread the K images of an identity over its cameras: one image that has not been drawn from
+            each camera in turn, in a random order, until there are K.
+        rank: which process this is, from 0.
+        world: how many processes there are.
 
-    The state is (`epoch`, `start_batch`): `set_epoch(epoch, start_batch)` goes on after that many batches of an epoch.
+    The state is (`epoch`, `start_batch`): `set_epoch(epoch, start_batch)` continues after that many of its batches.
 
     Raises:
         TypeError, ValueError: arguments of the wrong type or out of range, numbers of labels and cameras that differ,
@@ -86,7 +87,7 @@ class IdentitySampler(Sampler[list[int]]):
         of_identity: dict[int, list[int]] = defaultdict(list)
         for index, label in enumerate(labels):
             of_identity[int(label)].append(index)
-        # By label, so that the order of the images' identities does not matter.
+        # Sorted by label, so that the order in which identities appear does not matter.
         self._members = [np.array(of_identity[label]) for label in sorted(of_identity)]
         self._cameras = np.asarray([int(camera) for camera in cameras])
 
@@ -103,7 +104,7 @@ class IdentitySampler(Sampler[list[int]]):
         self.start_batch = 0
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """The epoch that iteration draws, from its batch `start_batch` on.
+        """Sets the epoch that iteration draws, from its batch `start_batch` on.
 
         Raises:
             TypeError, ValueError: not ints >= 0, or a `start_batch` beyond the epoch's end.
@@ -117,11 +118,11 @@ class IdentitySampler(Sampler[list[int]]):
         self.epoch, self.start_batch = _count("epoch", epoch, 0), start_batch
 
     def __len__(self) -> int:
-        """How many batches iteration yields: those of the epoch from `start_batch` on."""
+        """The number of batches that iteration yields."""
         return self.batches - self.start_batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        # The whole epoch is drawn, on every rank and whatever start_batch is: the draws of a batch depend on neither.
+        # The whole epoch is drawn on every rank, so that a batch depends neither on the rank nor on start_batch.
         random = np.random.default_rng((self.seed, self.epoch))
         order = random.permutation(len(self._members))
         draw = self._draw_balanced if self.camera_balanced else self._draw

@@ -1,4 +1,7 @@
-"""Retrieval scores: CMC, mean average precision in both definitions, mINP, multiple query, re-ranking, distractors."""
+"""Retrieval scores: CMC, mean average precision in both definitions, mINP, multiple query, re-ranking, distractors.
+
+`evaluate` takes features, `evaluate_matrix` a distance matrix. Both follow the protocol of Market-1501 (`Protocol`).
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Where distances come from: features, a matrix, or re-ranking, always a few queries and a few columns at a time.
+"""Sources of distances: features, a matrix, or re-ranking, a few queries and a few columns at a time.
 
-A `Distances` hands out the distances of some queries as tiles. A tile may be approximate if it says by how much; the
-exact value of a pair can be asked for. So features go through one fast matrix product, and only the pairs that its
-rounding could swap are computed directly.
+A `Distances` yields the distances of some queries as tiles. A tile may be approximate if it states its error;
+`Block.exact` gives the exact distance of a pair. So features go through one fast matrix product, and only pairs that
+its rounding could swap are computed directly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 Metric = Literal["euclidean", "cosine"]
 
-# Elements of the differences that `squared` holds at a time: they stay in a CPU's cache, and fill a GPU.
+# Elements of differences that `squared` holds at a time: few enough for a CPU's cache, enough to fill a GPU.
 _DIFFERENCES = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 
@@ -43,7 +43,10 @@ class Block(Protocol):
 
 
 class Distances(Protocol):
-    """Distances of Q queries to G gallery rows."""
+    """Distances of Q queries to G gallery rows: what ranking needs of them.
+
+    `FeatureDistances`, `MatrixDistances` and `RerankedDistances` are of this form; any other class may be.
+    """
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,23 +54,45 @@ class Distances(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where tiles live."""
+        """The device of the tiles."""
 
     def rows_at_once(self, chunk: int) -> int:
-        """How many queries a block should have when about `chunk` distances may be held at a time."""
+        """How many queries a block should have.
+
+        Args:
+            chunk: about how many distances may be held at a time.
+
+        Returns:
+            A number >= 1.
+        """
 
     def block(self, start: int, stop: int) -> Block:
-        """The queries from start to stop."""
+        """The distances of consecutive queries.
+
+        Args:
+            start: the first query.
+            stop: one past the last query.
+
+        Returns:
+            The block, of `stop - start` queries.
+        """
 
     def readable(self, values: Tensor) -> Tensor:
-        """Distances as a person expects them, from those used for ordering."""
+        """Distances to show, from those used for ordering.
+
+        Args:
+            values: floating point, any shape.
+
+        Returns:
+            The same shape.
+        """
 
 
 def squared(x: Tensor, rows: Tensor, z: Tensor, columns: Tensor) -> Tensor:
     """`sum_c (x[rows, c] - z[columns, c])^2` in float64, `[n]`: the definition of the order.
 
-    The order in which a library adds may depend on a tensor's shape, but not on what stands in its other rows.
-    So every step here has the same shape, and equal pairs of rows have equal distances whichever call they came in.
+    The order of additions may depend on a tensor's shape, but not on its other rows. So every step here has the same
+    shape: equal pairs of rows have equal distances in every call.
     """
     step = max(1, _DIFFERENCES.get(x.device.type, 1 << 20) // max(1, x.shape[1]))
     n = rows.numel()
@@ -83,9 +108,9 @@ def squared(x: Tensor, rows: Tensor, z: Tensor, columns: Tensor) -> Tensor:
 
 
 def prepare(name: str, features: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """Features such that their squared Euclidean distance orders as the metric does, and the square norms given.
+    """Features whose squared Euclidean distances order as the metric does, and the square norms of those given.
 
-    For "cosine" that is float64 rows of unit length, half of whose squared distance is 1 - cos; rows of zeros stay.
+    For "cosine" these are float64 rows of unit length: half their squared distance is 1 - cos. Rows of zeros stay.
 
     Raises:
         TypeError, ValueError: features that are not a 2-D floating point tensor of finite rows, an unknown metric.
@@ -125,14 +150,19 @@ def check_pair(query: Tensor, gallery: Tensor) -> None:
 
 
 class FeatureDistances:
-    """Distances between the rows of two feature matrices, ordered as direct float64 sums of squares order them."""
+    """Distances between the rows of two feature matrices, ordered as direct float64 sums of squares order them.
+
+    Args:
+        query: features `[Q, D]`, floating point, finite.
+        gallery: features `[G, D]`, floating point, finite, on query's device.
+        metric: "euclidean", or "cosine" (1 - cos; a row of zeros has cosine 0 with every row).
+
+    Raises:
+        TypeError: features that are not floating point tensors.
+        ValueError: other shapes or devices, rows that are not finite, or an unknown metric.
+    """
 
     def __init__(self, query: Tensor, gallery: Tensor, metric: Metric = "euclidean") -> None:
-        """query `[Q, D]` and gallery `[G, D]`, floating point, on one device.
-
-        Raises:
-            TypeError, ValueError: as `prepare`; different widths or devices.
-        """
         self.query, self.query_norms = prepare("query", query, metric)
         self.gallery, self.gallery_norms = prepare("gallery", gallery, metric)
         check_pair(self.query, self.gallery)
@@ -141,7 +171,7 @@ class FeatureDistances:
         if metric == "cosine":
             self.query_norms, self.gallery_norms = square_norms(self.query), square_norms(self.gallery)
         self.zeros = zeros if any(bool(zero.any()) for zero in zeros) else ()
-        """Rows without a direction, bool `[Q]` and `[G]`; empty where there are none, or where that does not matter."""
+        """Rows of zeros, bool `[Q]` and `[G]`; empty where there are none, or where the metric is Euclidean."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -154,15 +184,15 @@ class FeatureDistances:
         return self.query.device
 
     def rows_at_once(self, chunk: int) -> int:
-        """As many rows as columns: the product of a square tile reads least."""
+        """As `Distances.rows_at_once`: as many rows as columns, since the product of a square tile reads least."""
         return max(1, int(chunk**0.5))
 
     def block(self, start: int, stop: int) -> _FeatureBlock:
-        """The queries from start to stop."""
+        """As `Distances.block`."""
         return _FeatureBlock(self, start, stop)
 
     def readable(self, values: Tensor) -> Tensor:
-        """The Euclidean distance, or 1 - cos."""
+        """As `Distances.readable`: the Euclidean distance, or 1 - cos."""
         return values.sqrt() if self.metric == "euclidean" else values / 2
 
 
@@ -182,7 +212,7 @@ class _FeatureBlock:
 
     def tiles(self, edges: Sequence[int]) -> Iterator[Tile]:
         # With u = eps / 2 and N = |x|^2 + |z|^2: the product and the norms are off by less than (D + 3) u 2N together,
-        # the direct sum by (D + 3) u d^2 <= (D + 3) u 2N. Twice that is granted.
+        # the direct sum by (D + 3) u d^2 <= (D + 3) u 2N. The bound is twice as large.
         relative = 4 * (self.x.shape[1] + 3) * torch.finfo(torch.float64).eps
         for first, end in pairwise(edges):
             z = self.source.gallery[first:end].double()
@@ -195,14 +225,17 @@ class _FeatureBlock:
 
 
 class MatrixDistances:
-    """Distances that are already a matrix: the order is that of its values."""
+    """Distances that are already a matrix, ordered by its values.
+
+    Args:
+        matrix: `[Q, G]`, floating point. +inf is allowed; NaN and -inf are refused when their rows are read.
+
+    Raises:
+        TypeError: another type or shape.
+        ValueError: from an evaluation, NaN or -inf.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
-        """matrix `[Q, G]`, floating point, +inf allowed.
-
-        Raises:
-            TypeError, ValueError: another type or shape, NaN or -inf.
-        """
         if not isinstance(matrix, Tensor) or not matrix.is_floating_point() or matrix.ndim != 2:
             got = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
             raise TypeError(f"sn_ops.reid: distances: expected a floating point tensor [Q, G], got {got}")
@@ -219,15 +252,15 @@ class MatrixDistances:
         return self.matrix.device
 
     def rows_at_once(self, chunk: int) -> int:
-        """Whole rows, as they lie in memory."""
+        """As `Distances.rows_at_once`: whole rows, as they lie in memory."""
         return max(1, chunk // max(1, self.matrix.shape[1]))
 
     def block(self, start: int, stop: int) -> MatrixBlock:
-        """The queries from start to stop."""
+        """As `Distances.block`."""
         return MatrixBlock(self.matrix[start:stop])
 
     def readable(self, values: Tensor) -> Tensor:
-        """As given."""
+        """As `Distances.readable`: the values as given."""
         return values
 
 
@@ -235,7 +268,7 @@ class MatrixBlock:
     """Some rows of a distance matrix, as a `Block`."""
 
     def __init__(self, rows: Tensor) -> None:
-        """rows `[c, G]`. Raises ValueError for NaN and -inf, which have no place in an order of distances."""
+        """rows `[c, G]`. Raises ValueError for NaN and -inf, which cannot be ordered as distances."""
         if rows.numel() > 0 and not bool(rows.min() > -torch.inf):  # the minimum with a NaN is NaN
             raise ValueError("sn_ops.reid: distances: expected numbers or +inf, got NaN or -inf")
         self.rows = rows
@@ -243,11 +276,11 @@ class MatrixBlock:
         self._dtype = rows.dtype if wide else torch.float32
 
     def exact(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """The entries asked for; +inf as the largest number, as beyond that are the pairs that do not count."""
+        """The entries; +inf becomes the largest number, since inf marks pairs that do not count."""
         return self.rows[rows, columns].to(self._dtype).clamp(max=torch.finfo(self._dtype).max)
 
     def tiles(self, edges: Sequence[int]) -> Iterator[Tile]:
-        """Of one column range after another, copied."""
+        """A copy of each column range."""
         for first, end in pairwise(edges):
             values = self.rows[:, first:end].to(self._dtype).clamp(max=torch.finfo(self._dtype).max)
             yield Tile(first, values, None)

@@ -30,20 +30,34 @@ def evaluate_with_distractors(
     unmatched: Unmatched = "skip",
     chunk: int = CHUNK,
 ) -> list[Scores]:
-    """The scores with more and more distractors in the gallery, in one pass over the largest.
+    """The scores with more and more distractors in the gallery, in one pass over the largest gallery.
 
     Args:
-        query to gallery_cameras, metric to chunk: as `evaluate`.
-        distractors: features `[M, D]` of images that match no query.
-        counts: how many distractors to add, ascending, each set containing the one before. Default: 0 and M, and in
+        query: features `[Q, D]`, floating point, CPU or GPU.
+        query_ids: identities, integer `[Q]`, any device.
+        query_cameras: cameras, integer `[Q]`, any device.
+        gallery: features `[G, D]`, floating point, on query's device.
+        gallery_ids: identities, integer `[G]`; below 0: junk.
+        gallery_cameras: cameras, integer `[G]`.
+        distractors: features `[M, D]` of images that match no query, on query's device.
+        counts: how many distractors to add, ascending; each set contains the one before. Default: 0 and M, and in
             between 1, 2 and 5 times the powers of ten from 100.
-        seed: distractors come in an order drawn with it; None: in the order given.
+        seed: of the order in which distractors are added; None: the order given.
+        metric: as `evaluate`.
+        max_rank: as `evaluate`.
+        average_precision: as `evaluate`.
+        unmatched: as `evaluate`.
+        chunk: as `evaluate`.
 
     Returns:
         One `Scores` for each count; `Scores.gallery` is the size of that gallery.
 
     Raises:
-        TypeError, ValueError: as `evaluate`; counts that are not ascending or more than there are.
+        TypeError: as `evaluate`.
+        ValueError: as `evaluate`; counts that are not ascending, or more than M.
+
+    Source: the robustness figure of the SN loss's paper; the distractors are those of Zheng et al., "Scalable Person
+    Re-identification: A Benchmark", ICCV 2015.
     """
     m = len(distractors)
     if counts is None:
@@ -54,12 +68,12 @@ def evaluate_with_distractors(
     if seed is not None:
         order = torch.randperm(m, generator=torch.Generator().manual_seed(seed)).to(distractors.device)
         distractors = distractors[order]
-    # They stand behind the gallery: a tie between an image of the gallery and a distractor goes to the former.
+    # Distractors come after the gallery, so gallery images win ties against them.
     distances = FeatureDistances(query, torch.cat([gallery, distractors[: counts[-1]]]), metric)
     ids, cameras = gallery_ids.cpu().long(), gallery_cameras.cpu().long()
-    # An identity of their own: 0 is a person in some data sets.
-    nobody = int(torch.cat([ids, query_ids.cpu().long()]).amax()) + 1
-    ids = torch.cat([ids, torch.full((counts[-1],), nobody)])
+    # A new identity: 0 is a person in some data sets.
+    stranger = int(torch.cat([ids, query_ids.cpu().long()]).amax()) + 1
+    ids = torch.cat([ids, torch.full((counts[-1],), stranger)])
     cameras = torch.cat([cameras, torch.full((counts[-1],), -1)])
     protocol = Protocol(query_ids, query_cameras, ids, cameras, distances.device)
     stops = [len(gallery) + count for count in counts]

@@ -1,4 +1,4 @@
-"""Ranked lists: the nearest images of every query."""
+"""Ranked lists: the nearest gallery images of every query."""
 
 from __future__ import annotations
 
@@ -14,21 +14,30 @@ from .ranking import CHUNK
 
 @dataclass(frozen=True)
 class RankedLists:
-    """The first images of every query's list, the nearest first."""
+    """The nearest gallery images of every query, the nearest first, on the device of the distances."""
 
     indices: Tensor
     """int64 `[Q, top]`: gallery rows, -1 where the list ends."""
     distances: Tensor
     """float64 `[Q, top]`, inf where the list ends."""
     matches: Tensor
-    """bool `[Q, top]`."""
+    """bool `[Q, top]`: whether the image is a match; False where the list ends."""
 
 
 def ranked_lists(distances: Distances, protocol: Protocol, *, top: int = 10, chunk: int = CHUNK) -> RankedLists:
     """The `top` nearest images that the protocol keeps, for every query, ordered by (distance, gallery index).
 
+    Args:
+        distances: of Q queries to G gallery images.
+        protocol: for the same queries and images, on the same device.
+        top: the length of each list, >= 1.
+        chunk: about how many distances are held at a time.
+
+    Returns:
+        The lists, of length `top`; those with fewer images end early.
+
     Raises:
-        ValueError: lengths that differ, top < 1.
+        ValueError: lengths that differ, or top < 1.
     """
     check_lengths(distances, protocol)
     if top < 1:

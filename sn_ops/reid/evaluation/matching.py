@@ -11,7 +11,24 @@ from .distances import Distances
 
 
 class Protocol:
-    """Who matches whom, for some queries and a gallery."""
+    """Who matches whom, for Q queries and a gallery of G images.
+
+    For a query of identity p under camera c, gallery images of p under c and images of a negative identity (junk) are
+    left out. All other images of p are matches; all other images, distractors (identity 0) included, are not.
+
+    Args:
+        query_ids: integer `[Q]`, on any device; no negative identity.
+        query_cameras: integer `[Q]`; None, then also for the gallery: no image is left out for its camera.
+        gallery_ids: integer `[G]`.
+        gallery_cameras: integer `[G]`, or None.
+        device: where the protocol keeps its tensors: that of the distances.
+
+    Raises:
+        TypeError: not 1-D integer tensors.
+        ValueError: lengths that differ, cameras on one side only, or a query of a negative identity.
+
+    Source: Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015.
+    """
 
     def __init__(
         self,
@@ -21,13 +38,6 @@ class Protocol:
         gallery_cameras: Tensor | None,
         device: torch.device,
     ) -> None:
-        """Identities and cameras, integer `[Q]` and `[G]`, on any device; no cameras: nothing of a query's identity
-        is left out.
-
-        Raises:
-            TypeError, ValueError: not 1-D integer tensors, lengths that differ, only one of the cameras, a query of
-            a negative identity.
-        """
         if (query_cameras is None) != (gallery_cameras is None):
             raise ValueError("sn_ops.reid: cameras: expected them for query and gallery or for neither, got one")
         self.query_ids = _integers("query_ids", query_ids, None, device)
@@ -45,12 +55,18 @@ class Protocol:
         ids, self._order = self.gallery_ids.sort(stable=True)
         self._first = torch.searchsorted(ids, self.query_ids)
         self.same = torch.searchsorted(ids, self.query_ids, right=True) - self._first
-        """`[Q]`: how many gallery images have the query's identity, whatever their camera."""
+        """`[Q]`: how many gallery images have the query's identity, under any camera."""
 
     def pairs(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For the queries from start to stop, every pair of one identity: row (from 0), column, and whether it counts.
+        """The pairs of a query and a gallery image of its identity, for consecutive queries.
 
-        Sorted by row, then column.
+        Args:
+            start: the first query.
+            stop: one past the last query.
+
+        Returns:
+            Rows int64 `[n]`, counted from `start`; columns int64 `[n]`; and bool `[n]`, whether the pair counts, which
+            it does not under one camera. Sorted by row, then column.
         """
         counts = self.same[start:stop]
         rows = torch.arange(stop - start, device=counts.device).repeat_interleave(counts)
@@ -61,7 +77,15 @@ class Protocol:
         return rows, columns, self.query_cameras[start:stop][rows] != self.gallery_cameras[columns]
 
     def blocks(self, rows_at_once: int, chunk: int) -> Iterator[tuple[int, int]]:
-        """Runs of queries short enough that neither they nor their matches are too many."""
+        """Runs of consecutive queries that are small enough to process at a time.
+
+        Args:
+            rows_at_once: the most queries of a run.
+            chunk: the most places for matches of a run: queries times the most matches of one.
+
+        Yields:
+            (start, stop); a single query may exceed `chunk`.
+        """
         same = self.same.tolist()
         start, widest = 0, 0
         for i, count in enumerate(same):

@@ -19,7 +19,7 @@ Unmatched = Literal["skip", "zero"]
 
 @dataclass(frozen=True)
 class PerQuery:
-    """What each query scored, on the CPU; 0 for a query without a match."""
+    """The scores of each query, on the CPU; 0 for a query without a match."""
 
     matches: Tensor
     """int64 `[Q]`: G, the matches that the protocol keeps."""
@@ -35,11 +35,15 @@ class PerQuery:
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of one evaluation. `str()` says which definition each number follows."""
+    """The scores of one evaluation, fractions of 1. `str()` names the definition that each number follows.
+
+    Source: Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015 (CMC, and mAP "market" in its
+    code); Ye et al., "Deep Learning for Person Re-identification: A Survey and Outlook", 2020 (mINP).
+    """
 
     cmc: Tensor
     """float64 `[max_rank]` on the CPU: entry k - 1 is the fraction of queries with a match at rank <= k."""
-    mAP_standard: float  # noqa: N815 - the name everybody knows it by
+    mAP_standard: float  # noqa: N815 - its usual name
     """Mean of `(1 / G) sum_k k / r_k`, with r_k the rank of the k-th of G matches."""
     mAP_market: float  # noqa: N815
     """Mean of `(1 / G) sum_k (k / r_k + (k - 1) / (r_k - 1)) / 2`, the second term 1 where r_k = 1."""
@@ -50,23 +54,29 @@ class Scores:
     queries: int
     """How many queries the means are over."""
     skipped: int
-    """Queries without a match that are not among them (`unmatched="skip"`)."""
+    """Queries without a match, which the means leave out (`unmatched="skip"`)."""
     gallery: int
-    """Gallery images, junk not counted."""
+    """Gallery images, without junk."""
     per_query: PerQuery
+    """The scores of each query, those left out of the means included."""
 
     @property
     def mAP(self) -> float:  # noqa: N802
-        """The mean average precision in the definition that was asked for."""
+        """The mean average precision by the definition `average_precision`, a fraction of 1."""
         return self.mAP_market if self.average_precision == "market" else self.mAP_standard
 
     @property
     def rank1(self) -> float:
-        """CMC at rank 1."""
+        """CMC at rank 1, a fraction of 1."""
         return float(self.cmc[0])
 
     def as_dict(self) -> dict[str, float]:
-        """Plain numbers for a log: both mAPs, mINP, CMC at 1, 5, 10 and 20 as far as it goes, and the counts."""
+        """Plain numbers for a log.
+
+        Returns:
+            "mAP_standard", "mAP_market", "mINP", "rank1", "rank5", "rank10", "rank20" (as far as the CMC goes),
+            fractions of 1; "queries", "skipped", "gallery", counts.
+        """
         ranks = {f"rank{k}": float(self.cmc[k - 1]) for k in (1, 5, 10, 20) if k <= len(self.cmc)}
         return {
             "mAP_standard": self.mAP_standard,
@@ -102,14 +112,20 @@ def scores(
     """The scores for each prefix of the gallery (by default one: all of it).
 
     Args:
-        distances, protocol, stops, chunk: as `ranking.match_ranks`.
+        distances: Q x G, as `ranking.match_ranks`.
+        protocol: for the same Q and G.
         max_rank: length of the CMC. It has this length even where the gallery is shorter.
-        average_precision: what `Scores.mAP` is; both definitions are always computed.
+        average_precision: the definition of `Scores.mAP`; both are always computed.
         unmatched: a query without a match is left out ("skip", as torchreid and fast-reid do), or counts 0 in every
             score ("zero", as the official Market-1501 code does).
+        stops: sizes of the prefixes, as `ranking.match_ranks`.
+        chunk: about how many distances are held at a time.
+
+    Returns:
+        One `Scores` for each prefix.
 
     Raises:
-        ValueError: an option out of range, no query that counts.
+        ValueError: an option out of range, no query that counts, or as `ranking.match_ranks`.
     """
     if max_rank < 1:
         raise ValueError(f"sn_ops.reid: max_rank: expected an int >= 1, got {max_rank}")
@@ -160,12 +176,12 @@ def _per_query(counts: Tensor, ranks: Tensor) -> PerQuery:
     is_match = place <= counts[:, None]
     rank = torch.where(is_match, ranks, 1).double()
     at = place / rank  # precision with the k-th match
-    # Just before it k - 1 of r_k - 1 images are matches; before the first image the precision is taken to be 1.
+    # Just before it k - 1 of r_k - 1 images are matches; before the first image the precision is defined as 1.
     before = torch.where(rank > 1, (place - 1) / (rank - 1).clamp(min=1), 1.0)
     some = counts.clamp(min=1)
 
     def mean(values: Tensor) -> Tensor:
-        # One after the other: a sum's rounding would depend on P, which the other queries decide.
+        # cumsum adds in order: the rounding of sum depends on P, and P on the other queries.
         return torch.where(is_match, values, 0.0).cumsum(1)[:, -1] / some
 
     return PerQuery(

@@ -14,16 +14,21 @@ def multi_query_features(
     """The mean feature of every query's (identity, camera), over the images of it (Market-1501: `gt_bbox`).
 
     Args:
-        query_ids, query_cameras: integer `[Q]`.
+        query_ids: identities, integer `[Q]`, any device.
+        query_cameras: cameras, integer `[Q]`, any device.
         images: features `[M, D]`, floating point.
-        image_ids, image_cameras: integer `[M]`.
+        image_ids: identities, integer `[M]`, any device.
+        image_cameras: cameras, integer `[M]`, any device.
 
     Returns:
-        `[Q, D]` of the images' type and device, the mean taken in float64. Means of unit rows are shorter than 1; that
+        `[Q, D]` of the images' dtype and device, the mean taken in float64. Means of unit rows are shorter than 1; that
         does not change a ranking of unit gallery rows, and "cosine" normalises anyway.
 
     Raises:
-        TypeError, ValueError: wrong types or lengths, a queried (identity, camera) without images.
+        TypeError: features or identities of another type.
+        ValueError: lengths that differ, or a queried (identity, camera) without images.
+
+    Source: multiple query of Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 2:
         got = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__

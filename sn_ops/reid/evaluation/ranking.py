@@ -4,9 +4,9 @@ The protocol, for a query of identity p seen by camera c: gallery images of p se
 negative identity (junk) too; all others of p are matches, everything else (distractors, identity 0, as well) is not.
 The gallery is ordered by (distance, gallery index): a tie goes to the lower index.
 
-No list of images is made for the ranks. A match's rank is 1 + how many kept images come before it, so the distances of
-a query's few matches are thresholds that only need a place among the others' distances. Those are sorted as bare
-numbers, which vector instructions do several times faster than they sort indices.
+Ranks need no list of images. A match's rank is 1 + the number of kept images before it, so the distances of a query's
+few matches are thresholds, whose places among the other distances are looked up. These are sorted as bare numbers,
+which vector instructions do several times faster than sorting indices.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .distances import Block, Distances, Tile
 from .matching import Protocol, check_lengths
 
 CHUNK = 1 << 21
-"""Distances held at a time by default: 16 MB of float64, a handful of times over."""
+"""Distances held at a time by default: 16 MB of float64, and a few copies."""
 
 
-_FEW_DOUBTS = 8  # matches in doubt a query up to which it is faster to compare with each than to search
+_FEW_DOUBTS = 8  # doubtful matches of a query up to which comparing with each is faster than searching
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _block_ranks(
     ranks = [thresholds.ranks()] if stops[0] == 0 else []
     edges = tile_edges(stops, max(1, chunk // c))
     for tile, end in zip(block.tiles(edges), edges[1:], strict=True):
-        # What is not to be counted goes behind every threshold.
+        # Images that do not count go behind every threshold.
         here = ((columns >= tile.first) & (columns < end)).nonzero()[:, 0]
         tile.values[rows[here], columns[here] - tile.first] = torch.inf
         junk = protocol.junk[(protocol.junk >= tile.first) & (protocol.junk < end)]
@@ -100,7 +100,7 @@ def tile_edges(stops: Sequence[int], width: int) -> list[int]:
 
 
 class _Thresholds:
-    """The matches of each query of a block in order: what the other images are counted before."""
+    """The matches of each query of a block in order, and how many other images come before each."""
 
     def __init__(self, block: Block, rows: Tensor, columns: Tensor, c: int) -> None:
         exact = block.exact(rows, columns)
@@ -129,9 +129,11 @@ class _Thresholds:
         many = doubts.sum(1)
         doubtful = many.argsort(descending=True)[: int((many > 0).sum())]  # those with most doubts first
         if doubtful.numel() > 0:
-            self._settle(doubtful, doubts[doubtful], low[doubtful], high[doubtful], tile, block)
+            self._count_doubtful(doubtful, doubts[doubtful], low[doubtful], high[doubtful], tile, block)
 
-    def _settle(self, doubtful: Tensor, doubts: Tensor, low: Tensor, high: Tensor, tile: Tile, block: Block) -> None:
+    def _count_doubtful(
+        self, doubtful: Tensor, doubts: Tensor, low: Tensor, high: Tensor, tile: Tile, block: Block
+    ) -> None:
         """Counts the images between low and high `[n, P]` of the doubtful queries `[n]` by (exact distance, column)."""
         values = tile.values[doubtful]
         owners, places = _between(values, doubts, low, high).nonzero().unbind(1)
@@ -151,9 +153,9 @@ class _Thresholds:
 
 
 def _between(values: Tensor, doubts: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """bool `[n, w]`: which values `[n, w]` lie between low and high `[n, P]` of a match in doubt.
+    """bool `[n, w]`: which values `[n, w]` lie between low and high `[n, P]` of a doubtful match.
 
-    doubts is bool `[n, P]`, rows with most of them first.
+    doubts is bool `[n, P]`: the doubtful matches, rows with most of them first.
     """
     counts = doubts.sum(1)
     if int(counts.sum()) <= _FEW_DOUBTS * len(counts):
@@ -164,7 +166,7 @@ def _between(values: Tensor, doubts: Tensor, low: Tensor, high: Tensor) -> Tenso
             n = int((counts > slot).sum())
             found[:n] |= (low[:n, slot, None] <= values[:n]) & (values[:n] <= high[:n, slot, None])
         return found
-    # The first match that a value is not certainly behind: the value is in doubt unless it is certainly before it.
+    # The first match that a value is not certainly behind: the value is doubtful unless it is certainly before it.
     match = torch.searchsorted(high, values)
     nearest = torch.nn.functional.pad(low, (0, 1), value=torch.inf).gather(1, match)
     return (nearest <= values) & (values < torch.inf)

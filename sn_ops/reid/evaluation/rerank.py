@@ -39,11 +39,20 @@ _CHUNKS = 8  # of distances in a block: each one reads the whole gallery, and la
 
 @dataclass(frozen=True)
 class ReRank:
-    """The constants of re-ranking; the defaults are the paper's for Market-1501."""
+    """The constants of k-reciprocal re-ranking; the defaults are the paper's for Market-1501.
+
+    Raises:
+        ValueError: at construction, k1 < 1, k2 < 1, or lam not from 0 to 1.
+
+    Source: Zhong, Zheng, Cao and Li, "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017.
+    """
 
     k1: int = 20
+    """Neighbours for k-reciprocal sets, >= 1."""
     k2: int = 6
+    """Neighbours for local query expansion, the image itself included, >= 1."""
     lam: float = 0.3
+    """Weight of the original distance, 0 to 1; the Jaccard distance has the rest."""
 
     def __post_init__(self) -> None:
         if self.k1 < 1 or self.k2 < 1 or not 0 <= self.lam <= 1:
@@ -53,24 +62,28 @@ class ReRank:
 class RerankedDistances:
     """Re-ranked distances of queries to gallery rows, computed for a few queries at a time.
 
-    Memory beyond the features is a copy of them, O(Q + G) lists and V, which is sparse.
+    Construction searches all neighbours. Memory beyond the features is a copy of them, O(Q + G) lists, and a sparse
+    matrix with some dozens of entries a row.
+
+    Args:
+        query: features `[Q, D]`, floating point, finite, Q >= 1.
+        gallery: features `[G, D]`, floating point, finite, on query's device, G >= 1.
+        rerank: the constants.
+        metric: "euclidean", or "cosine": rows are normalised first.
+        backend: of `sn_ops.support_neighbors`.
+
+    Raises:
+        TypeError: as `FeatureDistances`.
+        ValueError: as `FeatureDistances`; no query or no gallery row; "cosine" with a row of zeros.
+        ImportError: scipy is missing.
+
+    Source: Zhong, Zheng, Cao and Li, "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017, and
+    the authors' code.
     """
 
     def __init__(
         self, query: Tensor, gallery: Tensor, rerank: ReRank, metric: Metric = "euclidean", *, backend: str = "auto"
     ) -> None:
-        """Finds neighbours and builds V.
-
-        Args:
-            query, gallery: features `[Q, D]` and `[G, D]`, floating point, on one device.
-            rerank: the constants.
-            metric: "cosine" takes the features' directions: d is then 2 (1 - cos).
-            backend: of `sn_ops.support_neighbors`.
-
-        Raises:
-            TypeError, ValueError: as `FeatureDistances`; no query or no gallery row; "cosine" with a row of zeros.
-            ImportError: scipy is missing.
-        """
         double = torch.float64 in (query.dtype, gallery.dtype)
         parts = [prepare("query", query, metric)[0], prepare("gallery", gallery, metric)[0]]
         check_pair(*parts)
@@ -100,11 +113,11 @@ class RerankedDistances:
         return self._features.device
 
     def rows_at_once(self, chunk: int) -> int:
-        """Whole rows."""
+        """As `Distances.rows_at_once`: whole rows."""
         return max(1, _CHUNKS * chunk // self.shape[1])
 
     def block(self, start: int, stop: int) -> MatrixBlock:
-        """The queries from start to stop, `[c, G]` float32: what is equal up to the rounding of sums becomes equal."""
+        """As `Distances.block`: `[c, G]` float32, so that distances that differ only by rounding become equal."""
         jaccard = torch.from_numpy(self._jaccard(start, stop)).to(self.device)
         largest = self._largest[start:stop, None]
         width = max(1, CHUNK // (stop - start))
@@ -115,7 +128,7 @@ class RerankedDistances:
         return MatrixBlock(jaccard.float())
 
     def readable(self, values: Tensor) -> Tensor:
-        """As they are, between 0 and 1."""
+        """As `Distances.readable`: the values as they are, between 0 and 1."""
         return values
 
     def _jaccard(self, start: int, stop: int) -> npt.NDArray[np.float64]:
@@ -167,7 +180,7 @@ def _neighbours(features: Tensor, k: int, backend: str) -> tuple[npt.NDArray[np.
         own = torch.arange(start, start + len(anchors), device=features.device)
         lists.append(torch.cat([own[:, None], found.indices], 1).cpu())
         largest.append(squared(features, own, features, found.farthest_positive))
-    # Where all rows are equal their distances are 0, whatever they are divided by.
+    # Where all rows are equal all distances are 0: any divisor will do.
     return torch.cat(lists).numpy(), torch.cat(largest).clamp(min=torch.finfo(torch.float64).tiny)
 
 

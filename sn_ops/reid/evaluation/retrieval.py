@@ -1,4 +1,4 @@
-"""`evaluate`: features of queries and gallery in, scores out."""
+"""`evaluate`: from features of queries and gallery to scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,21 @@ from .rerank import ReRank, RerankedDistances
 def distances_of(
     query: Tensor, gallery: Tensor, metric: Metric = "euclidean", rerank: ReRank | None = None
 ) -> Distances:
-    """The distances that an evaluation ranks by, see `evaluate`."""
+    """The distances that `evaluate` ranks by.
+
+    Args:
+        query: features `[Q, D]`, floating point.
+        gallery: features `[G, D]`, floating point, on query's device.
+        metric: "euclidean", or "cosine" (1 - cos).
+        rerank: the constants of k-reciprocal re-ranking; None: no re-ranking.
+
+    Returns:
+        `FeatureDistances` or `RerankedDistances`.
+
+    Raises:
+        TypeError, ValueError: as those.
+        ImportError: scipy is missing, with `rerank`.
+    """
     if rerank is None:
         return FeatureDistances(query, gallery, metric)
     return RerankedDistances(query, gallery, rerank, metric)
@@ -40,25 +54,32 @@ def evaluate(
     For a query of identity p under camera c, gallery images of p under c and images of a negative identity (junk) are
     left out; identity 0 (distractors) needs no special case, no query has it. Gallery images are ordered by (distance,
     index in the gallery): a tie goes to the lower index. Distances are direct float64 sums over the features as given,
-    up to their rounding: neither chunk nor threads nor the other rows change a rank.
+    so neither `chunk` nor threads nor other rows change a rank.
 
     Args:
         query: features `[Q, D]`, floating point, CPU or GPU.
-        query_ids, query_cameras: integer `[Q]`, any device.
-        gallery: features `[G, D]` on query's device.
-        gallery_ids, gallery_cameras: integer `[G]`. Cameras may be None on both sides: nothing of the query's identity
-            is left out then.
+        query_ids: identities, integer `[Q]`, any device.
+        query_cameras: cameras, integer `[Q]`, any device; None, then also for the gallery: no image is left out for its
+            camera.
+        gallery: features `[G, D]`, floating point, on query's device.
+        gallery_ids: identities, integer `[G]`; below 0: junk.
+        gallery_cameras: cameras, integer `[G]`, or None.
         metric: "euclidean", or "cosine" (1 - cos).
-        max_rank: length of the CMC.
-        average_precision: which definition `Scores.mAP` is, "standard" or "market" (the official Market-1501 code's).
-            Both are in the result under their names.
+        max_rank: length of the CMC, >= 1.
+        average_precision: the definition of `Scores.mAP`: "standard", or "market" (the official Market-1501 code's).
+            The result has both under their names.
         unmatched: "skip" leaves queries without a match out; "zero" counts them 0, as the official Market-1501 code.
         chunk: about how many distances are held at a time. Memory beyond the features is about 50 bytes times that
             plus O(Q + G), and does not grow with Q x G.
-        rerank: re-rank by k-reciprocal encoding with these constants.
+        rerank: the constants of k-reciprocal re-ranking; None: no re-ranking.
+
+    Returns:
+        CMC, mAP in both definitions, mINP, the counts, and the scores of each query.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came; no query with a match.
+        TypeError: features or identities of another type.
+        ValueError: shapes, lengths, devices or options that do not fit, or no query with a match.
+        ImportError: scipy is missing, with `rerank`.
 
     Source: Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015 (protocol, CMC, mAP); Ye et al.,
     "Deep Learning for Person Re-identification: A Survey and Outlook", 2020 (mINP).
@@ -80,7 +101,28 @@ def evaluate_matrix(
     unmatched: Unmatched = "skip",
     chunk: int = CHUNK,
 ) -> Scores:
-    """As `evaluate`, for distances that are already a matrix `[Q, G]`, floating point; +inf is allowed, NaN is not."""
+    """As `evaluate`, for distances that are already a matrix.
+
+    Args:
+        matrix: distances `[Q, G]`, floating point; +inf is allowed, NaN and -inf are not.
+        query_ids: identities, integer `[Q]`, any device.
+        query_cameras: cameras, integer `[Q]`, or None on both sides.
+        gallery_ids: identities, integer `[G]`; below 0: junk.
+        gallery_cameras: cameras, integer `[G]`, or None.
+        max_rank: as `evaluate`.
+        average_precision: as `evaluate`.
+        unmatched: as `evaluate`.
+        chunk: as `evaluate`.
+
+    Returns:
+        As `evaluate`.
+
+    Raises:
+        TypeError: a matrix or identities of another type.
+        ValueError: lengths or options that do not fit, NaN or -inf, or no query with a match.
+
+    Source: as `evaluate`.
+    """
     distances = MatrixDistances(matrix)
     protocol = Protocol(query_ids, query_cameras, gallery_ids, gallery_cameras, distances.device)
     return scores(distances, protocol, max_rank, average_precision, unmatched, chunk=chunk)[0]

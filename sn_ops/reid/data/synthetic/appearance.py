@@ -67,8 +67,7 @@ class Appearance:
 def appearance(seed: int, identity: int, twins: float) -> Appearance:
     """The person of that number, from 1.
 
-    Of the pairs (1 and 2, 3 and 4, ...), a fraction `twins` are near-twins: the second is the first with one attribute
-    changed.
+    A fraction `twins` of the pairs (1 and 2, 3 and 4, ...) are near-twins, who differ in one attribute.
     """
     first = identity - 1 + identity % 2
     random = generator(seed, Stream.TWIN, first)

@@ -18,7 +18,7 @@
 //   * d2(x, z) and d2(z, x) have the same bits.
 //
 // API
-//   kChunk, kSpanChunks, kSpan                 the order's constants (plan.h)
+//   kChunk, kSpanChunks, kSpan                 the order's constants (plan_types.h)
 //   Acc<T>, kExponentMask<T>                   float or double; smallest magnitude bits that are not finite
 //   no_nan(d2)                                 the last step
 //   chunk_sum_step(s, x, z)                    s = fma(x - z, x - z, s)
@@ -38,8 +38,9 @@
 
 #include <cstdint>
 
-#include "plan.h"
-#include "ptx.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/plan_types.h"
+#include "cuda/ptx.cuh"
 
 namespace sn::cuda {
 

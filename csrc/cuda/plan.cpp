@@ -1,14 +1,12 @@
 // The one place where a problem meets its kernels. Thresholds between paths are set from the times of forced paths on an
 // NVIDIA H200 (benchmarks/results/nvidia-h200, steps "paths"; CUDA graphs, K = 10): what they say of other devices is a
 // guess.
-#include "plan.h"
+#include "cuda/plan.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "sizes_direct.h"
-#include "sizes_screen.h"
-#include "sizes_screened.h"
+#include "cuda/sizes.h"
 
 namespace sn::cuda {
 namespace {

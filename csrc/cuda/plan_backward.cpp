@@ -2,7 +2,7 @@
 // gather is bound by.
 #include <algorithm>
 
-#include "plan.h"
+#include "cuda/plan.h"
 
 namespace sn::cuda {
 namespace {

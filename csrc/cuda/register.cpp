@@ -14,11 +14,11 @@
 #include <cstdint>
 #include <optional>
 
-#include "../operators.h"
-#include "../sn_types.h"
-#include "cluster.h"
-#include "forward.h"
-#include "sizes_direct.h"
+#include "cuda/backend.h"
+#include "cuda/sizes.h"
+#include "cuda/stages.h"
+#include "operators.h"
+#include "sn_types.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-"""The bound on the tensor core's accumulation that csrc/cuda/bound.cuh claims, against models of the hardware.
+"""The bound on the tensor core's accumulation that csrc/cuda/screen/bound.cuh claims, against models of the hardware.
 
 A step adds a group of products to the accumulator: all are aligned to the largest exponent, cut off some bits below it,
 summed, and the sum is cut off to 24 bits. The exponent of a product is the sum of its operands', and a subnormal's is

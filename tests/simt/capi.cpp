@@ -9,9 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/forward.h"
-#include "cuda/sizes_direct.h"
-#include "cuda/sizes_screened.h"
+#include "cuda/backend.h"
+#include "cuda/sizes.h"
 #include "simt.h"
 
 #if defined(__SANITIZE_ADDRESS__)

@@ -31,7 +31,10 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/launch.cuh"
+#include "cuda/memory.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/tensor_core.cuh"
 
 namespace sn::cuda {
 namespace {

@@ -26,11 +26,12 @@
 // Larger problems first put the edges in buckets of targets (count, scan, place: a stable counting sort, so that edges
 // stay in ascending order), and a block reads its bucket instead of everything. Positions in a bucket order a target's
 // edges as positions in the graph do: results are the same, bit for bit.
-#include "backward.h"
-
 #include <cstdint>
 
-#include "ptx.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/stages.h"
 
 namespace sn::cuda {
 namespace {

@@ -1,6 +1,6 @@
 // From one anchor's selection to its outputs, and from all anchors' records to the loss.
 //
-// API (A = float or double, Key<A>: select.cuh)
+// API (A = float or double, Key<A>: keys.cuh)
 //   finish_anchor<A>(args, anchor, K, found, keys, near, far)      one warp
 //     keys: Shared<Key<A>> or Key<A>*, the anchor's support set: `found` <= K keys of make_key, in order, written
 //     before a barrier that covers the warp; they are marked here. near, far: the same in all lanes, index -1 for none.
@@ -11,11 +11,12 @@
 
 #include <cstdint>
 
-#include "../sn_math.h"
-#include "../sn_types.h"
-#include "plan.h"
-#include "ptx.cuh"
-#include "select.cuh"
+#include "cuda/keys.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/plan_types.h"
+#include "cuda/ptx.cuh"
+#include "sn_math.h"
+#include "sn_types.h"
 
 namespace sn::cuda {
 

@@ -3,16 +3,17 @@
 //
 // Short rows (at most 32 kPerLane candidates, K <= 32): the block adds the slices up into shared memory; then one warp
 // holds the row in registers and extracts the least key K times, two reductions each, while another looks for near and
-// far. Long rows, or larger K: all threads look for near and far as they add up; a radix selection (select.cuh) and a
+// far. Long rows, or larger K: all threads look for near and far as they add up; a radix selection (keys.cuh) and a
 // sort follow. Either way the first warp finishes.
 #pragma once
 
 #include <cstdint>
 
-#include "finish.cuh"
-#include "ptx.cuh"
-#include "select.cuh"
-#include "sizes_direct.h"
+#include "cuda/keys.cuh"
+#include "cuda/loss.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/sizes.h"
 
 namespace sn::cuda {
 

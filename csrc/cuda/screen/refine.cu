@@ -30,13 +30,14 @@
 //
 // Duplicates. If the K lowest indices (self left out) are all at d2 == 0, they are the support set: nothing comes before
 // them. A collapsed batch, which overflows every buffer, is done at this.
-#include "refine.h"
-
-#include "finish.cuh"
-#include "ptx.cuh"
-#include "refine_args.cuh"
-#include "scan.cuh"
-#include "select.cuh"
+#include "cuda/keys.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/loss.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/screen/args.cuh"
+#include "cuda/screen/nearest.cuh"
+#include "cuda/stages.h"
 
 namespace sn::cuda {
 namespace {

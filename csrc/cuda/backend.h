@@ -1,9 +1,9 @@
 // The CUDA backend as the binding sees it: a plan, and two calls that enqueue it. Nothing here knows a framework.
 #pragma once
 
-#include "../sn_types.h"
-#include "plan.h"
-#include "platform.h"
+#include "cuda/plan.h"
+#include "cuda/platform.h"
+#include "sn_types.h"
 
 namespace sn::cuda {
 

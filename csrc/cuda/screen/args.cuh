@@ -4,13 +4,11 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../sn_types.h"
-#include "bound.cuh"
-#include "plan.h"
-#include "platform.h"
-#include "prepare.h"
-#include "sizes_direct.h"
-#include "sizes_screened.h"
+#include "cuda/plan_types.h"
+#include "cuda/screen/bound.cuh"
+#include "cuda/screen/prepare.h"
+#include "cuda/sizes.h"
+#include "sn_types.h"
 
 namespace sn::cuda {
 

@@ -4,11 +4,12 @@
 // the end each anchor takes its copy in increasing order, its own row left out. That order is by value, so it does not
 // depend on the schedule; only which ones of an identity too large for the list are noted does, and those only make a
 // bound (refine.cu), never a result.
-#include "positives.h"
-
-#include "finish.cuh"
-#include "prepare.h"
-#include "ptx.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/loss.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/screen/prepare.h"
+#include "cuda/stages.h"
 
 namespace sn::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // What a score proves about the true distance of two rows, and the thresholds that follow. The only copy of these
-// formulas; the score kernels (screen.cu) and the refinement use them.
+// formulas; the score kernels (scores.cu) and the refinement use them.
 //
 // For rows i and j: v the centred and scaled row (exact), h its half-precision copy, n and rho as in prepare.h, dot the
 // tensor core's h_i . h_j, s = n_j - 2 dot as a float, D_ij = |v_i - v_j| the true distance in units of the cast, and
@@ -28,7 +28,7 @@
 // So everything is bounded by a multiple of n_i + n_j, and of nothing smaller:
 //   |(n_i + s) - A^2| <= (n_i + n_j) (1.25 Dp 2^-23 + (Dp/64 + 10) 2^-23)
 // and with
-//   eta = 1.25 Dp 2^-23 + (Dp/32 + 32) 2^-23          (screening_error in sizes_screen.h)
+//   eta = 1.25 Dp 2^-23 + (Dp/32 + 32) 2^-23          (screening_error in sizes.h)
 // a margin of (Dp/64 + 22) 2^-23 is left for the roundings of whoever evaluates a bound with s in a few operations (up
 // to 8 of size n_i + n_j) and for second-order terms. So
 //   (n_i + s) - eta (n_i + n_j) <= A^2 <= (n_i + s) + eta (n_i + n_j),   |D - A| <= rho_i + rho_j.
@@ -61,7 +61,7 @@
 
 #include <cstdint>
 
-#include "ptx.cuh"
+#include "cuda/ptx.cuh"
 
 namespace sn::cuda {
 

@@ -1,12 +1,14 @@
-// Sizes of the direct path that the plan needs: no toolkit, no kernels.
+// Sizes that the plan and the kernels share: no toolkit, no kernels.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "plan.h"
+#include "cuda/plan_types.h"
 
 namespace sn::cuda {
+
+// ---- the direct path ------------------------------------------------------------------------------------------------
 
 inline constexpr std::int64_t kDirectTile = 64;  // a block of the tile kernel serves so many anchors and candidates
 
@@ -101,6 +103,85 @@ constexpr std::int64_t cluster_planes(const ForwardPlan& plan) {
 }
 constexpr std::int64_t cluster_shared_bytes(std::int64_t planes) {
   return kClusterOther + planes * kClusterRows * kClusterPitch * 4;
+}
+
+// ---- the screening --------------------------------------------------------------------------------------------------
+
+// A half-precision input serves in place when its rows start at multiples of 16 bytes and D is a multiple of this: one
+// asynchronous copy moves 8 elements.
+inline constexpr std::int64_t kCopyElements = 8;
+
+// Columns of D that one stage of the score kernels holds; padded_dims is a multiple.
+inline constexpr std::int64_t kStageColumns = 64;
+
+// One block of the sampling kernel takes so many columns of D.
+inline constexpr std::int64_t kSampleColumns = 32;
+static_assert(kStageColumns % kSampleColumns == 0, "sampled blocks cover the padded columns");
+
+constexpr std::int64_t sample_blocks(std::int64_t padded_dims) {
+  return padded_dims / kSampleColumns;
+}
+// Bytes of ForwardPlan::mean for fp32 inputs: float mean [padded_dims], then for each block of the sampling kernel the
+// bits of the largest |x - mean| that it saw, uint32 [sample_blocks], and again, among the anchors alone.
+constexpr std::int64_t mean_bytes(std::int64_t padded_dims) {
+  return 4 * (padded_dims + 2 * sample_blocks(padded_dims));
+}
+
+// eta of bound.cuh: the relative error of a screened squared distance. Exact as a float for every D below 2^17.
+inline float screening_error(std::int64_t padded_dims) {
+  const double dims = static_cast<double>(padded_dims);
+  return static_cast<float>((1.25 * dims + dims / 32.0 + 32.0) * 0x1p-23);
+}
+
+// The factor on the residual in rho (bound.cuh).
+inline float row_slack(std::int64_t padded_dims) {
+  return 1.0f + 0x1p-20f + static_cast<float>(padded_dims / 32 + 16) * 0x1p-23f;
+}
+
+// Kernels that enqueue_prepare launches.
+inline constexpr std::int64_t kPrepareLaunches = 2;
+
+// The bank's kernel holds all anchors of a call against one tile of candidates.
+inline constexpr std::int64_t kBankAnchorRows = 256;
+// Shared memory of a block that it asks for: a plan takes ForwardPath::kBank only where DeviceFacts::shared_bytes
+// allows.
+inline constexpr std::int64_t kBankSharedBytes = 224 * 1024;
+
+// ---- the refinement and the ladder ----------------------------------------------------------------------------------
+
+// What the ladder leaves of a row, in the row's place of the buffer: a sorted list of K keys of each segment, then the
+// nearest and the farthest positive of each segment. ForwardPlan::buffer_capacity is at least this, on every path.
+constexpr std::int64_t ladder_entries(std::int64_t K) {
+  return kLadderSegments * (K + 2);
+}
+
+// A queued row is one int32: its number in the wave above these bits, and what it still needs.
+inline constexpr int kNeedBits = 3;
+enum Need : std::int32_t { kNeedSupport = 1, kNeedNear = 2, kNeedFar = 4, kNeedAll = 7 };
+static_assert(kNeedAll < (1 << kNeedBits));
+inline constexpr std::int64_t kLargestWave = std::int64_t{1} << (31 - kNeedBits);
+
+// The refinement needs this of a plan.
+constexpr bool refinable(const ForwardPlan& plan) {
+  return plan.K >= 1 && plan.K <= kFastNeighbours && plan.wave_rows <= kLargestWave &&
+         plan.buffer_capacity >= ladder_entries(plan.K);
+}
+
+// Identities larger than the list exist only among more candidates than it holds.
+constexpr bool may_have_large_identities(std::int64_t M) {
+  return M > kListedPositives;
+}
+
+// Kernels of run_screened: preparation and positives once, then for each wave
+//   kDense           scores, refinement, ladder, merge
+//   kScreen, kBank   sample, thresholds, [thresholds of large identities], [second sample, thresholds], scores, refinement,
+//                    ladder, merge.
+constexpr std::int64_t screened_launches(const ForwardPlan& plan, const Problem& problem) {
+  std::int64_t wave = 4;
+  if (plan.path != ForwardPath::kDense) {
+    wave += 2 + (may_have_large_identities(problem.M) ? 1 : 0) + (plan.second_stride > 0 ? 2 : 0);
+  }
+  return kPrepareLaunches + 1 + plan.waves * wave;
 }
 
 }  // namespace sn::cuda

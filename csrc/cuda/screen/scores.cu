@@ -19,12 +19,15 @@
 //    whatever the number of hits.
 // 5. Order of tiles. Bands of kBand tile rows, columns of a band one after the other: the blocks that run at one time
 //    share few strips of either matrix. In the symmetric case bands of the upper triangle.
-#include "screen.h"
-
 #include <algorithm>
 
-#include "bound.cuh"
-#include "ptx.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/screen/bound.cuh"
+#include "cuda/screen/prepare.h"
+#include "cuda/stages.h"
+#include "cuda/tensor_core.cuh"
 
 namespace sn::cuda {
 namespace {

@@ -19,9 +19,10 @@
 
 #include <cstdint>
 
-#include "../sn_math.h"
-#include "direct_sum.cuh"
-#include "ptx.cuh"
+#include "cuda/direct_sum.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/ptx.cuh"
+#include "sn_math.h"
 
 namespace sn::cuda {
 

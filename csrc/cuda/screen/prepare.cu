@@ -17,10 +17,12 @@
 // scale, kSampleRows of them: they are what distances are made of. Any e is right, as any m is.
 //
 // How rho follows from what the copy leaves stands at residual_bound in bound.cuh.
-#include "prepare.h"
-
-#include "bound.cuh"
-#include "ptx.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/screen/bound.cuh"
+#include "cuda/screen/prepare.h"
+#include "cuda/stages.h"
 
 namespace sn::cuda {
 namespace {

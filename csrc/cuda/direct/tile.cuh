@@ -17,10 +17,11 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "direct_sum.cuh"
-#include "plan.h"
-#include "ptx.cuh"
-#include "sizes_direct.h"
+#include "cuda/direct_sum.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/plan_types.h"
+#include "cuda/ptx.cuh"
+#include "cuda/sizes.h"
 
 namespace sn::cuda {
 

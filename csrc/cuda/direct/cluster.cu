@@ -5,13 +5,14 @@
 // shared memory alive until it has read it.
 //
 // The sums, the keys and the anchor's arithmetic are those of the direct path, bit by bit.
-#include "cluster.h"
-
-#include "direct_select.cuh"
-#include "direct_tile.cuh"
-#include "finish.cuh"
-#include "ptx.cuh"
-#include "sizes_direct.h"
+#include "cuda/direct/select.cuh"
+#include "cuda/direct/tile.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/loss.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/sizes.h"
+#include "cuda/stages.h"
 
 namespace sn::cuda {
 namespace {

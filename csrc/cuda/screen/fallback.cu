@@ -13,13 +13,14 @@
 //   * once the K-th key is before (0, next index), nothing behind can come in: duplicates end the stretch.
 //   * near and far are wanted of the positives only, which are summed in full, first.
 // A second kernel joins the lists of the stretches. What the refinement had settled stands in the place of stretch 0.
-#include "ladder.h"
-
-#include "finish.cuh"
-#include "ptx.cuh"
-#include "refine_args.cuh"
-#include "scan.cuh"
-#include "select.cuh"
+#include "cuda/keys.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/loss.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/screen/args.cuh"
+#include "cuda/screen/nearest.cuh"
+#include "cuda/stages.h"
 
 namespace sn::cuda {
 namespace {

@@ -1,18 +1,19 @@
 // Two kernels a wave of anchors.
 //
-// tile_kernel: a block per tile of 64 x 64 pairs and slice of D (direct_tile.cuh) writes partial sums
+// tile_kernel: a block per tile of 64 x 64 pairs and slice of D (tile.cuh) writes partial sums
 //   gPartials [slice][row of the wave][M]. In the self case with everything in one wave only tiles on and above the
 //   diagonal are computed: d2(i, j) and d2(j, i) have the same bits. Each block says whether it saw a NaN or Inf.
 // select_kernel: a block per anchor adds up its slices in the one order, selects, and finishes the anchor
-//   (finish.cuh). The block that finishes last looks at the flags and, in the last wave, sums over the anchors.
-#include "direct.h"
-
-#include "direct_select.cuh"
-#include "direct_tile.cuh"
-#include "finish.cuh"
-#include "ptx.cuh"
-#include "select.cuh"
-#include "sizes_direct.h"
+//   (loss.cuh). The block that finishes last looks at the flags and, in the last wave, sums over the anchors.
+#include "cuda/direct/select.cuh"
+#include "cuda/direct/tile.cuh"
+#include "cuda/keys.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/loss.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/sizes.h"
+#include "cuda/stages.h"
 
 namespace sn::cuda {
 namespace {

@@ -21,10 +21,9 @@
 
 #include <cstdint>
 
-#include "../sn_types.h"
-#include "plan.h"
-#include "platform.h"
-#include "sizes_screen.h"
+#include "cuda/plan_types.h"
+#include "cuda/sizes.h"
+#include "sn_types.h"
 
 namespace sn::cuda {
 
@@ -87,8 +86,5 @@ inline Thresholds thresholds(const ForwardArgs& args, const ForwardPlan& plan, c
   float* facts = piece<float>(workspace, plan.anchor_facts);
   return {facts + 2 * N, facts + 3 * N, facts + 4 * N, facts + 5 * N};
 }
-
-// kPrepareLaunches kernels. N, M and D are at least 1, the path is kDense, kScreen or kBank.
-cudaError_t enqueue_prepare(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
 
 }  // namespace sn::cuda

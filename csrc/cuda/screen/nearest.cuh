@@ -10,12 +10,13 @@
 
 #include <cstdint>
 
-#include "../sn_math.h"
-#include "bound.cuh"
-#include "direct_sum.cuh"
-#include "plan.h"
-#include "ptx.cuh"
-#include "select.cuh"
+#include "cuda/direct_sum.cuh"
+#include "cuda/keys.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/plan_types.h"
+#include "cuda/ptx.cuh"
+#include "cuda/screen/bound.cuh"
+#include "sn_math.h"
 
 namespace sn::cuda {
 

@@ -1,0 +1,96 @@
+// The one way a kernel is launched, with the shared memory and the clusters that it asks for.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "cuda/ptx.cuh"
+
+#if !defined(SN_SIMT)  // else simt_device.h has these names
+
+namespace sn::cuda {
+
+// ---- launching ------------------------------------------------------------------------------------------------------
+
+struct LaunchShape {
+  std::int64_t blocks;
+  int threads;
+  int shared_bytes;
+  int cluster = 1;  // blocks of a cluster; divides `blocks`
+};
+
+// Lets blocks of a kernel have this much shared memory on the current device. The limit is raised, never lowered:
+// another thread may be about to launch the same kernel with more.
+inline cudaError_t allow_shared(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> limits;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& limit = limits[{kernel, device}];
+  if (bytes <= limit) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) limit = bytes;
+  return error;
+}
+
+// What a launch of this shape needs said, in `config`, which refers to `attribute`, and of the kernel.
+inline cudaError_t configure(const void* kernel, const LaunchShape& shape, cudaStream_t stream,
+                             cudaLaunchAttribute& attribute, cudaLaunchConfig_t& config) {
+  if (shape.blocks <= 0 || shape.blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
+  if (shape.shared_bytes > kPlainSharedBytes) {
+    const cudaError_t error = allow_shared(kernel, shape.shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  attribute = {};
+  config = {};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
+  config.stream = stream;
+  if (shape.cluster > 1) {
+    if (shape.cluster > kPortableCluster) {
+      const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      if (error != cudaSuccess) return error;
+    }
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  return cudaSuccess;
+}
+
+// Launches on `stream` and reports what went wrong with this launch, configuration errors included.
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream, Args... args) {
+  cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config;
+  const cudaError_t error = configure(reinterpret_cast<const void*>(kernel), shape, stream, attribute, config);
+  if (error != cudaSuccess) return error;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+// Clusters of this shape that the current device holds at once. 0 also where that cannot be found out; the runtime
+// keeps no error of it.
+template <typename... Params>
+int active_clusters(void (*kernel)(Params...), const LaunchShape& shape) {
+  cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config;
+  int clusters = 0;
+  cudaError_t error = configure(reinterpret_cast<const void*>(kernel), shape, nullptr, attribute, config);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error == cudaSuccess) return clusters;
+  static_cast<void>(cudaGetLastError());
+  return 0;
+}
+
+}  // namespace sn::cuda
+
+#endif  // SN_SIMT

@@ -1,0 +1,173 @@
+// What a plan is made of: facts of the device, the problem, and the kernels, tiles, launches and workspace that serve it.
+// The kernels know these types, and nothing of how a plan is chosen.
+#pragma once
+
+#include <cstdint>
+
+#include "sn_types.h"
+
+namespace sn::cuda {
+
+// What the plan asks of a device.
+struct DeviceFacts {
+  int major = 9;
+  int minor = 0;
+  int multiprocessors = 132;
+  int shared_bytes = 232448;  // a block may use at most, opted in
+  // Clusters of the kernel of kCluster that the device really holds (cluster_limits in stages.h): fewer than its
+  // architecture allows where parts of it are switched off or given to others. 0: none.
+  int largest_cluster = 8;  // blocks
+  int cluster_planes = 8;   // planes of sums that a block of the largest may keep
+};
+
+// The one summation order (direct_sum.cuh derives it) cuts D into chunks, and chunks into spans.
+inline constexpr int kChunk = 64;       // elements added one after the other
+inline constexpr int kSpanChunks = 32;  // chunks added as a tree
+inline constexpr int kSpan = kChunk * kSpanChunks;
+
+// How the neighbours are found. Every path that can serve a problem selects the same neighbours in the same order.
+enum class ForwardPath : std::int32_t {
+  kAuto = 0,     // only asked for, never planned
+  kCluster = 1,  // one launch of one thread-block cluster, direct sums
+  kDirect = 2,   // tiles of direct sums, then selection: any type, any K
+  kDense = 3,    // tensor-core scores of every pair in a scratch of at most 2^22 entries (or a wave of rows), refined
+  kScreen = 4,   // thresholds from a sample, tensor-core screening into candidate buffers, refined
+  kBank = 5      // kScreen for few anchors and many fp32 candidates, which are converted as they are read, once
+};
+
+struct Problem {
+  std::int64_t N = 0;
+  std::int64_t M = 0;
+  std::int64_t D = 0;
+  std::int64_t k = 1;
+  DType dtype = DType::kFloat32;
+  bool symmetric = true;  // the candidates are the anchors
+  bool aligned = true;    // rows of both matrices start at multiples of 16 bytes
+};
+
+// A piece of the workspace: offset in bytes, a multiple of kWorkspaceAlignment. Pieces of size 0 are absent.
+struct Piece {
+  std::int64_t offset = 0;
+  std::int64_t bytes = 0;
+};
+inline constexpr std::int64_t kWorkspaceAlignment = 256;
+
+// Per anchor, between selection and the sum over anchors.
+struct AnchorRecord {
+  double loss;
+  double positive_sum;
+  double negative_sum;
+  std::int32_t positives;
+  std::int32_t negatives;
+  std::int32_t support_positives;
+  std::int32_t flags;  // bit 0: valid, bit 1: its nearest neighbour is a positive
+};
+
+// Counters and facts of one call that kernels hand to each other. Zeroed by the first kernel of a path.
+struct Control {
+  std::uint32_t nonfinite;         // 1: a value of the input is NaN or Inf
+  std::uint32_t ticket;            // blocks that have finished, for the last one to know that it is
+  std::uint32_t queued;            // rows waiting for the ladder
+  std::uint32_t unscreenable;      // 1: the input's scale defeats the screening, every row goes to the ladder
+  std::uint32_t largest;           // bits of the largest finite |x - mean| of the rows that give the scale
+  std::int32_t exponent;           // the cast is fp16(v * 2^exponent)
+  std::uint32_t refined;           // statistics for tests and tuning: exact sums made by the refinement
+  std::uint32_t laddered;          // rows that the ladder served
+  std::uint32_t large_identities;  // 1: some anchor has more positives than are listed
+  std::uint32_t last_null;         // null rows (bound.cuh) with a larger index are in nobody's support set
+  std::uint32_t reserved[6];
+};
+static_assert(sizeof(Control) == 64);
+
+// At most this many positives of an anchor are listed and summed exactly; of larger identities a sample bounds the
+// farthest, the screening finds it.
+inline constexpr std::int64_t kListedPositives = 128;
+inline constexpr std::int64_t kFastNeighbours = 128;  // larger K takes the direct path
+inline constexpr std::int64_t kLadderSegments = 16;   // buffers hold at least this many lists of K keys
+
+struct ForwardPlan {
+  ForwardPath path = ForwardPath::kDirect;
+  std::int64_t K = 0;
+  std::int64_t wave_rows = 0;  // anchors served at once
+  std::int64_t waves = 0;
+  std::int64_t launches = 0;  // kernels enqueued
+  std::int64_t workspace_bytes = 0;
+
+  // direct, cluster
+  std::int64_t d_slices = 1;  // D is cut into so many aligned slices of slice_elements (the last may be shorter)
+  std::int64_t slice_elements = 0;
+  bool triangular = false;  // half of the tiles serve both triangles
+  int cluster = 1;
+
+  // dense, screen, bank
+  std::int64_t padded_dims = 0;  // D of the cast copy, a multiple of 64
+  bool cast_anchors = false;     // false: the half-precision input serves in place
+  bool cast_candidates = false;
+  std::int64_t sample_columns = 0;   // dense scores that give the first thresholds (kDense: M)
+  std::int64_t sample_stride = 1;    // column c is candidate c * sample_stride
+  std::int64_t second_stride = 0;    // 0: none; else candidates c * second_stride are screened first to tighten them
+  std::int64_t buffer_capacity = 0;  // entries a row
+  std::int64_t far_capacity = 0;
+  int score_tile = 0;  // rows and columns of a block's tile of scores, 64 or 128; 0: by their number
+
+  Piece control;          // Control
+  Piece flags;            // direct: uint32 per block of the tile kernel
+  Piece records;          // AnchorRecord [N]
+  Piece partials;         // direct: acc [d_slices][wave_rows][M]
+  Piece sort_keys;        // direct: rows of keys too many for shared memory
+  Piece mean;             // float [padded_dims]
+  Piece anchor_cast;      // half [N][padded_dims]
+  Piece candidate_cast;   // half [M][padded_dims]
+  Piece anchor_facts;     // float [6][N]: n, rho, T, u, G, g2
+  Piece candidate_facts;  // float [2][M]: n, rho
+  Piece positive_count;   // int32 [N]
+  Piece positive_list;    // int32 [N][kListedPositives]
+  Piece counts;           // uint32 [2][wave_rows]: entries in the buffer, in the far buffer
+  Piece
+      buffer;  // uint64 [wave_rows][buffer_capacity]; dense scores float [wave_rows][sample_columns] lie in the same place
+  Piece far_buffer;  // uint64 [wave_rows][far_capacity]
+  Piece queue;       // int32 [wave_rows]
+};
+
+// Whether the backward first puts the edges in buckets of targets. The gradients do not depend on it, bit for bit.
+enum class Partition : std::int32_t { kAuto = 0, kNever = 1, kAlways = 2 };
+
+struct BackwardProblem {
+  std::int64_t N = 0;
+  std::int64_t M = 0;
+  std::int64_t D = 0;
+  std::int64_t edges = 0;  // K + 2
+  DType dtype = DType::kFloat32;
+  bool symmetric = true;
+  bool need_anchors = true;
+  bool need_candidates = false;
+  Partition partition = Partition::kAuto;
+};
+
+// Target rows that a block of the backward serves, one a warp. Buckets are whole groups.
+inline constexpr std::int64_t kBackwardGroup = 8;
+// Edges of a call, all anchors together: positions of edges are 32 bits.
+inline constexpr std::int64_t kMostEdges = 0xffffffff;
+
+struct BackwardPlan {
+  std::int64_t launches = 0;
+  std::int64_t workspace_bytes = 0;
+  std::int64_t slice_elements = 0;  // elements of D that a block works on
+  std::int64_t slices = 0;
+  int packs_per_lane = 1;    // of 16 bytes, of one row
+  int row_lanes = 32;        // lanes of a warp that share a row of the slice; groups of them take every so many edges
+  bool partitioned = false;  // edges are first put in buckets of targets, in their order
+  int bucket_shift = 0;      // target >> bucket_shift is its bucket
+  std::int64_t buckets = 0;
+  std::int64_t parts = 0;       // warps that share the edges out
+  std::int64_t part_edges = 0;  // consecutive edges of one part
+
+  Piece histogram;       // uint32 [buckets][parts]: edges, then edges of earlier parts
+  Piece totals;          // uint32 [buckets]
+  Piece begins;          // uint32 [buckets + 1]
+  Piece placed_targets;  // int32 [N * edges], bucket by bucket
+  Piece placed_sources;  // int32 [N * edges]
+  Piece placed_weights;  // acc [N * edges]
+};
+
+}  // namespace sn::cuda

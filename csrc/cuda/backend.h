@@ -13,7 +13,7 @@ BackwardProblem problem_of(const BackwardArgs& args);
 
 // Enqueue on `stream`, which belongs to the current device. `workspace` has plan.workspace_bytes and is aligned to
 // kWorkspaceAlignment; its content does not matter, and it is free again once the stream has passed. All pointers of
-// the arguments are device pointers.
+// the arguments are device pointers. More than kMostEdges edges are cudaErrorInvalidValue.
 cudaError_t forward(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
 cudaError_t backward(const BackwardArgs& args, const BackwardPlan& plan, char* workspace, cudaStream_t stream);
 

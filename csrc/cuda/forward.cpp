@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/screen/prepare.h"
 #include "cuda/sizes.h"
 #include "cuda/stages.h"
 
@@ -27,6 +26,18 @@ std::int64_t columns_of(std::int64_t M, std::int64_t stride) {
   return (M + stride - 1) / stride;
 }
 
+// Tiles of direct sums, then selection, a wave of anchors at a time. Empty sides have a wave, too.
+cudaError_t run_direct(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
+  for (std::int64_t number = 0; number < plan.waves; ++number) {
+    const std::int64_t begin = number * plan.wave_rows;
+    const Wave wave{begin, std::max<std::int64_t>(0, std::min(plan.wave_rows, args.anchors.rows - begin))};
+    cudaError_t error = enqueue_tiles(args, plan, workspace, wave, stream);
+    if (error == cudaSuccess) error = enqueue_select(args, plan, workspace, wave, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 // The paths that screen with tensor cores and decide by exact sums: kDense, kScreen, kBank.
 cudaError_t run_screened(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
   const std::int64_t N = args.anchors.rows;
@@ -35,7 +46,8 @@ cudaError_t run_screened(const ForwardArgs& args, const ForwardPlan& plan, char*
   const bool large = may_have_large_identities(M);
 
   Steps steps;
-  steps.take(enqueue_prepare(args, plan, workspace, stream));
+  steps.take(enqueue_sample(args, plan, workspace, stream));
+  if (steps.going()) steps.take(enqueue_facts(args, plan, workspace, stream));
   if (steps.going()) steps.take(enqueue_positives(args, plan, workspace, stream));
   for (std::int64_t begin = 0; begin < N && steps.going(); begin += plan.wave_rows) {
     const Wave wave{begin, std::min(plan.wave_rows, N - begin)};
@@ -49,7 +61,9 @@ cudaError_t run_screened(const ForwardArgs& args, const ForwardPlan& plan, char*
       // Tiles that serve both triangles need the thresholds of all rows at once.
       request.symmetric = mode == ScoreMode::kAppend && columns == M && plan.triangular && wave.rows == N;
       request.far = mode == ScoreMode::kAppend && columns == M && large;
-      if (steps.going()) steps.take(enqueue_scores(args, plan, workspace, request, stream));
+      if (!steps.going()) return;
+      steps.take(plan.path == ForwardPath::kBank ? enqueue_bank_scores(args, plan, workspace, request, stream)
+                                                 : enqueue_scores(args, plan, workspace, request, stream));
     };
     const auto then = [&](auto enqueue) {
       if (steps.going()) steps.take(enqueue(args, plan, workspace, wave, stream));
@@ -66,6 +80,7 @@ cudaError_t run_screened(const ForwardArgs& args, const ForwardPlan& plan, char*
     }
     then(enqueue_refine);
     then(enqueue_ladder);
+    then(enqueue_merge);
   }
   return steps.error();
 }
@@ -82,21 +97,10 @@ Problem problem_of(const ForwardArgs& args) {
           .aligned = rows_aligned(args.anchors, args.dtype) && rows_aligned(args.candidates, args.dtype)};
 }
 
-BackwardProblem problem_of(const BackwardArgs& args) {
-  return {.N = args.anchors.rows,
-          .M = args.candidates.rows,
-          .D = args.dims,
-          .edges = args.edges,
-          .dtype = args.dtype,
-          .symmetric = args.symmetric,
-          .need_anchors = args.grad_anchors != nullptr,
-          .need_candidates = args.grad_candidates != nullptr};
-}
-
 cudaError_t forward(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
   switch (plan.path) {
     case ForwardPath::kCluster:
-      return run_cluster(args, plan, workspace, stream);
+      return enqueue_cluster(args, plan, stream);
     case ForwardPath::kDirect:
       return run_direct(args, plan, workspace, stream);
     case ForwardPath::kDense:
@@ -107,10 +111,6 @@ cudaError_t forward(const ForwardArgs& args, const ForwardPlan& plan, char* work
       break;
   }
   return cudaErrorInvalidValue;
-}
-
-cudaError_t backward(const BackwardArgs& args, const BackwardPlan& plan, char* workspace, cudaStream_t stream) {
-  return run_backward(args, plan, workspace, stream);
 }
 
 }  // namespace sn::cuda

@@ -1,13 +1,16 @@
-// The one way a kernel is launched, with the shared memory and the clusters that it asks for.
+// The one way a kernel is launched: with the shared memory and the clusters that it asks for, in the type that the
+// features have.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 
 #include "cuda/ptx.cuh"
+#include "sn_types.h"
 
 #if !defined(SN_SIMT)  // else simt_device.h has these names
 
@@ -94,3 +97,37 @@ int active_clusters(void (*kernel)(Params...), const LaunchShape& shape) {
 }  // namespace sn::cuda
 
 #endif  // SN_SIMT
+
+// ---- the same on both sides -----------------------------------------------------------------------------------------
+
+namespace sn::cuda {
+
+// enqueue<T>() with the type that the features have.
+template <class Enqueue>
+cudaError_t for_type(DType dtype, const Enqueue& enqueue) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return enqueue.template operator()<float>();
+    case DType::kFloat64:
+      return enqueue.template operator()<double>();
+    case DType::kFloat16:
+      return enqueue.template operator()<Half>();
+    case DType::kBFloat16:
+      return enqueue.template operator()<BFloat16>();
+  }
+  return cudaErrorInvalidValue;
+}
+// The same for kernels that have no fp64.
+template <class Enqueue>
+cudaError_t for_narrow_type(DType dtype, const Enqueue& enqueue) {
+  if (dtype == DType::kFloat64) return cudaErrorInvalidValue;
+  return for_type(dtype, [&]<class T>() {
+    if constexpr (std::is_same_v<T, double>) {
+      return cudaErrorInvalidValue;
+    } else {
+      return enqueue.template operator()<T>();
+    }
+  });
+}
+
+}  // namespace sn::cuda

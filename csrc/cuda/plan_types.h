@@ -51,6 +51,10 @@ struct Piece {
   std::int64_t bytes = 0;
 };
 inline constexpr std::int64_t kWorkspaceAlignment = 256;
+template <typename T>
+T* piece(char* workspace, const Piece& place) {
+  return reinterpret_cast<T*>(workspace + place.offset);
+}
 
 // Per anchor, between selection and the sum over anchors.
 struct AnchorRecord {

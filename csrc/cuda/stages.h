@@ -9,15 +9,24 @@
 
 namespace sn::cuda {
 
-// ---- direct sums ---------------------------------------------------------------------------------------------------
+// A wave of anchors [begin, begin + rows).
+struct Wave {
+  std::int64_t begin;
+  std::int64_t rows;
+};
+
+// ---- direct sums ----------------------------------------------------------------------------------------------------
 
 // The universal exact path: every squared distance in the one summation order, then selection. Any type, N, M, D and K.
-// Enqueues the whole forward on `stream`; the plan's path is kDirect and its sizes come from sizes.h.
-cudaError_t run_direct(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
+// One kernel each; the plan's path is kDirect and its sizes come from sizes.h.
+cudaError_t enqueue_tiles(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+                          cudaStream_t stream);
+cudaError_t enqueue_select(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+                           cudaStream_t stream);
 
 // At most 64 anchors and 64 candidates: the whole forward in one launch of one thread-block cluster.
-// Enqueues on `stream`, on a device of compute capability 9.0 or above; the plan's path is kCluster.
-cudaError_t run_cluster(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
+// On a device of compute capability 9.0 or above; the plan's path is kCluster, and needs no workspace.
+cudaError_t enqueue_cluster(const ForwardArgs& args, const ForwardPlan& plan, cudaStream_t stream);
 
 // The compute capability, as 10 * major + minor, that the current device's copy of this library's code was compiled
 // for. It is below the device's own where the driver made that copy from PTX of an older architecture, such as one
@@ -34,10 +43,12 @@ struct ClusterLimits {
 };
 ClusterLimits cluster_limits(int shared_bytes);
 
-// ---- screening -----------------------------------------------------------------------------------------------------
+// ---- screening ------------------------------------------------------------------------------------------------------
 
-// kPrepareLaunches kernels. N, M and D are at least 1, the path is kDense, kScreen or kBank.
-cudaError_t enqueue_prepare(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
+// What prepare.h says of the workspace, kPrepareLaunches kernels. N, M and D are at least 1, the path is kDense, kScreen
+// or kBank.
+cudaError_t enqueue_sample(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
+cudaError_t enqueue_facts(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
 
 // The positives of each anchor: how many candidates have its label, its own row left out, and which.
 // positive_count [N]; positive_list [N][kListedPositives]: in increasing order all positives where they fit, else
@@ -74,17 +85,13 @@ struct ScoreRequest {
   bool far = false;  // kAppend: G and g2 are set and far_buffer is there; false: they are not touched
 };
 
-// One kernel. Dense scores: row pitch is request.columns.
+// One kernel: of kDense and kScreen, of kBank. Dense scores: row pitch is request.columns.
 cudaError_t enqueue_scores(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
                            const ScoreRequest& request, cudaStream_t stream);
+cudaError_t enqueue_bank_scores(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
+                                const ScoreRequest& request, cudaStream_t stream);
 
 // Behind the screening: thresholds from a sample, exact keys of what the screening could not rule out, the certificate.
-
-// A wave of anchors [begin, begin + rows).
-struct Wave {
-  std::int64_t begin;
-  std::int64_t rows;
-};
 
 // Sets T and u of the wave's anchors from the dense scores of the sample, and G to "never"; zeroes the counts.
 cudaError_t enqueue_sample_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
@@ -100,20 +107,23 @@ cudaError_t enqueue_far_thresholds(const ForwardArgs& args, const ForwardPlan& p
 cudaError_t enqueue_refine(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
                            cudaStream_t stream);
 
-// The exact scan for anchors that the refinement could not certify, and the sum over all anchors.
-//
-// Two kernels of fixed grids: segments of the queued rows, then their lists merged. After the last wave the last block
-// writes the loss and the statistics; after others it empties the queue.
+// The exact scan for anchors that the refinement could not certify, and the sum over all anchors. Two kernels of fixed
+// grids: segments of the queued rows, then their lists merged. After the last wave the last block of the second writes
+// the loss and the statistics; after others it empties the queue.
 cudaError_t enqueue_ladder(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
                            cudaStream_t stream);
+cudaError_t enqueue_merge(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+                          cudaStream_t stream);
 
-// ---- backward ------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
-// A support graph and the upstream gradient to feature gradients.
-//
-// Enqueues on `stream`, which belongs to the current device, the kernels of `plan`, made for the shapes of `args`.
-// `workspace` has plan.workspace_bytes. An index outside the candidates counts as -1. More than kMostEdges edges are
-// cudaErrorInvalidValue.
-cudaError_t run_backward(const BackwardArgs& args, const BackwardPlan& plan, char* workspace, cudaStream_t stream);
+// Edges in buckets of targets, where the plan wants that: three kernels (buckets.cuh).
+cudaError_t enqueue_bucket_counts(const BackwardArgs& args, const BackwardPlan& plan, char* workspace,
+                                  cudaStream_t stream);
+cudaError_t enqueue_bucket_prefix_sums(const BackwardPlan& plan, char* workspace, cudaStream_t stream);
+cudaError_t enqueue_bucket_placement(const BackwardArgs& args, const BackwardPlan& plan, char* workspace,
+                                     cudaStream_t stream);
+// A support graph and the upstream gradient to feature gradients. An index outside the candidates counts as -1.
+cudaError_t enqueue_gather(const BackwardArgs& args, const BackwardPlan& plan, char* workspace, cudaStream_t stream);
 
 }  // namespace sn::cuda

@@ -187,7 +187,7 @@ LaunchShape shape_of(int cluster, std::int64_t planes) {
 }
 
 template <class T>
-cudaError_t run(const ForwardArgs& args, const ForwardPlan& plan, cudaStream_t stream) {
+cudaError_t launch_cluster(const ForwardArgs& args, const ForwardPlan& plan, cudaStream_t stream) {
   const std::int64_t planes = cluster_planes(plan);
   if (args.anchors.rows > kClusterRows || args.candidates.rows > kClusterRows || planes > kLargestPlanes ||
       plan.slice_elements > kLargestSlice) {
@@ -209,18 +209,8 @@ cudaError_t run(const ForwardArgs& args, const ForwardPlan& plan, cudaStream_t s
 
 // ---- dispatch -------------------------------------------------------------------------------------------------------
 
-cudaError_t run_cluster(const ForwardArgs& args, const ForwardPlan& plan, char*, cudaStream_t stream) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return run<float>(args, plan, stream);
-    case DType::kFloat16:
-      return run<Half>(args, plan, stream);
-    case DType::kBFloat16:
-      return run<BFloat16>(args, plan, stream);
-    case DType::kFloat64:
-      break;
-  }
-  return cudaErrorInvalidValue;
+cudaError_t enqueue_cluster(const ForwardArgs& args, const ForwardPlan& plan, cudaStream_t stream) {
+  return for_narrow_type(args.dtype, [&]<class T>() { return launch_cluster<T>(args, plan, stream); });
 }
 
 #if !defined(SN_SIMT)  // the host harness has no device

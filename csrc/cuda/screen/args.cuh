@@ -47,7 +47,7 @@ struct RefineArgs {
   AnchorRecord* gRecords;  // [N]
   bool last_wave;
 
-  // Constants of the bounds (refine.cu).
+  // Constants of the bounds (certificate.cuh).
   float eta;
   float stretch;
   float shrink;
@@ -55,7 +55,7 @@ struct RefineArgs {
   float underflow_key;
 };
 
-// The derivation stands above the code of refine.cu.
+// certificate.cuh derives the constants.
 inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, std::int64_t row_begin,
                               std::int64_t rows) {
   const ScreenSide anchors = anchor_side(args, plan, workspace);

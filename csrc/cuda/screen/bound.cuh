@@ -20,7 +20,7 @@
 //               of one with an exponent e > e0 and one at e0: 2^E = 2^(e + e0) <= 2^(2 e - 1) <= S;
 //               of two at e0. fp16: E = -28; products, and what sums of them were cut to, are multiples of 2^-48, which
 //                 is a multiple of 2^(E - 23) = 2^-51: aligning loses nothing. bf16: 2^(E - 23) = 2^-275.
-//             bf16 products below 2^-126 may be lost altogether: D 2^-126, where n >= 2^-60 (prepare.cu).
+//             bf16 products below 2^-126 may be lost altogether: D 2^-126, where n >= 2^-60 (facts.cu).
 //             There are Dp/g steps, and (g + 2) / g <= 1.25:
 //               2 |dot - h_i . h_j| <= 1.25 Dp 2^-23 (|h_i|^2 + |h_j|^2).
 //             Larger groups cut off later, as on newer architectures, lose less: a quarter with g = 16 and 2^(E - 25).

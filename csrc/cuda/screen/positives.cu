@@ -3,7 +3,7 @@
 // Anchors of one label share a list, kept by the first of them (the leader): candidates are appended by an atomic, and at
 // the end each anchor takes its copy in increasing order, its own row left out. That order is by value, so it does not
 // depend on the schedule; only which ones of an identity too large for the list are noted does, and those only make a
-// bound (refine.cu), never a result.
+// bound (certificate.cuh), never a result.
 #include "cuda/launch.cuh"
 #include "cuda/loss.cuh"
 #include "cuda/memory.cuh"

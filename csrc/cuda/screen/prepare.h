@@ -1,6 +1,6 @@
 // First step of the screened paths: what the screening knows of each row, and the half-precision copy it multiplies.
 //
-// After enqueue_prepare
+// After enqueue_sample and enqueue_facts
 //   Control      zeroed, then: nonfinite, unscreenable, largest, exponent, last_null (no limit) set
 //   counts       zeroed, all 2 * wave_rows of them (later waves and passes: whoever sets the thresholds zeroes again)
 //   anchors, candidates (ScreenSide below): rows, n, rho. kBank: only the anchors; the score kernel finds n and rho of
@@ -54,11 +54,6 @@ struct Thresholds {
   float* G;   // G of the far test; +inf: never, -inf: every positive
   float* g2;  // 2 g >= 0
 };
-
-template <typename T>
-T* piece(char* workspace, const Piece& place) {
-  return reinterpret_cast<T*>(workspace + place.offset);
-}
 
 inline ScreenSide anchor_side(const ForwardArgs& args, const ForwardPlan& plan, char* workspace) {
   const std::int64_t N = args.anchors.rows;

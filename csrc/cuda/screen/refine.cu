@@ -1,41 +1,12 @@
-// From scores to certified neighbours. bound.cuh says what a score proves about the true distance D_ij of a pair, in units
-// of the cast (2^e times the input's); here is what true distances say about keys, and the reverse.
-//
-// Keys. The key of a pair is the fp32 direct sum of direct_sum.cuh. With D the true distance in the input's units and
-// u = 2^-24: a difference is rounded once and squared, 2 u; then at most 64 roundings in the chunk, 5 in the tree, one for
-// each span but the first. Near zero a product may round by 2^-150 more, once for each of D_dims elements; differences and
-// sums are exact there. So, unless the sum overflows,
-//   D^2 (1 - gamma) - w <= key <= D^2 (1 + gamma) + w,   gamma = (64 + 5 + spans + 4) u,   w = D_dims 2^-150,
-// where the spare 3 u hold the second-order terms (they are below (200 u)^2). A sum overflows only if D^2 (1 + gamma)
-// reaches 2^128: bounds below kSaneKey exclude it.
-//
-// Support. Take any K candidates (all of them, if fewer exist) and let U be the largest of their upper bounds: K keys are
-// at most kappa = U^2 (1 + gamma) + w, and so is every key of the true support set, ties with its last one included. A
-// member therefore has D^2 (1 - gamma) <= kappa + w, and
-//   D <= U sqrt((1 + gamma) / (1 - gamma)) + sqrt(2 w / (1 - gamma)) <= U stretch + underflow =: reach,
-//   stretch = 1 + 2 gamma, underflow = sqrt(2 D_dims) 2^-74 2^e.
-// Candidates whose lower bound is above reach are out, all others get exact keys: the selection among those is the
-// selection among all. U is best from the K smallest upper bounds; rounding it up, or taking it from a sample, from
-// whatever a buffer holds, or from a pass whose buffer overflowed, only loosens it.
-//
-// The buffer holds every candidate that a proven reach does not exclude (bound.cuh), unless it overflowed; then the row is
-// not certified. Dense scores hold everything.
-//
-// Farthest positive. Let F be the largest lower bound of some positives: a key is at least F^2 (1 - gamma) - w, so the
-// farthest one has D^2 (1 + gamma) + w >= F^2 (1 - gamma) - w, and
-//   D >= F sqrt((1 - gamma) / (1 + gamma)) - sqrt(2 w / (1 + gamma)) >= F shrink - underflow,   shrink = 1 - 2 gamma.
-// From an exact key instead of F: D >= sqrt(key / (1 + gamma)) - sqrt(w) >= sqrt(key) shrink - underflow. If the farthest
-// key found is finite, a positive whose sum overflows would have been looked at too: its D^2 (1 + gamma) is above every
-// finite key. If it is +inf the lowest index wins, of which bounds say nothing: the ladder decides.
-//
-// Duplicates. If the K lowest indices (self left out) are all at d2 == 0, they are the support set: nothing comes before
-// them. A collapsed batch, which overflows every buffer, is done at this.
+// Exact keys of what the screening could not rule out, a block an anchor: the support set, near and far, and every output
+// of the anchors that certificate.cuh can vouch for. The others are queued for the ladder (fallback.cu).
 #include "cuda/keys.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/loss.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/screen/args.cuh"
+#include "cuda/screen/certificate.cuh"
 #include "cuda/screen/nearest.cuh"
 #include "cuda/stages.h"
 
@@ -44,209 +15,13 @@ namespace {
 
 // ---- traits ---------------------------------------------------------------------------------------------------------
 
-constexpr float kSaneKey = 0x1p126f;  // two orders below the overflow of a float: gamma does not reach over it
 // Warps of a block that refines one anchor. Where rows alone fill the machine, a row is cheapest if its warp waits for no
 // other (kScreen: thousands of anchors); elsewhere a row's sums are shared out.
 constexpr int kManyRowsWarps = 1;
 constexpr int kFewRowsWarps = 4;
 constexpr int kBlockWarps = 12;  // warps of all its blocks that a multiprocessor shall hold: 168 registers a thread
-constexpr int kThresholdThreads = 128;
-constexpr int kStagedSamples = 2048;
 
-constexpr int kFarWarps = 4;
-constexpr int kFarThreads = kFarWarps * kWarpSize;
-constexpr std::int64_t kFarBlocks = 396;        // three on each multiprocessor of an H200, any number is right
-constexpr std::int64_t kFarSample = kWarpSize;  // of the listed positives, one a lane
-static_assert(kListedPositives % kFarSample == 0);
-
-constexpr int kThresholdBytes = shared_bytes<std::uint32_t>(kStagedSamples) + shared_bytes<std::uint32_t>(kRadixBins);
-
-struct Entry {
-  float score;
-  std::int32_t index;
-};
-
-// Where a row's entries are: scores of candidates c * stride, or a buffer.
-struct Entries {
-  const float* gScores;
-  const std::uint64_t* gEntries;
-  std::int64_t stride;
-  std::int64_t count;
-
-  __device__ __forceinline__ Entry at(std::int64_t e) const {
-    if (gScores != nullptr) return {gScores[e], static_cast<std::int32_t>(e * stride)};
-    const std::uint64_t entry = gEntries[e];
-    return {float_from_bits(static_cast<std::uint32_t>(entry >> 32)), static_cast<std::int32_t>(entry)};
-  }
-};
-
-// What bounds of an anchor's pairs need.
-struct AnchorFacts {
-  std::int64_t self;
-  std::int64_t wanted;  // members of its support set
-  float n;
-  float rho;
-  float scale;    // 2^e
-  float unscale;  // 2^-e
-  bool blind;     // no score of it means anything
-};
-
-__device__ __forceinline__ AnchorFacts anchor_facts(const RefineArgs& args, std::int64_t anchor) {
-  AnchorFacts facts;
-  facts.self = self_of(args.forward, anchor);
-  const std::int64_t available = args.forward.candidates.rows - (facts.self >= 0 ? 1 : 0);
-  facts.wanted = available < args.K ? available : args.K;
-  facts.n = load(args.gAnchorN + anchor);
-  facts.rho = load(args.gAnchorRho + anchor);
-  facts.blind = atomic_load(&args.gControl->unscreenable) != 0 || !(facts.rho < kInfinity);
-  const int exponent = facts.blind ? 0 : atomic_load(&args.gControl->exponent);
-  constexpr int kBias = 127;
-  constexpr int kMantissa = 23;
-  facts.scale = float_from_bits(static_cast<std::uint32_t>(kBias + exponent) << kMantissa);
-  facts.unscale = float_from_bits(static_cast<std::uint32_t>(kBias - exponent) << kMantissa);
-  return facts;
-}
-
-__device__ __forceinline__ float lower_bound(const RefineArgs& args, const AnchorFacts& facts, const Entry& entry) {
-  return distance_lower(facts.n, facts.rho, load(args.gCandidateN + entry.index),
-                        load(args.gCandidateRho + entry.index), entry.score, args.eta);
-}
-__device__ __forceinline__ float upper_bound(const RefineArgs& args, const AnchorFacts& facts, const Entry& entry) {
-  return distance_upper(facts.n, facts.rho, load(args.gCandidateN + entry.index),
-                        load(args.gCandidateRho + entry.index), entry.score, args.eta);
-}
-
-// kappa, in the input's units.
-__device__ __forceinline__ float largest_key(const RefineArgs& args, const AnchorFacts& facts, float U) {
-  const float distance = multiply_up(U, facts.unscale);
-  return fma_up(multiply_up(distance, args.stretch), distance, args.underflow_key);
-}
-__device__ __forceinline__ float reach_of(const RefineArgs& args, const AnchorFacts& facts, float U) {
-  return fma_up(U, args.stretch, multiply_up(args.underflow_distance, facts.scale));
-}
-// From a distance that the farthest reaches, in units of the cast.
-__device__ __forceinline__ float far_reach_of(const RefineArgs& args, const AnchorFacts& facts, float F) {
-  const float reach = add_down(multiply_down(F, args.shrink), -multiply_up(args.underflow_distance, facts.scale));
-  return reach > 0.0f ? reach : 0.0f;
-}
-
-// The wanted-th smallest upper bound of the entries, rounded up; +inf if there are not so many.
-template <class Stage>
-__device__ __forceinline__ float wanted_upper(const RefineArgs& args, const AnchorFacts& facts, const Entries& entries,
-                                              const Stage& sStage, int staged, Shared<std::uint32_t> sBins) {
-  const auto compute = [&](std::int64_t e) {
-    const Entry entry = entries.at(e);
-    return entry.index == facts.self ? kNoBits : bits_of(upper_bound(args, facts, entry));
-  };
-  if (entries.count > staged) return kth_smallest(sBins, entries.count, facts.wanted, compute);
-  // A thread reads back what it wrote itself.
-  for (int e = thread_id(); e < entries.count; e += thread_count()) sStage.set(e, compute(e));
-  return kth_smallest(sBins, entries.count, facts.wanted,
-                      [&](std::int64_t e) { return sStage.get(static_cast<int>(e)); });
-}
-
-// ---- kernels: thresholds --------------------------------------------------------------------------------------------
-
-// Sets or lowers Control.last_null (bound.cuh) from the candidates 0, stride, 2 stride, .. that a pass has scored, whose
-// facts are therefore there. One block.
-template <bool kSample>
-__device__ __forceinline__ void find_last_null(const RefineArgs& args, Shared<std::uint32_t> sBins) {
-  const std::uint32_t known = atomic_load(&args.gControl->last_null);  // written below
-  if (load(&args.gControl->unscreenable) != 0) return;
-  const std::int64_t stride = kSample ? args.column_stride : args.second_stride;
-  std::int64_t count = args.columns;
-  if constexpr (!kSample) {
-    // Only what would lower the limit is looked at: few columns. Where the sample had too few, there is no need.
-    if (known == kNoLastNull) return;
-    count = known / stride + 1;
-    const std::int64_t scored = (args.forward.candidates.rows + stride - 1) / stride;
-    if (scored < count) count = scored;
-  }
-  // An index is as good as the bits of a float: it comes back rounded up, and one too large for that as infinity.
-  const float last = kth_smallest(sBins, count, args.K + 1, [&](std::int64_t e) {
-    const std::int64_t candidate = e * stride;
-    return is_null(load(args.gCandidateN + candidate), load(args.gCandidateRho + candidate))
-               ? static_cast<std::uint32_t>(candidate)
-               : kNoBits;
-  });
-  if (thread_id() == 0 && last < kInfinity && bits_of(last) < known) args.gControl->last_null = bits_of(last);
-}
-
-// A block an anchor, and one for the null rows. kSample: entries are the sample's dense scores, T is set; else they are
-// a buffer, and T is lowered.
-template <bool kSample>
-__global__ void __launch_bounds__(kThresholdThreads, 8) thresholds_kernel(const __grid_constant__ RefineArgs args) {
-  SharedArena arena;
-  const Shared<std::uint32_t> sStage = arena.take<std::uint32_t>(kStagedSamples);
-  const Shared<std::uint32_t> sBins = arena.take<std::uint32_t>(kRadixBins);
-  const std::int64_t row = block_id();
-  if (row == args.rows) {
-    find_last_null<kSample>(args, sBins);
-    return;
-  }
-  const std::int64_t anchor = args.row_begin + row;
-  const AnchorFacts facts = anchor_facts(args, anchor);
-  Entries entries{.gScores = nullptr, .gEntries = nullptr, .stride = args.column_stride, .count = args.columns};
-  if constexpr (kSample) {
-    entries.gScores = args.gScores + row * args.columns;
-  } else {
-    const std::int64_t count = args.gCounts[row];
-    entries.gEntries = args.gBuffer + row * args.capacity;
-    entries.count = count < args.capacity ? count : args.capacity;
-  }
-  // Nobody asks for the scores of a blind anchor, and its place of the sample may never have been written.
-  SupportThreshold threshold{-kInfinity, 0.0f};
-  if (!facts.blind && facts.wanted > 0) {
-    const float U = wanted_upper(args, facts, entries, sStage, kStagedSamples, sBins);
-    const bool sane = largest_key(args, facts, U) < kSaneKey;
-    threshold = support_threshold(sane ? reach_of(args, facts, U) : kInfinity, facts.n, facts.rho, args.eta);
-  }
-  sync_block();  // everybody has read the count
-  if (thread_id() != 0) return;
-  if (kSample || threshold.T < args.thresholds.T[anchor]) {
-    args.thresholds.T[anchor] = threshold.T;
-    args.thresholds.u[anchor] = threshold.u;
-  }
-  if (kSample) {
-    args.thresholds.G[anchor] = kInfinity;
-    args.thresholds.g2[anchor] = 0.0f;
-  }
-  args.gCounts[row] = 0;
-  args.gFarCounts[row] = 0;
-}
-
-// A warp an anchor, in turn: exact keys of a sample of the listed positives.
-template <class T>
-__global__ void __launch_bounds__(kFarThreads, 2) far_thresholds_kernel(const __grid_constant__ RefineArgs args) {
-  if (atomic_load(&args.gControl->large_identities) == 0) return;
-  SharedArena arena;
-  const ForwardArgs& forward = args.forward;
-  const int elements = WarpSums<T>::elements(forward.dims);
-  WarpSums<T> sums(arena.take<T>(kFarWarps * elements).offset(warp_id() * elements),
-                   static_cast<const T*>(forward.candidates.data), forward.candidates.row_stride, forward.dims,
-                   args.aligned);
-  for (std::int64_t row = block_id() * kFarWarps + warp_id(); row < args.rows; row += block_count() * kFarWarps) {
-    const std::int64_t anchor = args.row_begin + row;
-    if (load(args.gPositiveCount + anchor) <= kListedPositives) continue;
-    const AnchorFacts facts = anchor_facts(args, anchor);
-    if (facts.blind) continue;
-    sums.set_anchor(static_cast<const T*>(forward.anchors.data) + anchor * forward.anchors.row_stride);
-    const std::int64_t place = lane_id() * (kListedPositives / kFarSample);
-    const std::int32_t positive = load(args.gPositiveList + anchor * kListedPositives + place);
-    const float key = float_from_bits(reduce_max(bits_of(sums.sums(positive, kWarpSize))));
-    FarThreshold threshold{-kInfinity, 0.0f};
-    if (key < kInfinity) {
-      const float distance = multiply_down(sqrt_down(key), facts.scale);
-      threshold = far_threshold(far_reach_of(args, facts, distance), facts.n, facts.rho, args.eta);
-    }
-    if (lane_id() == 0) {
-      args.thresholds.G[anchor] = threshold.G;
-      args.thresholds.g2[anchor] = threshold.g2;
-    }
-  }
-}
-
-// ---- kernel: refinement ---------------------------------------------------------------------------------------------
+// ---- kernel ---------------------------------------------------------------------------------------------------------
 
 // Largest of the block's values, in all threads. sWord: one word of shared memory.
 __device__ __forceinline__ std::uint32_t block_max(Shared<std::uint32_t> sWord, std::uint32_t value) {
@@ -465,14 +240,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
-template <class T>
-cudaError_t launch_far(const RefineArgs& args, cudaStream_t stream) {
-  const std::int64_t blocks = (args.rows + kFarWarps - 1) / kFarWarps;
-  const LaunchShape shape{blocks < kFarBlocks ? blocks : kFarBlocks, kFarThreads,
-                          shared_bytes<T>(kFarWarps * WarpSums<T>::elements(args.forward.dims))};
-  return launch(far_thresholds_kernel<T>, shape, stream, args);
-}
-
 template <class T, int kWarps>
 cudaError_t launch_refine_warps(const RefineArgs& args, cudaStream_t stream) {
   const LaunchShape shape{args.rows, kWarps * kWarpSize, Scan<T, kWarps>::scan_bytes(args.forward.dims)};
@@ -488,48 +255,10 @@ cudaError_t launch_refine(const RefineArgs& args, cudaStream_t stream) {
 
 // ---- dispatch -------------------------------------------------------------------------------------------------------
 
-cudaError_t enqueue_sample_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
-                                      const Wave& wave, cudaStream_t stream) {
-  const LaunchShape shape{wave.rows + 1, kThresholdThreads, kThresholdBytes};
-  return launch(thresholds_kernel<true>, shape, stream, refine_args(args, plan, workspace, wave.begin, wave.rows));
-}
-
-cudaError_t enqueue_entry_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
-                                     const Wave& wave, cudaStream_t stream) {
-  const LaunchShape shape{wave.rows + 1, kThresholdThreads, kThresholdBytes};
-  return launch(thresholds_kernel<false>, shape, stream, refine_args(args, plan, workspace, wave.begin, wave.rows));
-}
-
-cudaError_t enqueue_far_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
-                                   cudaStream_t stream) {
-  const RefineArgs kernel_args = refine_args(args, plan, workspace, wave.begin, wave.rows);
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return launch_far<float>(kernel_args, stream);
-    case DType::kFloat16:
-      return launch_far<Half>(kernel_args, stream);
-    case DType::kBFloat16:
-      return launch_far<BFloat16>(kernel_args, stream);
-    case DType::kFloat64:
-      break;
-  }
-  return cudaErrorInvalidValue;
-}
-
 cudaError_t enqueue_refine(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
                            cudaStream_t stream) {
   const RefineArgs kernel_args = refine_args(args, plan, workspace, wave.begin, wave.rows);
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return launch_refine<float>(kernel_args, stream);
-    case DType::kFloat16:
-      return launch_refine<Half>(kernel_args, stream);
-    case DType::kBFloat16:
-      return launch_refine<BFloat16>(kernel_args, stream);
-    case DType::kFloat64:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return for_narrow_type(args.dtype, [&]<class T>() { return launch_refine<T>(kernel_args, stream); });
 }
 
 }  // namespace sn::cuda

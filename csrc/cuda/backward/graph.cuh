@@ -1,0 +1,68 @@
+// The support graph as the backward's kernels see it, and the weight of an edge.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/memory.cuh"
+#include "cuda/plan_types.h"
+#include "cuda/ptx.cuh"
+#include "sn_types.h"
+
+namespace sn::cuda {
+
+template <typename T>
+struct BackwardTraits {
+  using Acc = float;
+};
+template <>
+struct BackwardTraits<double> {
+  using Acc = double;
+};
+
+struct Graph {
+  std::int64_t dims;
+  std::int64_t targets;  // M
+  std::uint32_t edges;   // of an anchor
+  std::uint32_t all_edges;
+  Reduction reduction;
+  const std::int32_t* indices;
+  const void* coefficients;
+  const void* grad_loss;
+  const double* stats;
+};
+
+// Upstream gradient of every anchor, unless each has its own.
+template <typename Acc>
+__device__ __forceinline__ double shared_upstream(const Graph& graph) {
+  if (graph.reduction == Reduction::kNone) return 0.0;
+  const double upstream = static_cast<double>(load(static_cast<const Acc*>(graph.grad_loss)));
+  if (graph.reduction == Reduction::kSum) return upstream;
+  const double valid = load(graph.stats + kValidAnchors);
+  return valid > 0.0 ? upstream / valid : 0.0;
+}
+
+// Weight of edge `edge` of the graph, whose anchor is `anchor`. A coefficient of 0 stays 0 whatever comes from upstream.
+template <typename Acc>
+__device__ __forceinline__ Acc edge_weight(const Graph& graph, double upstream, std::uint32_t anchor,
+                                           std::uint32_t edge) {
+  const Acc coefficient = load(static_cast<const Acc*>(graph.coefficients) + edge);
+  if (graph.reduction == Reduction::kNone) {
+    upstream = static_cast<double>(load(static_cast<const Acc*>(graph.grad_loss) + anchor));
+  }
+  if (coefficient == Acc(0)) return Acc(0);
+  return narrow<Acc>(multiply(upstream, static_cast<double>(coefficient)));
+}
+
+inline Graph graph_of(const BackwardArgs& args) {
+  return {.dims = args.dims,
+          .targets = args.symmetric ? args.anchors.rows : args.candidates.rows,
+          .edges = static_cast<std::uint32_t>(args.edges),
+          .all_edges = static_cast<std::uint32_t>(args.anchors.rows * args.edges),
+          .reduction = args.reduction,
+          .indices = args.indices,
+          .coefficients = args.coefficients,
+          .grad_loss = args.grad_loss,
+          .stats = args.stats};
+}
+
+}  // namespace sn::cuda

@@ -1,0 +1,327 @@
+// The score kernel of ForwardPath::kBank: a block reads some candidates in fp32, once, converts them as they arrive, finds
+// their norms and residuals, and scores them against all anchors of the call.
+#include "cuda/launch.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/screen/bound.cuh"
+#include "cuda/screen/epilogue.cuh"
+#include "cuda/screen/prepare.h"
+#include "cuda/screen/score_tile.cuh"
+#include "cuda/sizes.h"
+#include "cuda/stages.h"
+
+namespace sn::cuda {
+namespace {
+
+// ---- traits ---------------------------------------------------------------------------------------------------------
+
+// The bank's tile: all anchors of the call against some candidates, which arrive in fp32.
+constexpr int kBankStages = 3;
+constexpr int kBankCopies = 2;  // of the candidates in half precision: one is multiplied, one is made
+constexpr int bank_bytes(int rows, int columns) {
+  return shared_bytes<std::uint16_t>(kBankStages * rows * kStageWidth) +
+         shared_bytes<float>(kBankStages * columns * kStageWidth) +
+         shared_bytes<std::uint16_t>(kBankCopies * columns * kStageWidth);
+}
+template <int kColumns, int kWarpRows, int kWarpColumns>
+struct BankTile : TileShape<static_cast<int>(kBankAnchorRows), kColumns, kWarpRows, kWarpColumns,
+                            bank_bytes(static_cast<int>(kBankAnchorRows), kColumns)> {
+  using Shape = TileShape<static_cast<int>(kBankAnchorRows), kColumns, kWarpRows, kWarpColumns,
+                          bank_bytes(static_cast<int>(kBankAnchorRows), kColumns)>;
+  static constexpr int kWideChunks = kStageWidth / Pack<float>::kElements;  // 16-byte chunks of a row in fp32
+  static constexpr int kWideRows = Shape::kThreads / kWideChunks;  // rows in fp32 that the block copies at once
+  static constexpr int kOwnRows = kColumns / Shape::kCopyRows;     // a thread converts one chunk of so many
+  static_assert(Shape::kThreads == kBankAnchorRows, "a thread brings the facts of one anchor");
+  static_assert(kColumns % kWideRows == 0);
+  static_assert(kOwnRows <= 8, "flags of a thread's rows are bits of two bytes");
+  static_assert(Shape::kSharedBytes <= kBankSharedBytes);
+};
+using BankAppendTile = BankTile<128, 64, 64>;
+// A sample is a fraction of the bank: smaller tiles, so that all multiprocessors get one.
+using BankDenseTile = BankTile<32, 32, 32>;
+
+struct BankArgs {
+  ScoreArgs<Half> score;  // candidates.rows, .stride, .n, .rho: not used
+  const float* candidates;
+  std::int64_t candidate_stride;
+  std::int64_t dims;
+  bool aligned;  // rows of the candidates start at multiples of 16 bytes
+  const float* mean;
+  float row_slack;
+  float* n;  // of the candidates, written
+  float* rho;
+  Control* control;
+};
+
+// ---- kernel ---------------------------------------------------------------------------------------------------------
+
+// A thread's chunks of one stage of the candidates. Chunk 2c goes to place c, chunk 2c + 1 to place 8 + c: who converts
+// reads two neighbouring chunks, and eight such threads then read 128 bytes in a row.
+template <class Tile>
+__device__ __forceinline__ void copy_wide(const Shared<float>& sWide, const BankArgs& args, std::int64_t column,
+                                          std::int64_t first) {
+  constexpr int kPack = Pack<float>::kElements;
+  const int chunk = thread_id() % Tile::kWideChunks;
+  const int place = (chunk % 2 * (Tile::kWideChunks / 2) + chunk / 2) * kPack;
+  const std::int64_t begin = first + chunk * kPack;
+#pragma unroll
+  for (int q = 0; q < Tile::kColumns / Tile::kWideRows; ++q) {
+    const int row = thread_id() / Tile::kWideChunks + q * Tile::kWideRows;
+    const std::int64_t number = column + row;
+    const bool exists = number < args.score.candidates.count && begin < args.dims;
+    const float* gChunk = args.candidates + number * args.score.candidates.step * args.candidate_stride + begin;
+    if (!exists || (args.aligned && begin + kPack <= args.dims)) {
+      async_copy16(sWide, row * kStageWidth + place, gChunk, exists);
+    } else {  // the end of D, or rows that 16-byte copies cannot read
+      Pack<float> rPack;
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) rPack.elements[i] = begin + i < args.dims ? load(gChunk + i) : 0.0f;
+      sWide.set_pack(row * kStageWidth + place, rPack);
+    }
+  }
+}
+
+// What a thread gathers of its rows, of every eighth chunk of each.
+template <class Tile>
+struct RowSums {
+  float rSquares[Tile::kOwnRows];
+  float rRests[Tile::kOwnRows];
+  std::uint32_t flags;  // bit q: not finite, bit 8 + q: does not fit the copy, bit 16 + q: is not the mean
+};
+
+template <class Tile>
+__device__ __forceinline__ void convert_stage(const Shared<float>& sWide, const Shared<Half>& sCopy,
+                                              RowSums<Tile>& sums, const float* gMean, float scale) {
+  const int chunk = thread_id() % kRowChunks;
+  const Pack<float> rMeans[2] = {load_pack(gMean + chunk * kChunkElements),
+                                 load_pack(gMean + chunk * kChunkElements + 4)};
+#pragma unroll
+  for (int q = 0; q < Tile::kOwnRows; ++q) {
+    const int row = thread_id() / kRowChunks + q * Tile::kCopyRows;
+    const Pack<float> rValues[2] = {sWide.get_pack(row * kStageWidth + chunk * 4),
+                                    sWide.get_pack(row * kStageWidth + kStageWidth / 2 + chunk * 4)};
+    Pack<Half> rCopy;
+    float squares = 0.0f;  // of the stage alone: a sum of sums rounds less
+    float rests = 0.0f;
+    std::uint32_t differs = 0;  // bits: as a flag it would cost registers
+#pragma unroll
+    for (int i = 0; i < kChunkElements; ++i) {
+      const float value = rValues[i / 4].elements[i % 4];
+      const float centred = subtract(value, rMeans[i / 4].elements[i % 4]);
+      differs |= bits_of(centred) & 0x7fffffffu;
+      rCopy.elements[i] = copy_element(centred, scale, squares, rests);
+      if (!is_finite(value)) sums.flags |= 1u << q;
+      if (!is_finite(rCopy.elements[i])) sums.flags |= 0x100u << q;
+    }
+    if (differs != 0) sums.flags |= 0x10000u << q;
+    sums.rSquares[q] = add(sums.rSquares[q], squares);
+    sums.rRests[q] = add(sums.rRests[q], rests);
+    sCopy.set_pack(row * kStageWidth + (chunk ^ (row % 8)) * kChunkElements, rCopy);
+  }
+}
+
+// Without a scale there is nothing to score; what is not finite in the block's candidates still has to be found.
+template <class Tile>
+__device__ __forceinline__ void look_for_nonfinite(const BankArgs& args) {
+  bool finite = true;
+  for (int row = warp_id(); row < Tile::kColumns; row += Tile::kWarps) {
+    const std::int64_t candidate = block_id() * Tile::kColumns + row;
+    if (candidate >= args.score.candidates.count) break;
+    const float* gRow = args.candidates + candidate * args.candidate_stride;
+#pragma unroll 4
+    for (std::int64_t i = lane_id(); i < args.dims; i += kWarpSize) finite = is_finite(load(gRow + i)) && finite;
+  }
+  if (!all_lanes(finite) && lane_id() == 0) atomic_or(&args.control->nonfinite, 1u);
+}
+
+// The candidates are read once, in fp32, by the one block that scores them against all anchors. In a round of the loop
+// the tensor cores multiply stage s while stage s + 1 of the candidates is converted into the other copy and two more
+// are under way from memory; 1 block of 224 KB a multiprocessor, up to 64 KB of it in flight.
+template <class Tile, ScoreMode kMode>
+__global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_constant__ BankArgs args) {
+  const ScoreArgs<Half>& score = args.score;
+  if (load(&score.control->unscreenable) != 0) {  // the whole grid
+    if (kMode == ScoreMode::kAppend && score.candidates.step == 1) look_for_nonfinite<Tile>(args);
+    return;
+  }
+  const float scale = float_from_bits(static_cast<std::uint32_t>(127 + load(&score.control->exponent)) << 23);
+  const std::int64_t column = block_id() * Tile::kColumns;
+
+  // 1. Products, and the candidates' facts.
+  SharedArena arena;
+  const Shared<Half> sAnchors = arena.take<Half>(kBankStages * Tile::kRows * kStageWidth);
+  const Shared<float> sWide = arena.take<float>(kBankStages * Tile::kColumns * kStageWidth);
+  const Shared<Half> sCopies = arena.take<Half>(kBankCopies * Tile::kColumns * kStageWidth);
+  float rProducts[Tile::kFragmentsDown][Tile::kFragmentsAcross][4];
+#pragma unroll
+  for (int m = 0; m < Tile::kFragmentsDown; ++m) {
+#pragma unroll
+    for (int n = 0; n < Tile::kFragmentsAcross; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) rProducts[m][n][e] = 0.0f;
+    }
+  }
+  RowSums<Tile> sums{};
+  const int warp_row = warp_id() / Tile::kWarpsAcross * Tile::kWarpRows;
+  const int warp_column = warp_id() % Tile::kWarpsAcross * Tile::kWarpColumns;
+  {
+    const int copy_row = thread_id() / kRowChunks;
+    const int element = thread_id() % kRowChunks * kChunkElements;
+    const std::int64_t pitch = score.anchors.stride;
+    const Half* gAnchors = score.anchors.rows + (score.anchors.first + copy_row) * pitch + element;
+    std::uint32_t valid = 0;
+#pragma unroll
+    for (int q = 0; q < Tile::kRows / Tile::kCopyRows; ++q) {
+      valid |= copy_row + q * Tile::kCopyRows < score.anchors.count ? 1u << q : 0u;
+    }
+    // Group g: stage g of the candidates and stage g - 1 of the anchors.
+    const auto copy_group = [&](int group) {
+      if (group < score.stages) {
+        copy_wide<Tile>(sWide.offset(group % kBankStages * Tile::kColumns * kStageWidth), args, column,
+                        static_cast<std::int64_t>(group) * kStageWidth);
+      }
+      if (group > 0 && group <= score.stages) {
+        copy_operand<Half, Tile::kRows, Tile::kCopyRows>(
+            sAnchors.offset((group - 1) % kBankStages * Tile::kRows * kStageWidth),
+            gAnchors + static_cast<std::int64_t>(group - 1) * kStageWidth, Tile::kCopyRows * pitch, valid);
+      }
+      async_commit();  // also when empty: groups are counted
+    };
+    const auto convert = [&](int stage) {
+      convert_stage<Tile>(sWide.offset(stage % kBankStages * Tile::kColumns * kStageWidth),
+                          sCopies.offset(stage % kBankCopies * Tile::kColumns * kStageWidth), sums,
+                          args.mean + static_cast<std::int64_t>(stage) * kStageWidth, scale);
+    };
+    copy_group(0);
+    copy_group(1);
+    copy_group(2);
+    async_wait<2>();
+    sync_block();
+    convert(0);
+    for (int stage = 0; stage < score.stages; ++stage) {
+      async_wait<1>();
+      sync_block();  // group stage + 1 has arrived, copy `stage` is made; what the last round read is free
+      copy_group(stage + 3);
+      multiply_stage<Half, Tile>(rProducts, sAnchors.offset(stage % kBankStages * Tile::kRows * kStageWidth),
+                                 sCopies.offset(stage % kBankCopies * Tile::kColumns * kStageWidth), warp_row,
+                                 warp_column);
+      if (stage + 1 < score.stages) convert(stage + 1);
+    }
+    async_wait<0>();
+  }
+
+  // 2. The rings are free: facts.
+  sync_block();
+  SharedArena second;
+  const Shared<float> sFacts = second.take<float>(kFacts * (Tile::kRows + Tile::kColumns));
+  const Shared<std::uint32_t> sLabels = second.take<std::uint32_t>(Tile::kRows + Tile::kColumns);
+  const Shared<std::uint32_t> sFar = second.take<std::uint32_t>(Tile::kWarps);
+  const Shared<std::uint32_t> sCounters = second.take<std::uint32_t>(Tile::kWarps * (Tile::kCounters + 1));
+  const Shared<std::uint64_t> sHits = second.take<std::uint64_t>(Tile::kWarps * Tile::kHits);
+#pragma unroll
+  for (int mask = 1; mask < kRowChunks; mask *= 2) {
+#pragma unroll
+    for (int q = 0; q < Tile::kOwnRows; ++q) {
+      sums.rSquares[q] = add(sums.rSquares[q], shuffle_xor(sums.rSquares[q], mask));
+      sums.rRests[q] = add(sums.rRests[q], shuffle_xor(sums.rRests[q], mask));
+    }
+    sums.flags |= shuffle_xor(sums.flags, mask);
+  }
+  if (thread_id() % kRowChunks == 0) {
+#pragma unroll
+    for (int q = 0; q < Tile::kOwnRows; ++q) {
+      const int row = thread_id() / kRowChunks + q * Tile::kCopyRows;
+      const bool exists = column + row < score.candidates.count;
+      const bool fits = (sums.flags >> q & 0x101u) == 0;
+      const bool differs = (sums.flags >> q & 0x10000u) != 0;
+      const float norm = fits ? sums.rSquares[q] : 0.0f;
+      const float bound = differs ? residual_bound(sums.rSquares[q], sums.rRests[q], args.row_slack) : 0.0f;
+      const float rho = fits ? bound : kInfinity;
+      const std::int64_t candidate = (column + row) * score.candidates.step;
+      const bool skipped = is_null(norm, rho) && candidate > load(&score.control->last_null);
+      sFacts.set(fact_place<Tile>(kNorm, Tile::kRows + row), norm);
+      sFacts.set(fact_place<Tile>(kBias, Tile::kRows + row),
+                 exists && !skipped ? support_bias(norm, rho, score.eta) : kInfinity);
+      sFacts.set(fact_place<Tile>(kRho, Tile::kRows + row), multiply_up(rho, kRhoMargin));
+      if (exists) {
+        args.n[candidate] = norm;
+        args.rho[candidate] = rho;
+        if ((sums.flags >> q & 1u) != 0) atomic_or(&args.control->nonfinite, 1u);
+      }
+    }
+  }
+  const std::int64_t anchor = score.anchors.first + thread_id();
+  const bool is_anchor = thread_id() < score.anchors.count;
+  if constexpr (kMode == ScoreMode::kAppend) {
+    sFacts.set(fact_place<Tile>(kLimit, thread_id()), is_anchor ? load(score.thresholds.T + anchor) : -kInfinity);
+    sFacts.set(fact_place<Tile>(kReach, thread_id()), is_anchor ? load(score.thresholds.u + anchor) : 0.0f);
+    const bool wants_far = score.far && is_anchor && load(score.thresholds.G + anchor) < kInfinity;
+    const bool warp_far = any_lane(wants_far);
+    if (lane_id() == 0) sFar.set(warp_id(), warp_far ? 1 : 0);
+  }
+  sync_block();
+
+  // 3. Scores.
+  Epilogue<Half, Tile> epilogue{score,
+                                sFacts,
+                                sLabels,
+                                sCounters.offset(warp_id() * (Tile::kCounters + 1)),
+                                sHits.offset(warp_id() * Tile::kHits),
+                                warp_row,
+                                column + warp_column,
+                                warp_row,
+                                warp_column};
+  if constexpr (kMode == ScoreMode::kDense) {
+    epilogue.dense(rProducts);
+  } else {
+    epilogue.clear();
+    epilogue.template support<true>(rProducts);
+    if (!score.far) return;
+    std::uint32_t far = 0;
+#pragma unroll
+    for (int warp = 0; warp < Tile::kWarps; ++warp) far |= sFar.get(warp);
+    if (far == 0) return;  // the whole block
+    for (int i = thread_id(); i < Tile::kRows + Tile::kColumns; i += Tile::kThreads) {
+      const MatrixArgs<Half>& matrix = i < Tile::kRows ? score.anchors : score.candidates;
+      const std::int64_t number = i < Tile::kRows ? i : column + i - Tile::kRows;
+      sLabels.set(i, number < matrix.count ? fold_label(load(matrix.labels + matrix.first + number * matrix.step)) : 0);
+    }
+    sync_block();
+    epilogue.template far<true>(rProducts);
+  }
+}
+
+}  // namespace
+
+// ---- launch ---------------------------------------------------------------------------------------------------------
+
+cudaError_t enqueue_bank_scores(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
+                                const ScoreRequest& request, cudaStream_t stream) {
+  if (!servable(args, plan, request) || request.rows > kBankAnchorRows || args.dtype != DType::kFloat32 ||
+      args.symmetric) {
+    return cudaErrorInvalidValue;
+  }
+  const ScreenSide candidates = candidate_side(args, plan, workspace);
+  const BankArgs bank{
+      .score = score_args<Half>(args, plan, workspace, request),
+      .candidates = static_cast<const float*>(args.candidates.data),
+      .candidate_stride = args.candidates.row_stride,
+      .dims = args.dims,
+      .aligned = rows_aligned(args.candidates, args.dtype),
+      .mean = piece<float>(workspace, plan.mean),
+      .row_slack = row_slack(plan.padded_dims),
+      .n = candidates.n,
+      .rho = candidates.rho,
+      .control = piece<Control>(workspace, plan.control),
+  };
+  if (request.mode == ScoreMode::kDense) {
+    const LaunchShape shape{tiles_of(request.columns, BankDenseTile::kColumns), BankDenseTile::kThreads,
+                            BankDenseTile::kSharedBytes};
+    return launch(bank_kernel<BankDenseTile, ScoreMode::kDense>, shape, stream, bank);
+  }
+  const LaunchShape shape{tiles_of(request.columns, BankAppendTile::kColumns), BankAppendTile::kThreads,
+                          BankAppendTile::kSharedBytes};
+  return launch(bank_kernel<BankAppendTile, ScoreMode::kAppend>, shape, stream, bank);
+}
+
+}  // namespace sn::cuda

@@ -1,0 +1,105 @@
+// The last kernel of a wave of the screened paths joins the lists that the ladder (fallback.cu) has made for each queued
+// row. The block that finishes last writes the loss and the statistics behind the last wave, and empties the queue.
+#include "cuda/keys.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/loss.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/screen/args.cuh"
+#include "cuda/screen/nearest.cuh"
+#include "cuda/stages.h"
+
+namespace sn::cuda {
+namespace {
+
+// ---- traits ---------------------------------------------------------------------------------------------------------
+
+// Two blocks on each multiprocessor of an H200; any number is right.
+constexpr std::int64_t kMergeBlocks = 264;
+constexpr int kMergeThreads = 256;
+constexpr int kMergeKeys = static_cast<int>(kLadderSegments * kFastNeighbours);
+static_assert((kMergeKeys & (kMergeKeys - 1)) == 0);
+static_assert(kLadderSegments <= kWarpSize, "a lane a stretch, for near and far");
+
+__host__ __device__ constexpr std::int64_t merge_keys(std::int64_t K) {
+  std::int64_t keys = 1;
+  while (keys < kLadderSegments * K) keys *= 2;
+  return keys;
+}
+constexpr int merge_bytes(std::int64_t K) {
+  return shared_bytes<std::uint64_t>(static_cast<int>(merge_keys(K))) + ReductionMemory::kBytes +
+         shared_bytes<std::uint32_t>(1);
+}
+static_assert(merge_bytes(kFastNeighbours) <= kPlainSharedBytes);
+
+// ---- kernel ---------------------------------------------------------------------------------------------------------
+
+// Nearest (or farthest, by far_key) of the stretches; what the refinement knew is in place 0.
+__device__ __forceinline__ std::uint64_t best_of(const std::uint64_t* gKeys, bool many) {
+  const int count = many ? static_cast<int>(kLadderSegments) : 1;
+  return least_key(lane_id() < count ? load(gKeys + lane_id()) : kNoKey);
+}
+
+__global__ void __launch_bounds__(kMergeThreads, 2) merge_kernel(const __grid_constant__ RefineArgs args) {
+  SharedArena arena;
+  const Shared<std::uint64_t> sKeys = arena.take<std::uint64_t>(static_cast<int>(merge_keys(args.K)));
+  const ReductionMemory memory(arena);
+  const Shared<std::uint32_t> sLast = arena.take<std::uint32_t>(1);
+  const bool poison = atomic_load(&args.gControl->nonfinite) != 0;
+  const std::int64_t queued = poison ? 0 : atomic_load(&args.gControl->queued);
+
+  for (std::int64_t q = block_id(); q < queued; q += block_count()) {
+    const std::int32_t entry = args.gQueue[q];
+    const std::int64_t row = entry >> kNeedBits;
+    const std::int64_t anchor = args.row_begin + row;
+    const std::uint64_t* gLists = args.gBuffer + row * args.capacity;
+    const bool many = (entry & kNeedSupport) != 0;
+    const std::int64_t count = many ? kLadderSegments * args.K : args.K;
+    sync_block();  // the previous row's keys have been read
+    for (std::int64_t e = thread_id(); e < count; e += kMergeThreads) sKeys.set(static_cast<int>(e), load(gLists + e));
+    sync_block();
+    if (many) sort_keys(BlockTeam(), sKeys, count);
+    if (warp_id() == 0) {
+      // As many as there are: all but the anchor's own row, at most K. Counted, not computed: should a device's tensor cores
+      // ever break the claimed bound, a result may be wrong, but no index may be.
+      int found = 0;
+      for (std::int64_t e = 0; e < args.K; e += kWarpSize) {
+        const bool real = e + lane_id() < args.K && sKeys.get(static_cast<int>(e) + lane_id()) != kNoKey;
+        found += popcount(ballot(real));
+      }
+      const std::uint64_t near = best_of(gLists + kLadderSegments * args.K, (entry & kNeedNear) != 0);
+      const std::uint64_t far = best_of(gLists + kLadderSegments * (args.K + 1), (entry & kNeedFar) != 0);
+      const AnchorRecord record =
+          finish_anchor<float>(args.forward, anchor, args.K, found, sKeys, positive_from(near), positive_from_far(far));
+      if (lane_id() == 0) args.gRecords[anchor] = record;
+    }
+  }
+
+  // The last block to come here knows that all records are written.
+  fence_device();
+  sync_block();
+  if (thread_id() == 0) {
+    sLast.set(0, atomic_add(&args.gControl->ticket, 1u) == static_cast<std::uint32_t>(block_count() - 1) ? 1u : 0u);
+  }
+  sync_block();
+  if (sLast.get(0) == 0) return;
+  fence_device();
+  if (thread_id() == 0) {
+    atomic_add(&args.gControl->laddered, static_cast<std::uint32_t>(queued));
+    atomic_store(&args.gControl->ticket, 0u);
+    atomic_store(&args.gControl->queued, 0u);
+  }
+  if (args.last_wave) final_reduction<float>(args.forward, GlobalRecords{args.gRecords}, poison, memory);
+}
+
+}  // namespace
+
+// ---- launch ---------------------------------------------------------------------------------------------------------
+
+cudaError_t enqueue_merge(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+                          cudaStream_t stream) {
+  const LaunchShape shape{wave.rows < kMergeBlocks ? wave.rows : kMergeBlocks, kMergeThreads, merge_bytes(plan.K)};
+  return launch(merge_kernel, shape, stream, refine_args(args, plan, workspace, wave.begin, wave.rows));
+}
+
+}  // namespace sn::cuda

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -562,23 +561,3 @@ def test_without_history_only_ancestors_are_not_checked(
     (results / ".git").rename(results / "elsewhere")
     assert check(results) == 0
     assert "this is no git checkout: whether" in capsys.readouterr().out
-
-
-def test_the_readme_says_what_its_record_says() -> None:
-    """Every row of its table of a GPU's times, rounded to whole microseconds."""
-    root = Path(page.__file__).resolve().parent.parent.parent
-    section = (root / "README.md").read_text().partition("## Speed on a GPU")[2].partition("\n## ")[0]
-    made = records.read(root / "benchmarks" / "results" / re.findall(r"record `([^`]+)`", section)[0])
-    times: dict[tuple[str, str, str], float | None] = {}
-    for wanted in ("loss", "rivals", "compile"):
-        for found in render.cases_of(made, wanted):
-            if found["scope"] == "both":
-                times[found["label"], found["backend"], found["how"]] = found["median_us"]
-    lines = [line.strip("|").split("|") for line in section.splitlines() if re.match(r"\| \d", line)]
-    assert len(lines) == 6
-    for name, *cells in lines:
-        label = name.strip().replace("256 against a bank of ", "bank 256 x ") + " float32"
-        columns = [("cuda", "graph"), ("cuda", "called"), ("eager", "called"), ("compile", "called")]
-        for cell, (backend, how) in zip(cells, columns, strict=True):
-            median = times.get((label, backend, how))
-            assert cell.strip() == ("" if median is None else f"{median:.0f}"), (name, backend, how)

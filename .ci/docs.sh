@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Builds the site of docs/ strictly, in an environment that has the docs extra alone: neither sn_ops nor torch.
+# usage: .ci/docs.sh [folder for the site]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+python3 -m venv "$work/venv"
+"$work/venv/bin/python" -c '
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+with open("pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["project"]["optional-dependencies"]["docs"], sep="\n")
+' >"$work/requirements.txt"
+"$work/venv/bin/pip" install -q --disable-pip-version-check -r "$work/requirements.txt"
+"$work/venv/bin/mkdocs" build --strict --quiet --site-dir "${1:-$work/site}"

@@ -6,7 +6,7 @@ Which variants there are is not written down here: the operators run on tensors 
 REGIMES, and their launches are compiled instead of run. A spill in a hot kernel, more shared memory than the GPU has,
 or a kernel of the package that no regime launched fails the run.
 
-    python .ci/triton_resources.py [sm_80 sm_90 sm_100] [--kernels scan_kernel,loss_kernel]
+    python .ci/triton_resources.py [sm_80 sm_90 sm_100] [--kernels search_kernel,loss_kernel]
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sn_ops.triton import gradients, loss, operators, screening, search, tuning
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 # Run once for each pair, or for each tile of pairs. The others run once for each row.
-HOT = {"scan_kernel", "sample_kernel", "screen_kernel", "refine_kernel", "positives_kernel", "ladder_kernel",
+HOT = {"search_kernel", "sample_kernel", "screen_kernel", "refine_kernel", "positives_kernel", "fallback_kernel",
        "gradient_kernel", "hub_kernel"}  # fmt: skip
 
 

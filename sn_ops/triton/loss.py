@@ -16,7 +16,7 @@ MEAN = tl.constexpr(0)
 NONE = tl.constexpr(2)
 
 # What an anchor, or a block of anchors, adds to the statistics; `loss_kernel` writes them, `reduce_kernel` adds them.
-RECORD_SIZE = 8
+RECORD_SIZE = tl.constexpr(8)
 
 
 # One anchor at a time in mathematics, R at a time in code. The scalar stage runs in float64: it is cheap, and
@@ -202,7 +202,7 @@ def loss_kernel(
     if REDUCTION == NONE:
         poisoned = any_flag(gFlags, flags)
         tl.store(gLoss + anchor, tl.where(poisoned, float("nan"), loss).to(ACC), used)
-    record = gRecords + tl.program_id(0).to(tl.int64) * 8
+    record = gRecords + tl.program_id(0).to(tl.int64) * RECORD_SIZE
     tl.store(record + 0, tl.sum(loss, axis=0))
     tl.store(record + 1, tl.sum(tl.where(valid, positive_sum, 0.0), axis=0))
     tl.store(record + 2, tl.sum(tl.where(valid, negative_sum, 0.0), axis=0))
@@ -228,11 +228,12 @@ def reduce_kernel(
     gRecords, records, gFlags, flags, gLoss, gStats, REDUCTION: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr
 ):
     """One program, records in order: the loss (unless it is one an anchor) and the statistics of sn_types.h."""
-    total = tl.zeros((R, 8), tl.float64)
-    field = tl.arange(0, 8)
+    total = tl.zeros((R, RECORD_SIZE), tl.float64)
+    field = tl.arange(0, RECORD_SIZE)
     for first in range(0, records, R):
         record = first + tl.arange(0, R)
-        total += tl.load(gRecords + record[:, None].to(tl.int64) * 8 + field, (record < records)[:, None], 0.0)
+        place = gRecords + record[:, None].to(tl.int64) * RECORD_SIZE + field
+        total += tl.load(place, (record < records)[:, None], 0.0)
     total = tl.sum(total, axis=0)
     loss = tl.sum(tl.where(field == 0, total, 0.0), axis=0)
     positive_sum = tl.sum(tl.where(field == 1, total, 0.0), axis=0)

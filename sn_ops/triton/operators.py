@@ -102,7 +102,7 @@ def _inspect(batch: Batch) -> Tensor:
     return flags
 
 
-def _scan(batch: Batch, neighbours: int, indices: Tensor, selection: Selection) -> None:
+def _search(batch: Batch, neighbours: int, indices: Tensor, selection: Selection) -> None:
     """Selection from direct sums of all pairs."""
     from . import order, search
 
@@ -112,16 +112,16 @@ def _scan(batch: Batch, neighbours: int, indices: Tensor, selection: Selection) 
     device = batch.feats.device
     # float64 keys do not pack, and long lists do not fit registers: those rows are sorted whole.
     dense = wide or neighbours > tuning.MAX_LISTED_K
-    wave = tuning.dense_rows(n, m) if dense else n
-    for first in range(0, n, wave):
-        rows = min(wave, n - first)
-        plan = tuning.scan_plan(rows, m, neighbours, wide, dense)
+    strip = tuning.dense_rows(n, m) if dense else n
+    for first in range(0, n, strip):
+        rows = min(strip, n - first)
+        plan = tuning.search_plan(rows, m, neighbours, wide, dense)
         log_kp = plan.list_size.bit_length() - 1
         segments = plan.segments
         keys = torch.empty((0,) if dense else (rows, segments, plan.list_size), dtype=torch.int64, device=device)
         squared = torch.empty((rows, m) if dense else (0,), dtype=acc, device=device)
         extremes = Selection.empty(rows * segments, 0, batch.feats, acc)[1:]
-        search.scan_kernel[(cdiv(rows, plan.rows) * segments,)](
+        search.search_kernel[(cdiv(rows, plan.rows) * segments,)](
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
             batch.labels, batch.candidate_labels, *batch.self_arguments(),
             first, rows, m, d, segments, plan.segment_size,
@@ -193,7 +193,7 @@ def _positives(batch: Batch, selection: Selection) -> None:
     ordered = batch.labels[anchor_order]
     begin = torch.searchsorted(labels, ordered, out_int32=True)
     end = torch.searchsorted(labels, ordered, right=True, out_int32=True)
-    plan = tuning.scan_plan(n, batch.sizes[1], 1, False, False)
+    plan = tuning.search_plan(n, batch.sizes[1], 1, False, False)
     screening.positives_kernel[(cdiv(n, plan.rows),)](
         batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
         batch.labels, batch.candidate_labels, *batch.self_arguments(), anchor_order, candidate_order, begin, end, n, d,
@@ -224,26 +224,26 @@ def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Ten
     def new(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
-    wave = plan.wave
-    least = new(wave, plan.groups, dtype=torch.float32)
-    limit, twice = _vectors(2, wave, torch.float32, device)
-    count, short_count, queue = _vectors(3, wave, torch.int32, device)
+    strip = plan.strip
+    least = new(strip, plan.groups, dtype=torch.float32)
+    limit, twice = _vectors(2, strip, torch.float32, device)
+    count, short_count, queue = _vectors(3, strip, torch.int32, device)
     queue_count = new(1)
-    buffer = new(wave, plan.capacity, dtype=torch.int64)
-    short = new(wave, plan.short)
+    buffer = new(strip, plan.capacity, dtype=torch.int64)
+    short = new(strip, plan.short)
     log_kp = plan.list_size.bit_length() - 1
     width = max(tuning.power_of_two(neighbours + 1), 2)  # of the thresholds' lists, which hold one key more
     sample_width = max(width, tuning.power_of_two(plan.groups))
-    # Widening half precision beside the ladder's loop takes registers: half the pairs of a tile, as for float64.
-    scan = tuning.scan_plan(n, m, neighbours, batch.feats.dtype != torch.float32, False)
+    # Widening half precision beside the fallback's loop takes registers: half the pairs of a tile, as for float64.
+    direct = tuning.search_plan(n, m, neighbours, batch.feats.dtype != torch.float32, False)
     one_span = d <= order.SPAN.value
     has_self = batch.self_index is not None
 
     def groups_of(wide: int, narrow: int) -> int:
         return (wide // narrow).bit_length() - 1
 
-    for first in range(0, n, wave):
-        rows = min(wave, n - first)
+    for first in range(0, n, strip):
+        rows = min(strip, n - first)
         row_tiles = cdiv(rows, plan.tile[0])
         screening.sample_kernel[(row_tiles * cdiv(plan.samples, plan.tile[1]),)](
             anchors.half, anchors.half.stride(0), *anchors[1:], pool.half, pool.half.stride(0), *pool[1:],
@@ -274,18 +274,18 @@ def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Ten
             SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp, LOG_GROUPS=groups_of(columns, plan.list_size),
             R=block, C=columns, ONE_SPAN=one_span, UNROLL=plan.unroll, num_warps=4, **order.EXACT,
         )  # fmt: skip
-        screening.ladder_kernel[(plan.ladder_programs,)](
+        screening.fallback_kernel[(plan.fallback_programs,)](
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
             batch.labels, batch.candidate_labels, *batch.self_arguments(), first, m, d,
-            cdiv(cdiv(m, plan.ladder_segments), scan.columns) * scan.columns, queue, queue_count, buffer,
-            R=scan.rows, C=scan.columns, KP=plan.list_size, LOG_KP=log_kp,
-            LOG_GROUPS=groups_of(scan.columns, plan.list_size), SEGMENTS=plan.ladder_segments, HAS_SELF=has_self,
-            ONE_SPAN=one_span, num_warps=scan.warps, **order.EXACT,
+            cdiv(cdiv(m, plan.fallback_segments), direct.columns) * direct.columns, queue, queue_count, buffer,
+            R=direct.rows, C=direct.columns, KP=plan.list_size, LOG_KP=log_kp,
+            LOG_GROUPS=groups_of(direct.columns, plan.list_size), SEGMENTS=plan.fallback_segments, HAS_SELF=has_self,
+            ONE_SPAN=one_span, num_warps=direct.warps, **order.EXACT,
         )  # fmt: skip
         block = 64 if tuning.INTERPRETED else max(1, 128 // plan.list_size)
-        screening.settle_kernel[(cdiv(rows, block),)](
+        screening.fallback_merge_kernel[(cdiv(rows, block),)](
             queue, queue_count, buffer, first, neighbours, indices, selection.d2,
-            R=block, KP=plan.list_size, LOG_KP=log_kp, SEGMENTS=plan.ladder_segments, num_warps=1, **order.EXACT,
+            R=block, KP=plan.list_size, LOG_KP=log_kp, SEGMENTS=plan.fallback_segments, num_warps=1, **order.EXACT,
         )  # fmt: skip
     _positives(batch, selection)
     return flags
@@ -334,11 +334,11 @@ def forward(
         if screen is None:
             flags = _inspect(batch)
             if n:
-                _scan(batch, neighbours, indices, selection)
+                _search(batch, neighbours, indices, selection)
         else:
             flags = _screen(batch, neighbours, screen, indices, selection)
         plan = tuning.loss_plan(n, neighbours)
-        records = new(cdiv(n, plan.rows), loss.RECORD_SIZE, dtype=torch.float64)
+        records = new(cdiv(n, plan.rows), loss.RECORD_SIZE.value, dtype=torch.float64)
         if n:
             loss.loss_kernel[(records.shape[0],)](
                 indices, *selection, batch.labels, batch.candidate_labels, flags, flags.numel(),

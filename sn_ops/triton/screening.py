@@ -1,18 +1,18 @@
-"""Exact selection at the speed of tensor cores: screen, refine, certify. It finds what `search.scan_kernel` finds.
+"""Exact selection at the speed of tensor cores: screen, refine, certify. It finds what `search.search_kernel` finds.
 
 A matrix product in half precision gives all distances roughly. With a proven bound of its error it tells, for each
 anchor, which few candidates can be among the first K at all; those are decided by direct sums in the one summation
 order. An anchor for which the few do not fit its buffer is served by direct sums against all candidates.
 
-    prepare_kernel    rows -> half precision, their norms, and how far rounding moved them
-    sample_kernel     upper bounds of distances to a sample of the candidates, the least of each group
-    threshold_kernel  K of those that are distinct bound the K-th distance from above: a threshold for each anchor
-    screen_kernel     the product with all candidates; those not above the threshold go to the anchor's buffer
-    shortlist_kernel  of these the ones not above the K-th smallest upper bound
-    refine_kernel     their direct sums, sorted: the support set
-    positives_kernel  near and far by direct sums within the identity, rows sorted by label
-    ladder_kernel     the anchors whose buffer or shortlist was too small, by direct sums of all pairs
-    settle_kernel     the ladder's segments merged
+    prepare_kernel         rows -> half precision, their norms, and how far rounding moved them
+    sample_kernel          upper bounds of distances to a sample of the candidates, the least of each group
+    threshold_kernel       K of those that are distinct bound the K-th distance from above: a threshold for each anchor
+    screen_kernel          the product with all candidates; those not above the threshold go to the anchor's buffer
+    shortlist_kernel       of these the ones not above the K-th smallest upper bound
+    refine_kernel          their direct sums, sorted: the support set
+    fallback_kernel        the anchors whose buffer or shortlist was too small, by direct sums of all pairs
+    fallback_merge_kernel  the fallback's segments merged
+    positives_kernel       near and far by direct sums within the identity, rows sorted by label
 
 ## The bound
 
@@ -41,7 +41,7 @@ t = t* + rho_i, where
 
 whose two sides are a few operations a pair. A sample may hold the anchor itself, so K + 1 groups of it are asked for.
 Rows whose norm lies outside 2^+-30 (and is not 0) are not screened: as candidates they have rho = inf and are kept by
-everyone, as anchors they go to the ladder. Rows with a NaN or Inf only need to do no harm, as the loss is NaN.
+everyone, as anchors they go to the fallback. Rows with a NaN or Inf only need to do no harm, as the loss is NaN.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from .order import (
     tile_distances,
     update_extremes,
 )
-from .search import scan_segment, store_support
+from .search import merge_lists, search_segment, store_support
 
 # Beyond these a row's norm squared is not screened.
 LEAST_NORM = tl.constexpr(2.0**-60)
@@ -235,7 +235,7 @@ def threshold_kernel(
     gLeast, groups, first_row, rows, K, D, gNorm, gRho, gCount, gQueueCount, gLimit, gTwice,
     C: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The right side of the test above, gLimit [rows], and 2 t, gTwice [rows]; clears the counters of the wave."""
+    """The right side of the test above, gLimit [rows], and 2 t, gTwice [rows]; clears the counters of the strip."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     used = row < rows
     group = tl.arange(0, C)[None, :]
@@ -248,7 +248,7 @@ def threshold_kernel(
     rho = tl.load(gRho + first_row + row, used, 0.0)
     t = (widened(upper, D) + rho) * UP
     limit = t * t * UP - norm * (1.0 - eta_of(D))
-    # An anchor that is not screened keeps nothing here, and goes to the ladder.
+    # An anchor that is not screened keeps nothing here, and goes to the fallback.
     screened = rho < float("inf")
     tl.store(gLimit + row, tl.where(screened, limit, -float("inf")), used)
     tl.store(gTwice + row, tl.where(screened & (t < float("inf")), 2.0 * t, 0.0), used)
@@ -290,7 +290,7 @@ def screen_kernel(
     total = tl.sum(kept, axis=1)
     first = tl.atomic_add(gCount + row, total, mask=used & (total > 0), sem="relaxed")
     place = first[:, None] + tl.cumsum(kept, axis=1) - 1
-    offset = (row * CAPACITY)[:, None] + place  # of a wave: fits 32 bits
+    offset = (row * CAPACITY)[:, None] + place  # of a strip: fits 32 bits
     entry = (product.to(tl.int32, bitcast=True).to(tl.int64) << 32) | candidate[None, :].to(tl.int64)
     tl.store(gBuffer + offset, entry, keep & (place < CAPACITY))
 
@@ -306,7 +306,7 @@ def shortlist_kernel(
     KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Who of an anchor's buffer is left when the K-th smallest upper bound of the buffer itself is the threshold:
-    gShort [rows, SHORT], gShortCount [rows]. Anchors that are not served so are queued for the ladder."""
+    gShort [rows, SHORT], gShortCount [rows]. Anchors that are not served so are queued for the fallback."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     used = row < rows
     anchor = first_row + row
@@ -364,7 +364,7 @@ def refine_kernel(
         squared = listed_distances(gX, x_offsets, gZ, candidate.to(tl.int64) * z_stride, present, D, ONE_SPAN, UNROLL)
         keys = tl.where(present, pack_keys(squared, candidate), NO_KEY)
         best = merge_sorted(best, smallest(keys, KP, LOG_KP, LOG_GROUPS, 1), LOG_KP)
-    # Anchors without a shortlist are the ladder's, which comes later: until then they have no neighbours.
+    # Anchors without a shortlist are the fallback's, which comes later: until then they have no neighbours.
     store_support(best, anchor, count >= 0, gIndices, gD2, K, KP)
 
 
@@ -372,7 +372,7 @@ def refine_kernel(
 
 
 @triton.jit(do_not_specialize=["first_row", "M", "segment_size"])
-def ladder_kernel(
+def fallback_kernel(
     gX, x_stride, gZ, z_stride, gLabels, gCandidateLabels, gSelf, self_offset, first_row, M, D, segment_size,
     gQueue, gQueueCount, gKeys,
     R: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr,
@@ -388,7 +388,7 @@ def ladder_kernel(
         anchor = tl.load(gQueue + place, used, first_row)
         own = own_index(gSelf, self_offset, anchor, used, HAS_SELF)
         begin = tl.minimum(segment * segment_size, M)
-        best, _, _, _, _ = scan_segment(
+        best, _, _, _, _ = search_segment(
             gX, x_stride, gZ, z_stride, gLabels, gCandidateLabels, anchor, used, own,
             begin, tl.minimum(begin + segment_size, M), M, D, gKeys, place,
             C, KP, LOG_KP, LOG_GROUPS, False, False, tl.float32, ONE_SPAN,
@@ -398,22 +398,18 @@ def ladder_kernel(
 
 
 @triton.jit(do_not_specialize=["first_row", "K"])
-def settle_kernel(
+def fallback_merge_kernel(
     gQueue, gQueueCount, gKeys, first_row, K, gIndices, gD2,
     R: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """The ladder's segments of R queued anchors merged into their support sets."""
+    """The fallback's segments of R queued anchors merged into their support sets."""
     count = tl.load(gQueueCount)
     place = tl.program_id(0) * R + tl.arange(0, R)
     if tl.program_id(0) * R < count:
         used = place < count
         anchor = tl.load(gQueue + place, used, first_row)
         slot = (anchor - first_row).to(tl.int64) * SEGMENTS
-        position = tl.arange(0, KP)[None, :]
-        best = tl.load(gKeys + slot[:, None] * KP + position, used[:, None], NO_KEY)
-        for segment in range(1, SEGMENTS):
-            other = tl.load(gKeys + (slot + segment)[:, None] * KP + (KP - 1 - position), used[:, None], NO_KEY)
-            best = merge_sorted(best, other, LOG_KP)
+        best = merge_lists(gKeys, slot, used, SEGMENTS, KP, LOG_KP)
         store_support(best, anchor, used, gIndices, gD2, K, KP)
 
 

@@ -1,6 +1,6 @@
 """The Support Neighbor loss in Triton: distances, selection, loss and gradients. `screening.py` makes selection faster.
 
-A forward is five kernels. `inspect_kernel` looks for NaN and Inf. `scan_kernel` sums squared differences tile by tile
+A forward is five kernels. `inspect_kernel` looks for NaN and Inf. `search_kernel` sums squared differences tile by tile
 and keeps, for a group of anchors and a segment of the candidates, the first K in order and the two extreme positives;
 no N x M matrix is written. `merge_kernel` merges the segments. `loss_kernel` and `reduce_kernel` turn a selection into
 the loss, the coefficients of its edges, and the statistics. A backward is `hub_kernel` and `gradient_kernel`, and
@@ -46,7 +46,7 @@ def inspect_kernel(gX, stride, rows, D, gFlags, first_flag, R: tl.constexpr, BLO
 
 
 @triton.jit
-def scan_segment(
+def search_segment(
     gX, x_stride, gZ, z_stride, gLabels, gCandidateLabels,
     anchor, used, own,
     begin, end, M, D,
@@ -92,7 +92,7 @@ def scan_segment(
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "M", "segment_size", "segments"])
-def scan_kernel(
+def search_kernel(
     gX, x_stride, gZ, z_stride, gLabels, gCandidateLabels, gSelf, self_offset,
     first_row, rows, M, D, segments, segment_size,
     gKeys, gNearD2, gNear, gFarD2, gFar, gDense,
@@ -107,7 +107,7 @@ def scan_kernel(
     anchor = first_row + row
     own = own_index(gSelf, self_offset, anchor, used, HAS_SELF)
     begin = segment * segment_size
-    best, near_d2, near, far_d2, far = scan_segment(
+    best, near_d2, near, far_d2, far = search_segment(
         gX, x_stride, gZ, z_stride, gLabels, gCandidateLabels, anchor, used, own,
         begin, tl.minimum(begin + segment_size, M), M, D, gDense, row,
         C, KP, LOG_KP, LOG_GROUPS, DENSE, True, ACC, ONE_SPAN,
@@ -119,6 +119,18 @@ def scan_kernel(
     tl.store(gNear + slot, near, used)
     tl.store(gFarD2 + slot, far_d2, used)
     tl.store(gFar + slot, far, used)
+
+
+@triton.jit
+def merge_lists(gKeys, slot, used, segments, KP: tl.constexpr, LOG_KP: tl.constexpr):
+    """The KP first keys, in order, over the segments of rows whose first segment is `slot`: [R, KP]."""
+    position = tl.arange(0, KP)[None, :]
+    best = tl.load(gKeys + slot[:, None] * KP + position, used[:, None], NO_KEY)
+    for segment in range(1, segments):
+        # Read backwards: an ascending list is descending from its end.
+        other = tl.load(gKeys + (slot + segment)[:, None] * KP + (KP - 1 - position), used[:, None], NO_KEY)
+        best = merge_sorted(best, other, LOG_KP)
+    return best
 
 
 @triton.jit
@@ -165,12 +177,7 @@ def merge_kernel(
     anchor = first_row + row
     slot = row.to(tl.int64) * segments
     if not DENSE:
-        position = tl.arange(0, KP)[None, :]
-        best = tl.load(gKeys + slot[:, None] * KP + position, used[:, None], NO_KEY)
-        for segment in range(1, segments):
-            # Read backwards: an ascending list is descending from its end.
-            other = tl.load(gKeys + (slot + segment)[:, None] * KP + (KP - 1 - position), used[:, None], NO_KEY)
-            best = merge_sorted(best, other, LOG_KP)
+        best = merge_lists(gKeys, slot, used, segments, KP, LOG_KP)
         store_support(best, anchor, used, gIndices, gD2, K, KP)
     near_d2, near, far_d2, far = merge_extremes(gNearD2, gNear, gFarD2, gFar, slot, used, segments, ACC)
     tl.store(gAnchorNearD2 + anchor, near_d2, used)

@@ -38,8 +38,8 @@ def cdiv(a: int, b: int) -> int:
 
 
 @dataclass(frozen=True)
-class ScanPlan:
-    """How `scan_kernel` cuts N x M into tiles, and the tiles' candidates into segments."""
+class SearchPlan:
+    """How `search_kernel` cuts N x M into tiles, and the tiles' candidates into segments."""
 
     rows: int  # R anchors of a tile
     columns: int  # C candidates
@@ -49,7 +49,7 @@ class ScanPlan:
     warps: int
 
 
-def scan_plan(anchors: int, candidates: int, neighbours: int, wide: bool, dense: bool) -> ScanPlan:
+def search_plan(anchors: int, candidates: int, neighbours: int, wide: bool, dense: bool) -> SearchPlan:
     """A tile has R x C pairs of 32 lanes: 512 pairs are 64 registers a thread of 8 warps, as many in float64 with half
     the pairs. A list of KP keys a row needs C >= KP. Segments fill the GPU where there are few groups of anchors.
 
@@ -79,7 +79,7 @@ def scan_plan(anchors: int, candidates: int, neighbours: int, wide: bool, dense:
     tiles = max(1, cdiv(candidates, columns))
     segments = 1 if INTERPRETED else max(1, min(cdiv(_PROGRAMS, groups), tiles, 32))
     size = cdiv(tiles, segments) * columns
-    return ScanPlan(rows, columns, list_size, max(1, cdiv(candidates, size)), size, 8)
+    return SearchPlan(rows, columns, list_size, max(1, cdiv(candidates, size)), size, 8)
 
 
 def dense_rows(anchors: int, candidates: int) -> int:
@@ -89,9 +89,9 @@ def dense_rows(anchors: int, candidates: int) -> int:
 
 @dataclass(frozen=True)
 class ScreenPlan:
-    """How a forward is screened; the kernels of `screening.py`, in waves of anchors."""
+    """How a forward is screened; the kernels of `screening.py`, in strips of anchors."""
 
-    wave: int  # anchors at a time: the buffers of a wave are what is held beyond O(N + M)
+    strip: int  # anchors at a time: the buffers of a strip are what is held beyond O(N + M)
     stride: int  # one candidate of so many is in the sample
     samples: int
     group_size: int  # samples whose least upper bound is kept
@@ -103,15 +103,15 @@ class ScreenPlan:
     stages: int
     warps: int
     unroll: int  # steps of a direct sum whose loads are in flight together
-    ladder_segments: int
-    ladder_programs: int
+    fallback_segments: int
+    fallback_programs: int
 
 
 _LEAST_CANDIDATES = 1024
 """Below this direct sums of all pairs are fewer launches and about the same work."""
 
-_WAVE_ENTRIES = 1 << 21
-"""Entries of 8 bytes in the buffers of a wave: 16 MB."""
+_STRIP_ENTRIES = 1 << 21
+"""Entries of 8 bytes in the buffers of a strip: 16 MB."""
 
 
 def screen_plan(anchors: int, candidates: int, dims: int, neighbours: int, wide: bool) -> ScreenPlan | None:
@@ -150,7 +150,7 @@ def screen_plan(anchors: int, candidates: int, dims: int, neighbours: int, wide:
     while group_size < tile[1] and samples // (2 * group_size) >= 4 * (neighbours + 1):
         group_size *= 2
     return ScreenPlan(
-        wave=min(anchors, max(tile[0], _WAVE_ENTRIES // capacity)),
+        strip=min(anchors, max(tile[0], _STRIP_ENTRIES // capacity)),
         stride=stride,
         samples=samples,
         group_size=group_size,
@@ -162,8 +162,8 @@ def screen_plan(anchors: int, candidates: int, dims: int, neighbours: int, wide:
         stages=3,
         warps=8,
         unroll=1 if INTERPRETED else 4,
-        ladder_segments=16,
-        ladder_programs=8 if INTERPRETED else 528,
+        fallback_segments=16,
+        fallback_programs=8 if INTERPRETED else 528,
     )
 
 

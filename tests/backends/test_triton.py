@@ -39,16 +39,16 @@ def forward(case: Case, squeeze: int = 0, reduction: int = 2) -> operators.Graph
 
 
 def small_screens(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> None:
-    """Batches of a few dozen rows take the path of thousands, in small waves and with buffers as given."""
+    """Batches of a few dozen rows take the path of thousands, in small strips and with buffers as given."""
 
     def plan(anchors: int, candidates: int, dims: int, neighbours: int, wide: bool) -> tuning.ScreenPlan | None:
         if wide or anchors == 0 or candidates < 2 * neighbours + 4:
             return None
         list_size = tuning.power_of_two(max(neighbours, 2))
         usual = tuning.ScreenPlan(
-            wave=64, stride=2, samples=candidates // 2, group_size=1, groups=candidates // 2,
+            strip=64, stride=2, samples=candidates // 2, group_size=1, groups=candidates // 2,
             capacity=max(64, 16 * list_size), short=max(32, 4 * list_size), list_size=list_size, tile=(32, 32, 64),
-            stages=1, warps=4, unroll=2, ladder_segments=4, ladder_programs=3,
+            stages=1, warps=4, unroll=2, fallback_segments=4, fallback_programs=3,
         )  # fmt: skip
         return replace(usual, **changed)
 
@@ -75,7 +75,7 @@ SCREENED = [*problems.ADVERSARIAL]
 
 @pytest.mark.parametrize("name", SCREENED)
 def test_screening_selects_what_direct_sums_select(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Bit for bit, over batches that defeat bounds: those rows must reach the ladder, not a wrong neighbour."""
+    """Bit for bit, over batches that defeat bounds: those rows must reach the fallback, not a wrong neighbour."""
     for dtype in (torch.float32, torch.bfloat16):
         case = problems.adversarial_case(name, 97, 72, k=6, dtype=dtype)
         unscreened(monkeypatch)
@@ -95,25 +95,25 @@ def test_screening_a_bank(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
 
 @pytest.mark.parametrize(("rows", "dims", "k"), [(40, 1, 2), (65, 33, 1), (90, 130, 17), (120, 2100, 4)])
 def test_screening_off_every_tile(monkeypatch: pytest.MonkeyPatch, rows: int, dims: int, k: int) -> None:
-    """Waves, tiles, blocks of D and spans that do not divide the sizes; half precision without a padded copy."""
+    """Strips, tiles, blocks of D and spans that do not divide the sizes; half precision without a padded copy."""
     for dtype in (torch.float32, torch.float16):
         case = problems.self_case(rows, dims, 12, k).to(dtype)
         unscreened(monkeypatch)
         expected = forward(case)
-        small_screens(monkeypatch, wave=48)
+        small_screens(monkeypatch, strip=48)
         assert_same(forward(case), expected)
 
 
 def queued(monkeypatch: pytest.MonkeyPatch, case: Case) -> int:
-    """How many anchors of a screened forward went to the ladder: the last wave's counter."""
+    """How many anchors of a screened forward went to the fallback: the last strip's counter."""
     counters: list[torch.Tensor] = []
     from sn_ops.triton import screening
 
-    launch = type(screening.settle_kernel).__getitem__
+    launch = type(screening.fallback_merge_kernel).__getitem__
 
     def note(self: Any, grid: Any) -> Any:
         run = launch(self, grid)
-        if self is not screening.settle_kernel:
+        if self is not screening.fallback_merge_kernel:
             return run
 
         def call(*arguments: Any, **options: Any) -> Any:
@@ -123,13 +123,13 @@ def queued(monkeypatch: pytest.MonkeyPatch, case: Case) -> int:
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(screening.settle_kernel), "__getitem__", note)
+        patch.setattr(type(screening.fallback_merge_kernel), "__getitem__", note)
         forward(case)
     return sum(int(counter) for counter in counters)
 
 
 def test_screening_certifies_ordinary_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path that sent every anchor to the ladder would be right, and useless."""
+    """A path that sent every anchor to the fallback would be right, and useless."""
     small_screens(monkeypatch)
     assert queued(monkeypatch, problems.self_case(120, 64, 30, k=6)) == 0
     outlier = problems.adversarial_case("outlier-x1000", 120, 64, k=6)
@@ -139,11 +139,11 @@ def test_screening_certifies_ordinary_rows(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shortlists too small for anybody, then buffers: everyone is served by the ladder, and selects the same."""
+    """Shortlists too small for anybody, then buffers: everyone is served by the fallback, and selects the same."""
     case = problems.self_case(90, 40, 12, k=6)
     unscreened(monkeypatch)
     expected = forward(case)
-    for smaller in ({"short": 4}, {"capacity": 32, "ladder_segments": 4}):
+    for smaller in ({"short": 4}, {"capacity": 32, "fallback_segments": 4}):
         small_screens(monkeypatch, **smaller)
         assert_same(forward(case), expected)
     small_screens(monkeypatch, short=4)
@@ -285,19 +285,19 @@ def test_segments_change_nothing(monkeypatch: pytest.MonkeyPatch, segments: int)
     """Candidates in one piece or in several."""
     case = problems.bank_case(20, 130, 24, 6, 10, self_kind="offset")
     expected = forward(case)
-    usual = tuning.scan_plan
+    usual = tuning.search_plan
 
-    def plan(*arguments: Any) -> tuning.ScanPlan:
+    def plan(*arguments: Any) -> tuning.SearchPlan:
         found = usual(*arguments)
         size = tuning.cdiv(130, segments * found.list_size) * found.list_size
         return replace(found, rows=8, columns=found.list_size, segments=tuning.cdiv(130, size), segment_size=size)
 
-    monkeypatch.setattr(tuning, "scan_plan", plan)
+    monkeypatch.setattr(tuning, "search_plan", plan)
     assert_same(forward(case), expected)
 
 
 def test_rows_sorted_whole_select_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path of large k and of float64, in waves, against lists."""
+    """The path of large k and of float64, in strips, against lists."""
     for name in ("self-97x64-ids20-k128", "duplicates", "bank-63-64x257-k10-tensor"):
         case = problems.CASES[name]()
         with monkeypatch.context() as patch:
@@ -330,17 +330,17 @@ def test_plans_keep_their_promises() -> None:
     for rows, pool, dims, k in [(1, 1, 1, 1), (128, 128, 2048, 10), (8192, 8192, 2048, 10), (65536, 65536, 128, 128),
                                 (256, 65536, 2048, 33), (4096, 10**6, 64, 64), (300, 20000, 17, 7)]:  # fmt: skip
         for wide in (False, True):
-            scan = tuning.scan_plan(rows, pool, k, wide, wide)
-            assert scan.columns % scan.list_size == 0 and scan.segment_size % scan.columns == 0
-            assert scan.segments * scan.segment_size >= pool > (scan.segments - 1) * scan.segment_size
+            found = tuning.search_plan(rows, pool, k, wide, wide)
+            assert found.columns % found.list_size == 0 and found.segment_size % found.columns == 0
+            assert found.segments * found.segment_size >= pool > (found.segments - 1) * found.segment_size
             screen = tuning.screen_plan(rows, pool, dims, k, wide)
             if screen is None:
                 assert wide or pool < 64 * k or pool < 1024 or dims < 16
                 continue
             assert screen.samples * screen.stride <= pool and screen.tile[1] % screen.group_size == 0
             assert screen.groups > k + 1 and screen.groups * screen.group_size >= screen.samples
-            assert screen.ladder_segments * screen.list_size <= screen.capacity
-            assert 8 * screen.wave * screen.capacity <= 2**25, "the buffers of a wave"
+            assert screen.fallback_segments * screen.list_size <= screen.capacity
+            assert 8 * screen.strip * screen.capacity <= 2**25, "the buffers of a strip"
 
 
 # ---- registration ---------------------------------------------------------------------------------
@@ -475,7 +475,7 @@ with facts["recorded"](launches):
     for regime in facts["REGIMES"]:
         facts["walk"](regime)
 names = {{launch.kernel for launch in launches}}
-assert {{"scan_kernel", "screen_kernel", "gradient_kernel"}} <= names, names
+assert {{"search_kernel", "screen_kernel", "gradient_kernel"}} <= names, names
 """
     done = fresh_python.run("-c", code, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr

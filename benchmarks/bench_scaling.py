@@ -145,7 +145,7 @@ def call_seconds(p: Problem, world: int, repeats: int) -> tuple[float, float]:
     feats, own = pool[0]
     total, one = int(reference.Reduction.SUM), torch.ones(())
 
-    def forward() -> ops.Graph:
+    def forward() -> reference.Graph:
         return ops.forward("cpu", feats, own, candidates, labels, None, 0, p.k, 50.0, 0.1, 0, total, False)
 
     _, indices, coefficients, _, _, _, stats = forward()

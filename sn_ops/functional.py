@@ -158,12 +158,12 @@ def sn_loss(
     arXiv 1808.06030. `sn_ops/reference.py` is the definition in plain PyTorch.
     """
 
-    def checked() -> tuple[Any, ...]:
+    def checked() -> tuple[str, reference.ForwardArguments]:
         check_backend(backend)
         options = check_options(k, alpha, weight, squeeze, reduction)
         own_labels, bank_labels, index, offset = _check_batch(feats, labels, candidates, candidate_labels, self_index)
         chosen = _choose_backend(backend, feats)
-        return chosen, feats, own_labels, candidates, bank_labels, index, offset, *options
+        return chosen, reference.ForwardArguments(feats, own_labels, candidates, bank_labels, index, offset, *options)
 
     if group is not None:
         # They import torch.distributed, which most processes do not need.
@@ -172,14 +172,15 @@ def sn_loss(
 
         # Checked inside: what is wrong with this rank's arguments must reach the other ranks, which wait for it.
         def prepare() -> Call:
-            return Call(bool(return_stats), *checked())
+            chosen, args = checked()
+            return Call(bool(return_stats), chosen, *args[:-1])
 
         loss, stats = group_loss(group, sizes, prepare)
     else:
         if sizes is not None:
             _reject("sizes", "None without a group", sizes)
-        chosen, *arguments = checked()
-        loss, stats = reference.loss(*arguments) if chosen == "reference" else ops.loss(chosen, *arguments)
+        chosen, args = checked()
+        loss, stats = reference.loss(args) if chosen == "reference" else ops.loss(chosen, args)
     if not return_stats:
         return loss
     return loss, SNStats(stats[0].long(), *stats[1:5].to(loss.dtype).unbind())
@@ -219,12 +220,12 @@ def support_neighbors(
     k, alpha, weight, squeeze, reduction = check_options(k, ALPHA, WEIGHT, "none", "sum")
     labels, candidate_labels, index, offset = _check_batch(feats, labels, candidates, candidate_labels, self_index)
     with torch.no_grad():
-        _, edges, _, nearest, farthest, squared, _ = ops.forward(
+        graph = ops.forward(
             _choose_backend(backend, feats), feats, labels, candidates, candidate_labels, index, offset,
             k, alpha, weight, squeeze, reduction, True,
         )  # fmt: skip
-        distances = reference.distances_of(squared[:, :-2])
-        support = edges[:, :-2].long()
+        distances = reference.distances_of(graph.squared[:, :-2])
+        support = graph.indices[:, :-2].long()
         neighbour_labels = reference.take(labels if candidate_labels is None else candidate_labels, support)
         is_positive = (neighbour_labels == labels[:, None]) & (support >= 0)
-    return SupportNeighbors(support, distances, is_positive, nearest.long(), farthest.long())
+    return SupportNeighbors(support, distances, is_positive, graph.nearest.long(), graph.farthest.long())

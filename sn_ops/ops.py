@@ -1,8 +1,8 @@
 """The two operators for PyTorch: shapes for tracing, autograd.
 
 `forward` turns features into a loss and a support graph, `backward` a support graph into gradients; every backend has
-the two with one signature (`csrc/sn_ops.cpp` has the schemas, `reference.forward` and `reference.backward` say what
-each argument and result is), so any forward can be checked with any backward.
+the two with one signature (`csrc/sn_ops.cpp` has the schemas; `reference.ForwardArguments`, `reference.Graph` and
+`reference.BackwardArguments` say what each argument and result is), so any forward can be checked with any backward.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from torch.autograd import forward_ad
 
 from . import reference, triton
 from .dispatch import CORE, LOAD_ERROR, _use_reference
-
-Graph = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
+from .reference import BackwardArguments, ForwardArguments, Graph, Reduction
 
 # ---- operators by backend -----------------------------------------------------------------------
 
 
 class Operators(NamedTuple):
-    """The two operators of a backend, arguments and results as in `reference.forward` and `reference.backward`."""
+    """The two operators of a backend: they take `ForwardArguments` and `BackwardArguments` one by one.
 
-    forward: Callable[..., Graph]
+    `forward` returns the entries of `Graph`, from the dispatcher as a plain tuple.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -40,63 +41,44 @@ OPERATORS: dict[str, Operators] = {"reference": Operators(reference.forward, ref
 
 
 def forward(backend: str, *args: Any) -> Graph:
-    """The forward operator of a backend, arguments and results as in `reference.forward`.
+    """The forward operator of a backend, given `ForwardArguments` one by one.
 
     Differentiable through the dispatcher for the fused backends; "reference" is not (see `reference.loss`).
     """
-    return OPERATORS[backend].forward(*args)
+    return Graph(*OPERATORS[backend].forward(*args))
 
 
 def backward(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
-    """The backward operator of a backend, arguments and results as in `reference.backward`."""
+    """The backward operator of a backend, given `BackwardArguments` one by one: the two gradients."""
     return OPERATORS[backend].backward(*args)
 
 
 # ---- shapes for tracing -------------------------------------------------------------------------
 
 
-def _fake_forward(
-    feats: Tensor,
-    labels: Tensor,
-    candidates: Tensor | None,
-    candidate_labels: Tensor | None,
-    self_index: Tensor | None,
-    self_offset: int,
-    k: int,
-    alpha: float,
-    weight: float,
-    squeeze: int,
-    reduction: int,
-    want_squared: bool,
-) -> Graph:
+def _fake_forward(*arguments: Any) -> Graph:
+    args = ForwardArguments(*arguments)
+    feats = args.feats
     n = feats.shape[0]
-    neighbours = torch.sym_min(k, n if candidates is None else candidates.shape[0])
+    columns = torch.sym_min(args.k, n if args.candidates is None else args.candidates.shape[0]) + 2
     acc = reference.accumulation_dtype(feats.dtype)
-    return (
-        feats.new_empty((n,) if reduction == reference.Reduction.NONE else (), dtype=acc),
-        feats.new_empty((n, neighbours + 2), dtype=torch.int32),
-        feats.new_empty((n, neighbours + 2), dtype=acc),
-        feats.new_empty((n,), dtype=torch.int32),
-        feats.new_empty((n,), dtype=torch.int32),
-        feats.new_empty((n, neighbours + 2) if want_squared else (0,), dtype=acc),
-        feats.new_empty((6,), dtype=torch.float64),
+    return Graph(
+        value=feats.new_empty((n,) if args.reduction == Reduction.NONE else (), dtype=acc),
+        indices=feats.new_empty((n, columns), dtype=torch.int32),
+        coefficients=feats.new_empty((n, columns), dtype=acc),
+        nearest=feats.new_empty((n,), dtype=torch.int32),
+        farthest=feats.new_empty((n,), dtype=torch.int32),
+        squared=feats.new_empty((n, columns) if args.want_squared else (0,), dtype=acc),
+        stats=feats.new_empty((6,), dtype=torch.float64),
     )
 
 
-def _fake_backward(
-    grad_loss: Tensor,
-    feats: Tensor,
-    candidates: Tensor | None,
-    indices: Tensor,
-    coefficients: Tensor,
-    stats: Tensor,
-    reduction: int,
-    need_feats: bool,
-    need_candidates: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    args = BackwardArguments(*arguments)
+    feats, candidates = args.feats, args.candidates
     return (
-        feats.new_empty(feats.shape if need_feats else (0,)),
-        feats.new_empty(candidates.shape if need_candidates and candidates is not None else (0,)),
+        feats.new_empty(feats.shape if args.need_feats else (0,)),
+        feats.new_empty(candidates.shape if args.need_candidates and candidates is not None else (0,)),
     )
 
 
@@ -105,33 +87,26 @@ def _fake_backward(
 # direct calls of torch.ops.sn_ops; `_EagerLoss` serves eager calls of `loss`, where the registered one would cost more
 # than the kernels do on a small batch. Both end in the same backward operator.
 
-_REDUCTION_ARGUMENT = 10
-"""Where the forward operator's arguments have the reduction."""
 
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Graph) -> None:
-    feats, _, candidates = inputs[:3]
-    _, indices, coefficients, nearest, farthest, squared, stats = output
-    ctx.save_for_backward(feats, candidates, indices, coefficients, stats)
-    ctx.reduction = inputs[_REDUCTION_ARGUMENT]
-    ctx.mark_non_differentiable(indices, coefficients, nearest, farthest, squared, stats)
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    args, graph = ForwardArguments(*inputs), Graph(*output)
+    ctx.save_for_backward(args.feats, args.candidates, graph.indices, graph.coefficients, graph.stats)
+    ctx.reduction = args.reduction
+    ctx.mark_non_differentiable(*graph[1:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(
     operator: Callable[..., tuple[Tensor, Tensor]], ctx: Any, grad_loss: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients for the twelve arguments of the forward operator, by the backward operator."""
-    grads: list[Tensor | None] = [None] * 12
+    """Gradients for the arguments of the forward operator, by the backward operator."""
+    grad_feats = grad_candidates = None
     if grad_loss is not None:
-        feats, candidates, indices, coefficients, stats = ctx.saved_tensors
         need_feats, need_candidates = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        grad_feats, grad_candidates = operator(
-            grad_loss, feats, candidates, indices, coefficients, stats, ctx.reduction, need_feats, need_candidates
-        )
-        grads[0] = grad_feats if need_feats else None
-        grads[2] = grad_candidates if need_candidates else None
-    return tuple(grads)
+        grads = operator(grad_loss, *ctx.saved_tensors, ctx.reduction, need_feats, need_candidates)
+        grad_feats = grads[0] if need_feats else None
+        grad_candidates = grads[1] if need_candidates else None
+    return grad_feats, None, grad_candidates, *[None] * (len(ForwardArguments._fields) - 3)
 
 
 def _refuse_second_derivative(*_: object) -> NoReturn:
@@ -144,13 +119,13 @@ class _EagerLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, feats: Tensor, candidates: Tensor | None, operators: Operators, arguments: tuple[Any, ...]
+        ctx: Any, feats: Tensor, candidates: Tensor | None, operators: Operators, args: ForwardArguments
     ) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            value, indices, coefficients, _, _, _, stats = operators.forward(*arguments)
+            value, indices, coefficients, _, _, _, stats = operators.forward(*args)
         ctx.save_for_backward(feats, candidates, indices, coefficients, stats)
         ctx.operator = operators.backward
-        ctx.reduction = arguments[_REDUCTION_ARGUMENT]
+        ctx.reduction = args.reduction
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return value, stats
@@ -159,9 +134,8 @@ class _EagerLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None, None]:
         if grad_loss is None:
             return None, None, None, None
-        feats, candidates, indices, coefficients, stats = ctx.saved_tensors
         need_feats, need_candidates = ctx.needs_input_grad[:2]
-        args = (grad_loss, feats, candidates, indices, coefficients, stats, ctx.reduction, need_feats, need_candidates)
+        args = (grad_loss, *ctx.saved_tensors, ctx.reduction, need_feats, need_candidates)
         if torch.is_grad_enabled():
             # create_graph=True: through the dispatcher, whose autograd refuses the next derivative.
             grad_feats, grad_candidates = ctx.operator(*args)
@@ -175,36 +149,20 @@ class _EagerLoss(torch.autograd.Function):
         _use_reference("forward-mode derivatives are")
 
 
-def loss(
-    backend: str,
-    feats: Tensor,
-    labels: Tensor,
-    candidates: Tensor | None,
-    candidate_labels: Tensor | None,
-    self_index: Tensor | None,
-    self_offset: int,
-    k: int,
-    alpha: float,
-    weight: float,
-    squeeze: int,
-    reduction: int,
-) -> tuple[Tensor, Tensor]:
+def loss(backend: str, args: ForwardArguments) -> tuple[Tensor, Tensor]:
     """`reference.loss` by the operators of a fused backend: the differentiable loss, the statistics `[6]` detached."""
-    arguments = (
-        feats, labels, candidates, candidate_labels, self_index, self_offset,
-        k, alpha, weight, squeeze, reduction, False,
-    )  # fmt: skip
     operators = OPERATORS[backend]
     if torch.compiler.is_compiling():
-        outputs = operators.forward(*arguments)
+        outputs = operators.forward(*args)
         return outputs[0], outputs[6]
+    feats, candidates = args.feats, args.candidates
     wants_grad = feats.requires_grad or (candidates is not None and candidates.requires_grad)
     # Forward-mode tangents do not show in requires_grad; the Function refuses them, a bare operator would drop them.
     if (wants_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-        pair: tuple[Tensor, Tensor] = _EagerLoss.apply(feats, candidates, operators, arguments)
+        pair: tuple[Tensor, Tensor] = _EagerLoss.apply(feats, candidates, operators, args)
         return pair
     with torch._C._AutoDispatchBelowAutograd():
-        outputs = operators.forward(*arguments)
+        outputs = operators.forward(*args)
     return outputs[0], outputs[6]
 
 

@@ -18,15 +18,16 @@ float64 for float64 features. Works on any device and for any floating dtype, an
 times; it is exempt from the fused backends' promises of speed and memory (it holds a few N x M matrices and one
 [N, K + 2, D] tensor).
 
-`forward` and `backward` have the signatures of the operators `sn_ops::forward` and `sn_ops::backward` of the fused
-backends; `loss` is the differentiable path behind `sn_loss(backend="reference")`.
+`forward` and `backward` take and return what the operators `sn_ops::forward` and `sn_ops::backward` of the fused
+backends do: `ForwardArguments`, `Graph`, `BackwardArguments`. `loss` is the differentiable path behind
+`sn_loss(backend="reference")`.
 """
 
 from __future__ import annotations
 
 import math
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -304,65 +305,84 @@ def statistics(squared: Tensor, edges: Edges, poison: Tensor) -> Tensor:
     return torch.stack(columns)
 
 
-# ---- the operators' signatures -------------------------------------------------------------------
+# ---- the operators -------------------------------------------------------------------------------
 
 
-def _own_index(feats: Tensor, self_index: Tensor | None, self_offset: int, symmetric: bool) -> Tensor:
+class ForwardArguments(NamedTuple):
+    """The arguments of the operator `forward` of every backend, in its order."""
+
+    feats: Tensor  # [N, D]
+    labels: Tensor  # [N] integer
+    candidates: Tensor | None  # [M, D], None: the anchors
+    candidate_labels: Tensor | None  # [M]
+    self_index: Tensor | None  # [N] int64, -1 for none
+    self_offset: int  # anchor i is candidate i + self_offset, -1 for none; not used with self_index
+    k: int
+    alpha: float
+    weight: float
+    squeeze: int  # a code of `Squeeze`
+    reduction: int  # a code of `Reduction`
+    want_squared: bool = False  # whether `Graph.squared` is wanted
+
+
+class Graph(NamedTuple):
+    """What the operator `forward` returns: the loss and its support graph, the edges with their coefficients."""
+
+    value: Tensor  # acc, 0-d or [N]: the loss
+    indices: Tensor  # [N, K + 2] int32, see `Edges`; -1 where a column is unused
+    coefficients: Tensor  # [N, K + 2] acc, before the reduction's factor
+    nearest: Tensor  # [N] int32: the nearest positive, -1 for none
+    farthest: Tensor  # [N] int32
+    squared: Tensor  # [N, K + 2] acc: squared distances, not clamped, inf where unused; [0] if they are not wanted
+    stats: Tensor  # [6]: the entries of `SNStats`, then the poison: 0, or NaN for a NaN or Inf in the inputs
+
+
+class BackwardArguments(NamedTuple):
+    """The arguments of the operator `backward` of every backend, in its order."""
+
+    grad_loss: Tensor  # acc, 0-d or [N]
+    feats: Tensor  # [N, D]
+    candidates: Tensor | None  # [M, D]
+    indices: Tensor  # [N, K + 2] int32
+    coefficients: Tensor  # [N, K + 2] acc
+    stats: Tensor  # [6]
+    reduction: int
+    need_feats: bool
+    need_candidates: bool
+
+
+def _own_index(args: ForwardArguments) -> Tensor:
     """`[N]` int64: which candidate each anchor is itself, -1 for none."""
-    if self_index is not None:
-        return self_index
-    n = feats.shape[0]
-    offset = 0 if symmetric else self_offset
+    if args.self_index is not None:
+        return args.self_index
+    n, device = args.feats.shape[0], args.feats.device
+    offset = 0 if args.candidates is None else args.self_offset
     if offset < 0:
-        return torch.full((n,), -1, dtype=torch.int64, device=feats.device)
-    return torch.arange(n, device=feats.device) + offset
+        return torch.full((n,), -1, dtype=torch.int64, device=device)
+    return torch.arange(n, device=device) + offset
 
 
-def _find_edges(
-    feats: Tensor,
-    labels: Tensor,
-    candidates: Tensor | None,
-    candidate_labels: Tensor | None,
-    self_index: Tensor | None,
-    self_offset: int,
-    k: int,
-    squeeze: int,
-) -> tuple[Tensor, Tensor, Selection, Edges]:
+def _find_edges(args: ForwardArguments) -> tuple[Tensor, Tensor, Selection, Edges]:
     """Anchors `[N, D]` and candidates `[M, D]` in acc, and what was selected."""
-    anchors = feats.to(accumulation_dtype(feats.dtype))
-    own_index = _own_index(feats, self_index, self_offset, candidates is None)
-    if candidates is None or candidate_labels is None:
-        pool, pool_labels = anchors, labels
+    anchors = args.feats.to(accumulation_dtype(args.feats.dtype))
+    if args.candidates is None or args.candidate_labels is None:
+        pool, pool_labels = anchors, args.labels
     else:
-        pool, pool_labels = candidates.to(anchors.dtype), candidate_labels
-    selection = select(anchors, labels, pool, pool_labels, own_index, k)
-    return anchors, pool, selection, list_edges(selection, labels, pool_labels, squeeze)
+        pool, pool_labels = args.candidates.to(anchors.dtype), args.candidate_labels
+    selection = select(anchors, args.labels, pool, pool_labels, _own_index(args), args.k)
+    return anchors, pool, selection, list_edges(selection, args.labels, pool_labels, args.squeeze)
 
 
-def loss(
-    feats: Tensor,  # [N, D]
-    labels: Tensor,  # [N] integer
-    candidates: Tensor | None,  # [M, D], None: the anchors
-    candidate_labels: Tensor | None,  # [M]
-    self_index: Tensor | None,  # [N] int64, -1 for none
-    self_offset: int,  # anchor i is candidate i + self_offset, -1 for none; not used with self_index
-    k: int,
-    alpha: float,
-    weight: float,
-    squeeze: int,
-    reduction: int,
-) -> tuple[Tensor, Tensor]:
+def loss(args: ForwardArguments) -> tuple[Tensor, Tensor]:
     """The loss (acc, 0-d or `[N]`), differentiable any number of times, and the statistics `[6]`, detached."""
-    anchors, pool, _, edges = _find_edges(
-        feats, labels, candidates, candidate_labels, self_index, self_offset, k, squeeze
-    )
-    squared = edge_squared_distances(anchors, pool, edges).to(_scalar_dtype(feats.device))
-    losses = anchor_losses(squared, edges, alpha, weight, squeeze)
-    value = _reduce(losses, edges.valid, reduction).to(anchors.dtype)
+    anchors, pool, _, edges = _find_edges(args)
+    squared = edge_squared_distances(anchors, pool, edges).to(_scalar_dtype(anchors.device))
+    losses = anchor_losses(squared, edges, args.alpha, args.weight, args.squeeze)
+    value = _reduce(losses, edges.valid, args.reduction).to(anchors.dtype)
 
     # Adds 0 to the loss and to every gradient, or NaN to all of them. It also ties the loss to features that no edge
     # reaches, so that their gradient is 0 instead of missing.
-    inputs = (anchors,) if candidates is None else (anchors, pool)
+    inputs = (anchors,) if args.candidates is None else (anchors, pool)
     poison = _poison(*inputs)
     for tensor in inputs:
         value = value + (tensor * poison).sum()
@@ -370,87 +390,58 @@ def loss(
 
 
 @torch.no_grad()
-def forward(
-    feats: Tensor,
-    labels: Tensor,
-    candidates: Tensor | None,
-    candidate_labels: Tensor | None,
-    self_index: Tensor | None,
-    self_offset: int,
-    k: int,
-    alpha: float,
-    weight: float,
-    squeeze: int,
-    reduction: int,
-    want_squared: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`sn_ops::forward`: the arguments of `loss` to the loss and its support graph, no autograd.
-
-    Returns:
-        loss (acc, 0-d or `[N]`), indices (int32 `[N, K + 2]`), coefficients (acc `[N, K + 2]`, before the reduction's
-        factor), nearest_positive and farthest_positive (int32 `[N]`), squared distances of the edges, not clamped (acc
-        `[N, K + 2]`, inf where unused; `[0]` unless `want_squared`), stats (`[6]`, see `SNStats`; the last entry is
-        the poison).
-    """
-    anchors, pool, selection, edges = _find_edges(
-        feats, labels, candidates, candidate_labels, self_index, self_offset, k, squeeze
-    )
+def forward(*arguments: Any) -> Graph:
+    """`sn_ops::forward`: `ForwardArguments`, one by one, to the loss and its support graph. No autograd."""
+    args = ForwardArguments(*arguments)
+    anchors, pool, selection, edges = _find_edges(args)
     acc = anchors.dtype
     poison = _poison(anchors, pool)
-    squared = edge_squared_distances(anchors, pool, edges).to(_scalar_dtype(feats.device))
-    losses = anchor_losses(squared, edges, alpha, weight, squeeze)
-    return (
-        _reduce(losses, edges.valid, reduction).to(acc) + poison,
-        edges.indices.int(),
-        edge_coefficients(squared, edges, alpha, weight, squeeze).to(acc),
-        selection.nearest.int(),
-        selection.farthest.int(),
-        squared.where(edges.indices >= 0, math.inf).to(acc) if want_squared else feats.new_empty(0, dtype=acc),
-        statistics(squared, edges, poison),
+    squared = edge_squared_distances(anchors, pool, edges).to(_scalar_dtype(anchors.device))
+    losses = anchor_losses(squared, edges, args.alpha, args.weight, args.squeeze)
+    return Graph(
+        value=_reduce(losses, edges.valid, args.reduction).to(acc) + poison,
+        indices=edges.indices.int(),
+        coefficients=edge_coefficients(squared, edges, args.alpha, args.weight, args.squeeze).to(acc),
+        nearest=selection.nearest.int(),
+        farthest=selection.farthest.int(),
+        squared=squared.where(edges.indices >= 0, math.inf).to(acc) if args.want_squared else anchors.new_empty(0),
+        stats=statistics(squared, edges, poison),
     )
 
 
 @torch.no_grad()
-def backward(
-    grad_loss: Tensor,  # acc, 0-d or [N]
-    feats: Tensor,  # [N, D]
-    candidates: Tensor | None,  # [M, D]
-    indices: Tensor,  # [N, K + 2] int32
-    coefficients: Tensor,  # [N, K + 2] acc
-    stats: Tensor,  # [6]
-    reduction: int,
-    need_feats: bool,
-    need_candidates: bool,
-) -> tuple[Tensor, Tensor]:
-    """`sn_ops::backward`: the gradients of features and candidates from a support graph, in their dtype.
+def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`sn_ops::backward`: `BackwardArguments`, one by one, to the gradients of features and candidates, in their dtype.
 
     Every edge pulls its two ends with `g_i w_ij (x_i - z_j)`. When the candidates are the anchors both ends are rows of
     grad_feats. A gradient that is not needed is an empty `[0]` tensor.
     """
+    args = BackwardArguments(*arguments)
+    feats, coefficients, symmetric = args.feats, args.coefficients, args.candidates is None
     anchors = feats.to(coefficients.dtype)
-    pool = anchors if candidates is None else candidates.to(anchors.dtype)
+    pool = anchors if args.candidates is None else args.candidates.to(anchors.dtype)
 
-    upstream = grad_loss
-    if reduction == Reduction.MEAN:
-        valid = stats[0].to(anchors.dtype)
-        upstream = torch.where(valid > 0, grad_loss / valid, 0.0)
+    upstream = args.grad_loss
+    if args.reduction == Reduction.MEAN:
+        valid = args.stats[0].to(anchors.dtype)
+        upstream = torch.where(valid > 0, args.grad_loss / valid, 0.0)
     factors = upstream.reshape(-1, 1) * coefficients
 
     # An edge that is unused or clamped contributes 0, not 0 * inf.
-    active = (indices >= 0) & (coefficients != 0)
-    difference = anchors[:, None, :] - take(pool, indices.long())
+    active = (args.indices >= 0) & (coefficients != 0)
+    difference = anchors[:, None, :] - take(pool, args.indices.long())
     pull = (factors[..., None] * difference).where(active[..., None], 0.0)  # [N, K + 2, D]
 
     def finish(gradient: Tensor) -> Tensor:
-        return gradient.masked_fill(stats[5].isnan(), math.nan).to(feats.dtype)
+        return gradient.masked_fill(args.stats[5].isnan(), math.nan).to(feats.dtype)
 
     push = torch.zeros_like(pool)
     if pool.shape[0] > 0:
-        push = push.index_add(0, indices.long().clamp(min=0).flatten(), pull.flatten(0, 1), alpha=-1)
+        push = push.index_add(0, args.indices.long().clamp(min=0).flatten(), pull.flatten(0, 1), alpha=-1)
     own = pull.sum(1)
-    if candidates is None:
-        own, need_candidates = own + push, False
+    if symmetric:
+        own = own + push
     return (
-        finish(own) if need_feats else feats.new_empty(0),
-        finish(push) if need_candidates else feats.new_empty(0),
+        finish(own) if args.need_feats else feats.new_empty(0),
+        finish(push) if args.need_candidates and not symmetric else feats.new_empty(0),
     )

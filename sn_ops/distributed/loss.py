@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .. import ops, reference
+from ..reference import Graph
 from .agreement import _agree, _take_on_trust
 from .collectives import _gather_equal, _pass_on, _reduce_scatter, _travel
 from .exchange import Call, _Plan, check_group
 from .rows import _Rows
-from .search import Graph, _gather_graph, _ring_graph
+from .search import _gather_graph, _ring_graph
 
 # ---- gradients ------------------------------------------------------------------------------------
 

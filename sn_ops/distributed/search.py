@@ -8,20 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
+from ..reference import Graph
 from .collectives import _gather_rows, _travel
 from .exchange import Call, _Plan
 from .rows import _pack
-
-
-class Graph(NamedTuple):
-    """The loss and the support graph of a rank's anchors; candidates counted over all ranks, the bank behind them."""
-
-    value: Tensor  # acc: the sum over this rank's anchors, or [N] with reduction "none"
-    indices: Tensor  # [N, K + 2] int32
-    coefficients: Tensor  # [N, K + 2] acc
-    nearest: Tensor  # [N] int32
-    farthest: Tensor  # [N] int32
-    stats: Tensor  # [6], of this rank
 
 
 def _local_reduction(call: Call) -> int:
@@ -39,11 +29,11 @@ def _gather_graph(call: Call, plan: _Plan) -> tuple[Graph, Tensor]:
     if call.bank is not None:
         gathered = _search(call, everyone.feats, labels, 0, None, start)
         return _finish(call, _merge(gathered, _search_bank(call, plan), call.k)), everyone.data
-    value, indices, coefficients, nearest, farthest, _, stats = ops.forward(
+    graph = ops.forward(
         call.backend, call.feats.detach(), call.labels, everyone.feats, labels, None, start,
         call.k, call.alpha, call.weight, call.squeeze, _local_reduction(call), False,
     )  # fmt: skip
-    return Graph(value, indices, coefficients, nearest, farthest, stats), everyone.data
+    return graph, everyone.data
 
 
 def _ring_graph(call: Call, plan: _Plan) -> tuple[Graph, Tensor]:
@@ -149,10 +139,11 @@ def _finish(call: Call, found: _Found) -> Graph:
     losses = reference.anchor_losses(squared, edges, call.alpha, call.weight, call.squeeze)
     none = call.reduction == reference.Reduction.NONE
     return Graph(
-        (losses if none else losses.sum()).to(acc) + found.poison.to(acc),
-        edges.indices.int(),
-        reference.edge_coefficients(squared, edges, call.alpha, call.weight, call.squeeze).to(acc),
-        selection.nearest.int(),
-        selection.farthest.int(),
-        reference.statistics(squared, edges, found.poison),
+        value=(losses if none else losses.sum()).to(acc) + found.poison.to(acc),
+        indices=edges.indices.int(),
+        coefficients=reference.edge_coefficients(squared, edges, call.alpha, call.weight, call.squeeze).to(acc),
+        nearest=selection.nearest.int(),
+        farthest=selection.farthest.int(),
+        squared=found.squared.new_empty(0),
+        stats=reference.statistics(squared, edges, found.poison),
     )

@@ -7,16 +7,14 @@ graph. The kernels' modules need Triton and are imported by the first call.
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..reference import Reduction, accumulation_dtype
+from ..reference import BackwardArguments, ForwardArguments, Graph, Reduction, accumulation_dtype
 from . import tuning
 from .tuning import cdiv
-
-Graph = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 FORWARD = (
     "forward(Tensor feats, Tensor labels, Tensor? candidates, Tensor? candidate_labels, Tensor? self_index, "
@@ -291,42 +289,30 @@ def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Ten
     return flags
 
 
-def forward(
-    feats: Tensor,
-    labels: Tensor,
-    candidates: Tensor | None,
-    candidate_labels: Tensor | None,
-    self_index: Tensor | None,
-    self_offset: int,
-    k: int,
-    alpha: float,
-    weight: float,
-    squeeze: int,
-    reduction: int,
-    want_squared: bool,
-) -> Graph:
-    """`sn_triton::forward`; arguments and results as in `reference.forward`."""
+def forward(*arguments: Any) -> Graph:
+    """`sn_triton::forward`, given `ForwardArguments` one by one."""
     from . import loss, order
 
-    feats, labels = _unit_stride(feats), labels.contiguous()
-    if candidates is None or candidate_labels is None:
+    args = ForwardArguments(*arguments)
+    feats, labels = _unit_stride(args.feats), args.labels.contiguous()
+    if args.candidates is None or args.candidate_labels is None:
         batch = Batch(feats, labels, feats, labels, None, 0, True)
     else:
         batch = Batch(
-            feats, labels, _unit_stride(candidates), candidate_labels.contiguous(),
-            None if self_index is None else self_index.contiguous(), self_offset, False,
+            feats, labels, _unit_stride(args.candidates), args.candidate_labels.contiguous(),
+            None if args.self_index is None else args.self_index.contiguous(), args.self_offset, False,
         )  # fmt: skip
     n, m, _ = batch.sizes
-    neighbours = min(k, m)
+    neighbours = min(args.k, m)
     acc = accumulation_dtype(feats.dtype)
 
     def new(*size: int, dtype: torch.dtype = acc) -> Tensor:
         return torch.empty(size, dtype=dtype, device=feats.device)
 
-    value = new(n) if reduction == Reduction.NONE else new()
+    value = new(n) if args.reduction == Reduction.NONE else new()
     indices = new(n, neighbours + 2, dtype=torch.int32)
     coefficients = new(n, neighbours + 2)
-    squared = new(n, neighbours + 2) if want_squared else new(0)
+    squared = new(n, neighbours + 2) if args.want_squared else new(0)
     stats = new(6, dtype=torch.float64)
     selection = Selection.empty(n, neighbours, feats, acc)
     with torch.cuda.device_of(feats):
@@ -342,39 +328,30 @@ def forward(
         if n:
             loss.loss_kernel[(records.shape[0],)](
                 indices, *selection, batch.labels, batch.candidate_labels, flags, flags.numel(),
-                n, neighbours, *_halves(alpha), *_halves(weight),
+                n, neighbours, *_halves(args.alpha), *_halves(args.weight),
                 value, coefficients, squared, records,
-                SQUEEZE=squeeze, REDUCTION=reduction, WANT_SQUARED=want_squared,
+                SQUEEZE=args.squeeze, REDUCTION=args.reduction, WANT_SQUARED=args.want_squared,
                 R=plan.rows, BLOCK=plan.block, ACC=order.type_of(acc), num_warps=plan.warps, **order.EXACT,
             )  # fmt: skip
         loss.reduce_kernel[(1,)](
             records, records.shape[0], flags, flags.numel(), value, stats,
-            REDUCTION=reduction, R=64, ACC=order.type_of(acc), num_warps=4, **order.EXACT,
+            REDUCTION=args.reduction, R=64, ACC=order.type_of(acc), num_warps=4, **order.EXACT,
         )  # fmt: skip
-    return value, indices, coefficients, selection.near, selection.far, squared, stats
+    return Graph(value, indices, coefficients, selection.near, selection.far, squared, stats)
 
 
-def backward(
-    grad_loss: Tensor,
-    feats: Tensor,
-    candidates: Tensor | None,
-    indices: Tensor,
-    coefficients: Tensor,
-    stats: Tensor,
-    reduction: int,
-    need_feats: bool,
-    need_candidates: bool,
-) -> tuple[Tensor, Tensor]:
-    """`sn_triton::backward`; arguments and results as in `reference.backward`."""
+def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`sn_triton::backward`, given `BackwardArguments` one by one."""
     from . import gradients, order
 
-    symmetric = candidates is None
-    feats = _unit_stride(feats)
-    pool = feats if candidates is None else _unit_stride(candidates)
-    indices, coefficients = indices.contiguous(), coefficients.contiguous()
-    grad_loss, stats = grad_loss.contiguous(), stats.contiguous()
+    args = BackwardArguments(*arguments)
+    symmetric = args.candidates is None
+    feats = _unit_stride(args.feats)
+    pool = feats if args.candidates is None else _unit_stride(args.candidates)
+    indices, coefficients = args.indices.contiguous(), args.coefficients.contiguous()
+    grad_loss, stats = args.grad_loss.contiguous(), args.stats.contiguous()
     (n, edges), (m, d) = indices.shape, pool.shape
-    need_candidates = need_candidates and not symmetric
+    need_feats, need_candidates = args.need_feats, args.need_candidates and not symmetric
     grad_feats = torch.empty((n, d) if need_feats else (0,), dtype=feats.dtype, device=feats.device)
     grad_candidates = torch.empty((m, d) if need_candidates else (0,), dtype=feats.dtype, device=feats.device)
     plan = tuning.gradient_plan(max(n, m), d, edges, feats.element_size() == 2)
@@ -382,9 +359,9 @@ def backward(
     columns = cdiv(d, plan.block)
 
     with torch.cuda.device_of(feats):
-        each = reduction == Reduction.NONE
+        each = args.reduction == Reduction.NONE
         upstream = grad_loss
-        if reduction == Reduction.MEAN:
+        if args.reduction == Reduction.MEAN:
             upstream = torch.empty_like(grad_loss)
             gradients.mean_kernel[(1,)](grad_loss, stats, upstream, order.type_of(acc), num_warps=1, **order.EXACT)
         targets = by_target = bounds = indices

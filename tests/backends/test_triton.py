@@ -20,14 +20,15 @@ import torch
 
 import sn_ops
 from sn_ops import dispatch, ops, triton
-from sn_ops.triton import operators, tuning
+from sn_ops.reference import Graph
+from sn_ops.triton import tuning
 from support import fresh_python, judge, oracle, problems
 from support.problems import Case
 
 Plan = Callable[..., Any]
 
 
-def forward(case: Case, squeeze: int = 0, reduction: int = 2) -> operators.Graph:
+def forward(case: Case, squeeze: int = 0, reduction: int = 2) -> Graph:
     """The forward operator with squared distances."""
     case = case.on("triton")
     tensor = case.self_index if isinstance(case.self_index, torch.Tensor) else None
@@ -60,7 +61,7 @@ def unscreened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "screen_plan", lambda *_, **__: None)
 
 
-def assert_same(found: operators.Graph, expected: operators.Graph) -> None:
+def assert_same(found: Graph, expected: Graph) -> None:
     """Every output to the bit: the loss too, since it is computed from the same selection by the same code."""
     for name, a, b in zip(
         ("loss", "indices", "coefficients", "nearest", "farthest", "squared", "stats"), found, expected, strict=True

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import sn_ops
 from sn_ops.distributed import Exchange, all_gather_rows, collectives, exchange, search
 from sn_ops.distributed import loss as group_loss
+from sn_ops.reference import Graph
 
 
 class Shard(NamedTuple):
@@ -79,9 +80,9 @@ def loss_and_gradients(
     shard = shards[rank]
     feats = shard.feats.clone().requires_grad_()
     bank = None if shard.candidates is None else shard.candidates.clone().requires_grad_()
-    seen: list[search.Graph] = []
+    seen: list[Graph] = []
 
-    def keep(call: exchange.Call, plan: Any, graph: search.Graph) -> tuple[Tensor, Tensor]:
+    def keep(call: exchange.Call, plan: Any, graph: Graph) -> tuple[Tensor, Tensor]:
         seen.append(graph)
         return globalise(call, plan, graph)
 

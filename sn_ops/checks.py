@@ -32,21 +32,21 @@ def _got(value: object) -> str:
     return f"{reprlib.repr(value)} of type {type(value).__name__}"
 
 
-def _reject(argument: str, expected: str, value: object, error: type[Exception] = ValueError) -> NoReturn:
+def reject(argument: str, expected: str, value: object, error: type[Exception] = ValueError) -> NoReturn:
     raise error(f"sn_ops: {argument}: expected {expected}, got {_got(value)}")
 
 
-def _reject_name(argument: str, allowed: tuple[str, ...], value: object) -> NoReturn:
+def reject_name(argument: str, allowed: tuple[str, ...], value: object) -> NoReturn:
     names = ", ".join(repr(name) for name in allowed)
-    _reject(argument, f"one of {names}", value, ValueError if isinstance(value, str) else TypeError)
+    reject(argument, f"one of {names}", value, ValueError if isinstance(value, str) else TypeError)
 
 
 def _count(k: object) -> int:
     """`k` as an int."""
     if type(k) is not int and (isinstance(k, bool) or not isinstance(k, (numbers.Integral, torch.SymInt))):
-        _reject("k", "an int >= 1", k, TypeError)
+        reject("k", "an int >= 1", k, TypeError)
     if k < 1:
-        _reject("k", "an int >= 1", k)
+        reject("k", "an int >= 1", k)
     return k if type(k) is int else cast(int, k) if isinstance(k, torch.SymInt) else int(k)
 
 
@@ -55,13 +55,13 @@ def _real(argument: str, value: object, positive: bool) -> float:
     expected = "a finite number > 0" if positive else "a finite number >= 0"
     if type(value) is not float:
         if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
-            _reject(argument, expected, value, TypeError)
+            reject(argument, expected, value, TypeError)
         try:
             value = float(value)
         except OverflowError:
-            _reject(argument, expected, value)
+            reject(argument, expected, value)
     if not (0.0 < value < math.inf or (value == 0.0 and not positive)):
-        _reject(argument, expected, value)
+        reject(argument, expected, value)
     return value
 
 
@@ -74,9 +74,9 @@ def check_options(
         TypeError, ValueError: naming the option, what is allowed and what came.
     """
     if not isinstance(squeeze, str) or squeeze not in _SQUEEZE:
-        _reject_name("squeeze", tuple(_SQUEEZE), squeeze)
+        reject_name("squeeze", tuple(_SQUEEZE), squeeze)
     if not isinstance(reduction, str) or reduction not in _REDUCTION:
-        _reject_name("reduction", tuple(_REDUCTION), reduction)
+        reject_name("reduction", tuple(_REDUCTION), reduction)
     return (
         _count(k),
         _real("alpha", alpha, positive=True),
@@ -88,23 +88,23 @@ def check_options(
 
 def _check_features(argument: str, feats: object) -> None:
     if not isinstance(feats, Tensor):
-        _reject(argument, "a tensor", feats, TypeError)
+        reject(argument, "a tensor", feats, TypeError)
     if feats.dtype not in _FLOATING or feats.layout is not torch.strided:
-        _reject(argument, "a dense float64, float32, float16 or bfloat16 tensor", feats, TypeError)
+        reject(argument, "a dense float64, float32, float16 or bfloat16 tensor", feats, TypeError)
     if feats.dim() != 2:
-        _reject(argument, "a 2-D tensor, one row a sample", feats)
+        reject(argument, "a 2-D tensor, one row a sample", feats)
 
 
 def _check_index(argument: str, index: object, feats: Tensor, rows_of: str) -> Tensor:
     """`index` as an int64 tensor, one entry for each row of `feats`, the argument `rows_of`."""
     if not isinstance(index, Tensor):
-        _reject(argument, "an integer tensor", index, TypeError)
+        reject(argument, "an integer tensor", index, TypeError)
     if index.dtype not in _INTEGER:
-        _reject(argument, "an integer tensor", index, TypeError)
+        reject(argument, "an integer tensor", index, TypeError)
     if index.dim() != 1 or index.shape[0] != feats.shape[0]:
-        _reject(argument, f"shape [{feats.shape[0]}], one entry for each row of {rows_of}", index)
+        reject(argument, f"shape [{feats.shape[0]}], one entry for each row of {rows_of}", index)
     if index.device != feats.device:
-        _reject(argument, f"a tensor on {feats.device}, where {rows_of} is", index)
+        reject(argument, f"a tensor on {feats.device}, where {rows_of} is", index)
     return index if index.dtype is torch.int64 else index.to(torch.int64)
 
 
@@ -119,17 +119,17 @@ def _check_self_index(self_index: object, feats: Tensor, candidates: Tensor) -> 
             low, high = (int(bound) for bound in index.aminmax())
             if low < -1 or high >= m:
                 outside = low if low < -1 else high
-                _reject("self_index", f"entries from -1 (none) to {m - 1}, a row of candidates", outside)
+                reject("self_index", f"entries from -1 (none) to {m - 1}, a row of candidates", outside)
         return index, -1
     if isinstance(self_index, bool) or not isinstance(self_index, (numbers.Integral, torch.SymInt)):
-        _reject("self_index", "None, an int or an integer tensor", self_index, TypeError)
+        reject("self_index", "None, an int or an integer tensor", self_index, TypeError)
     offset = self_index if isinstance(self_index, torch.SymInt) else int(self_index)
     if offset < 0 or offset + n > m:
-        _reject("self_index", f"an offset with rows offset to offset + {n} inside the {m} candidates", offset)
+        reject("self_index", f"an offset with rows offset to offset + {n} inside the {m} candidates", offset)
     return None, offset  # type: ignore[return-value]
 
 
-def _check_batch(
+def check_batch(
     feats: Tensor,
     labels: Tensor,
     candidates: Tensor | None,
@@ -141,20 +141,20 @@ def _check_batch(
     labels = _check_index("labels", labels, feats, "feats")
     if candidates is None:
         if candidate_labels is not None:
-            _reject("candidates", "a tensor, since candidate_labels is given", candidates)
+            reject("candidates", "a tensor, since candidate_labels is given", candidates)
         if self_index is not None:
-            _reject("self_index", "None without candidates (an anchor is itself among the anchors)", self_index)
+            reject("self_index", "None without candidates (an anchor is itself among the anchors)", self_index)
         return labels, None, None, 0
 
     _check_features("candidates", candidates)
     if candidate_labels is None:
-        _reject("candidate_labels", "an integer tensor, since candidates is given", candidate_labels)
+        reject("candidate_labels", "an integer tensor, since candidates is given", candidate_labels)
     if candidates.dtype is not feats.dtype:
-        _reject("candidates", f"a {feats.dtype} tensor like feats", candidates)
+        reject("candidates", f"a {feats.dtype} tensor like feats", candidates)
     if candidates.device != feats.device:
-        _reject("candidates", f"a tensor on {feats.device}, where feats is", candidates)
+        reject("candidates", f"a tensor on {feats.device}, where feats is", candidates)
     if candidates.shape[1] != feats.shape[1]:
-        _reject("candidates", f"{feats.shape[1]} columns like feats", candidates)
+        reject("candidates", f"{feats.shape[1]} columns like feats", candidates)
     candidate_labels = _check_index("candidate_labels", candidate_labels, candidates, "candidates")
     if self_index is None:
         return labels, candidate_labels, None, -1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import triton
-from .checks import _reject, _reject_name
+from .checks import reject, reject_name
 
 LOAD_ERROR: dict[str, str] = {}
 """Backend name -> why this installation does not have it. A backend that is not listed loaded."""
@@ -161,7 +161,7 @@ def check_backend(backend: object) -> str:
         TypeError, ValueError: naming what is allowed and what came.
     """
     if not isinstance(backend, str) or not (backend == "auto" or backend in _BACKEND_DEVICES):
-        _reject_name("backend", ("auto", *_BACKEND_DEVICES), backend)
+        reject_name("backend", ("auto", *_BACKEND_DEVICES), backend)
     return backend
 
 
@@ -171,7 +171,7 @@ def _devices_of(backend: str) -> tuple[str, ...]:
     return triton.DEVICES if backend == "triton" else _BACKEND_DEVICES[backend]
 
 
-def _choose_backend(backend: str, feats: Tensor) -> str:
+def choose_backend(backend: str, feats: Tensor) -> str:
     device = feats.device.type
     if backend == "auto":
         for name, devices in _BACKEND_DEVICES.items():
@@ -186,7 +186,7 @@ def _choose_backend(backend: str, feats: Tensor) -> str:
         raise ValueError(f"sn_ops: backend: {backend!r} is not usable: {LOAD_ERROR[backend]}")
     elif device not in _devices_of(backend):
         served = " or ".join(_devices_of(backend))
-        _reject("backend", f"one that serves {device} tensors, as feats is ({backend!r} serves {served})", backend)
+        reject("backend", f"one that serves {device} tensors, as feats is ({backend!r} serves {served})", backend)
     elif reason := unfit(backend, feats.device):
         raise ValueError(f"sn_ops: backend: {backend!r} cannot serve {feats.device}: {reason}")
     refuse_transforms()
@@ -196,7 +196,7 @@ def _choose_backend(backend: str, feats: Tensor) -> str:
 # ---- what the fused backends do not serve ----
 
 
-def _use_reference(what: str) -> NoReturn:
+def use_reference(what: str) -> NoReturn:
     raise RuntimeError(
         f"sn_ops: {what} not available from the fused backends, which differentiate the loss once, backwards. Use "
         'backend="reference", which has no such limit.'
@@ -206,4 +206,4 @@ def _use_reference(what: str) -> NoReturn:
 def refuse_transforms() -> None:
     """Raise inside the transforms of torch.func, where a bare operator would drop tangents without a word."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        _use_reference("the transforms of torch.func (vmap, grad, jvp, ...) are")
+        use_reference("the transforms of torch.func (vmap, grad, jvp, ...) are")

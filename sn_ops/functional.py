@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .checks import _check_batch, _reject, check_options
-from .dispatch import _choose_backend, check_backend
+from .checks import check_batch, check_options, reject
+from .dispatch import check_backend, choose_backend
 
 # The default loss options, the authors' recipe for Market-1501.
 K = 10
@@ -161,8 +161,8 @@ def sn_loss(
     def checked() -> tuple[str, reference.ForwardArguments]:
         check_backend(backend)
         options = check_options(k, alpha, weight, squeeze, reduction)
-        own_labels, bank_labels, index, offset = _check_batch(feats, labels, candidates, candidate_labels, self_index)
-        chosen = _choose_backend(backend, feats)
+        own_labels, bank_labels, index, offset = check_batch(feats, labels, candidates, candidate_labels, self_index)
+        chosen = choose_backend(backend, feats)
         return chosen, reference.ForwardArguments(feats, own_labels, candidates, bank_labels, index, offset, *options)
 
     if group is not None:
@@ -178,7 +178,7 @@ def sn_loss(
         loss, stats = group_loss(group, sizes, prepare)
     else:
         if sizes is not None:
-            _reject("sizes", "None without a group", sizes)
+            reject("sizes", "None without a group", sizes)
         chosen, args = checked()
         loss, stats = reference.loss(args) if chosen == "reference" else ops.loss(chosen, args)
     if not return_stats:
@@ -218,10 +218,10 @@ def support_neighbors(
     """
     check_backend(backend)
     k, alpha, weight, squeeze, reduction = check_options(k, ALPHA, WEIGHT, "none", "sum")
-    labels, candidate_labels, index, offset = _check_batch(feats, labels, candidates, candidate_labels, self_index)
+    labels, candidate_labels, index, offset = check_batch(feats, labels, candidates, candidate_labels, self_index)
     with torch.no_grad():
         graph = ops.forward(
-            _choose_backend(backend, feats), feats, labels, candidates, candidate_labels, index, offset,
+            choose_backend(backend, feats), feats, labels, candidates, candidate_labels, index, offset,
             k, alpha, weight, squeeze, reduction, True,
         )  # fmt: skip
         distances = reference.distances_of(graph.squared[:, :-2])

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference, triton
-from .dispatch import CORE, LOAD_ERROR, _use_reference
+from .dispatch import CORE, LOAD_ERROR, use_reference
 from .reference import BackwardArguments, ForwardArguments, Graph, Reduction
 
 # ---- operators by backend -----------------------------------------------------------------------
@@ -110,7 +110,7 @@ def _differentiate(
 
 
 def _refuse_second_derivative(*_: object) -> NoReturn:
-    _use_reference("second derivatives are")
+    use_reference("second derivatives are")
 
 
 class _EagerLoss(torch.autograd.Function):
@@ -146,7 +146,7 @@ class _EagerLoss(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: object) -> NoReturn:
-        _use_reference("forward-mode derivatives are")
+        use_reference("forward-mode derivatives are")
 
 
 def loss(backend: str, args: ForwardArguments) -> tuple[Tensor, Tensor]:

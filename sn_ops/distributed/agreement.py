@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import reference
-from .collectives import _gather_record
-from .exchange import _MAX_ROWS, Call, Exchange, _error, _Plan
-from .rows import _row_bytes
+from .collectives import gather_record
+from .exchange import MAX_ROWS, Call, Exchange, Plan, reject
+from .rows import row_bytes
 
 _COUNTS = 4  # failed, rows, bank rows, gradient
 _TEXT = 384  # bytes of options, compared as they are
@@ -52,7 +52,7 @@ def _as_text(values: Tensor) -> str:
 def _raise_everywhere(group: Any, failed: list[int], error: Exception | None) -> NoReturn:
     """On a failing rank its own error, on the others one that quotes the first of those; called on all ranks."""
     message = "" if error is None else f"{type(error).__name__}: {error}"
-    messages = _gather_record(group, _as_bytes(message, _MESSAGE))
+    messages = gather_record(group, _as_bytes(message, _MESSAGE))
     if error is not None:
         raise error
     raise RuntimeError(f"sn_ops: group: rank {failed[0]} was given bad input: {_as_text(messages[failed[0]])}")
@@ -63,13 +63,13 @@ def _refuse_difference(texts: list[str]) -> NoReturn:
     for name, value in table[0].items():
         for rank, terms in enumerate(table):
             if terms.get(name) != value:
-                _error(
+                reject(
                     "group", f"the same {name} on every rank", f"{value} on rank 0, {terms.get(name)} on rank {rank}"
                 )
-    _error("group", "the same options on every rank", texts)
+    reject("group", "the same options on every rank", texts)
 
 
-def _agree(exchange: Exchange, prepare: Callable[[], Call]) -> tuple[Call, _Plan]:
+def agree(exchange: Exchange, prepare: Callable[[], Call]) -> tuple[Call, Plan]:
     """This rank's validated call and the common plan; if any rank's input is bad, all ranks raise."""
     group = exchange.group
     call, error, text, counts = None, None, "", [1, 0, 0, _NO_GRAD]
@@ -80,7 +80,7 @@ def _agree(exchange: Exchange, prepare: Callable[[], Call]) -> tuple[Call, _Plan
     except Exception as caught:  # whatever it is, the other ranks wait for this one
         error = caught
     record = b"".join(count.to_bytes(8, "little") for count in counts) + _as_bytes(text, _TEXT)
-    table = _gather_record(group, record)
+    table = gather_record(group, record)
 
     failed, sizes, banks, needs = table[:, : 8 * _COUNTS].contiguous().view(torch.int64).T.tolist()
     if any(failed) or call is None:
@@ -88,10 +88,10 @@ def _agree(exchange: Exchange, prepare: Callable[[], Call]) -> tuple[Call, _Plan
     options = table[:, 8 * _COUNTS :]
     if not bool((options == options[0]).all()):
         _refuse_difference([_as_text(row) for row in options])
-    if sum(sizes) + max(banks) > _MAX_ROWS:
-        _error("group", f"at most {_MAX_ROWS} candidates on a rank", sum(sizes) + max(banks))
+    if sum(sizes) + max(banks) > MAX_ROWS:
+        reject("group", f"at most {MAX_ROWS} candidates on a rank", sum(sizes) + max(banks))
     if _GRAD_NEEDED in needs and _NO_GRAD in needs:
-        _error(
+        reject(
             "group",
             "gradients to be recorded on every rank or on none (backward is a collective)",
             f"torch.no_grad on rank {needs.index(_NO_GRAD)} and features that require one on rank "
@@ -107,7 +107,7 @@ def _gradient_need(call: Call) -> int:
     return _GRAD_NEEDED if needs else _GRAD_NOT_NEEDED
 
 
-def _take_on_trust(exchange: Exchange, call: Call, sizes: Sequence[int]) -> _Plan:
+def take_on_trust(exchange: Exchange, call: Call, sizes: Sequence[int]) -> Plan:
     """The plan from a `sizes=` hint, without asking anybody."""
     rank, world = dist.get_rank(exchange.group), dist.get_world_size(exchange.group)
     try:
@@ -115,14 +115,14 @@ def _take_on_trust(exchange: Exchange, call: Call, sizes: Sequence[int]) -> _Pla
     except TypeError:
         raise TypeError(f"sn_ops: sizes: expected one int for each rank, got {sizes!r}") from None
     if len(rows) != world or min(rows) < 0:
-        _error("sizes", f"{world} ints >= 0, one for each rank of the group", list(rows))
+        reject("sizes", f"{world} ints >= 0, one for each rank of the group", list(rows))
     if rows[rank] != call.feats.shape[0]:
-        _error("sizes", f"{call.feats.shape[0]} at position {rank}, the rows of this rank's feats", list(rows))
+        reject("sizes", f"{call.feats.shape[0]} at position {rank}, the rows of this rank's feats", list(rows))
     # Nobody was asked who needs a gradient, so that everybody whose grad mode is on is ready to take part.
     return _plan(exchange, call, rows, torch.is_grad_enabled())
 
 
-def _plan(exchange: Exchange, call: Call, sizes: tuple[int, ...], joins: bool) -> _Plan:
-    gathered = sum(sizes) * (_row_bytes(call.feats) + call.feats.shape[1] * call.feats.element_size())
+def _plan(exchange: Exchange, call: Call, sizes: tuple[int, ...], joins: bool) -> Plan:
+    gathered = sum(sizes) * (row_bytes(call.feats) + call.feats.shape[1] * call.feats.element_size())
     ring = exchange.mode == "ring" or (exchange.mode == "auto" and gathered > exchange.ring_above)
-    return _Plan(exchange.group, dist.get_rank(exchange.group), sizes, ring, joins)
+    return Plan(exchange.group, dist.get_rank(exchange.group), sizes, ring, joins)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import reference
-from .exchange import _Plan
+from .exchange import Plan
 
 # torch renamed the single-tensor collectives in 2.13 and warns about the old names, which are all that 2.10 has.
 
@@ -24,7 +24,7 @@ def _backend_of(group: Any, device_type: str) -> str:
     return str(pairs.get(device_type, ""))
 
 
-def _wire_device(group: Any) -> torch.device:
+def wire_device(group: Any) -> torch.device:
     """Where small host-side messages travel: on the host if the group can, which then needs no synchronisation."""
     if _backend_of(group, "cpu"):
         return torch.device("cpu")
@@ -32,14 +32,14 @@ def _wire_device(group: Any) -> torch.device:
     return torch.device(device_type, torch.get_device_module(device_type).current_device())
 
 
-def _gather_equal(group: Any, mine: Tensor, world: int) -> Tensor:
+def gather_equal(group: Any, mine: Tensor, world: int) -> Tensor:
     """`[world, n]` of every rank's `[n]`."""
     everyone = mine.new_empty(world * mine.shape[0])
     _all_gather_single(everyone, mine, group=group)
     return everyone.view(world, -1)
 
 
-def _gather_rows(plan: _Plan, mine: Tensor, everyone: Tensor) -> None:
+def gather_rows(plan: Plan, mine: Tensor, everyone: Tensor) -> None:
     """Every rank's `[N_r, bytes]` into `everyone`, one behind the other and without padding."""
     if len(set(plan.sizes)) == 1:
         _all_gather_single(everyone, mine, group=plan.group)
@@ -59,7 +59,7 @@ def _gather_rows(plan: _Plan, mine: Tensor, everyone: Tensor) -> None:
         work.wait()
 
 
-def _reduce_scatter(plan: _Plan, gradients: Tensor) -> Tensor:
+def reduce_scatter(plan: Plan, gradients: Tensor) -> Tensor:
     """This rank's rows `[N, D]` of the sum over ranks of `gradients` `[M, D]`.
 
     Half-precision contributions travel as they are; where the sum is formed here it is formed in the accumulation type.
@@ -86,16 +86,16 @@ def _reduce_scatter(plan: _Plan, gradients: Tensor) -> Tensor:
     return total
 
 
-def _gather_record(group: Any, record: bytes) -> Tensor:
+def gather_record(group: Any, record: bytes) -> Tensor:
     """`[world, len(record)]` uint8 on the host."""
-    mine = torch.frombuffer(bytearray(record), dtype=torch.uint8).to(_wire_device(group))
-    return _gather_equal(group, mine, dist.get_world_size(group)).cpu()
+    mine = torch.frombuffer(bytearray(record), dtype=torch.uint8).to(wire_device(group))
+    return gather_equal(group, mine, dist.get_world_size(group)).cpu()
 
 
 # ---- the ring ------------------------------------------------------------------------------------
 
 
-def _pass_on(plan: _Plan, leaving: Tensor, arriving: Tensor) -> list[Any]:
+def pass_on(plan: Plan, leaving: Tensor, arriving: Tensor) -> list[Any]:
     """Starts sending to the next rank and receiving from the previous one; what to wait for."""
     if plan.world == 1:
         arriving.copy_(leaving)
@@ -113,7 +113,7 @@ def _pass_on(plan: _Plan, leaving: Tensor, arriving: Tensor) -> list[Any]:
     return dist.batch_isend_irecv([send, receive])
 
 
-def _travel(plan: _Plan, mine: Tensor) -> Iterator[tuple[int, Tensor]]:
+def travel(plan: Plan, mine: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(rank, its rows) for every rank, this one first; the next rows arrive while those at hand are worked on."""
     rows = mine
     for step in range(plan.world):
@@ -121,7 +121,7 @@ def _travel(plan: _Plan, mine: Tensor) -> Iterator[tuple[int, Tensor]]:
         arriving = rows
         if step + 1 < plan.world:
             arriving = mine.new_empty((plan.sizes[(plan.rank - step - 1) % plan.world], mine.shape[1]))
-            pending = _pass_on(plan, rows, arriving)
+            pending = pass_on(plan, rows, arriving)
         yield (plan.rank - step) % plan.world, rows
         for work in pending:
             work.wait()

@@ -13,7 +13,7 @@ MODES = ("auto", "gather", "ring")
 RING_ABOVE = 4 << 30
 """Bytes of gathered rows and their gradients on one rank above which mode "auto" takes the ring."""
 
-_MAX_ROWS = 2**31 - 1  # the support graph stores candidates as int32
+MAX_ROWS = 2**31 - 1  # the support graph stores candidates as int32
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Call(NamedTuple):
     reduction: int
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What all ranks know alike."""
 
     group: Any
@@ -110,5 +110,5 @@ class _Plan(NamedTuple):
         return sum(self.sizes[:rank])
 
 
-def _error(argument: str, expected: str, got: object) -> NoReturn:
+def reject(argument: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"sn_ops: {argument}: expected {expected}, got {got}")

@@ -10,30 +10,30 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .collectives import _gather_equal, _gather_rows, _reduce_scatter, _wire_device
-from .exchange import _Plan, check_process_group
+from .collectives import gather_equal, gather_rows, reduce_scatter, wire_device
+from .exchange import Plan, check_process_group
 
 
 class _AllGatherRows(torch.autograd.Function):
     """Rows `[n, D]` of every rank, one behind the other; a gradient returns to the rank that owns the row."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, plan: _Plan) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, plan: Plan) -> Tensor:
         ctx.plan = plan
         return _gathered(rows, plan)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(ctx.plan, gradient.contiguous()).to(gradient.dtype), None
+        return reduce_scatter(ctx.plan, gradient.contiguous()).to(gradient.dtype), None
 
 
-def _gathered(rows: Tensor, plan: _Plan) -> Tensor:
+def _gathered(rows: Tensor, plan: Plan) -> Tensor:
     rows = rows.detach().contiguous()
     everyone = rows.new_empty((plan.total, rows.shape[1]))
     if everyone.numel() > 0:
         # As bytes: a backend of torch.distributed need not know the dtype.
-        _gather_rows(plan, rows.view(torch.uint8), everyone.view(torch.uint8))
+        gather_rows(plan, rows.view(torch.uint8), everyone.view(torch.uint8))
     return everyone
 
 
@@ -65,9 +65,9 @@ def all_gather_rows(rows: Tensor, group: Any) -> tuple[Tensor, int]:
     if rows.dim() == 0:
         raise ValueError("sn_ops: rows: expected a tensor of at least one dimension, got a scalar")
     check_process_group(group)
-    count = torch.tensor([rows.shape[0]], device=_wire_device(group))
-    counts = _gather_equal(group, count, dist.get_world_size(group)).flatten().tolist()
-    plan = _Plan(group, dist.get_rank(group), tuple(counts), ring=False, joins=True)
+    count = torch.tensor([rows.shape[0]], device=wire_device(group))
+    counts = gather_equal(group, count, dist.get_world_size(group)).flatten().tolist()
+    plan = Plan(group, dist.get_rank(group), tuple(counts), ring=False, joins=True)
     flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
     everyone: Tensor = _AllGatherRows.apply(flat, plan) if rows.is_floating_point() else _gathered(flat, plan)
     return everyone.view(plan.total, *rows.shape[1:]), plan.start(plan.rank)

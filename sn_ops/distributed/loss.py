@@ -11,11 +11,11 @@ from torch.autograd.function import FunctionCtx
 
 from .. import ops, reference
 from ..reference import Graph
-from .agreement import _agree, _take_on_trust
-from .collectives import _gather_equal, _pass_on, _reduce_scatter, _travel
-from .exchange import Call, _Plan, check_group
-from .rows import _Rows
-from .search import _gather_graph, _ring_graph
+from .agreement import agree, take_on_trust
+from .collectives import gather_equal, pass_on, reduce_scatter, travel
+from .exchange import Call, Plan, check_group
+from .rows import Rows
+from .search import gather_graph, ring_graph
 
 # ---- gradients ------------------------------------------------------------------------------------
 
@@ -42,15 +42,15 @@ class _Backward(NamedTuple):
         )  # fmt: skip
 
 
-def _gather_gradient(plan: _Plan, job: _Backward, rows: _Rows) -> Tensor:
+def _gather_gradient(plan: Plan, job: _Backward, rows: Rows) -> Tensor:
     """`[N, D]` acc: the gradient of this rank's features but for what a bank adds."""
     acc = reference.accumulation_dtype(job.feats.dtype)
     own, pushed = job.through(rows.feats, 0, True)
-    returned = _reduce_scatter(plan, pushed).to(acc)
+    returned = reduce_scatter(plan, pushed).to(acc)
     return own.to(acc) + returned if job.need_feats else returned
 
 
-def _ring_gradient(plan: _Plan, job: _Backward, rows: _Rows) -> Tensor:
+def _ring_gradient(plan: Plan, job: _Backward, rows: Rows) -> Tensor:
     """The same from batches that travel. The gradient of a batch travels behind it and arrives at home with the sum of
     all ranks, added in the order of the ring and in the accumulation type."""
     acc = reference.accumulation_dtype(job.feats.dtype)
@@ -58,7 +58,7 @@ def _ring_gradient(plan: _Plan, job: _Backward, rows: _Rows) -> Tensor:
     own = torch.zeros_like(job.feats)
     gradient = None
     pending: list[Any] = []
-    for owner, data in _travel(plan, rows.data):
+    for owner, data in travel(plan, rows.data):
         mine, pushed = job.through(rows.with_data(data).feats.to(acc), plan.start(owner), True)
         if job.need_feats:
             own += mine
@@ -67,7 +67,7 @@ def _ring_gradient(plan: _Plan, job: _Backward, rows: _Rows) -> Tensor:
         if gradient is not None:
             pushed += gradient
         gradient = pushed.new_empty((plan.sizes[(owner - 1) % plan.world], pushed.shape[1]))
-        pending = _pass_on(plan, pushed, gradient)
+        pending = pass_on(plan, pushed, gradient)
     for work in pending:
         work.wait()
     assert gradient is not None  # a group has a rank
@@ -96,9 +96,9 @@ def _local_totals(call: Call, graph: Graph) -> Tensor:
     ])  # fmt: skip
 
 
-def _globalise(call: Call, plan: _Plan, graph: Graph) -> tuple[Tensor, Tensor]:
+def _globalise(call: Call, plan: Plan, graph: Graph) -> tuple[Tensor, Tensor]:
     """The loss over all ranks (with "none", of the own anchors) and the global statistics `[6]`."""
-    totals = _gather_equal(plan.group, _local_totals(call, graph), plan.world).sum(0)
+    totals = gather_equal(plan.group, _local_totals(call, graph), plan.world).sum(0)
     loss_sum, valid, positives, positive_sum, negatives, negative_sum, nearest, inside, poison = totals.unbind()
 
     def ratio(total: Tensor, count: Tensor) -> Tensor:
@@ -138,9 +138,9 @@ class _GroupLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, feats: Tensor, bank: Tensor | None, token: Tensor, call: Call, plan: _Plan
+        ctx: Any, feats: Tensor, bank: Tensor | None, token: Tensor, call: Call, plan: Plan
     ) -> tuple[Tensor, Tensor]:
-        graph, rows = (_ring_graph if plan.ring else _gather_graph)(call, plan)
+        graph, rows = (ring_graph if plan.ring else gather_graph)(call, plan)
         value, stats = _globalise(call, plan, graph)
         ctx.save_for_backward(feats, bank, rows, graph.indices, graph.coefficients, stats)
         ctx.plan, ctx.backend, ctx.reduction = plan, call.backend, call.reduction
@@ -150,7 +150,7 @@ class _GroupLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         feats, bank, data, indices, coefficients, stats = ctx.saved_tensors
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         need_feats, need_bank = ctx.needs_input_grad[:2]
         grad_bank = None
         with torch.no_grad():
@@ -158,7 +158,7 @@ class _GroupLoss(torch.autograd.Function):
             job = _Backward(
                 ctx.backend, upstream, feats.detach(), indices, coefficients, stats, ctx.reduction, need_feats
             )
-            rows = _Rows(data, feats.shape[1], feats.dtype)
+            rows = Rows(data, feats.shape[1], feats.dtype)
             gradient = (_ring_gradient if plan.ring else _gather_gradient)(plan, job, rows)
             if bank is not None:
                 own, pushed = job.through(bank.detach(), plan.total, need_bank)
@@ -195,10 +195,10 @@ def loss(group: Any, sizes: Sequence[int] | None, prepare: Callable[[], Call]) -
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("sn_ops: group= is not available in the transforms of torch.func (vmap, grad, jvp, ...)")
     if sizes is None:
-        call, plan = _agree(exchange, prepare)
+        call, plan = agree(exchange, prepare)
     else:
         call = prepare()
-        plan = _take_on_trust(exchange, call, sizes)
+        plan = take_on_trust(exchange, call, sizes)
     token = torch.empty((), requires_grad=plan.joins)
     pair: tuple[Tensor, Tensor] = _GroupLoss.apply(call.feats, call.bank, token, call, plan)
     return pair

@@ -13,12 +13,12 @@ from torch import Tensor
 _ROW_ALIGNMENT = 16
 
 
-def _row_bytes(feats: Tensor) -> int:
+def row_bytes(feats: Tensor) -> int:
     needed = feats.shape[1] * feats.element_size() + 8
     return -(-needed // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """`[n, row bytes]` uint8 and how to read it."""
 
     data: Tensor
@@ -35,13 +35,13 @@ class _Rows(NamedTuple):
         """`[n]` int64, a view."""
         return self.data[:, -8:].view(torch.int64).squeeze(1)
 
-    def with_data(self, data: Tensor) -> _Rows:
+    def with_data(self, data: Tensor) -> Rows:
         return self._replace(data=data)
 
 
-def _pack(feats: Tensor, labels: Tensor) -> _Rows:
-    rows = _Rows(
-        torch.empty((feats.shape[0], _row_bytes(feats)), dtype=torch.uint8, device=feats.device),
+def pack(feats: Tensor, labels: Tensor) -> Rows:
+    rows = Rows(
+        torch.empty((feats.shape[0], row_bytes(feats)), dtype=torch.uint8, device=feats.device),
         feats.shape[1],
         feats.dtype,
     )

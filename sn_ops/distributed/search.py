@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..reference import Graph
-from .collectives import _gather_rows, _travel
-from .exchange import Call, _Plan
-from .rows import _pack
+from .collectives import gather_rows, travel
+from .exchange import Call, Plan
+from .rows import pack
 
 
 def _local_reduction(call: Call) -> int:
@@ -20,11 +20,11 @@ def _local_reduction(call: Call) -> int:
     return int(reference.Reduction.NONE if none else reference.Reduction.SUM)
 
 
-def _gather_graph(call: Call, plan: _Plan) -> tuple[Graph, Tensor]:
+def gather_graph(call: Call, plan: Plan) -> tuple[Graph, Tensor]:
     """The graph by one gather, and the rows of all ranks `[M, bytes]`, which backward needs again."""
-    mine = _pack(call.feats, call.labels)
+    mine = pack(call.feats, call.labels)
     everyone = mine.with_data(mine.data.new_empty((plan.total, mine.data.shape[1])))
-    _gather_rows(plan, mine.data, everyone.data)
+    gather_rows(plan, mine.data, everyone.data)
     start, labels = plan.start(plan.rank), everyone.labels.contiguous()
     if call.bank is not None:
         gathered = _search(call, everyone.feats, labels, 0, None, start)
@@ -36,11 +36,11 @@ def _gather_graph(call: Call, plan: _Plan) -> tuple[Graph, Tensor]:
     return graph, everyone.data
 
 
-def _ring_graph(call: Call, plan: _Plan) -> tuple[Graph, Tensor]:
+def ring_graph(call: Call, plan: Plan) -> tuple[Graph, Tensor]:
     """The graph by passing batches on, and this rank's rows `[N, bytes]`."""
-    mine = _pack(call.feats, call.labels)
+    mine = pack(call.feats, call.labels)
     found = None if call.bank is None else _search_bank(call, plan)
-    for owner, data in _travel(plan, mine.data):
+    for owner, data in travel(plan, mine.data):
         rows = mine.with_data(data)
         self_offset = 0 if owner == plan.rank else -1
         passing = _search(call, rows.feats, rows.labels.contiguous(), plan.start(owner), None, self_offset)
@@ -101,7 +101,7 @@ def _search(
     )  # fmt: skip
 
 
-def _search_bank(call: Call, plan: _Plan) -> _Found:
+def _search_bank(call: Call, plan: Plan) -> _Found:
     assert call.bank is not None and call.bank_labels is not None
     return _search(call, call.bank.detach(), call.bank_labels, plan.total, call.self_index, call.self_offset)
 

@@ -452,7 +452,7 @@ def test_auto_passes_over_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> 
     capability = (8, 6)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(dispatch, "runs_on", lambda _, found: found == (9, 0))
-    choose: Any = dispatch._choose_backend
+    choose: Any = dispatch.choose_backend
     for capability, chosen in ((8, 6), "triton"), ((9, 0), "cuda"), ((7, 5), "reference"):  # noqa: B007
         dispatch._unfit.cache_clear()
         assert choose("auto", OnCuda) == chosen

@@ -134,7 +134,7 @@ def module_with_sizes(group: Any, shards: Sequence[Shard], sizes: Sequence[int])
 def takes_the_ring(group: Any, shards: Sequence[Shard], limit: int) -> bool:
     """Whether the ring is taken under a limit of bytes."""
     shard = shards[dist.get_rank(group)]
-    with mock.patch.object(group_loss, "_ring_graph", wraps=search._ring_graph) as ring:
+    with mock.patch.object(group_loss, "ring_graph", wraps=search.ring_graph) as ring:
         sn_ops.sn_loss(shard.feats, shard.labels, group=Exchange(group, ring_above=limit))
     return bool(ring.called)
 

@@ -81,7 +81,7 @@ def quota_of(group: Path) -> float:
     for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
         try:
             quota, period = map(float, " ".join((group / name).read_text() for name in names).split())
-        except (OSError, ValueError):  # not there, "max"
+        except (OSError, ValueError):  # a missing file, or "max"
             continue
         if quota > 0 and period > 0:
             return quota / period
@@ -91,8 +91,8 @@ def quota_of(group: Path) -> float:
 def granted_processors(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> float:
     """Processors' time that this process' control groups grant it; inf: no limit, or none that can be read.
 
-    The limits of all groups above hold too. A process in a container may be told a path that only the outside has; its
-    own group is then the root of what is mounted, which is looked at with those above.
+    The limits of all groups above hold too. In a container the path may exist outside only; the process' own group is
+    then the root of what is mounted, which is read with those above.
     """
     try:
         lines = groups.read_text(errors="replace").splitlines()

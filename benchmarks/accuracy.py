@@ -11,7 +11,7 @@ from torch import Tensor
 from baselines import CLAMP, INF, Recipe
 from inputs import Batch
 
-# How many products (sampled anchors x M x D) the fp64 evaluation may cost; large batches are sampled down to it.
+# Most products (sampled anchors x M x D) of the fp64 evaluation; of larger batches fewer anchors are sampled.
 SAMPLED_PRODUCTS = 1 << 29
 # Differences held at a time, in elements.
 _CHUNK = 1 << 21
@@ -26,7 +26,7 @@ class Exact:
     support: Tensor  # [S, K] int64, ascending index, -1 where unused
     edges: Tensor  # [S, K + 2] int64: support set in order, nearest and farthest positive
     coefficients: Tensor  # [S, K + 2] (dL_i / dd) / d, 0 where there is no edge
-    bound: Tensor  # [S]: what the specification allows a loss to be off
+    bound: Tensor  # [S]: the largest error of a loss that is allowed
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Accuracy:
     """What the table shows. The gradient is that of the anchors whose selection is the exact one."""
 
     loss_error: float  # largest |loss - exact| of an anchor
-    loss_error_over_bound: float  # the same in units of the specification's bound for that anchor
+    loss_error_over_bound: float  # the same in units of the bound for that anchor
     gradient_error: float | None  # |gradient - exact| / |exact| (absolute where that is 0); None: no anchor to compare
     same_selection: float  # fraction of sampled anchors whose support set is the exact one
     sampled: int

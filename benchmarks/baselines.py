@@ -44,7 +44,7 @@ class Recipe:
 Rival = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None", Recipe, str], tuple[Tensor, Tensor]]
 
 INF = float("inf")
-# d = sqrt(max(d2, CLAMP)), as the specification says.
+# d = sqrt(max(d2, CLAMP)), as in sn_ops/reference.py.
 CLAMP = 1e-12
 
 
@@ -211,7 +211,7 @@ class Positives:
         self.table = torch.where(filled, order[(starts[:, None] + slots).clamp(max=t.numel() - 1)], -1)
         self.row = torch.searchsorted(identities, labels)
         if candidate_labels is not None:
-            # An anchor's identity need not occur among the candidates: those point at a row of its own that is empty.
+            # Anchors whose identity does not occur among the candidates point at an empty row of their own.
             inside = self.row.clamp(max=identities.numel() - 1)
             known = identities[inside] == labels
             self.table = torch.cat([self.table, self.table.new_full((1, self.table.shape[1]), -1)])
@@ -280,7 +280,7 @@ def search(
         scores, bias = x.new_empty(block, width), squared_norms(z)
     if width > m:
         scores[:, m:] = INF
-    # Searching in blocks pays even where the product does not come in blocks.
+    # Searching in blocks is faster even where the product is computed whole.
     step = max(32, min(n, BLOCK_ELEMENTS // m)) if not small else n
     for start in range(0, n, step):
         stop = min(start + step, n)

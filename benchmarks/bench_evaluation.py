@@ -82,7 +82,7 @@ def compiled_peers() -> dict[str, Peer]:
         numba: Any = importlib.import_module("numba")
     except ImportError:
         return {}
-    # Its OpenMP layer would share PyTorch's runtime and change how many threads that one uses, and how they wait.
+    # numba's OpenMP layer would share PyTorch's runtime and change how many threads PyTorch uses, and how they wait.
     numba.config.THREADING_LAYER = "workqueue"
 
     def walk(order: Array, qid: int, qcam: int, gids: Array, gcams: Array) -> tuple[float, float]:
@@ -124,7 +124,7 @@ def compiled_peers() -> dict[str, Peer]:
     def numpy_sorted(matrix: Array, *labels: Array) -> tuple[float, float]:
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         out = np.empty((len(matrix), 2))
-        # As many rows at a time as are quick to sort: the whole index matrix would only cost memory.
+        # A few rows at a time: the index matrix of all would only cost memory.
         for start in range(0, len(matrix), 256):
             part = slice(start, start + 256)
             orders = np.argsort(matrix[part], axis=1)

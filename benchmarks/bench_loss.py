@@ -47,7 +47,7 @@ TINY = Spec("random", 8, 16)
 MEMORY_PAIRS = (1 << 20, 1 << 24)
 MEMORY_PRODUCTS = 1 << 33
 MEMORY_KINDS = ("random", "file")
-# Seconds of sampling a table.
+# Seconds of sampling for each table.
 BUDGET = 0.5
 QUICK_BUDGET = 0.8
 # Accuracy costs another pass; contestants slower than this are judged on smaller shapes.
@@ -65,7 +65,7 @@ LARGER_CHECKS: list[tuple[int, int, int | None, int]] = [(520, 24, None, 3), (15
 
 
 class MismatchError(Exception):
-    """A contestant computes something else than the loss."""
+    """A contestant does not compute the loss."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def tasks_of(contestant: Contestant, batch: Batch, recipe: Recipe) -> list[harne
 def compile_first(
     contestant: Contestant, batch: Batch, recipe: Recipe, eager: Contestant, comparable: bool
 ) -> str | None:
-    """Compile outside the timing. A reason why it is impossible, or None. MismatchError if it differs from eager.
+    """Compile before timing. Returns why that is impossible, or None. Raises MismatchError if it differs from eager.
 
     On near-duplicate rows (not `comparable`) both select by rounding noise, each by its own: nothing to compare then.
     """
@@ -289,7 +289,7 @@ def measure_cuda_memory(
 def measure_overhead(
     contestants: list[Contestant], recipe: Recipe, setting: Setting, budget: float, tick: Callable[[str], None]
 ) -> dict[str, harness.Timing]:
-    """Forward + backward on 8 x 16, where the host is all there is."""
+    """Forward + backward on 8 x 16, where the host's overhead is the whole time."""
     batch = inputs.make(TINY).to(setting.device, torch.float32)
     tasks = {c.name: tasks_of(c, batch, recipe)[1] for c in contestants if not c.compiled}
     harness.measure(tasks.values(), setting.device, budget, tick)
@@ -358,7 +358,7 @@ def threads_of(options: argparse.Namespace) -> list[int]:
 
 
 def contestants_of(options: argparse.Namespace) -> tuple[list[Contestant], list[str]]:
-    """Everyone who takes part, and the CPU capabilities asked for."""
+    """All contestants, and the CPU capabilities asked for."""
     device = torch.device(options.device)
     capabilities = [name for name in options.cpu_capability.split(",") if name]
     try:
@@ -413,7 +413,7 @@ def plan_of(specs: list[Spec], all_threads: list[int], options: argparse.Namespa
 
 
 def wants_memory(spec: Spec, batch: Batch) -> bool:
-    """Peaks are taken on shapes where the whole field of contestants takes seconds."""
+    """Peak memory is measured on shapes where all contestants together take seconds."""
     if spec.kind not in MEMORY_KINDS:
         return False
     return MEMORY_PAIRS[0] <= batch.n * batch.m <= MEMORY_PAIRS[1] and batch.n * batch.m * batch.d <= MEMORY_PRODUCTS
@@ -469,7 +469,7 @@ def run(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; 0, or 1 when a contestant computes something else than the loss."""
+    """Run; the exit status is 1 if a contestant does not compute the loss."""
     options = parse(arguments)
     started = time.perf_counter()
     specs, all_threads = specs_of(options), threads_of(options)

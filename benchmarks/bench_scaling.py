@@ -45,9 +45,9 @@ class Machine:
     call: float  # seconds that a call of an operator costs whatever its size
     bandwidth: float  # bytes a second that a rank sends while it receives as many
     latency: float  # seconds until the first byte of a transfer arrives
-    merge: float = 0.0  # ring: seconds to merge what a batch adds, an anchor
-    anchor: float = 0.0  # forward: seconds an anchor, however many the candidates
-    gather: tuple[float, float] = (0.0, 0.0)  # forward, backward: seconds of an empty call, all but the operators
+    merge: float = 0.0  # ring: seconds an anchor to merge the candidates of a batch
+    anchor: float = 0.0  # forward: seconds an anchor, for any number of candidates
+    gather: tuple[float, float] = (0.0, 0.0)  # forward, backward: seconds of an empty call without its operators
     ring: tuple[float, float] = (0.0, 0.0)
 
 
@@ -62,7 +62,7 @@ class Problem:
 
     @property
     def row_bytes(self) -> int:
-        """A row as it travels, its label behind it."""
+        """Bytes of a row as it is sent, with its label."""
         return -(-(self.dims * self.element + 8) // 16) * 16
 
 
@@ -76,7 +76,7 @@ def forward_call(m: Machine, p: Problem, candidates: int) -> float:
 
 
 def backward_call(m: Machine, p: Problem, candidates: int, edges: float) -> float:
-    """Both halves of every edge, both gradients written, and added to what others have found."""
+    """Both halves of every edge, both gradients written, and added to those of other ranks."""
     return m.call + 2 * (p.rows * edges + candidates + p.rows) * p.dims / m.moves
 
 
@@ -169,7 +169,7 @@ def merge_seconds(p: Problem, repeats: int) -> float:
 
 
 def part_seconds(p: Problem, repeats: int) -> float:
-    """The backward of a part that no edge leads to and with next to nothing in it: what a call costs at least."""
+    """The backward of a tiny part that no edge leads to: the least that a call costs."""
     indices = torch.full((8, p.k + 2), -1, dtype=torch.int32)
     job = group_loss._Backward(
         "cpu", torch.ones(()), torch.zeros(8, 8), indices, torch.zeros(8, p.k + 2), torch.ones(6, dtype=torch.float64),
@@ -199,7 +199,7 @@ def measure_kernels(p: Problem, worlds: Sequence[int], repeats: int) -> dict[str
 
 
 def fixed_seconds(p: Problem, call: float, repeats: int) -> dict[str, tuple[float, float]]:
-    """What a call through a group of one costs with next to nothing to do, less the operator's own least."""
+    """The time of a call through a group of one with almost nothing to do, less the operator's own minimum."""
     found = measure_ranks(1, Problem(8, p.dims, p.k, p.element), repeats)
     fixed = {}
     for mode in ("gather", "ring"):

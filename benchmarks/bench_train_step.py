@@ -256,7 +256,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; 0, or 1 when a contestant computes something else than the loss."""
+    """Run; the exit status is 1 if a contestant does not compute the loss."""
     options = parse(arguments)
     size, device = size_of(options), torch.device(options.device)
     torch.set_num_threads(options.threads)

@@ -1,4 +1,4 @@
-"""Who takes part: every usable backend of sn_ops and the rivals, as small objects in one list.
+"""The contestants: every usable backend of sn_ops and the rivals, as small objects in one list.
 
 A new rival (another library, say) is one more `Contestant` in `contestants()`.
 """
@@ -34,7 +34,7 @@ REFERENCE_PRODUCTS = {"quick": 30_000_000, "default": 300_000_000, "slow": 10_00
 
 @dataclass(frozen=True)
 class Setting:
-    """What limits may look at besides the batch."""
+    """What the limit of a contestant may depend on besides the batch."""
 
     threads: int
     first_threads: int  # the thread count that all contestants are measured with
@@ -208,7 +208,7 @@ def backend_contestants(names: list[str], capabilities: list[str], device: torch
             if capability not in usable:
                 raise ValueError(f"--cpu-capability: expected names among {', '.join(usable)}, got {capability!r}")
             label = "cpu" if capability == default else f"cpu {capability}"
-            # With one capability in play there is nothing to switch to between samples.
+            # With one capability there is nothing to switch between samples.
             hook = _capability_hook(capability) if capabilities else harness.nothing
             found.append(_backend("cpu", label, hook))
     return found

@@ -1,4 +1,4 @@
-"""Timing, memory and provenance: how numbers are taken, nothing about what is measured.
+"""Timing, memory and provenance: how numbers are taken, whatever is measured.
 
 Timing. Contestants take turns: one sample each a round, so that a drift of the machine hits all of them. A sample is
 one call, or, for calls under two milliseconds, the mean of as many calls as fill that time after one untimed call, so
@@ -176,7 +176,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def available_bytes() -> int:
-    """Main memory that can still be used; a guess of 8 GiB where the system does not say."""
+    """Bytes of main memory that are available; 8 GiB where the system does not tell."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

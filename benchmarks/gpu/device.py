@@ -1,7 +1,7 @@
 """The device that the steps run on: a GPU, or what stands in for one while the kit is rehearsed.
 
 A rehearsal runs the emulated CUDA kernels (tests/simt, backend "simt") where a step looks at values, and the backend
-"cpu" where it takes times. Whatever a step asks of a device it asks here, so that a rehearsal takes every line of it.
+"cpu" where it takes times. Steps use a device through this module only, so that a rehearsal runs every line of them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Gpu:
         torch.ops.sn_ops.cuda_force_path(PATHS.index(path))
 
     def last_path(self) -> str:
-        """The path that the last forward took: a forced one that cannot serve is not taken."""
+        """The path that the last forward took, another one than was forced where that cannot serve."""
         return PATHS[torch.ops.sn_ops.cuda_last_path()]
 
     def synchronize(self) -> None:
@@ -84,7 +84,7 @@ class Gpu:
 
     @contextmanager
     def busy(self) -> Any:
-        """Another stream multiplies matrices meanwhile; gives a function that enqueues some more of it."""
+        """Another stream multiplies matrices meanwhile; yields a function that enqueues more of that."""
         stream = torch.cuda.Stream()
         noise = torch.randn(2048, 2048, device=self.device, dtype=torch.bfloat16)
 

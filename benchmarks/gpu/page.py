@@ -1,4 +1,4 @@
-"""Write benchmarks/results/README.md from the records beside it, or check that it says what they say.
+"""Write benchmarks/results/README.md from the records beside it, or check that it is up to date.
 
     python benchmarks/gpu/page.py           write it
     python benchmarks/gpu/page.py --check   fail, with the difference, if it is not what would be written
@@ -35,7 +35,7 @@ NOT_RECORDED = "not recorded"
 class Entry:
     """One record in the list. `commit` is None where none is recorded; `remark` says what a reader must know.
 
-    `record` is there for those of the GPU kit.
+    `record` is set for those of the GPU kit.
     """
 
     place: PurePosixPath
@@ -72,7 +72,7 @@ def _git(folder: Path, *arguments: str) -> tuple[int, str]:
 
 
 def missing_history(folder: Path) -> str:
-    """Why ancestors of HEAD cannot be told in the repository of a folder; empty if they can."""
+    """Why the repository of a folder cannot tell ancestors of HEAD; empty if it can."""
     status, shallow = _git(folder, "rev-parse", "--is-shallow-repository")
     if status == 127:
         return "git cannot be run"
@@ -89,7 +89,7 @@ def is_ancestor(folder: Path, commit: str) -> bool:
 
 
 def _script(record: dict[str, Any]) -> str:
-    """What wrote a record of a CPU, told by its content."""
+    """The program that wrote a record of a CPU, by the record's content."""
     if "contestants" in record:
         return "bench_loss.py"
     if "parameters" in record:
@@ -109,7 +109,7 @@ def _options(command: list[str]) -> str:
 
 
 def _cpu_entry(path: Path) -> Entry:
-    """A record directly in the folder. Raises ValueError if it is none of a CPU."""
+    """A record directly in the folder. Raises ValueError if it is not one of a CPU."""
     record = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(record, dict) or not isinstance(record.get("provenance", {}), dict):
         raise ValueError("expected an object, with an object as provenance if there is one")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds, on a machine without a GPU, what prove.py and measure.py need on one: nothing is compiled there.
+# Builds on a machine without a GPU what prove.py and measure.py need on one, where nothing is compiled.
 #
 #   benchmarks/gpu/prepare.sh [--arch 9.0a] [--python 3.12] [--torch 2.11.0] [--env FOLDER] [--archive FILE.tar]
 #
@@ -66,7 +66,7 @@ fi
 PATH=$env/bin:$PATH
 export TORCH_CUDA_ARCH_LIST=$arch
 
-# What an earlier run left must not be taken for this one's, should this one fail.
+# If this run fails, what an earlier one built must not pass for its own.
 built=benchmarks/gpu/built
 rm -rf "$built" && mkdir -p "$built"
 
@@ -91,7 +91,7 @@ done
 
 # ---- do they load ---------------------------------------------------------------------------------------------------
 
-# What torch itself needs may not be there (--no-deps); where it is, the libraries have to load.
+# What torch itself depends on may be missing (--no-deps). Where it is there, the libraries must load.
 if (cd / && python -c 'import torch' 2>/dev/null); then
   PYTHONPATH=$PWD python - <<'PY' || exit 1
 import torch, sn_ops

@@ -1,9 +1,9 @@
-"""How a step tells the runner what it found: lines on standard output, so that nothing said is lost by a crash.
+"""How a step reports to the runner: by lines on standard output, so that a crash loses nothing that was reported.
 
 What follows MARK in a line, to its end, is a JSON object. Its `data` is merged into the step's data: objects key by
-key, lists by appending, anything else by replacing. `figure` is the step's word in the table at the end, `reason` why
-it did not pass. All else is for the log. A message that cannot be read fails the step that it is from: what the step
-found is not whole.
+key, lists by appending, anything else by replacing. `figure` is the step's entry in the table at the end, `reason`
+why it did not pass. All other output goes to the log. A message that cannot be read fails its step, whose data would
+be incomplete.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def say(figure: str | None = None, reason: str | None = None, **data: Any) -> No
     """Tell the runner."""
     message = {"figure": figure, "reason": reason, "data": data or None}
     text = json.dumps({key: value for key, value in message.items() if value is not None}, allow_nan=False)
-    sys.stdout.write(f"{MARK}{text}\n")  # one write: what others print does not come between
+    sys.stdout.write(f"{MARK}{text}\n")  # one write, so that other output does not split the line
     sys.stdout.flush()
 
 
@@ -50,7 +50,7 @@ def fail(reason: str) -> NoReturn:
 
 
 class MessageError(ValueError):
-    """What a step said is no message."""
+    """What a step reported is not a message."""
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def merge(into: dict[str, Any], news: dict[str, Any]) -> None:
-    """What `data` of one message does to what was said before."""
+    """Merge the `data` of one message into that of earlier ones."""
     for key, value in news.items():
         known = into.get(key)
         if isinstance(known, dict) and isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""What one call of the GPU kit leaves behind: the one schema of its JSON records, and how they are checked and kept.
+"""The one schema of the JSON records that the GPU kit writes, and how records are checked and kept.
 
-The TypedDicts below are the schema: `problems` holds a record against them, then against what types cannot say. The
-first word of a step's name says what its data are (`DATA`); any other step may have any JSON object.
-Only the standard library is needed, and Python 3.10.
+The TypedDicts below are the schema: `problems` checks a record against them, then what types cannot express. The first
+word of a step's name gives the type of its data (`DATA`); any other step may have any JSON object. Only the standard
+library is needed, and Python 3.10.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Union, cast, get_args, get_origin, get_type_hints
 
 SCHEMA = 1
-# A figure has its place in one line of the last screen.
+# A figure fits into one line of the table at the end of a call.
 FIGURE_WIDTH = 100
 
 Result = Literal["passed", "failed", "timed out", "crashed", "not run", "running"]
@@ -284,7 +284,7 @@ def kind_of(step_name: str) -> str:
 
 
 def _plain(value: object, hint: Any, where: str) -> Iterator[str]:
-    """A value of a plain type; bool is no number, an int will do for a float, NaN and infinity will not."""
+    """A value of a plain type; a bool is not a number, an int is accepted for a float, NaN and infinity are not."""
     if hint is Any or hint is object:
         return
     wanted = (int, float) if hint is float else hint
@@ -403,7 +403,7 @@ def _tests_problems(data: Tests, where: str) -> Iterator[str]:
         yield f"{where}.failures: {len(data['failures'])} names, but {data['failed']} failed"
 
 
-# What the types of a step's data cannot say.
+# Problems of a step's data that its types do not express.
 _DATA_PROBLEMS: dict[Any, Callable[[Any, str], Iterator[str]]] = {
     "ceilings": _ceilings_problems,
     "probe": _probe_problems,
@@ -439,7 +439,7 @@ def _step_problems(step: Step, complete: bool, where: str) -> Iterator[str]:
 
 
 def _denial(kind: str, data: Any) -> str:
-    """What in the data of a step that proves says that it did not pass; empty if nothing does."""
+    """Why the data of a step of `prove` contradict that it passed; empty if they do not."""
     if DATA[kind] is Tests and (data["failed"] or not data["passed"]):
         return f"{data['passed']} tests passed and {data['failed']} failed"
     if DATA[kind] is Probe and not data["holds"]:
@@ -454,7 +454,7 @@ def _denial(kind: str, data: Any) -> str:
 
 
 def _record_problems(record: Record) -> Iterator[str]:
-    """Of a record of the right types."""
+    """Problems of a record whose types are right."""
     if record["schema"] != SCHEMA:
         yield f"schema: expected {SCHEMA}, found {record['schema']}"
     provenance = record["provenance"]
@@ -555,7 +555,7 @@ def place(record: Record) -> Path:
 
 
 def write(record: Record, path: Path) -> None:
-    """Write a record so that a reader, or a machine that goes away, never sees half of one. It is not checked."""
+    """Write a record in one step: no reader sees half of it, and no crash leaves half of it. It is not checked."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".part")
     with fresh.open("w", encoding="utf-8") as file:

@@ -1,11 +1,11 @@
-"""Rehearses the kit without a GPU, so that no minute of one is lost to a mistake of the kit's own.
+"""Rehearses the kit without a GPU, so that mistakes of the kit cost no time on one.
 
     python benchmarks/gpu/rehearse.py [--keep FOLDER]
 
-First both calls whole, on emulated kernels and the CPU backend: the record is complete, in the schema and not to be
-taken for a measurement. Then made-up calls in which a step fails, hangs, dies, ends a process group, talks nonsense,
-writes until the disk is full or is cut short by the runner's own end: the record must be there and say so. Ends with
-status 0 if all of it held.
+First both calls run whole, on emulated kernels and the CPU backend: the record must be complete, fit the schema and
+be marked as a rehearsal. Then come made-up calls, whose steps fail, hang, die, leave processes behind, print
+nonsense, fill the disk or are interrupted with the runner: the record must exist and say so. The exit status is 0 if
+everything held.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MOST_FILE_BYTES = 16 << 20
 SMALL_DISK = "3m"
 
 LEFT_BEHIND = ["sleep", f"600.{os.getpid() if 'REHEARSAL' not in os.environ else os.environ['REHEARSAL']}"]
-"""A process to look for afterwards, of this rehearsal and no other."""
+"""A command that only processes of this rehearsal have, to look for afterwards."""
 
 # What steps of the made-up calls do, each a program for `python -c`; `say` is protocol.say.
 PROGRAMS = {
@@ -72,7 +72,7 @@ Results = dict[str, dict[str, Any]]
 
 
 class Stage:
-    """Where a made-up call runs, and what must hold of what it leaves."""
+    """Runs made-up calls in a folder, and checks what they leave."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -87,7 +87,7 @@ class Stage:
             print(f"rehearse: WRONG: {what}", flush=True)
 
     def read(self, out: Path, call: str) -> dict[str, Any]:
-        """The record that a call left; empty, and wrong, where there is none that can be read."""
+        """The record that a call left; empty, and a failed check, where it cannot be read."""
         try:
             record: dict[str, Any] = json.loads((out / f"{call}.json").read_text())
         except (OSError, ValueError) as error:
@@ -109,7 +109,7 @@ class Stage:
         return status, {result["name"]: result for result in record.get("steps", [])}
 
     def expect(self, results: Results, name: str, result: str, reason: str = "", cases: Any = None) -> None:
-        """What a step's line must say."""
+        """Check the result, the reason and the cases of a step."""
         found = results.get(name, {})
         told = (found.get("data") or {}).get("cases")
         self.check(
@@ -122,7 +122,7 @@ class Stage:
 
 
 def whole(stage: Stage) -> None:
-    """Both calls, every line of every step, on stand-ins."""
+    """Both calls with all their steps, on emulated kernels and the CPU backend."""
     for call in ("prove", "measure"):
         out = stage.folder / "whole"
         command = [sys.executable, str(manifest.HERE / f"{call}.py"), str(out)]
@@ -196,7 +196,7 @@ def dying(stage: Stage) -> None:
 
 
 def gates(stage: Stage) -> None:
-    """Behind a gate that is shut only what runs anyway; beside each other; the call's own limit."""
+    """Steps behind a gate that failed, steps beside each other, and the call's own limit."""
     _, results = stage.play("gates", [step("gate", gate=True), step("good", anyway=True), step("after")])
     stage.expect(results, "good", "passed", cases=[1])
     stage.expect(results, "after", "not run", "gate did not pass")
@@ -258,7 +258,7 @@ def on_small_disk(stage: Stage) -> None:
 
 
 def pretend_full(steps: list[Step], out: Path) -> None:
-    """As on a disk on which nothing but the room kept back is left once the first line is logged."""
+    """Pretend that only the ballast is left on the disk once the first line is logged."""
 
     class Full(runner.Disk):
         def write_line(self, line: bytes) -> None:
@@ -279,7 +279,7 @@ ACTS: tuple[Callable[[Stage], None], ...] = (failing, hanging, dying, gates, sto
 
 
 def emulated_programs() -> dict[str, str]:
-    """The emulated kernels and the emulated probe, built where they are not yet, as the environment names them."""
+    """Environment variables with the emulated kernels and the emulated probe, which are built if needed."""
     sys.path.append(str(ROOT / "tests"))
     from support import simt_build
 

@@ -13,7 +13,7 @@ from records import DATA, Case, Cases, Ceiling, Kernel, Probe, Provenance, Recor
 # An interquartile range above this share of the median: something else was running.
 NOISY = 0.1
 NOTHING = "-"
-# What a case is, whoever runs it and however it is labelled.
+# What makes two cases the same problem, whatever their contestants and labels.
 Problem = tuple[int, int, int, int, str, bool]
 
 
@@ -108,7 +108,7 @@ def _multiple_cell(case: Case | None, ours: Case | None) -> str:
 
 
 def notes_cell(cases: Iterable[Case]) -> str:
-    """What is to be said of some cases, each thing once."""
+    """The notes of some cases, each once."""
     return "; ".join(_distinct(case["note"] for case in cases if case["note"])) or NOTHING
 
 

@@ -42,16 +42,16 @@ ROOT = HERE.parent.parent
 BALLAST_BYTES = 4 << 20
 BALLAST_PIECE = 256 << 10
 SAVE_EVERY_S = 2.0
-GRACE_S = 3.0  # between asking a process to end and ending it
+GRACE_S = 3.0  # seconds between SIGTERM and SIGKILL
 LOG_BYTES = 12 << 20
 REHEARSAL_SLACK = 4.0
-LINE_BYTES = 4 << 20  # a longer line is taken in pieces: a step may print without end
+LINE_BYTES = 4 << 20  # a longer line is read in pieces: a step may print without line ends
 LAST_LINES = 12  # of a step that did not pass, shown at the end
 
 
 class Disk:
-    """The output folder. A disk that is full ends the log, not the record: that has a file of ballast, of which a piece
-    is given up whenever there is no room to write it."""
+    """The output folder. A full disk ends the log, not the record: a file of ballast holds space, of which a piece is
+    freed whenever the record does not fit."""
 
     def __init__(self, folder: Path, call: str) -> None:
         try:
@@ -105,7 +105,7 @@ class Disk:
                 self.trouble(f"the log is cut off: {error}")
 
     def save(self, record: dict[str, Any]) -> bool:
-        """Write the record in place of the last one. False where even the ballast did not help."""
+        """Replace the record. False where there is no room for it even without the ballast."""
         fresh = self.record.with_suffix(".json.new")
         with self._lock:
             while True:
@@ -124,7 +124,7 @@ class Disk:
                         return False
 
     def give_up_ballast(self, *, everything: bool = False) -> bool:
-        """Free a piece of what is kept back; the log, which would take it, ends. False where nothing is left."""
+        """Free a piece of the ballast, and end the log, which would use it up. False where no ballast is left."""
         self._log_ended = True
         with contextlib.suppress(OSError):
             left = self._ballast.stat().st_size
@@ -133,7 +133,7 @@ class Disk:
         return False
 
     def close(self) -> None:
-        """Give the ballast back, and the folder to others."""
+        """Remove the ballast, and let other runs use the folder."""
         with contextlib.suppress(OSError):
             self._ballast.unlink(missing_ok=True)
             (self.folder / f".{self.record.stem}.lock").unlink(missing_ok=True)
@@ -151,7 +151,9 @@ class Runner:
         self.pretend = pretend
         self.end = time.monotonic() + limit
         self.disk = Disk(folder, call)
-        self.scratch = folder / f"scratch-{call}" / "of" / "steps"  # deep: what a killed run leaves is not fetched
+        self.scratch = (
+            folder / f"scratch-{call}" / "of" / "steps"
+        )  # deep: what a killed run leaves does not travel with the record
         self.lock = threading.RLock()
         self.stopped = ""
         self.running: dict[str, subprocess.Popen[bytes]] = {}
@@ -183,7 +185,7 @@ class Runner:
     # ---- one step ------------------------------------------------------------------------------------------------
 
     def environment(self, step: Step) -> dict[str, str]:
-        """Of a step's process: nothing is written outside the scratch folder, nothing is fetched."""
+        """The environment of a step: it writes only to its scratch folder, and downloads nothing."""
         scratch = self.scratch / step.name
         scratch.mkdir(parents=True, exist_ok=True)
         changes = {
@@ -198,12 +200,12 @@ class Runner:
         # The programs import the modules of this folder; without an installed package, the checkout's own.
         paths = [str(HERE)] if importlib.util.find_spec("sn_ops") else [str(HERE), str(ROOT)]
         changes["PYTHONPATH"] = os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH", "")]))
-        # A cache that was filled beforehand is worth minutes.
+        # A cache that was filled beforehand saves minutes.
         changes.setdefault("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(scratch / "triton")))
         return os.environ | changes
 
     def listen(self, step: Step, process: subprocess.Popen[bytes]) -> None:
-        """Log what a step prints; take what it says."""
+        """Log what a step prints, and read its messages."""
         assert process.stdout is not None
         while line := process.stdout.readline(LINE_BYTES):
             printed, mark, said = line.decode("utf-8", "replace").partition(protocol.MARK)
@@ -220,11 +222,11 @@ class Runner:
                     self.unread.setdefault(step.name, f"it said what cannot be read: {error}")
 
     def take(self, step: Step, message: dict[str, Any]) -> None:
-        """Put what a step says into the record."""
+        """Merge a message of a step into the record."""
         result = self.results[step.name]
         with self.lock:
             if result["result"] not in ("not run", "running"):
-                return  # it has ended, and someone whom it left behind is speaking
+                return  # the step has ended: a process that it left behind writes this
             result["figure"] = message.get("figure", result["figure"])[:FIGURE_WIDTH].replace("\n", " ")
             result["reason"] = message.get("reason", result["reason"])
             news = message.get("data", {})
@@ -235,7 +237,7 @@ class Runner:
             self.save(now=False)
 
     def save(self, *, now: bool = True) -> None:
-        """Write the record; often asked for, not always done."""
+        """Write the record; without `now`, at most once in SAVE_EVERY_S seconds."""
         with self.lock:
             if now or time.monotonic() - self.saved > SAVE_EVERY_S:
                 self.disk.save(self.record)
@@ -252,7 +254,7 @@ class Runner:
                     time.sleep(0.1)
 
     def run_step(self, step: Step) -> None:
-        """Run one step to its end, whatever that is; a fault of the runner's own is that step's."""
+        """Run one step to its end; an exception of the runner itself fails that step."""
         try:
             self.run_process(step)
         except Exception as error:
@@ -266,7 +268,7 @@ class Runner:
         print(line_of(result), flush=True)
 
     def run_process(self, step: Step) -> None:
-        """The process of a step, and what its end says."""
+        """Run the process of a step; its result follows from how it ended."""
         result = self.results[step.name]
         cap = min(step.cap, self.end - time.monotonic())
         started = time.monotonic()
@@ -301,7 +303,7 @@ class Runner:
             late = True
             self.end_process(process)
             status = process.wait()
-        # Whoever it left behind holds the device, and the pipe.
+        # Processes that it left behind hold the device, and the pipe.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         listener.join(GRACE_S)
@@ -327,7 +329,7 @@ class Runner:
     # ---- all of them ---------------------------------------------------------------------------------------------
 
     def stop(self, number: int, _: FrameType | None) -> None:
-        """A signal: end what runs, and let the record say so."""
+        """On a signal: end the steps that run, and say so in the record."""
         self.stopped = f"the whole call was stopped by {signal.Signals(number).name}"
         for process in list(self.running.values()):
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -376,7 +378,7 @@ class Runner:
         return 0 if good and saved and not self.stopped else 1
 
     def last_screen(self) -> str:
-        """The ends of what did not pass, then the table."""
+        """Print the last lines of what did not pass, then the table."""
         text = []
         for result in self.results.values():
             if result["result"] in ("failed", "crashed", "timed out"):
@@ -392,7 +394,7 @@ class Runner:
 
 
 def signal_name(number: int) -> str:
-    """As people call it; real-time signals have no name."""
+    """The name of a signal; real-time signals have none."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -430,7 +432,7 @@ def output_of(*command: str) -> str:
 
 
 def installed(name: str) -> str | None:
-    """Version of a package, which is not imported for it."""
+    """Version of a package, without importing it."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -438,7 +440,7 @@ def installed(name: str) -> str | None:
 
 
 def processor() -> str:
-    """As /proc/cpuinfo calls it."""
+    """The processor's name in /proc/cpuinfo."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -475,7 +477,7 @@ def device_of_smi() -> dict[str, Any] | None:
 
 
 def changed_files(besides: Path | None) -> bool:
-    """Whether git knows of changes that are not committed, but for what this run writes itself."""
+    """Whether the checkout has changes that are not committed, besides what this run writes itself."""
     pathspec = ["--", "."]
     if besides is not None and besides.is_relative_to(ROOT) and besides != ROOT:
         pathspec.append(f":(exclude){besides.relative_to(ROOT)}")

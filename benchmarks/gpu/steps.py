@@ -1,4 +1,4 @@
-"""What is run on a GPU, in which order and for how long at most: the one table of the kit.
+"""The table of the kit's steps: what runs on a GPU, in which order, and for how long at most.
 
 A call is one command on the GPU's machine, `prove.py` or `measure.py`. Its steps run in the order of the table, each a
 process of its own; a step with `beside` runs at the same time as the step it names.

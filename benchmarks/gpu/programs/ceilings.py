@@ -38,12 +38,12 @@ def tf32(on: bool) -> Iterator[None]:
 
 
 def entry(unit: str, samples: list[float]) -> dict[str, Any]:
-    """As the schema has it."""
+    """A ceiling in the record's schema."""
     return {"unit": unit, "samples": samples, "median": statistics.median(samples)}
 
 
 def rates(device: Gpu | Pretended, call: Any, amount: float) -> list[float]:
-    """`amount` a call by the seconds of a call, a figure a sample."""
+    """`amount` over the seconds of a call, for each sample."""
     call()
     once = max(device.seconds(call, 1), 1e-7)
     times = max(1, round(SAMPLE_S / once))
@@ -81,7 +81,8 @@ def copies(device: Gpu | Pretended) -> dict[str, Any]:
 
 
 def calls(device: Gpu | Pretended) -> dict[str, Any]:
-    """What PyTorch takes from Python for a small operation, and for a small loss and its gradient: a floor of ours."""
+    """PyTorch's time, called from Python, for a small operation and for a small loss with its gradient: a floor
+    for ours."""
     x = torch.randn(128, 128, device=device.device, requires_grad=True)
     labels = torch.arange(128, device=device.device)
 
@@ -116,7 +117,7 @@ def micro(device: Gpu | Pretended) -> dict[str, Any]:
         print(f"{PROGRAM} is not built: run benchmarks/gpu/prepare.sh where nvcc is", flush=True)
         return {}
     found: dict[str, Any] = {}
-    # Programmatic launches last, by themselves: where they fail the rest is there already.
+    # Programmatic launches come last: where they fail, the rest is reported already.
     for options in ([], ["--quick", "--programmatic"]):
         done = subprocess.run([str(program), *options], capture_output=True, text=True)
         print(f"{PROGRAM} {' '.join(options)}: exit status {done.returncode}. {done.stderr}", flush=True)

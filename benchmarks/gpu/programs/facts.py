@@ -14,7 +14,7 @@ from sn_ops import dispatch
 
 
 def device_facts() -> dict[str, Any]:
-    """As torch sees the first device."""
+    """Facts of the first device, from torch."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "name": properties.name,
@@ -27,7 +27,7 @@ def device_facts() -> dict[str, Any]:
 
 
 def pretended_facts() -> dict[str, Any]:
-    """Of no device."""
+    """Facts of a device that is pretended."""
     return {
         "name": "pretended",
         "capability": "9.0",
@@ -41,7 +41,7 @@ def pretended_facts() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Say them; fail where the backend is not usable or a call gives nonsense."""
+    """Report them; fail where the backend is not usable or a call gives a wrong result."""
     core: Any = dispatch.CORE
     if core is None:
         protocol.fail(dispatch.LOAD_ERROR["cpu"])

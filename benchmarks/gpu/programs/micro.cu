@@ -1,5 +1,5 @@
 // Micro-benchmarks of a device: what a launch, a byte and a barrier cost there, for the ceilings that measured kernels
-// are held against. Plain CUDA, nothing of the product's.
+// are held against. Plain CUDA, without code of the package.
 //
 //   sn_gpu_micro [--quick] [--programmatic]
 //
@@ -211,7 +211,7 @@ class Bench {
   cudaGraphExec_t graph(int nodes, F work) {
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t exec = nullptr;
-    work();  // a kernel is loaded when it is launched first, which a capture may not bear
+    work();  // the first launch loads a kernel, which a capture may not allow
     CHECK(cudaStreamSynchronize(stream_));
     CHECK(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
     for (int node = 0; node < nodes; ++node) work();
@@ -411,7 +411,7 @@ void print(const cudaDeviceProp& facts, bool quick, const std::vector<Measuremen
     int value = 0;
     if (cudaDeviceGetAttribute(&value, which, 0) == cudaSuccess) {
       std::printf(", \"%s\": %d", label, value);
-    } else {  // a fact that this driver gives no more
+    } else {  // a fact that this driver no longer reports
       static_cast<void>(cudaGetLastError());
       std::printf(", \"%s\": null", label);
     }

@@ -9,8 +9,8 @@
 // Everything goes through our own wrapper, mma_m16n8k16 of ptx.cuh, in the layout that the score kernels use. First,
 // sums made by hand tell how one mma adds: `group` columns at a time are aligned with the accumulator to the largest
 // exponent, what lies below `bits` fraction bits of it is cut off, and the sum is cut off to a float. Then rows of many
-// kinds, among them such as lose as much as they can in every step, are multiplied as the kernels do, by a chain of mma
-// with the accumulator in registers, and held against exact sums. Claimed (bound.cuh), D the number of columns:
+// kinds, some made to lose as much as possible in every step, are multiplied as in the kernels, by a chain of mma with
+// the accumulator in registers, and compared with exact sums. Claimed (bound.cuh), D the number of columns:
 //   |2 dot error| <= 1.25 D 2^-23 (n_i + n_j),   n = |h|^2.
 // Against |h_i||h_j| instead it is not true of subnormal rows: `worst_against_norms` leaves them out.
 //
@@ -356,7 +356,7 @@ Arithmetic examine() {
     for (int k = 0; k < kDepth; ++k) sum.product(k, k == at[0] ? 1.0 : std::ldexp(1.0, -t));
     found.staircase.push_back(std::ldexp(evaluate<T16>(sum), t));
   }
-  if (found.bits == 0) {  // whoever keeps nothing shows no groups
+  if (found.bits == 0) {  // an adder that keeps nothing shows no groups
     found.group = 0;
     return found;
   }
@@ -542,7 +542,7 @@ Worst measure(const std::string& family, int depth, int cases, Random& random) {
         const double unit = depth * 0x1p-23;
         const double squares = (row.squares + column.squares) / 2.0;
         const double norms = std::sqrt(row.squares) * std::sqrt(column.squares);
-        // Not a number is worse than anything.
+        // NaN counts as worse than any number.
         const auto ratio = [&](double size) {
           return std::isnan(error) ? HUGE_VAL : (error == 0.0 ? 0.0 : error / (unit * size));
         };

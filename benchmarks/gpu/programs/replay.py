@@ -1,8 +1,8 @@
 """The step "replay": CUDA graphs replayed thousands of times beside a busy stream, their bits compared each time.
 
 A missing fence or a wrong last-block pattern shows as a stale value once in thousands of runs, and only if the stale
-value is another one: each graph computes two batches in turn, in the same memory, and counts on the device what
-differs from the first eager call. Also: a capture in a process that has not called anything yet.
+value differs: each graph computes two batches in turn, in the same memory, and counts on the device what differs from
+the first eager call. A capture in a process that has called nothing before is tried as well.
 
     replay.py             all of it
     replay.py fresh       what the process without a warm-up does

@@ -1,7 +1,7 @@
 """The step "sanitizers": compute-sanitizer's memcheck and racecheck on one small call of every path.
 
-The parent runs a process for each tool and share of the calls, all at once: most of their time is one CPU thread's.
-PyTorch's caching allocator is off, or small tensors would share segments, where reading the neighbour's is no fault.
+The parent runs a process for each tool and share of the calls, all at once: each mostly keeps one CPU thread busy.
+PyTorch's caching allocator is off: with it, small tensors share segments, and reading beyond one is no error.
 
     compute-sanitizer --tool memcheck python sanitizers.py direct    what a process runs
 """
@@ -85,7 +85,7 @@ def command(tool: str, share: str) -> list[str]:
     line = [sys.executable, __file__, share]
     if protocol.pretending():
         return line
-    # Calls of the runtime that PyTorch makes to ask something, and that fail, are not ours.
+    # Some of PyTorch's own queries to the runtime fail: these errors are not ours.
     return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *QUIET, "--kernel-name", OURS, *line]
 
 

@@ -3,9 +3,9 @@
     smoke.py                      all of them, several at a time
     smoke.py screen float16       what one process does
 
-A process calls the path that it is about on several shapes, and holds the neighbours, their distances, the losses and
-the gradients bit for bit against those of the path `direct`, and by value against the backend `cpu`: a loss of an
-anchor within what SPEC allows two backends, neighbours equal but where two distances are as good as equal.
+A process calls its path on several shapes. It compares neighbours, distances, losses and gradients with those of the
+path `direct` bit for bit, and with those of the backend `cpu` by value: losses to within the bounds of CONTRIBUTING.md,
+neighbours except where two distances are equal to within rounding.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from sn_ops import dispatch
 AT_ONCE = 6
 PROCESS_S = 40.0
 ALPHA, WEIGHT = 50.0, 0.1
-WRONG = 3  # exit status of a process that was wrong and said how; a traceback's is 1
-ELSEWHERE = 4  # of one whose path did not run on some shape: nothing was wrong, and not all was shown
+WRONG = 3  # exit status of a process that found a fault and reported it; a traceback's is 1
+ELSEWHERE = 4  # of one whose path did not run on some shape: nothing was wrong, but not all was checked
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def outcome(inputs: Inputs, backend: str) -> dict[str, Tensor]:
 
 
 def different_bits(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
-    """What is not the same, with how much of it."""
+    """Which results differ, and in how many places."""
     names = []
     for name, value in expected.items():
         if not same_bits(value, found[name]):
@@ -206,8 +206,8 @@ def faults_of(device: Gpu | Pretended, path: str, inputs: Inputs, dtype: torch.d
 
 
 def one_process(device: Gpu | Pretended, path: str, dtype: str) -> int:
-    """All shapes of a path; the exit status. A path that did not run proves nothing: that is wrong, too, but for
-    clusters, which a device may not have."""
+    """Run all shapes of a path; returns the exit status. A path that did not run is a fault too, except clusters, which
+    a device may lack."""
     wrong = elsewhere = 0
     for shape in [shape for shape in RUNS[path][1] if shape.emulated or device.name == "cuda"]:
         started = time.monotonic()
@@ -268,7 +268,7 @@ def main() -> None:
                 how = f"exit status {status}" if status > 0 else f"ended by signal {-status}"
                 bad.append(f"{path} {dtype}")
                 print(f"{path} {dtype}: {how}: {' | '.join(tail)}", flush=True)
-                if status != WRONG:  # its shapes say themselves what is wrong
+                if status != WRONG:  # its shapes report what is wrong themselves
                     note = f"{how}: {' | '.join(tail)}"[:300]
                     protocol.say(runs=[{"path": path, "dtype": dtype, "shape": "", "result": "crashed", "note": note}])
             aside = f"; DID NOT RUN: {', '.join(sorted(elsewhere))}" if elsewhere else ""

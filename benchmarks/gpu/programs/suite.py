@@ -1,6 +1,6 @@
-"""The step "tests": the part of the suite that a GPU can say something new about.
+"""The step "tests": the part of the suite that runs kernels on a GPU.
 
-Not the emulator's own tests (its build alone would eat the call), the trainer's, the plans' or the validation's.
+Tests of the emulator (its build would take the whole call), the trainer, plans and validation are left out.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def command(backend: str) -> list[str]:
 
 
 def main(backend: str) -> None:
-    """Run them, counting as they come."""
+    """Run them, counting outcomes as they come."""
     protocol.say(failures=[])
     counts: Counter[str] = Counter()
     failures: list[str] = []

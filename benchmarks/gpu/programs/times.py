@@ -2,9 +2,9 @@
 
     times.py loss
 
-Two times of each: in a CUDA graph of several calls on different inputs, what the device takes for one; and as called
-from Python, what a training loop waits for, submission included. Samples last at least SAMPLE_S; every one of them is
-kept. Features are unit rows around a centre for each identity of four images, as in the middle of a training.
+Each case has two times: in a CUDA graph of several calls on different inputs, what the device takes for one call; and
+as called from Python, what a training loop waits for, launches included. Samples last at least SAMPLE_S; every one of
+them is kept. Features are unit rows around a centre for each identity of four images, as in the middle of a training.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ sys.path.append(str(manifest.HERE.parent))
 import baselines
 
 IMAGES = 4
-# Inputs that calls of a graph take in turn, so that none finds its own in the caches by chance: bytes and sets at most.
+# Calls of a graph take several sets of inputs in turn, so that caches do not hold them by chance: most bytes and sets.
 SETS_BYTES = 256 << 20
 MOST_SETS = 4
 SAMPLE_S = 3e-3
@@ -229,7 +229,7 @@ def case_of(
     samples: list[float],
     note: str = "",
 ) -> dict[str, Any]:
-    """As the schema has it."""
+    """A case in the record's schema."""
     q1, median, q3 = records.quartiles(samples) if samples else (None, None, None)
     goal = None
     if backend == "cuda":
@@ -266,7 +266,8 @@ def timed(
     hows: tuple[str, ...],
     scopes: tuple[str, ...] = ("forward", "both"),
 ) -> Iterator[dict[str, Any]]:
-    """Forward, and forward and backward, each in the ways asked for. A contestant that cannot is a case with a note."""
+    """Forward, and forward and backward, each in the ways asked for. A contestant that fails becomes a case with
+    a note."""
     sets = sets_of(shape, device.device)
     for scope in scopes:
         call = pass_of(loss, sets, scope)
@@ -283,7 +284,7 @@ def timed(
 
 
 def told(device: Gpu | Pretended, case: dict[str, Any]) -> None:
-    """Say a case as soon as it is there."""
+    """Report a case as soon as it is measured."""
     median = case["median_us"]
     beside = (
         f", {median / case['expected_us']:.2f} of {case['expected_us']:.0f} expected"

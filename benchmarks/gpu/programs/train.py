@@ -25,7 +25,7 @@ WARM_UPS = 3
 
 
 def seconds_of(device: Gpu | Pretended, call: Callable[[], object]) -> float:
-    """By the clock, until the device has done it."""
+    """Seconds of wall clock until the device has done it."""
     device.synchronize()
     start = time.perf_counter()
     call()

@@ -10,18 +10,20 @@ import torch
 
 import sn_ops
 from support import problems
+from support.backends import NAMES, SHIPPED
 from support.fresh_python import run
 
 PACKAGE = Path(sn_ops.__file__).parent
 
 
-SUITE_ONLY = {"simt"}
-"""Backends that the suite adds to this process."""
+def shipped() -> dict[str, sn_ops.BackendInfo]:
+    """What `sn_ops.backends` lists, but for what the suite added to this process."""
+    return {name: entry for name, entry in sn_ops.backends().items() if name in SHIPPED or name not in NAMES}
 
 
 def test_backends_lists_all_four() -> None:
-    facts = {name: entry for name, entry in sn_ops.backends().items() if name not in SUITE_ONLY}
-    assert set(facts) == {"cpu", "reference", "cuda", "triton"}
+    facts = shipped()
+    assert set(facts) == set(SHIPPED)
     for name, entry in facts.items():
         assert isinstance(entry.usable, bool), name
         assert bool(entry.reason) != entry.usable, f"{name}: a reason exactly when it is not usable"
@@ -53,7 +55,7 @@ def test_auto_takes_the_reference_elsewhere() -> None:
 def test_main_prints_versions_and_backends() -> None:
     done = run("-m", "sn_ops")
     assert done.returncode == 0, done.stderr
-    for text in (sn_ops.__version__, torch.__version__, *(sn_ops.backends().keys() - SUITE_ONLY)):
+    for text in (sn_ops.__version__, torch.__version__, *shipped()):
         assert text in done.stdout
     for entry in sn_ops.backends().values():
         assert entry.reason in done.stdout

@@ -1,38 +1,25 @@
 """What only a GPU can show of the CUDA and Triton backends: streams, graphs, devices, memory, repetition.
 
-The semantic suite runs there too, through BACKENDS of conftest; tests/simt proves the kernels without a GPU.
+The semantic suite runs there too, through the list of backends; tests/simt proves the kernels without a GPU.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 import sn_ops
-from conftest import require_gpu
 from support import judge, problems
+from support.backends import ON_GPU, forced, require_gpu
+from support.cuda_paths import PATHS
 from support.problems import Case
 
-GPU_BACKENDS = ("cuda", "triton")
-PATHS = ("cluster", "direct", "dense", "screen", "bank")
-"""Names of the forced paths, in the order of their numbers, which start at 1."""
 
-
-@pytest.fixture(scope="module", params=GPU_BACKENDS)
+@pytest.fixture(scope="module", params=ON_GPU)
 def gpu_backend(request: pytest.FixtureRequest) -> str:
     """Each backend that runs on a GPU, if there is one."""
     return require_gpu(request.param)
-
-
-@pytest.fixture
-def force_path() -> Iterator[object]:
-    """Sets the path of the CUDA forward; automatic again afterwards."""
-    require_gpu("cuda")
-    yield lambda name: torch.ops.sn_ops.cuda_force_path(PATHS.index(name) + 1)
-    torch.ops.sn_ops.cuda_force_path(0)
 
 
 def large_case(rows: int = 3000, dims: int = 256, k: int = 10, seed: int = 0) -> Case:
@@ -135,26 +122,24 @@ def test_other_device(gpu_backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [64, 700, 3000])
 @pytest.mark.parametrize("name", ["unit-rows", "clusters-1e-4", "collapsed", "duplicate-groups", "outlier-x1000"])
-def test_paths_select_the_same(force_path: object, name: str, rows: int, dtype: torch.dtype) -> None:
+def test_paths_select_the_same(name: str, rows: int, dtype: torch.dtype) -> None:
     """Every path that serves gives the neighbours of the direct one, distances to the bit."""
-    assert callable(force_path)
-    case = problems.adversarial_case(name, rows, 200, dtype=dtype).on("cuda")
-    force_path("direct")
-    expected = [*judge.neighbors_of(case, "cuda")]
+    case = problems.adversarial_case(name, rows, 200, dtype=dtype).on(require_gpu("cuda"))
+    with forced("cuda", "direct"):
+        expected = [*judge.neighbors_of(case, "cuda")]
     for path in PATHS:
-        force_path(path)
-        assert_same(expected, [*judge.neighbors_of(case, "cuda")])
+        with forced("cuda", path):
+            assert_same(expected, [*judge.neighbors_of(case, "cuda")])
 
 
-def test_bank_path(force_path: object) -> None:
+def test_bank_path() -> None:
     """Few anchors, many candidates: read once, converted on the way."""
-    assert callable(force_path)
-    case = problems.bank_case(200, 30000, 130, 500, self_kind="tensor").on("cuda")
-    force_path("direct")
-    expected = [*judge.neighbors_of(case, "cuda")]
+    case = problems.bank_case(200, 30000, 130, 500, self_kind="tensor").on(require_gpu("cuda"))
+    with forced("cuda", "direct"):
+        expected = [*judge.neighbors_of(case, "cuda")]
     for path in ("screen", "bank"):
-        force_path(path)
-        assert_same(expected, [*judge.neighbors_of(case, "cuda")])
+        with forced("cuda", path):
+            assert_same(expected, [*judge.neighbors_of(case, "cuda")])
 
 
 @pytest.mark.parametrize(("rows", "dims"), [(8192, 512), (16384, 128)])

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from support.cuda_paths import PATHS
+
 F32, F64, F16, BF16 = range(4)
 ELEMENT = {F32: 4, F64: 8, F16: 2, BF16: 2}
 SCRATCH = 2**22
@@ -24,7 +26,6 @@ DEVICES = {
 }
 SHAPES = [0, 1, 2, 63, 64, 65, 257, 1024, 1025, 8192, 65536, 1_000_000]
 DIMS = [1, 64, 127, 512, 2048, 2049, 4096]
-PATHS = ("cluster", "direct", "dense", "screen", "bank")
 
 
 def plan(core: ModuleType, n: int, m: int, d: int, device: str = "sm_90", **options: Any) -> dict[str, Any]:

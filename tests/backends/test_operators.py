@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import conftest
 from sn_ops import ops
 from support import judge, oracle, problems
+from support.backends import NAMES, require
 from support.problems import Case, on
 
 SQUEEZE = {name: code for code, name in enumerate(oracle.SQUEEZES)}
@@ -107,14 +107,14 @@ def test_support_graph(backend: str, name: str, squeeze: str) -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTION)
 @pytest.mark.parametrize("name", GRAPH_CASES)
-@pytest.mark.parametrize(("ahead", "behind"), list(itertools.product(conftest.BACKENDS, repeat=2)))
+@pytest.mark.parametrize(("ahead", "behind"), list(itertools.product(NAMES, repeat=2)))
 def test_any_forward_with_any_backward(ahead: str, behind: str, name: str, reduction: str) -> None:
     """A support graph means the same to every backend."""
     case = problems.CASES[name]()
     problem = problems.to_oracle(case)
     n, m, _ = problem.sizes
     slots = min(case.k, m)
-    conftest.require(ahead), conftest.require(behind)
+    require(ahead), require(behind)
     outputs = ops.forward(ahead, *forward_arguments(case.on(ahead), reduction=reduction))
     arguments = backward_arguments(case.on(behind), on(behind, outputs), reduction)
     grads = ops.backward(behind, *arguments)

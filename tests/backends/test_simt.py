@@ -16,12 +16,12 @@ import torch
 
 import sn_ops
 from support import judge, oracle, problems, simt_build
+from support.cuda_paths import PATHS
 from support.problems import Case
 
 simt_build.enable()
 from support import simt  # noqa: E402
 
-PATHS = ("cluster", "direct", "dense", "screen", "bank")
 ADVERSARIAL = [name for name in problems.ADVERSARIAL if name not in ("random", "signs", "bf16-exact")]
 
 

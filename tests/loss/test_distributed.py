@@ -12,13 +12,13 @@ from torch import Tensor
 import sn_ops
 from sn_ops import ops, reference
 from support import loss_on_ranks, problems
+from support.backends import ON_HOST
 from support.judge import same_bits
 from support.loss_on_ranks import Result, Shard
 from support.problems import Case
 from support.ranks import RankError, Ranks
 
 WORLDS = {1: (0,), 2: (0, 1), 3: (0, 1, 2), 4: (0, 1, 2, 3)}
-BACKENDS = ("cpu", "reference")
 MODES = ("gather", "ring")
 
 
@@ -105,7 +105,7 @@ def check(results: Sequence[Result], expected: Sequence[Result], tolerance: floa
 # ---- loss, gradients, selection ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_HOST)
 @pytest.mark.parametrize("kind", ["equal", "growing", "empty"])
 @pytest.mark.parametrize("world", WORLDS)
 def test_equals_one_process(ranks: Ranks, world: int, kind: str, backend: str, mode: str) -> None:
@@ -438,7 +438,7 @@ def test_the_ring_is_chosen_by_size(ranks: Ranks) -> None:
 # ---- around the loss -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_HOST)
 def test_second_derivatives_are_refused(ranks: Ranks, backend: str) -> None:
     shards = split(problems.self_case(20, 8, 4), [10, 10])
     for outcome in ranks.outcomes(WORLDS[2], loss_on_ranks.differentiate_twice, shards, backend):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import sn_ops
 from support import problems
-from support.cuda_paths import PATHS, forced
+from support.backends import forced
+from support.cuda_paths import PATHS
 from support.problems import Case, on
 
 NAN, INF = float("nan"), float("inf")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import conftest
 import sn_ops
-from support import problems
+from support import backends, problems
+from support.backends import device_of
 
 
 @pytest.mark.parametrize("name", problems.CASES)
@@ -50,7 +50,7 @@ def test_on_reaches_into_arguments(backend: str) -> None:
     moved = problems.on(backend, arguments)
     assert moved["k"] == 3 and moved["feats"][1] is None and moved["self_index"][1] == -1
     for x in (moved["feats"][0], moved["self_index"][0]):
-        assert isinstance(x, Tensor) and x.device.type == problems.device_of(backend).type and x.cpu().equal(labels)
+        assert isinstance(x, Tensor) and x.device.type == device_of(backend).type and x.cpu().equal(labels)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_only_good_reasons_skip(monkeypatch: pytest.MonkeyPatch, gpu: bool, reas
     facts = {name: sn_ops.BackendInfo(not reason, reason, ("cuda",)) for name in ("cuda", "triton")}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(sn_ops, "backends", lambda: facts)
-    for require in (conftest.require, conftest.require_gpu):
+    for require in (backends.require, backends.require_gpu):
         if outcome == "runs":
             assert require("cuda") == "cuda"
         elif outcome == "failed":

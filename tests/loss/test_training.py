@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sn_ops
-from support.problems import device_of, on
+from support.backends import device_of
+from support.problems import on
 
 
 def mean_average_precision(feats: Tensor, labels: Tensor) -> float:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sn_ops
+from support.backends import ON_GPU
 from support.problems import on
 
 FEATS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -137,7 +138,7 @@ def test_a_group_that_is_none(backend: str) -> None:
         sn_ops.sn_loss(FEATS, LABELS, sizes=[6], backend=backend)
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("name", ON_GPU)
 def test_a_backend_that_cannot_serve_says_why(name: str) -> None:
     """An explicit backend never falls back silently."""
     facts = sn_ops.backends()[name]

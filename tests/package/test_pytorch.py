@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sn_ops
 from support import problems
-from support.problems import Case, device_of, on
+from support.backends import FUSED, device_of
+from support.problems import Case, on
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def step(case: Case, **options: Any) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile_whole_graph_with_dynamic_batch(backend: str, compiler: str) -> None:
     """Forward and backward in one graph; the second batch size makes it dynamic, the third compiles nothing."""
-    if compiler == "inductor" and backend == "reference":
+    if compiler == "inductor" and backend not in FUSED:
         compiler = "eager"  # generated code for the dense reference is nobody's use, and a minute's wait
     counter = CompileCounterWithBackend(compiler)
     matrix = on(backend, torch.randn(20, 12, generator=torch.Generator().manual_seed(0)))
@@ -156,7 +157,7 @@ def test_vmap(backend: str, banked: bool) -> None:
             x, y, k=2, backend=backend, candidates=bank.candidates, candidate_labels=bank.candidate_labels
         )
 
-    if backend != "reference":
+    if backend in FUSED:
         with pytest.raises(RuntimeError, match=r"vmap.*reference"):
             torch.vmap(loss)(feats, labels)
         return
@@ -171,7 +172,7 @@ def test_functional_gradient(backend: str) -> None:
     def loss(x: torch.Tensor) -> torch.Tensor:
         return sn_ops.sn_loss(x, case.labels, k=3, backend=backend)
 
-    if backend != "reference":
+    if backend in FUSED:
         with pytest.raises(RuntimeError, match=r"torch\.func.*reference"):
             torch.func.grad_and_value(loss)(case.feats)
         return

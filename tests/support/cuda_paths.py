@@ -12,14 +12,17 @@ PATHS = ("cluster", "direct", "dense", "screen", "bank")
 
 
 @contextmanager
-def forced(backend: str, path: str) -> Iterator[None]:
-    """Calls of "simt" or "cuda" take the path where it can serve them."""
-    if backend == "simt":
-        from support import simt
+def on_host(path: str) -> Iterator[None]:
+    """Calls of "simt" take the path where it can serve them."""
+    from support import simt
 
-        with simt.using(path=path):
-            yield
-        return
+    with simt.using(path=path):
+        yield
+
+
+@contextmanager
+def on_gpu(path: str) -> Iterator[None]:
+    """Calls of "cuda" take the path where it can serve them."""
     torch.ops.sn_ops.cuda_force_path(PATHS.index(path) + 1)
     try:
         yield

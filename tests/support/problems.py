@@ -13,16 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from support import oracle
-
-# Where a backend's tensors live, when not on the CPU.
-DEVICES = {"cuda": "cuda"} | ({"triton": "cuda"} if torch.cuda.is_available() else {})
+from support.backends import device_of
 
 T = TypeVar("T")
-
-
-def device_of(backend: str) -> torch.device:
-    """Where a backend's tensors live."""
-    return torch.device(DEVICES.get(backend, "cpu"))
 
 
 def on(backend: str, x: T) -> T:

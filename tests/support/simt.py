@@ -17,11 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-PATHS = ("auto", "cluster", "direct", "dense", "screen", "bank")
+from support.cuda_paths import PATHS
+
 MMA_ERRORS = ("none", "random", "extreme", "plus", "minus")
 MMA_MODELS = ("none", "hopper", "ampere", "volta", "crude")
 PARTITIONS = ("auto", "never", "always")
 
+_PATHS = ("auto", *PATHS)
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _STATS_SIZE = 6
 _EXTRA_EDGES = 2
@@ -206,12 +208,12 @@ class _Report(ctypes.Structure):
 
 def _run(function: ctypes._NamedFuncPointer, args: ctypes.Structure) -> None:
     global last_report
-    names = {"mma_error": MMA_ERRORS, "path": PATHS, "partition": PARTITIONS, "mma_model": MMA_MODELS}
+    names = {"mma_error": MMA_ERRORS, "path": _PATHS, "partition": PARTITIONS, "mma_model": MMA_MODELS}
     plain = _Settings(**{f: names[f].index(v) if f in names else v for f, v in vars(settings).items()})
     report = _Report()
     error = function(ctypes.byref(args), ctypes.byref(plain), ctypes.byref(report))
     last_report = Report(
-        path=PATHS[report.path],
+        path=_PATHS[report.path],
         partitioned=bool(report.partitioned),
         launches=report.launches,
         workspace_bytes=report.workspace_bytes,

@@ -3,7 +3,7 @@
     python benchmarks/bench_scaling.py              1 to 4 local processes with gloo, measured against the model
     python benchmarks/bench_scaling.py --model ...  the model's tables for 8 to 1024 ranks, for parameters you give
 
-docs/scaling.md explains the model and shows what both print.
+docs/scaling.md explains the model and shows its tables.
 """
 
 from __future__ import annotations

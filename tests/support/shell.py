@@ -106,6 +106,8 @@ def _options(script: Path) -> frozenset[str]:
 def _reid(arguments: list[str]) -> str:
     from sn_ops.reid import cli, preset
 
+    if not arguments:  # the command as such
+        return ""
     options, problem = _parse(cli._parser(), arguments)
     if not problem and hasattr(options, "preset"):  # `render --set` sets what is rendered
         try:

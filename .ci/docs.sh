@@ -6,13 +6,6 @@ cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/python" -c '
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    from pip._vendor import tomli as tomllib
-with open("pyproject.toml", "rb") as file:
-    print(*tomllib.load(file)["project"]["optional-dependencies"]["docs"], sep="\n")
-' >"$work/requirements.txt"
+"$work/venv/bin/python" .ci/requirements.py docs >"$work/requirements.txt"
 "$work/venv/bin/pip" install -q --disable-pip-version-check -r "$work/requirements.txt"
 "$work/venv/bin/mkdocs" build --strict --quiet --site-dir "${1:-$work/site}"

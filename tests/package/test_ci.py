@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import lint_requirements
+import requirements
 import summary
 
 CI = Path(summary.__file__).resolve().parent
@@ -92,7 +92,7 @@ def test_the_end_without_a_report_of_the_suite(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_linters_have_exact_versions() -> None:
-    linters = lint_requirements.lint_requirements()
+    linters = requirements.requirements("lint")
     assert {name for name, mark, version in (each.partition("==") for each in linters) if mark and version} == {
         "ruff",
         "mypy",

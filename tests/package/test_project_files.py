@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import yaml
 
-import lint_requirements
+import requirements
 
-ROOT = lint_requirements.PYPROJECT.parent
+ROOT = requirements.PYPROJECT.parent
 
 
 def test_pre_commit_has_the_linters_of_pyproject() -> None:
@@ -14,13 +14,13 @@ def test_pre_commit_has_the_linters_of_pyproject() -> None:
     hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
     assert {hook["id"] for hook in hooks} == {"ruff-check", "ruff-format", "clang-format", "prose", "mypy"}
     pinned = {requirement for hook in hooks for requirement in hook.get("additional_dependencies", [])}
-    mypy = {each for each in lint_requirements.lint_requirements() if each.startswith("mypy")}
-    assert pinned == {*lint_requirements.lint_requirements()} - mypy
+    mypy = {each for each in requirements.requirements("lint") if each.startswith("mypy")}
+    assert pinned == {*requirements.requirements("lint")} - mypy
 
 
 def test_citation_is_of_this_package() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    project = lint_requirements.read_pyproject()["project"]
+    project = requirements.read_pyproject()["project"]
     assert citation["version"] == project["version"] and citation["license"] == project["license"]
     assert [author["name"] for author in citation["authors"]] == [author["name"] for author in project["authors"]]
     assert citation["repository-code"] == project["urls"]["Source"]

@@ -13,7 +13,7 @@ from support.pages import LINKED, ROOT, name_of, prose
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FOLDERS = "|".join((r"\.ci", "benchmarks", "csrc", "docs", "sn_ops", "tests"))
-# Paths from the root of the repository: in backquotes, and in a fenced block with their suffix.
+# Paths from the root of the repository: in backquotes, and in fenced blocks and drawings with their suffix.
 NAMED = re.compile(rf"`((?:{FOLDERS})/[\w./*-]*)")
 DRAWN = re.compile(rf"(?<![\w./])((?:{FOLDERS})/[\w./-]+\.(?:cpp|cu|cuh|h|json|md|py|sh))\b")
 # What appears only once something is built or run.
@@ -51,7 +51,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not list(broken_links(page))
 
 
-@pytest.mark.parametrize("page", LINKED, ids=name_of)
+@pytest.mark.parametrize("page", [*LINKED, *sorted((ROOT / "docs").glob("**/*.svg"))], ids=name_of)
 def test_named_files_exist(page: Path) -> None:
     assert not list(missing_files(page))
 

@@ -127,21 +127,22 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
 
 
 class BackendInfo(NamedTuple):
-    """One entry of `backends()`."""
+    """What `backends()` says about one backend."""
 
     usable: bool
-    """It can serve tensors of its devices here."""
+    """The backend loaded here and can serve tensors on its devices."""
     reason: str
-    """Why it is not usable; empty if it is."""
+    """Why it is not usable, one sentence; empty if it is."""
     devices: tuple[str, ...]
-    """The device types it serves; empty for any."""
+    """The device types that it serves, such as "cuda"; empty for any."""
 
 
 def backends() -> dict[str, BackendInfo]:
     """Which backends this installation has, in the order in which "auto" asks them.
 
     Returns:
-        Backend name -> (usable, reason if not, device types it serves; none stands for any).
+        Backend name -> `BackendInfo`: whether it is usable, why not, and the device types that it serves. A usable
+            backend may still refuse one device, such as a GPU that its kernels were not built for; the call says so.
     """
     return {
         name: BackendInfo(name not in LOAD_ERROR, LOAD_ERROR.get(name, ""), _devices_of(name))
@@ -166,8 +167,10 @@ def check_backend(backend: object) -> str:
 
 
 def _devices_of(backend: str) -> tuple[str, ...]:
-    """The device types a backend serves when it is named: for Triton the CPU under its interpreter, which "auto" never
-    takes."""
+    """The device types that a backend serves when it is named.
+
+    Triton's interpreter serves the CPU too, but "auto" never takes it.
+    """
     return triton.DEVICES if backend == "triton" else _BACKEND_DEVICES[backend]
 
 

@@ -19,29 +19,30 @@ WEIGHT = 0.1
 
 
 class SNStats(NamedTuple):
-    """What the loss saw in a batch: detached scalars (0-d tensors) on the features' device, computed without a sync.
+    """What the loss saw in a batch: detached scalars (0-d tensors) on the device of feats, computed without a sync.
 
-    `valid_anchors` is int64, the others have the loss's dtype. A value that is undefined (a mean of nothing) is 0;
-    with a NaN or Inf among the features the loss is NaN and none of these means anything.
+    `valid_anchors` is int64; the other entries are float32, or float64 for float64 features. Distances are Euclidean.
+    An entry that is undefined (a mean of nothing) is 0. If the features hold a NaN or Inf the loss is NaN and these
+    entries mean nothing. With `group` the entries cover the anchors of all ranks. P_i and N_i: see `sn_loss`.
     """
 
     valid_anchors: Tensor
     """How many anchors have a positive among their candidates."""
     positive_distance: Tensor
-    """Mean distance over all P_i of valid anchors."""
+    """Mean distance of all members of the P_i of valid anchors."""
     negative_distance: Tensor
-    """Mean distance over all N_i of valid anchors."""
+    """Mean distance of all members of the N_i of valid anchors."""
     nearest_is_positive: Tensor
     """Fraction of valid anchors whose nearest neighbour is a positive."""
     support_positives: Tensor
-    """Mean number of positives inside the support set of a valid anchor (one added from outside does not count)."""
+    """Mean number of positives in the support set of a valid anchor; a positive added from outside does not count."""
 
 
 class SupportNeighbors(NamedTuple):
-    """The support set of every anchor, detached; K = min(k, M)."""
+    """The support set of every anchor: detached tensors on the device of feats, N anchors, K = min(k, M) neighbours."""
 
     indices: Tensor
-    """int64 `[N, K]`: candidates, the nearest first, ties by the lower index; -1 where unused."""
+    """int64 `[N, K]`: candidates, nearest first, the lower index first on a tie; -1 where unused."""
     distances: Tensor
     """`[N, K]`, float32 (float64 for float64 features): Euclidean distances, not below 1e-6; inf where unused."""
     is_positive: Tensor
@@ -107,52 +108,55 @@ def sn_loss(
 ) -> Tensor | tuple[Tensor, SNStats]:
     """The Support Neighbor loss of a batch of embeddings.
 
-    With d the Euclidean distance, S_i the `k` nearest candidates of anchor i (itself excluded), P_i the members of S_i
-    that share its label (the nearest positive of all candidates if S_i has none) and N_i the others::
+    With d the Euclidean distance, S_i the `k` nearest candidates of anchor i (the anchor itself excluded), P_i the
+    members of S_i that share its label (the nearest positive of all candidates if S_i has none) and N_i the others:
 
         L_i = -log( sum_{P_i} exp(-alpha d) / sum_{P_i + N_i} exp(-alpha d) ) + weight * squeeze_i
 
     Anchors without a positive among their candidates contribute 0 and are not counted. With no valid anchor the loss
-    and every gradient are 0; a NaN or Inf anywhere in the features makes the loss and every gradient NaN.
+    and every gradient are 0. A NaN or Inf anywhere in the features makes the loss and every gradient NaN.
 
     Args:
-        feats: `[N, D]` embeddings, float64, float32, float16 or bfloat16, any strides. L2-normalise them, as the paper
-            does: `alpha=50` saturates otherwise.
+        feats: `[N, D]` embeddings of the anchors, float64, float32, float16 or bfloat16, any strides. L2-normalise
+            them, as the paper does: `alpha=50` saturates otherwise.
         labels: `[N]` identities, any integer dtype, on the device of feats.
         k: size of the support set, an int >= 1; may exceed the number of candidates.
-        alpha: inverse temperature, 1 / distance, > 0.
-        weight: factor of the squeeze, >= 0.
+        alpha: inverse temperature, in 1 / distance, a finite number > 0.
+        weight: factor of the squeeze, a finite number >= 0.
         squeeze: "span", d(farthest positive) - d(nearest positive) over all candidates (the paper's abstract);
             "support", the same within P_i, or d(nearest positive) if P_i has one member; "nearest", d(nearest positive)
             (the authors' released code); "none", 0.
-        candidates: `[M, D]` embeddings to look for neighbours in, of the dtype and on the device of feats, with
-            candidate_labels `[M]`. Default: the anchors themselves. Gradients flow to both.
-        self_index: with candidates only: which candidate an anchor is itself. None, none is; an int o, anchor i is
-            candidate o + i; an integer tensor `[N]`, anchor i is candidate self_index[i], -1 for none.
+        candidates: `[M, D]` embeddings in which neighbours are looked for, of the dtype and on the device of feats.
+            None: the anchors themselves. Gradients flow to both.
+        candidate_labels: `[M]` identities of the candidates, any integer dtype, on the device of feats; given with
+            candidates, and only then.
+        self_index: with candidates only: which candidate an anchor is itself. None: no anchor is a candidate; an int
+            o: anchor i is candidate o + i; an integer tensor `[N]`: anchor i is candidate self_index[i], -1 for none.
         reduction: "mean" over the valid anchors, "sum", or "none" for the anchors' losses `[N]`.
         backend: "auto" or a name in `backends()`; a named backend that cannot serve raises. "reference" is plain
-            PyTorch, the others are fused: fast, deterministic, and without N x M matrices for large batches.
-        group: a `torch.distributed` process group, or `sn_ops.distributed.Exchange` for a say in how rows travel.
-            Every rank passes its own batch, of any size; neighbours are looked for in the batches of all ranks, in rank
-            order, and the loss and the statistics are those of one process that holds them all ("none": this rank's
-            anchors). A rank's gradients are world size times that process's, so that DistributedDataParallel's average
-            is exact. `candidates` are then a bank of this rank alone, behind the gathered rows, and self_index says
-            where an anchor is in that bank too. Options must be the same on every rank, and backward() must run on
-            every rank or on none.
+            PyTorch; the others are fused: fast, deterministic, and without N x M matrices for large batches.
+        group: a `torch.distributed` process group, or `sn_ops.distributed.Exchange` to choose how rows travel.
+            Every rank passes its own batch, of any size. Neighbours are looked for in the batches of all ranks, in rank
+            order; the loss and the statistics are those of one process that holds them all ("none": this rank's
+            anchors). A rank's gradients are world size times that process's, so DistributedDataParallel's average is
+            exact. `candidates` are then a bank of this rank alone, behind the gathered rows, and self_index says where
+            an anchor is in that bank too. Options must be the same on every rank, and backward() must run on every
+            rank or on none.
         sizes: with group only: the rows of every rank in rank order, if they are known. Ranks then agree on nothing
-            beforehand, which saves a collective and, on a GPU, a wait for it; but neither do they notice that sizes or
-            options differ, and when one raises on bad input the others wait for the group's timeout.
+            beforehand, which saves a collective and, on a GPU, a wait for it. In return nobody notices that sizes or
+            options differ, and when one rank raises on bad input the others wait for the group's timeout.
         return_stats: also return `SNStats`.
 
     Returns:
         The loss, 0-d (or `[N]`), float32, or float64 for float64 features; gradients have the dtype of the features.
-        With return_stats a pair (loss, `SNStats`). Second derivatives, forward-mode derivatives and torch.func
-        transforms need `backend="reference"`; the fused backends raise a RuntimeError that says so.
+            With return_stats a pair (loss, `SNStats`). Second derivatives, forward-mode derivatives and torch.func
+            transforms need `backend="reference"`; the fused backends raise a RuntimeError that says so.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value, a named backend that cannot serve, or ranks whose options differ.
-        RuntimeError: another rank of the group was given bad input, which the message quotes.
+        RuntimeError: another rank of the group was given bad input, which the message quotes; or a transform of
+            torch.func around a fused backend.
 
     Source: Li, Ding, Li, Zhang and Fu, "Support Neighbor Loss for Person Re-Identification", ACM MM 2018,
     arXiv 1808.06030. `sn_ops/reference.py` is the definition in plain PyTorch.
@@ -198,23 +202,33 @@ def support_neighbors(
 ) -> SupportNeighbors:
     """The support set, the nearest and the farthest positive of every anchor: what `sn_loss` is computed from.
 
-    The abstract of the paper can also be read as squeezing `|| x_near - x_far ||`, the distance between the two
-    positives instead of the difference of their distances. With `s = support_neighbors(feats, labels)` that is one
-    line, differentiable in feats (`candidates[...]` if there are candidates). The mask leaves out the anchors without
-    a positive: their indices are -1, which would mean the last row::
+    The paper's abstract can also be read as squeezing `|| x_near - x_far ||`, the distance between the two positives,
+    in place of the difference of their distances. With `s = support_neighbors(feats, labels)` that is one line,
+    differentiable in feats (index candidates if there are any). The mask leaves out anchors without a positive, whose
+    indices are -1 and would mean the last row:
 
         (feats[s.nearest_positive] - feats[s.farthest_positive])[s.nearest_positive >= 0].norm(dim=1).mean()
 
     The norm has no derivative where near and far are the same sample; `.square().sum(1)` has.
 
     Args:
-        feats, labels, k, candidates, candidate_labels, self_index, backend: as in `sn_loss`.
+        feats: `[N, D]` embeddings of the anchors, float64, float32, float16 or bfloat16, any strides.
+        labels: `[N]` identities, any integer dtype, on the device of feats.
+        k: size of the support set, an int >= 1; may exceed the number of candidates.
+        candidates: `[M, D]` embeddings in which neighbours are looked for, as in `sn_loss`. None: the anchors.
+        candidate_labels: `[M]` identities of the candidates, given with candidates, and only then.
+        self_index: which candidate an anchor is itself, as in `sn_loss`.
+        backend: "auto" or a name in `backends()`; a named backend that cannot serve raises.
 
     Returns:
         `SupportNeighbors`, detached.
 
     Raises:
-        TypeError, ValueError: as `sn_loss`.
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or value, or a named backend that cannot serve.
+        RuntimeError: a transform of torch.func around a fused backend.
+
+    Source: as `sn_loss`; the order of candidates is (squared distance, index).
     """
     check_backend(backend)
     k, alpha, weight, squeeze, reduction = check_options(k, ALPHA, WEIGHT, "none", "sum")

@@ -1,11 +1,11 @@
-"""The Support Neighbor loss for `pytorch-metric-learning` (PML): a loss of that library's kind.
+"""The Support Neighbor loss for `pytorch-metric-learning` (PML), as one of that library's losses.
 
-In a script that uses PML one line changes::
+In a script that uses PML one line changes:
 
     loss_func = sn_ops.metric_learning.SNLoss()  # was: losses.TripletMarginLoss()
 
-and trainers, testers, reducers, regularizers, `ref_emb`, and `DistributedLossWrapper` go on working. `CrossBatchMemory`
-accepts losses by the names of their classes and does not know this one: take the subclass in this module, which does.
+Trainers, testers, reducers, regularizers, `ref_emb` and `DistributedLossWrapper` work as before. PML's
+`CrossBatchMemory` accepts losses by the names of their classes and does not know this one: use this module's subclass.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ except ModuleNotFoundError as error:
     ) from error
 
 
+__all__ = ["CrossBatchMemory", "OwnRows", "SNLoss"]
+
+
 class OwnRows(NamedTuple):
     """An `indices_tuple` that says only which reference row each anchor is itself: `SNLoss` needs no list of pairs."""
 
@@ -43,20 +46,25 @@ class SNLoss(BaseMetricLossFunction):
 
     With PML's default reducer, the mean, the value is `sn_ops.sn_loss(normalize(embeddings), labels)`.
 
-    Args:
-        k, alpha, weight, squeeze, backend: as in `sn_ops.sn_loss`.
-        **kwargs: of `BaseMetricLossFunction`: distance (an `LpDistance` of p = 2 and power 1, which is the default; it
-            says whether embeddings are normalised), reducer, embedding_regularizer, collect_stats, ... With
-            `collect_stats=True` the entries of `SNStats` are attributes that PML's loggers record.
+    Call it with embeddings `[N, D]`, labels `[N]` and optionally ref_emb `[M, D]` and ref_labels `[M]`, in which
+    neighbours are then looked for. The loss chooses its own pairs, so `indices_tuple` can say one thing only: which
+    reference row an anchor is itself. It is `OwnRows`, or what PML makes of it: all pairs (a1, p, a2, n) but for the
+    positive pair of an anchor and itself.
 
-    Called with embeddings `[N, D]`, labels `[N]` and optionally ref_emb `[M, D]`, ref_labels `[M]` to look for
-    neighbours in. The loss chooses its own pairs, so that `indices_tuple` can say one thing only: which reference row
-    an anchor is itself. Either `OwnRows`, or what PML makes of it: all pairs (a1, p, a2, n), but for the positive pair
-    of an anchor and itself.
+    Args:
+        k: size of the support set, an int >= 1.
+        alpha: inverse temperature, in 1 / distance, a finite number > 0.
+        weight: factor of the squeeze, a finite number >= 0.
+        squeeze: "span", "support", "nearest" or "none", see `sn_ops.sn_loss`.
+        backend: "auto" or a name in `sn_ops.backends()`.
+        **kwargs: arguments of `BaseMetricLossFunction`: distance (an `LpDistance` with p=2 and power=1, the default;
+            it says whether embeddings are normalised), reducer, embedding_regularizer, collect_stats and others. With
+            `collect_stats=True` the entries of `SNStats` are attributes, which PML's loggers record.
 
     Raises:
-        TypeError, ValueError: for a bad option or input as `sn_ops.sn_loss`, for another distance, for missing labels,
-            and for an indices_tuple that selects pairs, such as a miner's.
+        TypeError: an option of the wrong type; when called, an input of the wrong type or dtype.
+        ValueError: an option or input that is not allowed, another distance, missing labels, or an indices_tuple that
+            selects pairs, such as a miner's.
 
     Source: see `sn_ops.sn_loss`.
     """
@@ -83,13 +91,28 @@ class SNLoss(BaseMetricLossFunction):
 
     def compute_loss(
         self,
-        embeddings: Tensor,  # [N, D]
-        labels: Tensor | None,  # [N]
+        embeddings: Tensor,
+        labels: Tensor | None,
         indices_tuple: tuple[Tensor, ...] | None,
-        ref_emb: Tensor,  # [M, D], the very tensor embeddings if no other was given
-        ref_labels: Tensor | None,  # [M]
+        ref_emb: Tensor,
+        ref_labels: Tensor | None,
     ) -> dict[str, dict[str, Any]]:
-        """PML's hook: the losses of valid anchors and which anchors these are."""
+        """PML's hook: the losses of the valid anchors, and which anchors these are.
+
+        Args:
+            embeddings: `[N, D]` rows of the anchors, floating.
+            labels: `[N]` identities, integer.
+            indices_tuple: None, `OwnRows`, or pairs that name every anchor's own row.
+            ref_emb: `[M, D]` rows in which neighbours are looked for; the tensor embeddings itself if none were given.
+            ref_labels: `[M]` identities, integer.
+
+        Returns:
+            PML's loss dictionary: the element losses of the valid anchors and their indices.
+
+        Raises:
+            TypeError: a tensor of the wrong dtype.
+            ValueError: missing labels, wrong shapes, or an indices_tuple that selects pairs.
+        """
         if labels is None or ref_labels is None:
             missing = "labels" if labels is None else "ref_labels"
             raise ValueError(f"sn_ops: {missing}: expected an integer tensor, got None")
@@ -162,17 +185,20 @@ def _own_rows(indices_tuple: tuple[Tensor, ...], labels: Tensor, ref_labels: Ten
 
 
 class CrossBatchMemory(_CrossBatchMemory):
-    """PML's `CrossBatchMemory`, which takes this module's `SNLoss` too, and PML's own losses as ever.
+    """PML's `CrossBatchMemory` for the losses it knows and for this module's `SNLoss`.
 
     With `SNLoss` it tells the loss where the batch lies in the queue, wrapped around or not, in place of listing all
-    pairs of the batch and the memory.
-
-    Args, shapes, errors: as in `pytorch_metric_learning.losses.CrossBatchMemory`.
+    pairs of the batch and the memory. Arguments, shapes and errors are those of
+    `pytorch_metric_learning.losses.CrossBatchMemory`.
     """
 
     @staticmethod
     def supported_losses() -> list[str]:
-        """The class names that are accepted."""
+        """The names of the classes of losses that are accepted.
+
+        Returns:
+            PML's names and "SNLoss".
+        """
         return [*_CrossBatchMemory.supported_losses(), SNLoss.__name__]
 
     def create_indices_tuple(
@@ -184,7 +210,19 @@ class CrossBatchMemory(_CrossBatchMemory):
         input_indices_tuple: tuple[Tensor, ...] | None,
         do_remove_self_comparisons: bool,
     ) -> tuple[Tensor, ...] | None:
-        """PML's hook: what the loss is told about pairs of the batch and the memory."""
+        """PML's hook: what the loss is told about pairs of the batch and the memory.
+
+        Args:
+            embeddings: `[N, D]` the batch.
+            labels: `[N]` its identities.
+            E_mem: `[M, D]` the rows of the memory.
+            L_mem: `[M]` their identities.
+            input_indices_tuple: what the caller of the memory passed, or None.
+            do_remove_self_comparisons: whether the batch is in the memory, so that each anchor meets itself there.
+
+        Returns:
+            `OwnRows` or None for `SNLoss` without a miner, else PML's pairs.
+        """
         if not isinstance(self.loss, SNLoss) or self.miner is not None or input_indices_tuple is not None:
             return super().create_indices_tuple(
                 embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons

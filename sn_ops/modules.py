@@ -16,18 +16,27 @@ class SNLoss(nn.Module):
     """The Support Neighbor loss as a module: `sn_loss` with its options kept. It has no parameters and no buffers.
 
     Args:
-        k, alpha, weight, squeeze, reduction, backend, group, return_stats: as in `sn_loss`.
+        k: size of the support set, an int >= 1.
+        alpha: inverse temperature, in 1 / distance, a finite number > 0.
+        weight: factor of the squeeze, a finite number >= 0.
+        squeeze: "span", "support", "nearest" or "none", see `sn_loss`.
+        reduction: "mean" over the valid anchors, "sum", or "none".
+        backend: "auto" or a name in `backends()`.
+        group: None, a `torch.distributed` process group, or `sn_ops.distributed.Exchange`, see `sn_loss`.
+        return_stats: also return `SNStats`.
 
     Raises:
-        TypeError, ValueError: for a bad option, at once.
+        TypeError: an option of the wrong type, at once.
+        ValueError: an option with a value that is not allowed, at once.
 
-    Shapes and source: see `sn_loss`.
-
-    Example::
-
+    Example:
+        ```python
         criterion = sn_ops.SNLoss(k=10, alpha=50.0, weight=0.1)
         loss = criterion(F.normalize(embeddings), identities)
         loss.backward()
+        ```
+
+    Source: see `sn_loss`.
     """
 
     def __init__(
@@ -56,15 +65,31 @@ class SNLoss(nn.Module):
 
     def forward(
         self,
-        feats: Tensor,  # [N, D]
-        labels: Tensor,  # [N]
-        candidates: Tensor | None = None,  # [M, D]
-        candidate_labels: Tensor | None = None,  # [M]
+        feats: Tensor,
+        labels: Tensor,
+        candidates: Tensor | None = None,
+        candidate_labels: Tensor | None = None,
         self_index: int | Tensor | None = None,
         sizes: Sequence[int] | None = None,
     ) -> Tensor | tuple[Tensor, SNStats]:
-        """The loss, or (loss, `SNStats`) with return_stats: arguments, results and errors of `sn_loss`; `sizes` may
-        differ from call to call, as batches do."""
+        """The loss of a batch, see `sn_loss`.
+
+        Args:
+            feats: `[N, D]` embeddings of the anchors, float64, float32, float16 or bfloat16.
+            labels: `[N]` identities, any integer dtype, on the device of feats.
+            candidates: `[M, D]` embeddings in which neighbours are looked for; None: the anchors.
+            candidate_labels: `[M]` identities of the candidates, given with candidates, and only then.
+            self_index: which candidate an anchor is itself: None, an int or an integer tensor `[N]`.
+            sizes: with group only: the rows of every rank, if they are known; may differ from call to call.
+
+        Returns:
+            The loss, 0-d (or `[N]`), float32, or float64 for float64 features; with return_stats (loss, `SNStats`).
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a wrong shape, device or value, or ranks whose options differ.
+            RuntimeError: another rank of the group was given bad input.
+        """
         return sn_loss(
             feats,
             labels,
@@ -83,6 +108,7 @@ class SNLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """The options as text, for `repr`."""
         text = (
             f"k={self.k}, alpha={self.alpha}, weight={self.weight}, squeeze={self.squeeze!r}, "
             f"reduction={self.reduction!r}, backend={self.backend!r}"

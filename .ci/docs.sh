@@ -8,4 +8,4 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/python" .ci/requirements.py docs >"$work/requirements.txt"
 "$work/venv/bin/pip" install -q --disable-pip-version-check -r "$work/requirements.txt"
-"$work/venv/bin/mkdocs" build --strict --quiet --site-dir "${1:-$work/site}"
+"$work/venv/bin/mkdocs" build --strict --site-dir "${1:-$work/site}"

@@ -1,4 +1,4 @@
-"""Fixtures: the backends in turn, and what leaves the process as it found it."""
+"""Fixtures that every suite uses: backends, the native module, ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_runtest_setup() -> None:
-    """Every test begins with the same random numbers, whichever ran before it."""
+    """Every test starts from the same seed, whatever ran before it."""
     torch.manual_seed(0)
 
 
@@ -48,7 +48,7 @@ def fused_backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session", params=backends.CUDA_KERNELS)
 def kernels(request: pytest.FixtureRequest) -> str:
-    """The CUDA kernels, emulated and on a GPU: what `forced` can give a path."""
+    """The CUDA kernels, emulated and on a GPU: backends that `forced` can give a path."""
     return require(request.param)
 
 
@@ -75,7 +75,7 @@ def core() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Four processes for the whole session: 1, 2 or 3 of them make the smaller worlds."""
+    """Four processes for the whole session; groups of 1, 2 or 3 of them are the smaller worlds."""
     pool = Ranks(4, tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.close()

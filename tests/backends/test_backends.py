@@ -1,4 +1,4 @@
-"""What is usable here, how the choice is made, and what `python -m sn_ops` prints."""
+"""The list of backends, the choice between them, and what `python -m sn_ops` prints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_compiled_backend_is_there() -> None:
 
 
 def test_auto_takes_cpu_for_cpu_tensors() -> None:
-    """Told by the bits: this backend and the reference sum in different orders."""
+    """The bits show which one ran: this backend and the reference sum in different orders."""
     case = problems.self_case(200, 130, 30)
     auto = sn_ops.sn_loss(case.feats, case.labels, reduction="none")
     named = sn_ops.sn_loss(case.feats, case.labels, reduction="none", backend="cpu")
@@ -47,7 +47,7 @@ def test_auto_takes_cpu_for_cpu_tensors() -> None:
 
 
 def test_auto_takes_the_reference_elsewhere() -> None:
-    """Devices nobody serves: the reference runs wherever PyTorch does."""
+    """On devices that no other backend serves: the reference runs wherever PyTorch does."""
     loss = sn_ops.sn_loss(torch.empty(6, 4, device="meta"), torch.zeros(6, dtype=torch.int64, device="meta"))
     assert loss.device.type == "meta" and loss.shape == ()
 
@@ -75,7 +75,7 @@ def test_typed_and_versioned() -> None:
 
 
 def test_capability_can_be_chosen_from_outside(core: ModuleType) -> None:
-    """Every instruction set of this machine by the environment; a wrong name is an error that lists them."""
+    """An environment variable chooses any instruction set of this machine; a wrong name is an error that lists them."""
     script = "from sn_ops import _C; print(_C.cpu_capability())"
     for name in core.cpu_capabilities():
         done = run("-c", script, SN_OPS_CPU_CAPABILITY=name)

@@ -1,8 +1,8 @@
 """The bound on the tensor core's accumulation that csrc/cuda/screen/bound.cuh claims, against models of the hardware.
 
-A step adds a group of products to the accumulator: all are aligned to the largest exponent, cut off some bits below it,
-summed, and the sum is cut off to 24 bits. The exponent of a product is the sum of its operands', and a subnormal's is
-the least there is. Everything is a whole number of units of `UNIT`, so that the models are exact.
+A step adds a group of products to the accumulator: all are aligned to the largest exponent, truncated some bits below
+it, and summed; the sum is truncated to 24 bits. The exponent of a product is the sum of its operands' exponents; a
+subnormal operand has the least one. All values are whole multiples of `UNIT`, so the models are exact.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 UNIT = -300
-"""Exponent of the unit: below whatever a product of bf16 numbers, cut off, can hold."""
+"""Exponent of the unit: below the last bit of any truncated product of bf16 numbers."""
 LEAST = {"fp16": -14, "bf16": -126}
 BITS = {"fp16": 10, "bf16": 7}
 

@@ -1,6 +1,6 @@
-"""The CPU backend's selection: to the bit that of its documented summation order, whatever computes it.
+"""The CPU backend's selection is that of its documented summation order, bit for bit.
 
-Threads, instruction sets, the direct and the screening path, the batch an anchor comes in: none may show.
+The number of threads, the instruction set, the path and the rest of the batch change nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def assert_selected(case: Case, rows: list[int], expected: oracle.Selection, wha
 
 
 def outputs(case: Case, reduction: str = "none") -> list[Tensor]:
-    """Everything a call computes: loss, statistics, gradients, neighbours."""
+    """All results of a call: loss, statistics, gradients, neighbours."""
     leaves = case.leaves()
     loss, stats = sn_ops.sn_loss(**leaves.arguments(), reduction=reduction, backend="cpu", return_stats=True)
     grads = torch.autograd.grad(loss, leaves.inputs(), torch.ones_like(loss))
@@ -109,7 +109,7 @@ def test_any_shape_on_every_way(
     kind: str,
     threads: int,
 ) -> None:
-    """Sizes nobody thought of: all ways agree in every bit, and sampled anchors are right."""
+    """Random sizes: all ways agree in every bit, and sampled anchors are right."""
     whole = problems.adversarial_case(name, pool, dims, k=k, dtype=dtype)
     if not whole.feats.isfinite().all():  # beyond the range of half precision
         return
@@ -177,7 +177,7 @@ def test_an_anchor_alone_selects_what_it_selects_in_the_batch(core: ModuleType, 
 
 
 def test_other_rows_do_not_matter(core: ModuleType) -> None:
-    """The scale and the mean of the rest of the batch may steer the screening, never the choice."""
+    """The scale and the mean of the other rows may affect the screening, never the selection."""
     case = problems.adversarial_case("clusters-1e-4", 500, 64, k=5)
     own = judge.neighbors_of(case, "cpu")
     for far in (1e6 * problems.ADVERSARIAL["random"](40, 64, 8), 1e4 + problems.ADVERSARIAL["random"](40, 64, 9)):

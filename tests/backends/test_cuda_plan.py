@@ -41,7 +41,7 @@ def plan(core: ModuleType, n: int, m: int, d: int, device: str = "sm_90", **opti
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [F32, F64, F16, BF16])
 def test_workspace_is_bounded(core: ModuleType, device: str, dtype: int) -> None:
-    """One cast copy, O(N + M), and a fixed rest: what SPEC allows, for every shape, in the default choice of path."""
+    """One cast copy, O(N + M), and a fixed rest (CONTRIBUTING.md, "Numbers"): every shape, on the path of the plan."""
     for n, m, d, k in product(SHAPES, SHAPES, DIMS, (1, 10, 128, 1000)):
         if n * d * ELEMENT[dtype] > 2**38 or m * d * ELEMENT[dtype] > 2**38:
             continue
@@ -144,12 +144,12 @@ def test_slices_fill_the_device_and_follow_the_order_of_sums(core: ModuleType) -
     ],
 )
 def test_path(core: ModuleType, n: int, m: int, d: int, options: dict[str, Any], path: str) -> None:
-    """The regimes."""
+    """The path that the plan chooses for each regime of shapes."""
     assert plan(core, n, m, d, **options)["path"] == path
 
 
 def test_forced_path(core: ModuleType) -> None:
-    """Whatever can serve can be asked for; what cannot says so."""
+    """A path that can serve the shape is taken; another one is an error."""
     for path in PATHS[:4]:
         assert plan(core, 50, 50, 70, path=path)["path"] == path
     assert plan(core, 50, 80, 70, path="bank")["path"] == "bank"

@@ -1,4 +1,4 @@
-"""The two operators behind the functions: the support graph they exchange, and PyTorch's own checks of them."""
+"""The forward and backward operators: the support graph between them, and PyTorch's own checks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def check_squared(problem: oracle.Problem, anchor: int, edges: oracle.Array, squ
 @pytest.mark.parametrize("squeeze", oracle.SQUEEZES)
 @pytest.mark.parametrize("name", GRAPH_CASES)
 def test_support_graph(backend: str, name: str, squeeze: str) -> None:
-    """Distinct edges in their columns, with the oracle's coefficients, 0 wherever nothing is to flow."""
+    """Distinct edges in their columns, with the oracle's coefficients, and 0 where no gradient flows."""
     case = problems.CASES[name]().on(backend)
     problem = problems.to_oracle(case)
     n, m, _ = problem.sizes
@@ -109,7 +109,7 @@ def test_support_graph(backend: str, name: str, squeeze: str) -> None:
 @pytest.mark.parametrize("name", GRAPH_CASES)
 @pytest.mark.parametrize(("ahead", "behind"), list(itertools.product(NAMES, repeat=2)))
 def test_any_forward_with_any_backward(ahead: str, behind: str, name: str, reduction: str) -> None:
-    """A support graph means the same to every backend."""
+    """Every backend's backward takes every backend's support graph."""
     case = problems.CASES[name]()
     problem = problems.to_oracle(case)
     n, m, _ = problem.sizes
@@ -135,7 +135,7 @@ def test_any_forward_with_any_backward(ahead: str, behind: str, name: str, reduc
 
 
 def test_backward_computes_only_what_is_needed(backend: str) -> None:
-    """What is not needed comes back empty, and does not change the other."""
+    """A gradient that is not needed comes back empty; the other one is the same."""
     case = problems.CASES["bank-33-65x100-k1-tensor"]().on(backend)
     outputs = ops.forward(backend, *forward_arguments(case))
     *arguments, _, _ = backward_arguments(case, outputs, "mean")

@@ -1,8 +1,8 @@
 """The CUDA kernels on emulated threads: every path against the oracle and, bit for bit, against the others.
 
 The backend "simt" runs the whole semantic suite on the path that the plan chooses; small problems end on two of them.
-Here every path is forced, with the schedule of threads and the error of the tensor core's products varied, and under
-models of real tensor cores.
+Here every path is forced, under several schedules of threads, errors of the tensor core's products and models of real
+tensor cores.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def direct(name: str) -> list[torch.Tensor]:
 
 
 def served(case: Case, path: str) -> bool:
-    """Whether the last call took the path; where it did not, the path must be one that cannot serve the case."""
+    """Whether the last call took the path; if it did not, asserts that the path cannot serve the case."""
     assert simt.last_report is not None
     if simt.last_report.path == path:
         return True

@@ -130,7 +130,7 @@ def queued(monkeypatch: pytest.MonkeyPatch, case: Case) -> int:
 
 
 def test_screening_certifies_ordinary_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path that sent every anchor to the fallback would be right, and useless."""
+    """Few anchors go to the fallback: sending all of them there would be right, and useless."""
     small_screens(monkeypatch)
     assert queued(monkeypatch, problems.self_case(120, 64, 30, k=6)) == 0
     outlier = problems.adversarial_case("outlier-x1000", 120, 64, k=6)
@@ -327,7 +327,7 @@ def test_hubs_in_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
 
 
 def test_plans_keep_their_promises() -> None:
-    """What kernels take for granted about tiles, for shapes of every regime."""
+    """Plans keep what kernels assume about tiles, for shapes of every regime."""
     for rows, pool, dims, k in [(1, 1, 1, 1), (128, 128, 2048, 10), (8192, 8192, 2048, 10), (65536, 65536, 128, 128),
                                 (256, 65536, 2048, 33), (4096, 10**6, 64, 64), (300, 20000, 17, 7)]:  # fmt: skip
         for wide in (False, True):
@@ -348,14 +348,14 @@ def test_plans_keep_their_promises() -> None:
 
 
 def test_nothing_is_imported_before_it_is_needed() -> None:
-    """Neither Triton nor the interpreter, until the first call."""
+    """Neither Triton nor its interpreter is imported before the first call."""
     script = "import sys, sn_ops; print(*sn_ops.backends()); assert 'triton' not in sys.modules, 'imported'"
     done = fresh_python.run("-c", script, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
 
 
 def test_without_triton_it_says_so() -> None:
-    """And everything else works."""
+    """The error says so, and everything else works."""
     script = """
 from importlib import metadata
 found = metadata.version

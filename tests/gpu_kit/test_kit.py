@@ -1,4 +1,4 @@
-"""The GPU kit's own logic: what is asked of its table, its runner and its shapes. `rehearse.py` runs it as a whole."""
+"""The GPU kit's own logic: its table of steps, its runner and its shapes. `rehearse.py` runs all of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ import times
 
 CALLS = tuple(steps.CALL_LIMIT_S)
 LONGEST_COMMAND_S = 600
-"""What a rented machine gives one command."""
+"""The time limit of one command on a rented machine."""
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -63,7 +63,7 @@ def test_steps_beside_each_other_count_once() -> None:
     c = steps.Step("c", "prove", 5, ("facts.py",), "")
     assert steps.longest([a, b, c]) == 30
     assert [[step.name for step in group] for group in steps.groups_of([a, b, c])] == [["a", "b"], ["c"]]
-    # Picked without the one it runs beside, a step runs by itself.
+    # A step that is picked without the one it runs beside runs alone.
     assert [[step.name for step in group] for group in steps.groups_of([b, c])] == [["b"], ["c"]]
 
 
@@ -94,7 +94,7 @@ def test_what_a_step_says_is_merged() -> None:
 
 
 def test_a_full_disk_keeps_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is room only once a piece of the ballast is given up, and that once only: the next record goes, too."""
+    """A record fits once the ballast is released, which happens only once; the next record fits too."""
     disk = runner.Disk(tmp_path, "prove")
     ballast = tmp_path / ".prove.ballast"
     kept, write = ballast.stat().st_size, Path.write_text
@@ -121,7 +121,7 @@ PLAN_DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 
 
 class H200:
-    """What the plan asks of a device."""
+    """The device facts that the plan needs."""
 
     facts: dict[str, Any] = {  # noqa: RUF012
         "capability": (9, 0), "multiprocessors": 132, "shared_bytes": 232448
@@ -137,7 +137,7 @@ def plans(core: ModuleType, path: str, dtype: str) -> list[dict[str, Any]]:
 
 
 def test_the_smoke_test_reaches_every_path_and_dtype(core: ModuleType) -> None:
-    """No shape is refused, and what GPU code can go wrong by size is there."""
+    """No shape is refused, and the sizes at which GPU code can fail are covered."""
     assert set(smoke.RUNS) == set(device.PATHS)
     for path, (dtypes, shapes) in smoke.RUNS.items():
         assert set(dtypes) == {"float32"} if path == "bank" else set(dtypes) >= {"float32", "float16", "bfloat16"}
@@ -159,7 +159,7 @@ def test_the_smoke_test_reaches_every_path_and_dtype(core: ModuleType) -> None:
 
 
 class Stub:
-    """A device on which the path named is the one that runs."""
+    """A device that runs exactly the path that was forced."""
 
     name, backend, device = "cuda", "cpu", torch.device("cpu")
     forced, ran = "auto", ""
@@ -186,7 +186,7 @@ class Stub:
     [(0, "differs from direct: loss"), (2, "differs from itself: loss"), (3, "differs from cpu: loss")],
 )
 def test_a_path_that_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch, call: int, said: str) -> None:
-    """The direct call, the path's, its second, the CPU's: one of them gives another loss."""
+    """One of the four calls (direct, on the path, again, on the CPU) returns another loss."""
     inputs = smoke.inputs_of(smoke.small(20, 8), torch.float32)
     assert smoke.faults_of(Stub(), "screen", inputs, torch.float32) == ("screen", [])  # type: ignore[arg-type]
     made, count = smoke.outcome, iter(range(10))

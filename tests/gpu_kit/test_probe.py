@@ -37,7 +37,7 @@ MODELS = {
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_probe_names_the_model(model: str) -> None:
-    """Group, bits, rounding and subnormals; rows that lose nearly all that they can; the verdict."""
+    """Group, bits, rounding and subnormals; rows that lose nearly as much as they can; the verdict."""
     group, bits, worst = MODELS[model]
     status, report = run("--model", model)
     assert report["model"] == model

@@ -147,7 +147,7 @@ def test_a_good_record_has_no_problems(made: Callable[[], dict[str, Any]]) -> No
 
 
 def test_a_record_of_a_crash_has_no_problems() -> None:
-    """As it is written again after every step: one is running, one left half of its data, or none."""
+    """The record is rewritten after every step; a step may be running, or have left part of its data, or none."""
     made = prove()
     made["complete"] = False
     made["steps"][2] |= {"result": "crashed", "reason": "signal 11", "data": None}
@@ -167,7 +167,7 @@ def at(*keys: str | int) -> Callable[[dict[str, Any]], Any]:
 
 
 def put(value: Any, *keys: str | int) -> Change:
-    """Set what the keys lead to."""
+    """Sets the entry at these keys."""
     return lambda made: at(*keys[:-1])(made).__setitem__(keys[-1], value)
 
 
@@ -332,7 +332,7 @@ def test_expected_times(
 
 
 def test_no_figure_contradicts_another() -> None:
-    """One figure for each thing, above zero; what comes later is no slower, and no goal is below its floor."""
+    """Each figure is there once and above zero; later stages are no slower, and no goal is below its floor."""
     keys = [(f.N, f.M, f.D, f.dtype, f.bank, f.scope, f.source, f.path, f.kernel, f.how) for f in expected.FIGURES]
     assert len(set(keys)) == len(keys)
     for f in expected.FIGURES:
@@ -493,7 +493,7 @@ def test_a_changed_record_is_noticed(results: Path, capsys: pytest.CaptureFixtur
 def test_a_record_out_of_order_is_noticed(
     results: Path, capsys: pytest.CaptureFixture[str], change: Change, said: str, arguments: list[str]
 ) -> None:
-    """And no page is written from it."""
+    """The check names it, and no page is written."""
     before = (results / "README.md").read_bytes()
     change_record(results, change)
     assert page.main([*arguments, "--results", str(results)]) == 1
@@ -519,7 +519,7 @@ def test_a_step_that_contradicts_itself_is_noticed(number: int, change: Change, 
 
 
 def test_a_commit_beside_the_history_is_noticed(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the repository, but no ancestor: what a rebase leaves behind. Of a record of a CPU too."""
+    """A commit of the repository that is no ancestor, as a rebase leaves behind; in records of a CPU too."""
     git(results, "commit", "-q", "--amend", "--allow-empty", "-m", "another first")
     assert check(results) == 1
     said = capsys.readouterr().out

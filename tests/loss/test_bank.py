@@ -77,7 +77,7 @@ EMPTY = {
     "a twentieth written, around the end": lambda rows, n: rows.mul_((torch.arange(n).roll(99) < n // 20)[:, None]),
     "every twentieth written": lambda rows, n: rows.mul_((torch.arange(n) % 20 == 7)[:, None]),
 }
-"""From nothing to a few rows of what a bank will hold."""
+"""Banks at the start of training: from no row written to a few."""
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ EMPTY = {
 )
 @pytest.mark.parametrize("written", EMPTY)
 def test_a_bank_that_is_being_filled(kernels: str, written: str, path: str, dtype: torch.dtype) -> None:
-    """Rows that are all the same tie by thousands; they are screened like others, and no anchor goes to the ladder."""
+    """Equal rows tie by thousands; they are screened like others, and no anchor goes to the ladder."""
     if dtype != torch.float32 and written == "constant":
         pytest.skip("half-precision rows are not centred: only zeros are known to be the same")
     case = problems.bank_case(16, 2500, 70, 40, seed=4)
@@ -129,12 +129,12 @@ WRITES: dict[str, Any] = {
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "view"])
 def test_overwriting_the_bank_before_backward(backend: str, write: str, whole: bool, dtype: torch.dtype) -> None:
-    """A clear error, or the gradient as if nobody had written: which one is the backend's affair, nothing else is."""
+    """Either a clear error or the gradient of the bank as it was; nothing else."""
     case = queue(16, 100, 24, 60, dtype=dtype).on(backend)
     assert case.candidates is not None and case.candidate_labels is not None
     bank = case.candidates.clone()
     arguments = case.arguments()
-    if not whole:  # of a buffer that is not full yet, say
+    if not whole:  # as of a buffer that is not full yet
         arguments["candidates"], arguments["candidate_labels"] = bank[:80], case.candidate_labels[:80]
     else:
         arguments["candidates"] = bank
@@ -157,7 +157,7 @@ def test_overwriting_the_bank_before_backward(backend: str, write: str, whole: b
 
 
 def test_the_fused_backend_raises(fused_backend: str) -> None:
-    """It keeps the bank by reference, 65,536 rows need no copy: writing to it is an error, not a wrong gradient."""
+    """It keeps the bank by reference, without a copy: writing to the bank is an error, not a wrong gradient."""
     case = queue(16, 100, 24, 60).on(fused_backend).leaves()
     assert case.candidates is not None
     case.candidates.requires_grad_(False)

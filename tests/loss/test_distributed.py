@@ -49,7 +49,7 @@ def sizes_of(world: int, total: int, kind: str) -> list[int]:
 
 
 def one_process(shards: Sequence[Shard], options: dict[str, Any], upstream: Sequence[Tensor] = ()) -> list[Result]:
-    """What each rank should see, by the ordinary operator from all batches at once; gradients without the factor."""
+    """What each rank should see, computed from all batches at once; gradients without the world size's factor."""
     options = {
         "k": 10,
         "alpha": 50.0,
@@ -158,7 +158,7 @@ def test_hard_cases(ranks: Ranks, name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("name", problems.ADVERSARIAL)
 def test_selection_of_adversarial_inputs(ranks: Ranks, name: str, mode: str) -> None:
-    """The same neighbours, though each rank sees a path and a batch of its own. Large enough to be screened."""
+    """The same neighbours, though each rank has its own path and batch. Large enough to be screened."""
     case = problems.adversarial_case(name, 184, 70)
     shards = split(case, [46, 46, 92])
     results = ranks.run(WORLDS[3], loss_on_ranks.loss_and_gradients, shards, {}, mode)
@@ -168,7 +168,7 @@ def test_selection_of_adversarial_inputs(ranks: Ranks, name: str, mode: str) -> 
 
 
 def test_a_rank_without_valid_anchors(ranks: Ranks, mode: str) -> None:
-    """Its rows are negatives of the others and get gradients from them."""
+    """The rank's rows are negatives of other anchors and get gradients from them."""
     shards = split(problems.self_case(48, 12, 5), [16, 16, 16])
     lonely = shards[1]._replace(labels=torch.arange(100, 116))
     shards = [shards[0], lonely, shards[2]]
@@ -372,7 +372,7 @@ def test_different_options_raise_on_all(ranks: Ranks, name: str) -> None:
 
 
 def test_sizes_hint(ranks: Ranks, mode: str) -> None:
-    """One collective less, the same result; a hint that is wrong where it can be seen raises."""
+    """One collective less and the same result; a hint that is visibly wrong raises."""
     shards = split(problems.self_case(30, 8, 4), [14, 10, 6])
     without, with_hint = (
         ranks.run(WORLDS[3], loss_on_ranks.loss_and_gradients, shards, options, mode)
@@ -428,7 +428,7 @@ def test_memory(ranks: Ranks) -> None:
 
 
 def test_the_ring_is_chosen_by_size(ranks: Ranks) -> None:
-    """Where gathered rows and their gradients would exceed the limit, on every rank alike."""
+    """Every rank takes the ring exactly when gathered rows and their gradients exceed the limit."""
     shards = split(problems.self_case(30, 8, 4), [20, 10])
     needed = 30 * (8 * 4 + 16) + 30 * 8 * 4  # rows with their labels, gradients
     for limit, ring in ((needed, False), (needed - 1, True)):
@@ -453,7 +453,7 @@ def test_transforms_are_refused(ranks: Ranks) -> None:
 
 
 def test_compiled_functions(ranks: Ranks) -> None:
-    """torch.compile runs the loss outside its graph; told not to break the graph it says why it must."""
+    """torch.compile runs the loss outside its graph; with fullgraph=True the error says why."""
     shards = split(problems.self_case(20, 8, 4), [10, 10])
     for (loss, gradient), wanted in zip(
         ranks.run(WORLDS[2], loss_on_ranks.compiled, shards, False), one_process(shards, {}), strict=True

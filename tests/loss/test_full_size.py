@@ -1,4 +1,4 @@
-"""Exactness where it counts: whole batches of thousands, sampled anchors, against float64."""
+"""Exactness at full size: batches of thousands of rows, sampled anchors, against float64."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_whole_gradient(full_speed_backend: str, kind: str) -> None:
 
 
 def test_a_hub(full_speed_backend: str) -> None:
-    """One candidate is everybody's neighbour: thousands of edges come in at one row."""
+    """One candidate is every anchor's neighbour: thousands of edges end at one row."""
     generator = torch.Generator().manual_seed(4)
     feats = torch.nn.functional.normalize(torch.randn(3000, 128, generator=generator), dim=1)
     feats[1234] = 0.0

@@ -1,4 +1,4 @@
-"""A NaN or an Inf anywhere is never answered by a finite number."""
+"""NaN or Inf anywhere in the input never gives a finite loss."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_in_every_type(backend: str, dtype: torch.dtype, value: float, rows: int
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("where", ["feats", "candidates"])
 def test_with_a_bank(backend: str, where: str, value: float, reduction: str) -> None:
-    """Also in the tensor that no gradient of the other's would pass through."""
+    """In the anchors or in the bank; the gradients of both show it."""
     case = problems.bank_case(9, 33, 20, 4, k=3)
     assert case.candidates is not None
     if where == "feats":
@@ -95,7 +95,7 @@ def degenerate_case(bank: str, *, rows: int = 300, anchors: str = "ordinary") ->
     [(bank, a) for bank in DEGENERATE for a in ("ordinary", "zeros") if (bank, a) != ("ordinary", "zeros")],
 )
 def test_in_a_degenerate_bank(kernels: str, bank: str, anchors: str, path: str) -> None:
-    """Whether or not there is a scale to screen by, every row of the bank is looked at on every path."""
+    """Every path checks every row of the bank, whether or not the bank has a scale to screen by."""
     case = degenerate_case(bank, rows=64 if path == "cluster" else 300, anchors=anchors)
     assert case.candidates is not None
     last = len(case.candidates) - 1
@@ -120,7 +120,7 @@ def test_in_a_candidate_nobody_selects(backend: str, value: float) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_without_valid_anchors(backend: str, reduction: str) -> None:
-    """Nothing to sum, and still not zero."""
+    """Nothing is summed, and still the loss is not 0."""
     feats = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(5)
     assert_everything_nan(Case(poisoned(feats, (3, 3), NAN), labels), backend, reduction)
@@ -131,7 +131,7 @@ def test_without_valid_anchors(backend: str, reduction: str) -> None:
 
 
 def test_with_nobody_on_the_other_side(backend: str) -> None:
-    """No candidate, or no anchor: the value that is there still counts."""
+    """No candidate, or no anchor: a non-finite value on the other side still counts."""
     one, none, labels = torch.full((1, 3), NAN), torch.empty(0, 3), torch.tensor([1])
     assert_everything_nan(Case(one, labels, none, labels[:0]), backend)
     assert_everything_nan(Case(none, labels[:0], one, labels), backend)

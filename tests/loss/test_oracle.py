@@ -1,4 +1,4 @@
-"""The oracle is held against things simpler than itself, for a judge has to be judged too."""
+"""The oracle is compared with things simpler than itself."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_documented_order_is_a_sum(dims: int) -> None:
 
 
 def test_pruned_documented_selection_is_the_whole_one() -> None:
-    """Leaving out who cannot matter does not change who is selected."""
+    """Leaving out candidates that cannot matter does not change the selection."""
     problem = to_oracle(self_case(90, 33, 12, seed=4))
     rows = range(90)
     pruned = oracle.select_in_documented_order(problem, 7, rows)

@@ -1,4 +1,4 @@
-"""Inputs reach a backend's device as they were made, and a backend that ought to be there is not passed over."""
+"""Inputs reach a backend's device as they were made, and a backend is skipped only for a good reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.backends import device_of
 
 @pytest.mark.parametrize("name", problems.CASES)
 def test_moving_keeps_strides_offsets_and_what_shares_memory(name: str) -> None:
-    """From CPU to CPU, which tells as much of the layout as any other device does."""
+    """From CPU to CPU, which shows as much of the layout as any other device."""
     case = problems.CASES[name]()
     before = [x for x in vars(case).values() if isinstance(x, Tensor)]
     storages: dict[int, torch.UntypedStorage] = {}
@@ -38,13 +38,13 @@ def test_the_layouts_are_there_to_be_kept() -> None:
 
 
 def test_gradients_are_asked_for_after_the_move(backend: str) -> None:
-    """On the CPU too, where it would do no harm: the test would fail on a GPU alone."""
+    """Enforced on the CPU too: otherwise a test would fail on a GPU only."""
     with pytest.raises(AssertionError, match="move first"):
         problems.self_case(5, 3, 2).leaves().on(backend)
 
 
 def test_on_reaches_into_arguments(backend: str) -> None:
-    """What is no tensor stays as it is."""
+    """Whatever is no tensor stays as it is."""
     labels = torch.arange(3)
     arguments: dict[str, Any] = {"feats": [labels, None], "k": 3, "self_index": (labels, -1)}
     moved = problems.on(backend, arguments)

@@ -1,4 +1,4 @@
-"""Laws of the definition, on inputs that hypothesis draws (the same ones every time)."""
+"""Properties of the definition, on inputs that hypothesis draws (the same ones every time)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def anchor_losses(case: Case, backend: str) -> torch.Tensor:
 
 @given(case=batches(), seed=SEEDS)
 def test_permuting_the_batch_permutes_the_result(backend: str, case: Case, seed: int) -> None:
-    """Without ties, indices are names and nothing more."""
+    """Without ties, indices are only names."""
     assume(has_clear_order(case))
     rows = case.feats.shape[0]
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
@@ -84,7 +84,7 @@ def test_loss_with_ties_and_duplicates(backend: str, case: Case) -> None:
 
 @given(case=batches(), others=st.integers(1, 30), seed=SEEDS)
 def test_adding_an_anchor_changes_no_other(backend: str, case: Case, others: int, seed: int) -> None:
-    """With separate candidates anchors do not know of each other."""
+    """With separate candidates anchors are independent of each other."""
     bank = problems.self_case(others, case.feats.shape[1], 8, seed=seed % 10_000)
     alone = replace(case, candidates=bank.feats, candidate_labels=bank.labels)
     more = replace(
@@ -115,7 +115,7 @@ def test_copies_of_the_candidates_follow_their_originals(backend: str, case: Cas
 
 @given(case=batches(), strangers=st.integers(1, 20))
 def test_far_strangers_change_nothing(backend: str, case: Case, strangers: int) -> None:
-    """Rows of new identities beyond everybody's k-th neighbour are seen by no one."""
+    """Rows of new identities beyond every anchor's k-th neighbour have no effect."""
     rows, dims = case.feats.shape
     far = torch.full((strangers, dims), 40.0) + torch.arange(strangers)[:, None]
     crowd = replace(
@@ -151,7 +151,7 @@ def test_scaling_by_a_power_of_two(backend: str, case: Case, power: int) -> None
 
 @given(case=batches(), seed=SEEDS)
 def test_gradients_of_the_self_case_sum_to_zero(backend: str, case: Case, seed: int) -> None:
-    """The loss sees differences only: what pulls an anchor pushes its neighbour."""
+    """The loss depends on differences only, so the gradients cancel."""
     leaves = case.to(torch.float64).on(backend).leaves()
     loss = sn_ops.sn_loss(**leaves.arguments(), alpha=5.0, reduction="none", backend=backend)
     upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(seed), dtype=loss.dtype)

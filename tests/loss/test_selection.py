@@ -1,4 +1,4 @@
-"""Exact selection on inputs that defeat inexact ones, for every backend, against float64 direct sums."""
+"""Exact selection on inputs that inexact methods get wrong, for every backend, against float64 direct sums."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from support import judge, oracle, problems
 
-# Far apart within float32's range, so that the loss is finite and can be judged too.
+# Far apart within float32's range, so that the loss is finite and can be compared too.
 JUDGED = [
     "unit-rows",
     "clusters-1e-3",
@@ -26,13 +26,13 @@ JUDGED = [
 
 @pytest.mark.parametrize("name", problems.ADVERSARIAL)
 def test_selection(backend: str, name: str) -> None:
-    """Wherever it differs from the exact one, rounding in the accumulation type explains it."""
+    """Where it differs from the exact one, rounding in the accumulation type explains it."""
     judge.check_neighbors(problems.adversarial_case(name, 161, 72), backend)
 
 
 @pytest.mark.parametrize("name", JUDGED)
 def test_loss_and_gradients(backend: str, name: str) -> None:
-    """Near-duplicates leave |x|^2 + |z|^2 - 2 x.z no correct digit; differences first keep them all."""
+    """For near-duplicates |x|^2 + |z|^2 - 2 x.z has no correct digit; sums of squared differences keep them all."""
     case = problems.adversarial_case(name, 120, 40, k=6)
     judge.check_loss(case, backend, judge.check_neighbors(case, backend), alpha=5.0)
 

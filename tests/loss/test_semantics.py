@@ -1,4 +1,4 @@
-"""The definition, on one list of cases that every backend runs: all results against the oracle."""
+"""The definition on one list of cases: all results of every backend against the oracle."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_selection(backend: str, name: str) -> None:
 @pytest.mark.parametrize("squeeze", oracle.SQUEEZES)
 @pytest.mark.parametrize("name", problems.CASES)
 def test_loss_gradients_and_statistics(backend: str, name: str, squeeze: str) -> None:
-    """At the backend's own selection; a reduction comes after the squeeze and is checked with one of them."""
+    """At the backend's own selection; reductions follow the squeeze, so one squeeze is enough to check them."""
     reductions = ("mean", "sum") if squeeze == "span" else ()
     judge.check_loss(case_of(name), backend, selection_of(name, backend), squeeze=squeeze, reductions=reductions)
 

@@ -1,4 +1,4 @@
-"""Bad input: the argument is named, with what was expected and what came; and no good input is refused."""
+"""Errors name the argument, what was expected and what was given; no good input is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BANK = {"candidates": FEATS + 1, "candidate_labels": LABELS}
 NAN, INF = float("nan"), float("inf")
 
 # name: (changed arguments, argument that the message names, other things it says). On the CPU for every backend: what
-# is wrong with an argument is said before anybody asks whether the backend serves its device.
+# is wrong with an argument is reported before the backend is asked whether it serves the device.
 BAD: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "feats-list": ({"feats": [[1.0]]}, "feats", ["tensor", "list"]),
     "feats-none": ({"feats": None}, "feats", ["tensor", "None"]),
@@ -120,7 +120,7 @@ OPTIONS = {"k", "alpha", "weight", "squeeze", "reduction", "backend"}
 
 @pytest.mark.parametrize("name", [name for name, (changed, *_) in BAD.items() if OPTIONS & set(changed)])
 def test_module_refuses_when_it_is_made(name: str) -> None:
-    """A bad option is found where it is written, not in the first step of the training."""
+    """A bad option is an error when the module is made, not in the first training step."""
     changed, argument, said = BAD[name]
     with pytest.raises((ValueError, TypeError)) as raised:
         sn_ops.SNLoss(**changed)

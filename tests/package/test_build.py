@@ -1,4 +1,4 @@
-"""How the build is set up: compile jobs, and the CUDA architectures of an image that are not all ours."""
+"""How the build is set up: compile jobs, and CUDA architectures that an environment names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_jobs_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CMake's own variable first, then the one that everybody sets."""
+    """CMake's own variable comes first, then MAX_JOBS."""
     monkeypatch.setenv("MAX_JOBS", " 3 ")
     assert setup.jobs() == 3
     monkeypatch.setenv("CMAKE_BUILD_PARALLEL_LEVEL", "5")
@@ -47,7 +47,7 @@ def test_bad_jobs(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> Non
     ("usable", "granted", "jobs"), [(8, math.inf, 8), (8, 3.0, 3), (8, 2.5, 3), (8, 0.2, 1), (2, 64.0, 2)]
 )
 def test_jobs_of_the_machine(monkeypatch: pytest.MonkeyPatch, usable: int, granted: float, jobs: int) -> None:
-    """What this process may use, not what the host has."""
+    """The CPUs that this process may use, not those of the host."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(usable)))
     monkeypatch.setattr(os, "cpu_count", lambda: 192)
     monkeypatch.setattr(setup, "granted_processors", lambda: granted)
@@ -72,7 +72,7 @@ def test_jobs_of_the_machine(monkeypatch: pytest.MonkeyPatch, usable: int, grant
     ],
 )  # fmt: skip
 def test_control_groups(tmp_path: Path, groups: str, files: dict[str, str], granted: float) -> None:
-    """Both versions; a limit of a group above holds, and a path of the outside is no reason to see none."""
+    """Versions 1 and 2; the limit of a parent group holds too, and a path outside the mount is not an error."""
     for name, text in files.items():
         (tmp_path / "mount" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mount" / name).write_text(text)
@@ -85,7 +85,7 @@ def test_control_groups(tmp_path: Path, groups: str, files: dict[str, str], gran
 
 
 def configure(folder: Path, architectures: str, choice: str = "AUTO", home: Path | None = None) -> tuple[int, str]:
-    """CMake's exit status and what it said, for a torch of which only the version is there, and a toolkit like it."""
+    """CMake's exit status and output, with a torch that is a version only and a toolkit that is a script."""
     torch = folder / "torch"
     torch.mkdir()
     (torch / "version.py").write_text("__version__ = '2.11.0'\ncuda: Optional[str] = '13.0'\n")
@@ -100,7 +100,7 @@ def configure(folder: Path, architectures: str, choice: str = "AUTO", home: Path
 
 
 def pretended(folder: Path) -> Path:
-    """A toolkit that answers what is asked before it has to compile."""
+    """A toolkit that only answers the questions asked before compiling."""
     home = folder / "toolkit"
     (home / "bin").mkdir(parents=True)
     (home / "include").mkdir()
@@ -128,7 +128,7 @@ def pretended(folder: Path) -> Path:
     ],
 )
 def test_nothing_left_to_build(tmp_path: Path, architectures: str, said: str) -> None:
-    """No CUDA backend, and why; an error for who insists."""
+    """No CUDA backend, with the reason; an error if CUDA was asked for."""
     why = f"no architecture of TORCH_CUDA_ARCH_LIST can be built: {said}"
     status, output = configure(tmp_path, architectures)
     assert status == 0, output
@@ -159,7 +159,7 @@ def test_no_architecture_at_all(tmp_path: Path, architectures: str) -> None:
     ],
 )
 def test_what_can_be_built_is(tmp_path: Path, architectures: str, left_out: str, built: str) -> None:
-    """As many images set it, with architectures older or newer than ours, or by name as torch allows."""
+    """Lists as container images set them: older or newer architectures than ours, or names that torch knows."""
     status, output = configure(tmp_path, architectures, home=NVCC.parent.parent)
     assert status == 0 or "SN_CUDART" in output, output  # a toolkit without its runtime fails later
     assert f"for {built} --" in output

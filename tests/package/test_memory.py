@@ -8,10 +8,10 @@ import pytest
 
 from support import fresh_python
 
-# Runs in the fresh process. Prints the bytes by which the peak of resident memory exceeds what was there before, of the
-# forward (less the support graph that it leaves) and of the backward (less the gradients). Each by itself: where
-# gradients are kept from step to step, the forward's memory comes on top of them. The peak counter is reset first
-# (Linux: 5 to clear_refs); where that is not allowed, an earlier peak can only make the measurement too large.
+# Runs in the fresh process. Prints how many bytes the peak of resident memory grows in the forward (less the support
+# graph that it keeps) and in the backward (less the gradients). Each is measured alone: where gradients are kept from
+# step to step, the forward's memory comes on top of them. The peak counter is reset first (Linux: 5 to clear_refs);
+# where that is not allowed, an earlier peak can only make the measurement too large.
 SCRIPT = """
 import json, sys, torch, sn_ops
 rows, bank, dims, k, dtype, backend, threads = json.loads(sys.argv[1])
@@ -55,12 +55,12 @@ backward -= sum(x.grad.nbytes for x in (feats, more.get("candidates")) if x is n
 print(json.dumps([forward, backward]))
 """
 
-# Of the measurement itself: pages of code touched for the first time, allocator caches, Python objects.
+# Memory of the measurement itself: code pages touched for the first time, allocator caches, Python objects.
 NOISE = 2 * 2**20
 
 
 def excess(rows: int, bank: int, dims: int, k: int, dtype: str, backend: str, threads: int) -> tuple[int, int]:
-    """Bytes beyond inputs, gradients and support graph, of the forward and of the backward."""
+    """Bytes of the forward and of the backward beyond inputs, gradients and support graph."""
     arguments = json.dumps([rows, bank, dims, k, dtype, backend, threads])
     done = fresh_python.run("-c", SCRIPT, arguments, patience=600)
     assert done.returncode == 0, done.stderr

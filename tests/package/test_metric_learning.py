@@ -62,7 +62,7 @@ def test_defaults_and_raw_distances() -> None:
 
 
 def test_element_losses() -> None:
-    """One loss for each valid anchor, with its place in the batch, for whatever reducer comes."""
+    """One loss for each valid anchor, with its place in the batch, under any reducer."""
     embeddings, labels = batch(identities=25)
     unit = normalize(embeddings)
     valid = (labels[:, None] == labels).sum(1) > 1
@@ -83,7 +83,7 @@ def test_element_losses() -> None:
 
 
 def test_no_valid_anchor() -> None:
-    """Loss and gradient 0, still connected to the embeddings; NaN where these are."""
+    """Loss and gradient are 0, still connected to the embeddings, and NaN where those are."""
     embeddings, _ = batch(6)
     embeddings.requires_grad_()
     loss = metric_learning.SNLoss()(embeddings, torch.arange(6))
@@ -180,7 +180,7 @@ def test_bad_input() -> None:
 
 
 class PairsMemory(losses.CrossBatchMemory):
-    """PML's own, which lists all pairs, made to accept the loss."""
+    """PML's own memory, which lists all pairs, made to accept the loss."""
 
     @staticmethod
     def supported_losses() -> list[str]:
@@ -189,7 +189,7 @@ class PairsMemory(losses.CrossBatchMemory):
 
 @pytest.mark.parametrize("memory", [metric_learning.CrossBatchMemory, PairsMemory])
 def test_cross_batch_memory(memory: type) -> None:
-    """A queue of 50 rows under batches of 16 wraps around in its middle; held against a queue written out here."""
+    """A queue of 50 rows under batches of 16 wraps around inside a batch; compared with a queue written out here."""
     queue = memory(metric_learning.SNLoss(**OPTIONS), embedding_size=12, memory_size=50)
     bank, bank_labels = torch.zeros(50, 12), torch.zeros(50, dtype=torch.int64)
     head = stored = 0
@@ -279,7 +279,7 @@ def test_trainer_and_tester() -> None:
 def test_distributed_loss_wrapper(ranks: Ranks, kind: str) -> None:
     """Under DistributedDataParallel: the gradient of one process with all rows.
 
-    With `efficient` PML holds what came from other ranks constant, as the one process does by detaching it.
+    With `efficient` PML treats other ranks' rows as constants; the one process detaches them.
     """
     shards = [loss_on_ranks.Shard(*batch(16, 5, seed=seed)) for seed in range(4)]
     found = ranks.run(range(4), loss_on_ranks.wrapped_by_pml, shards, kind, OPTIONS)

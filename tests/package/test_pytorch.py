@@ -1,4 +1,4 @@
-"""Living inside PyTorch: compilation, export, autocast, deterministic mode, vmap."""
+"""The loss inside PyTorch: compilation, export, autocast, deterministic mode, vmap."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def step(case: Case, **options: Any) -> tuple[torch.Tensor, ...]:
 def test_compile_whole_graph_with_dynamic_batch(backend: str, compiler: str) -> None:
     """Forward and backward in one graph; the second batch size makes it dynamic, the third compiles nothing."""
     if compiler == "inductor" and backend not in FUSED:
-        compiler = "eager"  # generated code for the dense reference is nobody's use, and a minute's wait
+        compiler = "eager"  # nobody needs generated code of the dense reference, and it takes a minute
     counter = CompileCounterWithBackend(compiler)
     matrix = on(backend, torch.randn(20, 12, generator=torch.Generator().manual_seed(0)))
 
@@ -106,7 +106,7 @@ def test_export_with_dynamic_batch(backend: str) -> None:
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_casts_nothing(backend: str, low: torch.dtype) -> None:
-    """The loss is computed from what it is given, forward and backward, in or out of autocast."""
+    """The loss is computed in the type of its inputs, forward and backward, in or out of autocast."""
     for dtype in (torch.float32, torch.float64, low):
         case = problems.self_case(33, 20, 6).to(dtype).on(backend)
         expected = step(case, backend=backend)

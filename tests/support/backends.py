@@ -32,19 +32,19 @@ class Backend:
     emulated: bool = False
     """It runs a thread or a program at a time: right at every size, but too slow for large ones."""
     on_gpu: bool = False
-    """It is a GPU's, whatever else serves it elsewhere: test_cuda.py gives it what only a GPU can show."""
+    """A GPU backend: test_cuda.py runs on it what only a GPU can show."""
     may_be_missing: bool = False
     """Its tests are skipped without a GPU, or where the package was built without it; others fail if it is unusable."""
     threads: int | None = None
-    """On how many threads PyTorch runs under it; None leaves them alone."""
+    """PyTorch's number of threads during its tests; None changes nothing."""
     force_path: Callable[[str], AbstractContextManager[None]] | None = None
-    """It serves the CUDA kernels: makes its calls take the path of this name."""
+    """Backends of the CUDA kernels: a context in which their calls take the path of this name."""
     register: Callable[[], None] | None = None
     """Adds it to sn_ops; None if it is part of the package."""
 
 
 BACKENDS = (
-    # Thousands of small dense operations: threads would only wait for each other.
+    # Thousands of small dense operations: more threads only wait for each other.
     Backend("reference", fused=False, threads=1),
     Backend("cpu"),
     Backend("triton", device="cuda" if HAS_GPU else "cpu", emulated=not HAS_GPU, on_gpu=True),
@@ -60,13 +60,13 @@ SHIPPED = [each.name for each in BACKENDS if each.register is None]
 FUSED = [each.name for each in BACKENDS if each.fused]
 FULL_SPEED = [each.name for each in BACKENDS if each.fused and not each.emulated]
 ON_HOST = [each.name for each in BACKENDS if each.device == "cpu" and not each.emulated and each.register is None]
-"""Those that any process of this machine runs at full speed, ranks among them."""
+"""Those that run at full speed on the CPU in any process, ranks included."""
 ON_GPU = [each.name for each in BACKENDS if each.on_gpu]
 CUDA_KERNELS = [each.name for each in BACKENDS if each.force_path is not None]
 
 
 def threads_of(name: str) -> int:
-    """On how many threads PyTorch runs under a backend."""
+    """PyTorch's number of threads during a backend's tests."""
     return _BY_NAME[name].threads or torch.get_num_threads()
 
 
@@ -85,8 +85,8 @@ def forced(name: str, path: str) -> AbstractContextManager[None]:
 def require(name: str) -> str:
     """The name, if that backend is usable here.
 
-    Skips the test where the backend has a good reason to be missing, and fails it for every other: kernels that were
-    built and do not load must not look like kernels that passed.
+    Skips the test if the backend may be missing here, and fails it for any other reason: kernels that were built but
+    do not load must not look like kernels that passed.
     """
     backend = _BY_NAME[name]
     if backend.register is not None:
@@ -101,7 +101,7 @@ def require(name: str) -> str:
 
 
 def require_gpu(name: str) -> str:
-    """The same for a test that only a GPU can run, whatever else serves the backend elsewhere."""
+    """The same for a test that needs a GPU; it is skipped without one."""
     if not torch.cuda.is_available():
         pytest.skip(f"no GPU here for the backend {name!r}")
     return require(name)

@@ -1,4 +1,4 @@
-"""Runs a backend on a case and holds it against the oracle, within the bounds of the specification and no wider."""
+"""Runs a backend on a case and compares it with the oracle, within the bounds of CONTRIBUTING.md, "Numbers"."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def numbers(x: Tensor) -> oracle.Array:
 
 
 def assert_within(error: oracle.Array | float, bound: oracle.Array | float, what: str) -> None:
-    """error <= bound everywhere; a NaN is not within anything."""
+    """Asserts error <= bound everywhere; NaN fails."""
     error, bound = np.broadcast_arrays(np.asarray(error, np.float64), np.asarray(bound, np.float64))
     inside = error <= bound
     if not inside.all():
@@ -35,14 +35,14 @@ def assert_within(error: oracle.Array | float, bound: oracle.Array | float, what
 
 
 def loss_bound(largest_distance: oracle.Array, alpha: float, weight: float) -> oracle.Array:
-    """SPEC, Numbers: the error of one anchor's loss."""
+    """CONTRIBUTING.md, "Numbers": the error of one anchor's loss."""
     return 1e-6 * (1 + (alpha + weight) * largest_distance)
 
 
 def gradient_bound(
     gradient: oracle.Array, upstream: oracle.Array, largest: float, alpha: float, weight: float, dtype: torch.dtype
 ) -> float:
-    """SPEC, Numbers: the error of a gradient in L2."""
+    """CONTRIBUTING.md, "Numbers": the error of a gradient in L2."""
     size = float(np.linalg.norm(gradient))
     relative, absolute = ROUNDING.get(dtype, (0.0, 0.0))
     rounding = relative * size + absolute * gradient.size**0.5
@@ -51,7 +51,7 @@ def gradient_bound(
 
 
 def selection_of(neighbors: sn_ops.SupportNeighbors) -> oracle.Selection:
-    """What a backend chose."""
+    """A backend's selection, as the oracle takes it."""
     return oracle.Selection(
         numbers(neighbors.indices), numbers(neighbors.nearest_positive), numbers(neighbors.farthest_positive)
     )
@@ -64,7 +64,7 @@ def neighbors_of(case: Case, backend: str) -> sn_ops.SupportNeighbors:
 
 
 def check_neighbors(case: Case, backend: str) -> oracle.Selection:
-    """Hold `support_neighbors` against exact distances; returns the selection."""
+    """Compares `support_neighbors` with exact distances; returns the selection."""
     problem = to_oracle(case)
     anchors, candidates, dims = problem.sizes
     slots = min(case.k, candidates)
@@ -105,9 +105,9 @@ def check_loss(
     squeeze: str = "span",
     reductions: Sequence[str] = ("mean", "sum"),
 ) -> None:
-    """Hold losses, both gradients and statistics against the oracle at the backend's selection.
+    """Compares losses, both gradients and statistics with the oracle's at the backend's selection.
 
-    Always with reduction "none", which tells most; then with `reductions`.
+    Always with reduction "none", which shows most; then with `reductions`.
     """
     problem = to_oracle(case)
     options: dict[str, Any] = {"alpha": alpha, "weight": weight, "squeeze": squeeze}
@@ -155,7 +155,7 @@ def check_gradients(
     alpha: float,
     weight: float,
 ) -> None:
-    """The gradients of `loss` under `grad_loss`, which gives each anchor `upstream`, against the oracle's."""
+    """Compares the gradients of `loss` with the oracle's; `grad_loss` gives each anchor the gradient `upstream`."""
     found = torch.autograd.grad(loss, leaves.inputs(), grad_loss.to(loss))
     largest = float(result.largest_distance.max(initial=0.0))
     for name, gradient, wanted, leaf in zip(("feats", "candidates"), found, expected, leaves.inputs(), strict=False):
@@ -166,7 +166,7 @@ def check_gradients(
 
 
 def check_stats(stats: sn_ops.SNStats, result: oracle.Evaluation) -> None:
-    """The statistics: counts to the rounding of a float32, distances to that of distances."""
+    """Compares the statistics: each to the rounding of float32."""
     assert stats._fields == tuple(result.stats)
     for name, expected in result.stats.items():
         value = getattr(stats, name)

@@ -1,4 +1,4 @@
-"""What the ranks of the loss' tests do. Every function takes the process group first; tensors come and go."""
+"""What the loss' tests run on ranks. Each function takes the process group first; arguments and results are pickled."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def large_tensors(group: Any, shards: Sequence[Shard], mode: str, size: int) -> 
 
 
 def module_with_sizes(group: Any, shards: Sequence[Shard], sizes: Sequence[int]) -> Tensor:
-    """`SNLoss` called with the hint."""
+    """`SNLoss` called with `sizes=`."""
     shard = shards[dist.get_rank(group)]
     loss = sn_ops.SNLoss(group=group)(shard.feats, shard.labels, sizes=sizes)
     assert isinstance(loss, Tensor)
@@ -140,7 +140,7 @@ def takes_the_ring(group: Any, shards: Sequence[Shard], limit: int) -> bool:
 
 
 def just_call(group: Any, calls: Sequence[dict[str, Any]], mode: str = "auto") -> Tensor:
-    """`sn_loss(**calls[rank])`, whatever comes of it."""
+    """`sn_loss(**calls[rank])`; errors travel to the test."""
     arguments = dict(calls[dist.get_rank(group)])
     with torch.no_grad() if arguments.pop("no_grad", False) else nullcontext():
         return sn_ops.sn_loss(**arguments, group=_through(group, mode)).detach()
@@ -207,7 +207,7 @@ def compiled(group: Any, shards: Sequence[Shard], fullgraph: bool) -> tuple[Tens
     """A compiled function around the loss."""
     shard = shards[dist.get_rank(group)]
     feats = shard.feats.clone().requires_grad_()
-    torch._dynamo.reset()  # it keeps what it compiled by code object, `fullgraph` or not
+    torch._dynamo.reset()  # it caches by code object, whatever `fullgraph` is
 
     @torch.compile(backend="eager", fullgraph=fullgraph)
     def step(x: Tensor) -> Tensor:
@@ -225,12 +225,12 @@ def vmapped(group: Any, shards: Sequence[Shard]) -> None:
 
 
 def represent(group: Any) -> list[str]:
-    """The module and the exchange as text."""
+    """The repr of the module and of the exchange."""
     return [repr(sn_ops.SNLoss(group=group)), repr(Exchange(group, mode="ring"))]
 
 
 def bad_exchange(group: Any, arguments: dict[str, Any]) -> None:
-    """An `Exchange` that cannot be."""
+    """An `Exchange` with arguments that it refuses."""
     Exchange(group, **arguments)
 
 
@@ -289,5 +289,5 @@ def gather_and_differentiate_twice(group: Any, rows: Sequence[Tensor]) -> None:
 
 
 def gather_what_cannot_be(group: Any, rows: Any, of_group: bool) -> None:
-    """Rows, or a group, that are refused."""
+    """`all_gather_rows` with rows or a group that it refuses."""
     all_gather_rows(rows, group if of_group else "everyone")

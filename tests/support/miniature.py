@@ -20,7 +20,7 @@ CELLS = 10
 
 
 def touch(folder: Path, names: Iterable[str]) -> Path:
-    """Empty files: loaders read names, not images. In no order of the names."""
+    """Empty files, created in an order unlike that of their names; loaders read names, not images."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted(names, key=lambda name: name[::-1]):
         os.close(os.open(folder / name, os.O_CREAT | os.O_WRONLY))
@@ -91,7 +91,7 @@ def msmt17(root: Path, version: str = "V1") -> Path:
 
 
 def cuhk03_pixels(pair: int, person: int, number: int, height: int = 6, width: int = 4) -> np.ndarray[Any, Any]:
-    """An image `[height, width, 3]` that is unlike every other and unlike itself turned round."""
+    """An image `[height, width, 3]` that differs from every other and from its own transpose."""
     generator = np.random.default_rng((pair, person, number))
     return generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
 

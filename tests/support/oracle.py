@@ -1,10 +1,10 @@
-"""The SN loss written a second time, straight from the specification, for the tests to judge by.
+"""The SN loss written a second time, straight from its definition, to compare backends with.
 
 NumPy, float64 (long double where the features are float64), one anchor at a time, direct sums of squared differences,
-the gradient spelled out from c_ij. It shares nothing with the package. Two ways in:
+the gradient written out from c_ij. It shares no code with the package. It has two entry points:
 
-* `select` chooses neighbours by itself; `check_selection` says whether a given choice is one that sums rounded in the
-  accumulation type could have led to, and `select_in_documented_order` names the only choice the CPU backend may make;
+* `select` chooses neighbours by itself; `check_selection` asserts that sums rounded in the accumulation type can lead
+  to a given choice, and `select_in_documented_order` gives the only choice that the CPU backend may make;
 * `evaluate` gives loss, gradients and statistics at a given selection.
 """
 
@@ -25,7 +25,7 @@ SQUEEZES = ("span", "support", "nearest", "none")
 
 @dataclass(frozen=True)
 class Problem:
-    """Anchors and candidates as exact wide numbers, and what the accumulation type rounds to."""
+    """Anchors and candidates in a wide type, exactly, and the accumulation type."""
 
     anchors: Array  # [N, D] float64, or long double when the features are float64
     labels: Array  # [N] int64

@@ -1,4 +1,4 @@
-"""Inputs for the tests: how they are made, and how the oracle reads them."""
+"""The tests' inputs: how to make them, move them to a device and give them to the oracle."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ T = TypeVar("T")
 def on(backend: str, x: T) -> T:
     """A tensor, or a dictionary, list or tuple of tensors and other things, on the backend's device.
 
-    Every test passes through here what it gives to a backend, before it asks for gradients; a module of parameters goes
-    to `device_of` by its own `to`. On the CPU that changes nothing. Elsewhere tensors keep their strides and offsets,
-    and those of one call that share memory still do.
+    Every test moves its inputs with this, before it asks for gradients; a module moves with its own `to` and
+    `device_of`. On the CPU nothing changes. Elsewhere tensors keep their strides and offsets, and tensors of one call
+    that share memory still share it.
     """
     device, storages = device_of(backend), dict[int, torch.UntypedStorage]()
 
     def move(tensor: Tensor) -> Tensor:
-        # Asked on the CPU too: a gradient does not find the way back from another device's memory.
+        # Checked on the CPU too: on another device the gradient would not reach the original.
         assert not tensor.requires_grad, "move first, then ask for gradients"
         return tensor if tensor.device.type == device.type else relocated(tensor, device, storages)
 
@@ -37,8 +37,8 @@ def on(backend: str, x: T) -> T:
 
 
 def relocated(x: Tensor, device: torch.device, storages: dict[int, torch.UntypedStorage]) -> Tensor:
-    """A copy on a device, as misaligned and strided as it was, which `x.to` would not keep. `storages` is what has been
-    moved so far, by the address of what it was moved from."""
+    """A copy on a device with the same strides and offset, which `x.to` would not keep. `storages` maps the address of
+    each storage moved so far to its copy."""
     source = x.untyped_storage()
     if source.data_ptr() not in storages:
         whole = torch.empty(0, dtype=torch.uint8, device=x.device).set_(source)
@@ -73,7 +73,7 @@ class Case:
         return replace(self, feats=self.feats.detach().requires_grad_(), candidates=candidates)
 
     def inputs(self) -> list[Tensor]:
-        """What gradients are asked for."""
+        """The tensors whose gradients are asked for."""
         return [self.feats] if self.candidates is None else [self.feats, self.candidates]
 
     def arguments(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Case:
 
 
 def accumulation_of(dtype: torch.dtype) -> np.dtype[Any]:
-    """What sums are evaluated in."""
+    """The type that sums are accumulated in."""
     return np.dtype(np.float64 if dtype == torch.float64 else np.float32)
 
 
@@ -280,7 +280,7 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inputs that defeat a screening that is not certified. Each: (rows, dims, seed) -> fp64 features
+# Inputs that an uncertified screening gets wrong. Each: (rows, dims, seed) -> fp64 features
 
 
 def _normal(rows: int, dims: int, seed: int) -> Tensor:
@@ -348,7 +348,7 @@ ADVERSARIAL: dict[str, Callable[[int, int, int], Tensor]] = {
 
 
 def adversarial_case(name: str, rows: int, dims: int, *, k: int = 10, dtype: torch.dtype = torch.float32) -> Case:
-    """An adversarial batch in the self case, with identities of 4 that cut across its clusters and of all sizes."""
+    """An adversarial batch in the self case; identities of 4 images cut across its clusters."""
     feats = ADVERSARIAL[name](rows, dims, 3)
     labels = torch.where(torch.arange(rows) % 5 == 0, 0, torch.arange(rows) // 4)
     return Case(feats.to(dtype), labels, k=k)

@@ -49,12 +49,12 @@ def _serve(pipe: Connection, rank: int, world: int, store: str) -> None:
 
 
 class Ranks:
-    """`world` processes with gloo between them; work is done by a group of any of them."""
+    """`world` processes with gloo between them; any group of them can do a piece of work."""
 
     def __init__(self, world: int, folder: Path) -> None:
-        # Forked from a server that has imported torch: a rank starts in a moment. Not sn_ops itself: the server looks
-        # for modules from the current folder on, where a source checkout would hide the installed package; a rank
-        # looks where this process does.
+        # Forked from a server that has imported torch, so a rank starts quickly. The server does not import sn_ops: it
+        # searches the current folder first, where a source checkout would hide the installed package. A rank searches
+        # where this process does.
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed"])
         self.world = world
@@ -90,7 +90,7 @@ class Ranks:
         return results
 
     def close(self) -> None:
-        """End the processes; one that does not end by itself is ended."""
+        """End the processes, and kill one that does not end."""
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             if process.is_alive():
                 pipe.send_bytes(b"")

@@ -1,4 +1,4 @@
-"""What the ranks of tests/reid do. Every function takes the process group first; tensors come and go."""
+"""What tests/reid runs on ranks. Each function takes the process group first; arguments and results are pickled."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Retrieval scores a second time, straight from their definitions, for the tests to judge by.
+"""Retrieval scores written a second time, straight from their definitions, to compare the package with.
 
-NumPy and plain loops, one query and one pair at a time, lists sorted in full. It shares nothing with the package.
+NumPy and plain loops, one query and one pair at a time, lists sorted in full. It shares no code with the package.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The operators of the loss by the CUDA kernels on the host harness, for CPU tensors.
 
 `load` takes the library that the CMake target sn_simt builds and defines `sn_simt::forward` and `sn_simt::backward`,
-with the schemas of `sn_ops::forward` and `sn_ops::backward`. How they run is in `settings`: the schedule, the error of
-the products or the model of a tensor core that makes them, the device that the plan is made for, the path, changes to
-the plan. A fault of the harness is a RuntimeError with its text.
+with the schemas of `sn_ops::forward` and `sn_ops::backward`. `settings` says how they run: the schedule, the error of
+the products or the model of the tensor core, the device that the plan is made for, the path, changes to the plan. A
+fault that the harness finds is a RuntimeError with its text.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Report:
-    """What the last call took and did."""
+    """The path that the last call took, and its counts."""
 
     path: str
     partitioned: bool
@@ -333,7 +333,7 @@ def _backward(
     return grad_feats, grad_candidates
 
 
-_registered: list[object] = []  # a torch.library.Library lives as long as something refers to it
+_registered: list[object] = []  # a torch.library.Library lives as long as it is referenced
 
 
 def load(path: Path) -> None:

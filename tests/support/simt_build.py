@@ -26,13 +26,13 @@ def setup_functions() -> ModuleType:
 
 
 def tool(name: str) -> str | None:
-    """A program of this environment, activated or not, or of PATH."""
+    """A program of this environment, activated or not, else of PATH."""
     return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
 @cache
 def build(target: str) -> Path:
-    """Builds a target of the harness, what changed of it, and gives the folder's file of that name.
+    """Builds a target of the harness and returns its path.
 
     Raises:
         RuntimeError: with the output of a build that failed.
@@ -53,7 +53,7 @@ def build(target: str) -> Path:
 
 @cache
 def library() -> Path:
-    """The harness and the kernels. SN_SIMT_LIBRARY names a library that is there already."""
+    """The library of the harness and the kernels; SN_SIMT_LIBRARY names one that is already built."""
     if given := os.environ.get("SN_SIMT_LIBRARY"):
         return Path(given)
     return build("sn_simt").with_name("libsn_simt.so")

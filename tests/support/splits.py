@@ -1,4 +1,4 @@
-"""Splits of miniature data sets, and the names of as many images as the whole sets have."""
+"""Splits of miniature data sets, and file names in the numbers of the full sets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def keys(samples: tuple[Sample, ...]) -> list[tuple[str, int, int]]:
 
 
 def spread(people: range, total: int) -> list[int]:
-    """How many images each has, so that there are total of them."""
+    """The number of images of each person, `total` in all."""
     least, more = divmod(total, len(people))
     return [least + (n < more) for n in range(len(people))]
 
@@ -44,7 +44,7 @@ Names = dict[str, list[str]]
 def people_of(
     name: Callable[[int, list[int], int], list[str]], cameras: int, parts: dict[str, tuple[range, int]]
 ) -> Names:
-    """Names of as many images of these people in each part."""
+    """File names for these people and numbers of images, part by part."""
     return {
         part: [
             each
@@ -58,7 +58,7 @@ def people_of(
 def check_every_number(
     dataset: str, listed: Callable[[Names], Path], names: Names, images: dict[str, int], identities: dict[str, int]
 ) -> None:
-    """With an image less in one part, or one person's images under another's number, that part is named."""
+    """The error names the part that has an image less, or one person less."""
     for part, total in images.items():
         root = listed(names | {part: names[part][1:]})
         with pytest.raises(ValueError, match=f"expected {total} images in {part}, got {total - 1};"):

@@ -21,7 +21,7 @@ HEIGHT, WIDTH = 48, 24  # the least that the small network takes
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch on one thread: in work this small, more of them only wait for each other."""
+    """PyTorch on one thread: in work this small, more threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -67,7 +67,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 class Restless(nn.Module):
-    """A network with everything that has a state beside its weights: dropout and batch norm; quick."""
+    """A quick network with state beside its weights: dropout and batch norm."""
 
     def __init__(self, identities: int, *, norm: bool = True, dropout: float = 0.3) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """Triton's interpreter for the suite: switched on where there is no GPU, and made quick enough to run every case.
 
-The interpreter prepares Triton's language for each call of a function inside a kernel, minima and sums among them, at
-ten times the cost of what the call computes. Once for each module and launch is enough, as the language stays prepared
-until the launch ends. It also prepares it for all threads at once: here launches of several threads take turns. And it
-cuts off what a GPU rounds to the nearest bfloat16: here it rounds, too.
+The interpreter patches Triton's language at each call of a function inside a kernel, minima and sums included, which
+costs ten times the call itself. Once a module and launch is enough, since the patch stays until the launch ends. The
+patch is global, so launches of several threads take turns here. The interpreter also truncates to bfloat16 where a GPU
+rounds to nearest; here it rounds.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 
 
 def switch_on() -> None:
-    """Before Triton is imported, which reads it. With a GPU the kernels are compiled and run there."""
+    """Call it before Triton is imported, which reads the variable. With a GPU, kernels are compiled and run there."""
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 
 
 def speed_up() -> None:
-    """Prepare the language once for each module and launch, where the interpreter has the two places to do so."""
-    # Without Triton its backend's tests fail and say why; nobody else's have to.
+    """Patch the language once a module and launch, and round to bfloat16."""
+    # Without Triton, only the tests of its backend fail, and they say why.
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         return
     from triton.runtime import interpreter
@@ -32,7 +32,7 @@ def speed_up() -> None:
     convert = interpreter._convert_float
 
     def convert_rounded(values: Any, source: Any, target: Any, rounding: Any) -> Any:
-        # The interpreter cuts float32 off where a GPU rounds it to the nearest bfloat16, ties to even.
+        # The interpreter truncates; a GPU rounds to the nearest bfloat16, ties to even.
         if source == interpreter.tl.float32 and target == interpreter.tl.bfloat16:
             rounded = torch.from_numpy(values.copy()).bfloat16()
             return rounded.view(torch.int16).numpy().view("uint16").reshape(values.shape)

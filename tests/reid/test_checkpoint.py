@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there, checked when read, refused where they do not belong; generators."""
+"""Checkpoint files: written whole or not at all, checked when read, refused by another run; random generators."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_flushed_before_it_takes_the_place(tmp_path: Path) -> None:
 
 
 def test_damage_is_seen(tmp_path: Path) -> None:
-    """A byte that changed, anywhere: the file is refused, or the byte was one without meaning."""
+    """One changed byte anywhere: the file is refused, or its contents are the same."""
     file = saved(tmp_path)
     whole = file.read_bytes()
     weights = whole.index(torch.arange(3000.0).numpy().tobytes())
@@ -160,7 +160,7 @@ def test_parts_of_training_that_are_missing(tmp_path: Path, key: str) -> None:
 
 
 def test_an_int_is_the_float_that_it_is(tmp_path: Path) -> None:
-    """Whoever made the configuration, it is that of its own checkpoint."""
+    """An int and an equal float are the same setting, whichever way the configuration was made."""
     config = Config()
     whole = dataclasses.replace(config, loss=dataclasses.replace(config.loss, alpha=51, identity=1))
     file = saved(tmp_path, whole)
@@ -171,7 +171,7 @@ def test_an_int_is_the_float_that_it_is(tmp_path: Path) -> None:
 
 
 def test_errors_of_the_parts() -> None:
-    """Of what reads them, with its text; what is no error of theirs stays what it is."""
+    """Errors of the parts that read the state name the file; other errors pass unchanged."""
     for error, text in [(KeyError("rows"), "got others: no 'rows'"), (RuntimeError("a\n\tb"), "got others: a b")]:
         with pytest.raises(CheckpointError, match=text), restoring(Path("last.pt")):
             raise error

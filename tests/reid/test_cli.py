@@ -104,7 +104,7 @@ def test_a_run_is_complete(place: Place) -> None:
 def test_a_finished_run_is_resumed_for_more_epochs_only_as_another_run(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What decides the training may not change on the way."""
+    """Settings that decide the training cannot change when a run is resumed."""
     fails(capsys, "same configuration.*optim.epochs", "train", "--resume", place.run, "--set", "optim.epochs=5")
     before = (place.run / "config.yaml").read_bytes()
     for more in ((), ("--set", "run.threads=1"), ("--quick",)):
@@ -132,7 +132,7 @@ def test_a_network_that_is_not_the_configurations(
 def test_settings_from_files_and_the_command_line(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file is the base, --data, --root and --set come after it; every setting is listed with its value."""
+    """A file is the base; --data, --root and --set override it. Every setting is listed with its value."""
     file = tmp_path / "c.yaml"
     file.write_text("loss: {k: 7, alpha: 30}\ndata: {options: {quick: true}}\n")
     assert cli.main(["settings", "--config", str(file), "--root", "elsewhere", "--set", "loss.alpha=20"]) == 0
@@ -204,7 +204,7 @@ def test_evaluate(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_checkpoint_outside_of_a_run(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It has all that evaluation needs, and the results lie beside it; a report needs the run."""
+    """A checkpoint has all that evaluation needs, and results are written beside it; a report needs the run."""
     moved = tmp_path / "moved.pt"
     moved.write_bytes((place.run / "checkpoints" / "last.pt").read_bytes())
     assert cli.main(["evaluate", str(moved), "--no-report", "--workers", "0"]) == 0
@@ -243,7 +243,7 @@ def test_a_log_that_was_cut_off(tmp_path: Path) -> None:
 
 
 def test_render(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The numbers that were asked for; a second call finds the set, another set is refused."""
+    """As many images as asked for; a second call finds the set, and another set in its folder is refused."""
     words = [
         word
         for pair in {**SET, "train_identities": 2, "seed": 5}.items()
@@ -315,7 +315,7 @@ def test_export(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_compare(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two losses over two seeds; mean and spread are those of the runs; a second call trains nothing."""
+    """Two losses, two seeds: mean and deviation are those of the runs, and a second call trains nothing."""
     out = tmp_path / "compare"
     words = [
         "compare",
@@ -373,7 +373,7 @@ def test_compare_has_every_loss_and_reading() -> None:
 
 
 def test_one_seed_has_no_spread() -> None:
-    """A mean of one run is given without a deviation that nobody measured."""
+    """The mean of one run has no deviation."""
     run = {"mAP_standard": 0.5, "mAP_market": 0.4, "rank1": 0.6, "mINP": 0.3}
     found = compare.Comparison("x", False, 3, {"sn-span": [run]}, None, {})
     assert "1 seed each" in found.markdown()
@@ -387,7 +387,7 @@ def test_one_seed_has_no_spread() -> None:
 
 
 def test_mistakes_of_the_user(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One message that says what was expected and what came."""
+    """One message says what was expected and what was given."""
     run = place.run
     fails(capsys, r"preset: expected one of 'default', .*got 'papre'", "train", "--preset", "papre")
     fails(capsys, r"expected one of loss\.metric.*got 'loss\.kk'", "train", "--set", "loss.kk=3")
@@ -420,7 +420,7 @@ def test_mistakes_of_the_user(place: Place, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_multiple_query_without_images_for_it(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Asked for, it is an error; there is no score of fewer queries in its place."""
+    """Multiple query without images for it is an error, not a score over fewer queries."""
     data = tmp_path / "market"
     for name in ("bounding_box_train", "query", "bounding_box_test"):
         (data / name).parent.mkdir(exist_ok=True)
@@ -432,7 +432,7 @@ def test_multiple_query_without_images_for_it(place: Place, tmp_path: Path, caps
 def test_faults_of_ours_keep_their_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An error that no check of ours made is no mistake of the user; a status that an error brings is passed on."""
+    """An error that no check raised is a bug: it keeps its traceback. An error's own exit status is kept."""
     from sn_ops.reid import commands
 
     class StopError(Exception):
@@ -479,7 +479,7 @@ def test_help_and_a_closed_pipe(tmp_path: Path) -> None:
 
 
 def test_console_script(tmp_path: Path) -> None:
-    """What pip makes of the entry point is `python -m sn_ops.reid` under its own name."""
+    """The entry point that pip installs is `python -m sn_ops.reid` under its own name."""
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     entry = re.search(r'^\[project\.scripts\]\nsn-reid = "([\w.]+):(\w+)"$', project, re.MULTILINE)
     assert entry is not None
@@ -494,7 +494,7 @@ def test_console_script(tmp_path: Path) -> None:
 
 
 def test_public_names(tmp_path: Path) -> None:
-    """All of them are there, none is imported before it is asked for, and another one is an AttributeError."""
+    """Every public name exists, none is imported before it is used, and another name is an AttributeError."""
     for name in reid.__all__:
         assert getattr(reid, name) is not None and name in dir(reid)
     code = (

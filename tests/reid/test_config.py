@@ -148,7 +148,7 @@ def test_one_value_has_one_form(tmp_path: Path) -> None:
     ],
 )
 def test_a_neck_needs_two_images(assignments: tuple[str, ...], got: int) -> None:
-    """In every chunk: batch norm in training mode has no statistics of one."""
+    """In every chunk: batch norm in training mode has no statistics of one image."""
     neck = ("model.neck=true", "loss.identity=1")
     with pytest.raises(ConfigError, match=f"model.neck: expected at least 2 images in every chunk.* got {got}: "):
         Config().override(*neck, *assignments)
@@ -190,7 +190,7 @@ def test_the_papers_recipe() -> None:
 
 
 def test_the_preset_for_comparing_losses() -> None:
-    """Nothing but the metric term tells runs of two losses apart."""
+    """Runs of two losses differ in the metric term only."""
     config = preset("metric")
     assert config.loss.identity == 0 and not config.model.neck and config.loss.metric == "sn"
     assert config.data == preset("default").data

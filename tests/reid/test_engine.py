@@ -136,7 +136,7 @@ VARIANTS = {
 @pytest.mark.usefixtures("restless")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stop_and_go_on(market: Path, tmp_path: Path, variant: str) -> None:
-    """Stopped in an epoch, at the end of one, before an evaluation and again: bit for bit the run without a stop."""
+    """Stopped in an epoch, at its end, before an evaluation and once more: the same bits as the run without a stop."""
     wanted = train(tiny_config(market, tmp_path / "wanted", *VARIANTS[variant]), progress=False)
     config: Config | None = tiny_config(market, tmp_path / "run", *VARIANTS[variant])
     run: Path | None = None
@@ -179,7 +179,7 @@ def test_a_line_for_the_last_steps(market: Path, tmp_path: Path, stop: int) -> N
 
 @pytest.mark.usefixtures("restless")
 def test_an_int_for_a_float(market: Path, tmp_path: Path) -> None:
-    """A run whose configuration Python code wrote goes on like any other."""
+    """A run whose configuration was made in Python resumes like any other."""
     config = tiny_config(market, tmp_path / "run")
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, alpha=50))
     with pytest.raises(StoppedError):
@@ -199,7 +199,7 @@ def test_the_largest_seed(market: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("restless")
 def test_the_folder_stays_what_it_was(market: Path, tmp_path: Path) -> None:
-    """A configuration for another folder does not put its name into the run that it goes on with."""
+    """Resuming with a configuration for another folder leaves the run's own folder in its configuration."""
     with pytest.raises(StoppedError):
         train(tiny_config(market, tmp_path / "run"), progress=False, after_step=stopping(1))
     with pytest.raises(StoppedError):
@@ -214,7 +214,7 @@ def test_the_folder_stays_what_it_was(market: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("restless")
 def test_killed_without_a_chance(market: Path, tmp_path: Path) -> None:
-    """What was logged after the checkpoint is cut off, and the run is the same again."""
+    """Lines logged after the last checkpoint are removed, and the resumed run is the same as an unbroken one."""
 
     class Killed(BaseException):
         pass
@@ -233,7 +233,7 @@ def test_killed_without_a_chance(market: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("restless")
 def test_a_signal_while_evaluating(market: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing to wait for: the checkpoint is there."""
+    """The run stops at once, since its checkpoint is already written."""
     from sn_ops.reid.inference import scoring
 
     evaluate = scoring.evaluate_model
@@ -256,7 +256,7 @@ def test_a_signal_while_evaluating(market: Path, tmp_path: Path, monkeypatch: py
 def test_a_signal_that_work_takes_in_its_own_way(
     market: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """A process that the same signal killed is an error of the work; a destructor swallows what is raised in it."""
+    """A worker process may die of the same signal, and a destructor may swallow the handler's exception."""
     from sn_ops.reid.inference import scoring
 
     evaluate = scoring.evaluate_model
@@ -286,7 +286,7 @@ def test_a_signal_that_work_takes_in_its_own_way(
 
 
 def test_errors_of_work_without_a_signal(tmp_path: Path) -> None:
-    """They stay what they are."""
+    """Errors of the work pass unchanged."""
     with StopSignals() as stop, pytest.raises(RuntimeError, match="of its own"), stop.at_once(tmp_path):
         raise RuntimeError("of its own")
     with StopSignals() as stop, stop.at_once(tmp_path):
@@ -294,7 +294,8 @@ def test_errors_of_work_without_a_signal(tmp_path: Path) -> None:
 
 
 def test_second_signal_acts_at_once() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs that ignore it
+    # Python's own handler, since shells start background jobs with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGINT)
@@ -330,7 +331,7 @@ def test_exit_status(market: Path, tmp_path: Path) -> None:
     assert process.stdout is not None
     while process.stdout.readline() not in ("2\n", ""):
         pass
-    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: the processes that read images too
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: to the processes that read images too
     _, error = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED, error
     assert "SIGTERM: the run has stopped and its checkpoint is written" in error and "--resume" in error
@@ -367,7 +368,7 @@ def test_refused(market: Path, whole: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("restless")
 def test_a_folder_whose_run_has_no_checkpoint(market: Path, tmp_path: Path) -> None:
-    """There is nothing that --resume could go on from."""
+    """Without a checkpoint --resume has nothing to go on from."""
 
     class Killed(BaseException):
         pass
@@ -435,7 +436,7 @@ def stopped(market: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("restless")
 @pytest.mark.parametrize("what", SPOILED)
 def test_contents_that_do_not_fit(stopped: Path, tmp_path: Path, what: str) -> None:
-    """One message with the file's name, whatever PyTorch or Python say about it."""
+    """One message with the file's name, whatever PyTorch or Python raise."""
     state = load_checkpoint(stopped / "checkpoints" / "last.pt")
     config = from_dict(state["config"])
     SPOILED[what](state)
@@ -477,7 +478,7 @@ def test_nonfinite_loss(market: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("restless")
 def test_memory_reaches_the_loss(market: Path, tmp_path: Path) -> None:
-    """The first step has none to look into, the second has."""
+    """The memory is empty in the first step and used from the second."""
     runs = {
         rows: train(
             tiny_config(market, tmp_path / rows, f"loss.memory={rows}", "optim.epochs=1", "run.log_every=1"),

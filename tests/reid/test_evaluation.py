@@ -1,4 +1,4 @@
-"""CMC, both average precisions, mINP, ties, the protocol's filter: against plain loops and by hand."""
+"""CMC, both average precisions, mINP, ties and the protocol's filter, against plain loops and by hand."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_average_precision_in_both_definitions_by_hand() -> None:
 
 
 def test_which_definition_a_number_is() -> None:
-    """`mAP` follows the option, and the text says which is which."""
+    """`mAP` follows the option, and the text names the definition."""
     standard, market = by_hand([1, 0, 1, 0]), by_hand([1, 0, 1, 0], average_precision="market")
     assert standard.mAP == standard.mAP_standard and market.mAP == market.mAP_market
     assert str(standard).startswith("mAP (standard) 83.33 %, mAP (market) 79.17 %")
@@ -328,7 +328,7 @@ def test_distractors_in_one_pass_equal_galleries_one_by_one() -> None:
 
 
 def test_sizes_of_the_gallery_that_nobody_chose() -> None:
-    """1, 2 and 5 times the powers of ten from 100, and all of them."""
+    """By default 1, 2 and 5 times the powers of ten from 100, and all."""
     case = make(4)
     extra = torch.randn(1500, 7, generator=torch.Generator().manual_seed(9))
     curve = evaluate_with_distractors(**vars(case), distractors=extra)
@@ -383,7 +383,7 @@ def test_multiple_query_is_the_mean_over_a_persons_images_of_a_camera() -> None:
 def test_errors_say_what_was_expected_and_what_came(
     change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    """Each bad argument by its name."""
+    """The message names the bad argument."""
     with pytest.raises(error, match=message):
         evaluate(**(vars(make(0)) | change))
 
@@ -424,7 +424,7 @@ def test_memory_does_not_grow_with_queries_times_gallery() -> None:
 
 
 def test_numpy_matrices_by_reference() -> None:
-    """`torch.from_numpy` is all that a numpy user needs: read-only views are not written to."""
+    """`torch.from_numpy` is enough: read-only views are not written to."""
     case = make(1)
     matrix = case.matrix().numpy().astype(np.float32)
     ours = evaluate_matrix(torch.from_numpy(matrix), *(torch.from_numpy(x) for x in case.labels()))

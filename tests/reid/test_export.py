@@ -80,7 +80,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_embeddings_are_those_of_the_network_in_eval_mode(model: Small, folder: Path) -> None:
-    """Whatever the batch size; the mode is put back, and the running statistics stay."""
+    """For any batch size; the mode is restored, and running statistics do not change."""
     paths = image_files(folder)
     assert [path.name for path in paths] == [
         "0.png",
@@ -107,7 +107,7 @@ def test_embeddings_are_those_of_the_network_in_eval_mode(model: Small, folder: 
 
 
 def test_a_signal_to_all_processes_leaves_the_images_to_be_read(model: Small, folder: Path) -> None:
-    """Schedulers send SIGTERM to the readers too: their run decides what it means, not their death."""
+    """Schedulers send SIGTERM to the readers too; the run decides when to stop, so they ignore it."""
     reader = os.getpid()
 
     def signalled(image: Any) -> Tensor:
@@ -247,7 +247,7 @@ def test_onnx_computes_what_pytorch_does(model: Small, tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_network_does_not_pass(model: Small, tmp_path: Path) -> None:
-    """The check can fail, and then nothing is left behind or replaced."""
+    """The check fails, and no file is left or replaced."""
     path = export_onnx(model, tmp_path / "m.onnx", height=HEIGHT, width=WIDTH, normalize=False)
     with pytest.raises(ValueError, match=r"expected embeddings within 0\.0001 of PyTorch's, got"):
         check_onnx(model, path, height=HEIGHT, width=WIDTH)  # without the normalisation

@@ -19,7 +19,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def gradients_of(network: nn.Module, images: Tensor, chunks: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """A loss that no sum over chunks gives, and its gradients."""
+    """A loss that is no sum over chunks, and its gradients."""
 
     def loss_of(embedding: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor]:
         assert logits is not None
@@ -61,4 +61,4 @@ def test_chunks_repeat_random_numbers_and_statistics() -> None:
     after = torch.rand(3)
     torch.manual_seed(0)
     network(images[:4]), network(images[4:])
-    assert torch.equal(torch.rand(3), after)  # generators stand where one pass leaves them
+    assert torch.equal(torch.rand(3), after)  # generators are as one pass leaves them

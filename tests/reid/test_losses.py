@@ -186,7 +186,7 @@ def test_candidates_equal_loops(name: str, self_index: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_derivatives(name: str) -> None:
-    """Of embeddings and of candidates, against differences; the second derivative nobody needs."""
+    """Gradients of embeddings and of candidates against finite differences."""
     feats, labels = problem(9, 4, 3, seed=1)
     feats[1] += 0.3  # no two rows the same: a distance has no derivative there
     config = replace(CONFIGS[name], backend="reference", margin=None)
@@ -239,7 +239,7 @@ def test_sn_is_that_of_sn_ops() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_normalised_rows_stay(name: str) -> None:
-    """The trainer's memory holds rows that are normalised: normalising twice changes nothing."""
+    """The trainer's memory holds normalised rows; normalising them again changes nothing."""
     feats, labels = problem()
     metric = build_losses(CONFIGS[name]).metric
     close(metric(torch.nn.functional.normalize(feats), labels)[0], metric(feats, labels)[0], 1e-12)
@@ -248,7 +248,7 @@ def test_normalised_rows_stay(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*CONFIGS, "none"])
 def test_nothing_to_learn_is_nought(name: str) -> None:
-    """No anchor with a positive, no row, identical rows: finite, and gradients of 0 where there is no loss."""
+    """No anchor with a positive, no row, or identical rows: the loss is finite, with gradient 0 where it is 0."""
     metric = build_losses(CONFIGS.get(name, LossConfig(metric="none", identity=1.0))).metric
     for rows, labels in (
         (torch.randn(4, 3), torch.arange(4)),

@@ -35,7 +35,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def resnet_state() -> dict[str, Tensor]:
-    """What torchvision's download has, classifier included, but random."""
+    """A state as torchvision's download has it, classifier included, with random values."""
     resnet: nn.Module = need("torchvision.models").resnet50(weights=None)
     return resnet.state_dict()
 
@@ -46,7 +46,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def last_maps(network: nn.Module, images: Tensor) -> Tensor:
-    """What leaves the last stage."""
+    """The last stage's feature maps."""
     seen: list[Tensor] = []
     handle = network.get_submodule("layer4").register_forward_hook(lambda *arguments: seen.append(arguments[2]))
     network(images)
@@ -156,7 +156,7 @@ def test_refuses_a_stride_it_cannot_set() -> None:
 
 
 def test_small_keeps_what_is_where() -> None:
-    """Clothes upside down are other clothes: a global average would not tell them apart."""
+    """Upper and lower clothes exchanged are another person: a global average would not tell them apart."""
     network = SmallNet().eval()
     assert 3e5 < sum(parameter.numel() for parameter in network.parameters()) < 1e6
     top, bottom = torch.full((3, 64, 64), -1.0), torch.full((3, 64, 64), 1.0)
@@ -330,7 +330,7 @@ def test_imagenet_weights_without_a_network(tmp_path: Path, monkeypatch: pytest.
 
 
 class _Intruder:
-    """Would run code when it is unpickled."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("intruder"),))
@@ -369,7 +369,7 @@ def test_refuses_a_truncated_file(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_refuses_files_of_any_bytes(tmp_path: Path) -> None:
-    """Bytes at random, and ones that the unpickler takes for orders: never an error of its own."""
+    """Random bytes, and bytes that the unpickler takes for instructions: always our error."""
     file = tmp_path / "weights.pth"
     generator = np.random.default_rng(0)
     contents = [b"\x80\x02.", b"\x80\x020.", b"J\x00", b"M", b"(", b"a.", b"\x80\x02]a.", b"\x80\x02}(K\x01u."]

@@ -80,13 +80,13 @@ train(resume=folder / "stopped", progress=False)
 
 
 def configuration(market: Path, out: Path, variant: str) -> Config:
-    """Of a run in this file."""
+    """The configuration of a run in this file."""
     return tiny_config(market, out, *OPTIONS, *VARIANTS[variant])
 
 
 @contextmanager
 def frozen_norms(on: bool) -> Iterator[None]:
-    """Within it, batch norm in new networks is as in evaluation, if `on`."""
+    """A context in which batch norm of new networks stays in evaluation mode, if `on`."""
 
     def build(config: ModelConfig, identities: int, **options: Any) -> ReIDModel:
         model = build_model(config, identities, **options)
@@ -143,7 +143,7 @@ def test_two_ranks_are_one_process(
 
 
 def test_a_signal_to_one_rank_stops_all(runs: tuple[Path, Path]) -> None:
-    """And going on is the run without a stop, bit for bit: gloo adds two ranks in one order."""
+    """The resumed run equals the one without a stop, bit for bit: gloo adds two ranks in one order."""
     _, folder = runs
     texts = [(folder / f"stopped-{rank}").read_text() for rank in range(2)]
     assert "a signal to another rank: the run has stopped" in texts[0] and "SIGTERM: the run has stopped" in texts[1]

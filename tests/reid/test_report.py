@@ -76,7 +76,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 @pytest.fixture(scope="module")
 def written(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file; nobody changes it."""
+    """The report's file; tests only read it."""
     return write_report(tmp_path_factory.mktemp("report") / "report.html", report)
 
 
@@ -196,7 +196,7 @@ def test_support_neighbours_are_those_of_the_loss(tmp_path: Path, monkeypatch: p
 
 
 def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
-    """A picture of the report, as every image that is read."""
+    """The error names the image file."""
     (tmp_path / "x.png").write_text("no image")
     with pytest.raises(OSError, match=r"^sn_ops.reid: images: expected an image, got .*x\.png: "):
         page.thumbnail(tmp_path / "x.png")
@@ -218,7 +218,7 @@ window.addEventListener("load", () => {
 
 @dataclass(frozen=True)
 class Shown:
-    """What the browser made of a page."""
+    """What the browser shows of a page."""
 
     title: str
     console: str

@@ -25,7 +25,7 @@ def clusters(seed: int, q: int, g: int, d: int, people: int) -> tuple[Tensor, Te
 
 
 def matrix(distances: RerankedDistances) -> Tensor:
-    """All of it, in blocks of three queries."""
+    """The whole matrix, computed in blocks of three queries."""
     q = distances.shape[0]
     return torch.cat([distances.block(start, min(q, start + 3)).rows for start in range(0, q, 3)])
 
@@ -110,7 +110,7 @@ def test_constants_out_of_range(bad: dict[str, Any]) -> None:
 
 
 def test_a_missing_scipy_is_named_with_its_extra() -> None:
-    """And importing the package needs none of the extra's packages."""
+    """Importing the package needs none of the extra's packages."""
     code = (
         "import sys\n"
         "for name in ('scipy', 'matplotlib', 'PIL', 'onnx', 'onnxruntime', 'torchvision', 'h5py', 'yaml'):\n"

@@ -30,7 +30,7 @@ from support.tiny_runs import one_thread, tiny_config, write_market
 
 
 class Plain(nn.Module):
-    """The least network: without anything that is random, or another in training."""
+    """A minimal network: nothing random, and the same in training and evaluation."""
 
     def __init__(self, identities: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Plain(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs are of `Plain`, on one thread, and write no report, which takes longer than they do."""
+    """Runs train `Plain` on one thread and write no report, which takes longer than the run."""
     monkeypatch.setattr(
         "sn_ops.reid.training.trainer.build_model", lambda config, identities, **options: Plain(identities)
     )
@@ -62,7 +62,7 @@ def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer_of(config: Config, *, rank: int = 0, world: int = 1) -> Trainer:
-    """A trainer in this process; of several ranks, one that will not meet the others."""
+    """A trainer in this process; as one of several ranks it never talks to the others."""
     torch.manual_seed(0)
     return Trainer(config, load_split(config.data), Parallel(rank, world, torch.device("cpu")))
 
@@ -200,7 +200,7 @@ def test_the_bank_that_the_loss_gets(market: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("balanced", [True, False])
 def test_cameras_of_a_batch(market: Path, tmp_path: Path, balanced: bool) -> None:
-    """Two images of each identity: of its two cameras, or of any."""
+    """Two images of each identity: from two cameras, or from any."""
     options = ("data.images=2", f"data.camera_balanced={balanced}")
     trainer = trainer_of(tiny_config(market, tmp_path / "run", *options))
     pairs = []

@@ -19,7 +19,7 @@ def tree(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
 
 @pytest.fixture
 def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Names], Path]:
-    """Folders that say they have these names: as many files as in the whole sets would take too long to make."""
+    """Folders that list these names; writing as many files as the full sets have would take too long."""
 
     def pretend(names: Names) -> Path:
         for part in names:

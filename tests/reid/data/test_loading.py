@@ -247,7 +247,7 @@ def test_unreadable(tmp_path: Path, content: bytes | None) -> None:
 
 
 def test_damage_of_any_kind_is_an_unreadable_image(tmp_path: Path) -> None:
-    """Pillow has other errors than OSError for it; none of them is a traceback."""
+    """Pillow raises other errors than OSError too; each becomes one message."""
     path = tmp_path / "image.bmp"
     picture().save(path)
     content = bytearray(path.read_bytes())

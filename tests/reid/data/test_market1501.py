@@ -87,7 +87,7 @@ def test_another_set_in_the_layout_may_have_more_cameras(tmp_path: Path) -> None
 
 
 def test_names_of_folders_do_not_count(tmp_path: Path) -> None:
-    """A pattern searched for in the whole path would read identity and camera from the folder."""
+    """Identity and camera are read from the file name, not from a folder that looks like one."""
     assert {s.pid for s in load("market1501", miniature.market1501(tmp_path / "0099_c5s1")).train} == {2, 7, 10}
 
 

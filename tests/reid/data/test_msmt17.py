@@ -25,7 +25,7 @@ def test_msmt17_versions(tmp_path: Path, version: str, folders: tuple[str, str])
 
 
 def test_msmt17_people_of_training_and_test_are_never_mixed(tmp_path: Path) -> None:
-    """The lists give training and test people the same numbers, and 0, elsewhere the distractor, to one of each."""
+    """The lists number training and test people alike, from 0, which is the distractor elsewhere."""
     split = load("msmt17", miniature.msmt17(tmp_path))
     assert split.identities() == {1: 0, 2: 1, 3: 2}
     assert {sample.pid for sample in split.query} == {1042, 1043} == {sample.pid for sample in split.gallery}

@@ -44,7 +44,7 @@ def test_the_registry_names_what_it_knows(tmp_path: Path) -> None:
     ],
 )
 def test_options_have_types(tmp_path: Path, name: str, option: str, value: object, expected: str) -> None:
-    """A text is not true, whatever it says; and the check comes before anything is looked for."""
+    """Text is no bool, whatever it says; the check comes before any file is looked for."""
     message = (
         f"sn_ops.reid: options of {name}: {option}: expected {expected}, got {value!r} of type {type(value).__name__}"
     )
@@ -54,7 +54,7 @@ def test_options_have_types(tmp_path: Path, name: str, option: str, value: objec
 
 
 def test_every_option_has_a_type_that_is_checked(tmp_path: Path) -> None:
-    """An option that somebody adds with a type that the check has no word for fails here."""
+    """A new option whose type the check does not know fails here."""
     for name, loader in DATASETS.items():
         for parameter in inspect.signature(loader).parameters.values():
             if parameter.kind is parameter.KEYWORD_ONLY:

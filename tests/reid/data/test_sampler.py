@@ -68,7 +68,7 @@ def test_every_image_has_the_same_chance() -> None:
 
 
 def test_every_pair_of_identities_meets_as_often() -> None:
-    """Epochs divide the identities into batches anew: each pair shares a batch by chance, 3 times in 11 here."""
+    """Each epoch divides the identities into new batches: a pair shares a batch by chance, 3 times in 11 here."""
     labels, cameras = collection([3] * 12)
     sampler = IdentitySampler(labels, cameras, 4, 1, seed=0)
     together: Counter[tuple[int, int]] = Counter()

@@ -91,7 +91,7 @@ def test_processes_do_not_change_a_byte(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_larger_set_keeps_the_images_of_a_smaller_one() -> None:
-    """Numbers of people, frames and distractors choose images; they do not alter them."""
+    """Numbers of people, frames and distractors decide which images exist, not what they show."""
     larger = replace(TINY, train_identities=30, train_frames=6, distractors=90, junk=40, gallery_frames=9)
     small, large = Renderer(TINY), Renderer(larger)
     for image in plan(TINY)[::7]:
@@ -108,7 +108,7 @@ def test_seed_camera_frame_and_box_change_the_image() -> None:
 
 
 def test_no_two_images_of_a_set_are_the_same(tiny: Path) -> None:
-    """But the queries, which are in gt_bbox too, as in Market-1501."""
+    """Except the queries, which are in gt_bbox too, as in Market-1501."""
     count = Counter(contents(tiny).values())
     repeated = {content for content, times in count.items() if times > 1}
     assert repeated == {path.read_bytes() for path in (tiny / "query").iterdir()}
@@ -351,7 +351,7 @@ def test_an_interrupted_render_is_completed(tiny: Path, tmp_path: Path, monkeypa
     assert all(got[name] == content for name, content in contents(tiny).items())
 
 
-@pytest.mark.parametrize("attempt", range(5))  # who comes when is chance
+@pytest.mark.parametrize("attempt", range(5))  # the order of the threads is chance
 def test_callers_at_once_render_each_image_once(tmp_path: Path, tiny: Path, attempt: int) -> None:
     """As the ranks of a distributed run call it: the lock is per open file, so threads stand in for processes."""
     ticks: list[int] = []
@@ -416,11 +416,11 @@ def score(features: torch.Tensor, split: Split) -> Scores:
 
 
 def test_colours_find_some_people_and_far_from_all(quick: Path) -> None:
-    """The set is neither solved by colours, nor so hard that colours say nothing."""
+    """Colours alone neither solve the set nor say nothing about it."""
     split = market1501.load(quick, check_counts=False)
     paths = [sample.path for sample in (*split.query, *split.gallery)]
     got = score(colour_histograms(paths), split)
-    # Chance: features that say nothing.
+    # Chance level: random features.
     noise = score(torch.randn(len(paths), 16, generator=torch.Generator().manual_seed(0)), split)
     assert noise.mAP + 0.05 < got.mAP < 0.5
     assert noise.rank1 < got.rank1 < 0.6

@@ -1,7 +1,6 @@
-"""Validation of what users pass: every check of an argument of `sn_loss` and its like is here.
+"""Checks of the arguments of `sn_loss`, `support_neighbors` and `SNLoss`.
 
-It runs on every call, so that it asks with cheap comparisons and leaves finding the words to functions that run on
-failure alone.
+These checks run on every call: comparisons are cheap, messages are built on failure only.
 """
 
 from __future__ import annotations
@@ -33,10 +32,12 @@ def _got(value: object) -> str:
 
 
 def reject(argument: str, expected: str, value: object, error: type[Exception] = ValueError) -> NoReturn:
+    """Raises the error that names the argument, what was expected and what came."""
     raise error(f"sn_ops: {argument}: expected {expected}, got {_got(value)}")
 
 
 def reject_name(argument: str, allowed: tuple[str, ...], value: object) -> NoReturn:
+    """Raises the error for a name that is not allowed: a ValueError, or a TypeError for what is no string."""
     names = ", ".join(repr(name) for name in allowed)
     reject(argument, f"one of {names}", value, ValueError if isinstance(value, str) else TypeError)
 
@@ -68,10 +69,11 @@ def _real(argument: str, value: object, positive: bool) -> float:
 def check_options(
     k: object, alpha: object, weight: object, squeeze: object, reduction: object
 ) -> tuple[int, float, float, int, int]:
-    """The options of the loss as the operators take them: k, alpha, weight, squeeze and reduction codes.
+    """The options of the loss as the operators take them: k, alpha, weight, and the codes of squeeze and reduction.
 
     Raises:
-        TypeError, ValueError: naming the option, what is allowed and what came.
+        TypeError: an option of the wrong type.
+        ValueError: an option with a value that is not allowed.
     """
     if not isinstance(squeeze, str) or squeeze not in _SQUEEZE:
         reject_name("squeeze", tuple(_SQUEEZE), squeeze)
@@ -113,7 +115,7 @@ def _check_self_index(self_index: object, feats: Tensor, candidates: Tensor) -> 
     n, m = feats.shape[0], candidates.shape[0]
     if isinstance(self_index, Tensor):
         index = _check_index("self_index", self_index, feats, "feats")
-        # Looking at the values needs them on the host: a GPU would have to be waited for, a tracer has none.
+        # The values must be on the host: reading them would wait for a GPU, and a tracer has none.
         traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if not traced and type(index) is Tensor and index.device.type == "cpu" and n > 0:
             low, high = (int(bound) for bound in index.aminmax())

@@ -1,4 +1,4 @@
-"""Which backend serves a call: loading the native libraries, what is usable here and on which devices, the choice."""
+"""Which backend serves a call: the native libraries are loaded, what is usable is known, and one is chosen."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ _BACKEND_DEVICES: dict[str, tuple[str, ...]] = {
 }
 
 
+# ---- loading ------------------------------------------------------------------------------------
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
 def _load_core() -> ModuleType | None:
-    """`sn_ops._C`, or None with the reason in LOAD_ERROR and a warning, since "auto" goes on without it."""
+    """Loads `sn_ops._C`. Without it: None, the reason in LOAD_ERROR, and a warning, as "auto" works on without it."""
     try:
         return importlib.import_module(f"{__package__}._C")
     except ModuleNotFoundError as error:
@@ -53,14 +55,14 @@ def _load_core() -> ModuleType | None:
 
 
 def _load_cuda(core: ModuleType | None) -> str:
-    """Loads the CUDA kernels, `_C_cuda`, beside the core; why they cannot serve, empty if they can."""
+    """Loads the CUDA kernels, `_C_cuda`. Returns why they cannot serve, empty if they can."""
     if core is None:
         return "it needs sn_ops._C, which did not load"
     built = core.build_info()["cuda"]
     library = _PACKAGE / "_C_cuda.so"
     if not library.exists():
         return built if built.startswith("not built") else f"{library} is missing: run `pip install .` again"
-    # Asked before loading: with another CUDA major the library loads and leaves two runtimes in the process.
+    # Checked before loading: built for another CUDA major version, it would load and leave two runtimes in the process.
     if torch.version.cuda is None:
         return f"it was built for CUDA {built}, torch {torch.__version__} is a build without CUDA"
     if torch.version.cuda.split(".")[0] != built.split(".")[0]:
@@ -82,20 +84,20 @@ if _reason := triton.missing():
 
 
 def version() -> str:
-    """The version this package was built as; pyproject.toml has it, and an unbuilt checkout cannot know it."""
+    """The version this package was built as, pyproject.toml's; "0+unbuilt" in a checkout that was not built."""
     return "0+unbuilt" if CORE is None else str(CORE.build_info()["version"])
 
 
 def unfit(backend: str, device: torch.device) -> str:
-    """Why a backend that loaded cannot serve this device, of a type that it serves; empty if it can."""
+    """Why a backend that loaded cannot serve this device, which is of a type that it serves; empty if it can."""
     return _unfit(backend, device)
 
 
-# What torch.compiler.assume_constant_result does; that would import the compiler, and Triton with it.
+# This is what torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton with it.
 unfit._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@cache  # asked at every call
+@cache  # every call of the loss asks
 def _unfit(backend: str, device: torch.device) -> str:
     if backend == "triton":
         return triton.unfit(device)
@@ -108,9 +110,11 @@ def _unfit(backend: str, device: torch.device) -> str:
 
 
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether a GPU of this compute capability runs code for `architectures`, such as "80 90a 120+PTX": code runs on
-    the same major version from its own minor version on, "90a" on 9.0 alone, PTX on everything newer but where its
-    target is "90a" or the like."""
+    """Whether a GPU of this compute capability runs code that was built for `architectures`, such as "80 90a 120+PTX".
+
+    Code runs on GPUs of its major version, from its minor version on; "90a" runs on 9.0 only. PTX runs on all newer
+    GPUs too, unless its target ends in "a" or "f".
+    """
     number = 10 * capability[0] + capability[1]
     for name in architectures.split():
         base = int(name.rstrip("afPTX+"))
@@ -124,6 +128,9 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
         if fits:
             return True
     return False
+
+
+# ---- choice -------------------------------------------------------------------------------------
 
 
 class BackendInfo(NamedTuple):
@@ -151,15 +158,16 @@ def backends() -> dict[str, BackendInfo]:
 
 
 def add_backend(name: str, devices: tuple[str, ...]) -> None:
-    """A backend from elsewhere, whose operators `register` has; "auto" asks it last for tensors on `devices`."""
+    """Adds a backend whose operators `ops.register` got; "auto" asks it last, for tensors on `devices`."""
     _BACKEND_DEVICES[name] = devices
 
 
 def check_backend(backend: object) -> str:
-    """`backend`, which is "auto" or a backend's name.
+    """The name as it came, if it is "auto" or a backend's.
 
     Raises:
-        TypeError, ValueError: naming what is allowed and what came.
+        TypeError: not a string.
+        ValueError: another name.
     """
     if not isinstance(backend, str) or not (backend == "auto" or backend in _BACKEND_DEVICES):
         reject_name("backend", ("auto", *_BACKEND_DEVICES), backend)
@@ -175,6 +183,12 @@ def _devices_of(backend: str) -> tuple[str, ...]:
 
 
 def choose_backend(backend: str, feats: Tensor) -> str:
+    """The name of the backend that serves a call with these feats.
+
+    Raises:
+        ValueError: the backend that was named cannot serve them; the message says why.
+        RuntimeError: a transform of torch.func around a fused backend.
+    """
     device = feats.device.type
     if backend == "auto":
         for name, devices in _BACKEND_DEVICES.items():
@@ -196,10 +210,11 @@ def choose_backend(backend: str, feats: Tensor) -> str:
     return backend
 
 
-# ---- what the fused backends do not serve ----
+# ---- what the fused backends do not serve -------------------------------------------------------
 
 
 def use_reference(what: str) -> NoReturn:
+    """Raises the error for what only the reference serves."""
     raise RuntimeError(
         f"sn_ops: {what} not available from the fused backends, which differentiate the loss once, backwards. Use "
         'backend="reference", which has no such limit.'
@@ -207,6 +222,6 @@ def use_reference(what: str) -> NoReturn:
 
 
 def refuse_transforms() -> None:
-    """Raise inside the transforms of torch.func, where a bare operator would drop tangents without a word."""
+    """Raises inside the transforms of torch.func, where a bare operator would silently drop tangents."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         use_reference("the transforms of torch.func (vmap, grad, jvp, ...) are")

@@ -157,7 +157,7 @@ def _has_positive(labels: Tensor, ref_labels: Tensor, own: Tensor) -> Tensor:
 def _own_rows(indices_tuple: tuple[Tensor, ...], labels: Tensor, ref_labels: Tensor, diagonal: Tensor | None) -> Tensor:
     """int64 `[N]`: the reference row that an anchor is itself, -1 for none, from an `indices_tuple`.
 
-    `diagonal`: what it is known to be, if it is.
+    `diagonal`: the rows where they are known, as without ref_emb.
     """
     if isinstance(indices_tuple, OwnRows):
         return indices_tuple.rows if diagonal is None else diagonal

@@ -1,8 +1,8 @@
-"""The two operators for PyTorch: shapes for tracing, autograd.
+"""The two operators for PyTorch: by backend, their shapes for tracing, autograd, registration.
 
-`forward` turns features into a loss and a support graph, `backward` a support graph into gradients; every backend has
-the two with one signature (`csrc/sn_ops.cpp` has the schemas; `reference.ForwardArguments`, `reference.Graph` and
-`reference.BackwardArguments` say what each argument and result is), so any forward can be checked with any backward.
+`forward` turns features into a loss and a support graph; `backward` turns a support graph into gradients. Every backend
+has both, with one signature, so any forward works with any backward. `csrc/sn_ops.cpp` has the schemas;
+`reference.ForwardArguments`, `reference.Graph` and `reference.BackwardArguments` say what each argument and result is.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 # ---- autograd -----------------------------------------------------------------------------------
-# Twice, for one reason: time. What is registered on the operators serves tracing (torch.compile, torch.export) and
-# direct calls of torch.ops.sn_ops; `_EagerLoss` serves eager calls of `loss`, where the registered one would cost more
-# than the kernels do on a small batch. Both end in the same backward operator.
+# Autograd is written twice, for speed. What is registered on the operators serves tracing (torch.compile, torch.export)
+# and direct calls of torch.ops.sn_ops. `_EagerLoss` serves eager calls of `loss`: on a small batch the registered one
+# would cost more than the kernels. Both call the same backward operator.
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -114,8 +114,11 @@ def _refuse_second_derivative(*_: object) -> NoReturn:
 
 
 class _EagerLoss(torch.autograd.Function):
-    """The loss for eager autograd: the differentiable tensors, and the operator's arguments as they are, in one tuple
-    because every argument of a Function costs time."""
+    """The loss for eager autograd.
+
+    The differentiable tensors are arguments of their own, the operator's arguments are one tuple: each argument of a
+    Function costs time.
+    """
 
     @staticmethod
     def forward(
@@ -137,7 +140,7 @@ class _EagerLoss(torch.autograd.Function):
         need_feats, need_candidates = ctx.needs_input_grad[:2]
         args = (grad_loss, *ctx.saved_tensors, ctx.reduction, need_feats, need_candidates)
         if torch.is_grad_enabled():
-            # create_graph=True: through the dispatcher, whose autograd refuses the next derivative.
+            # create_graph=True: the dispatcher's autograd refuses the next derivative.
             grad_feats, grad_candidates = ctx.operator(*args)
         else:
             with torch._C._AutoDispatchBelowAutograd():
@@ -157,7 +160,7 @@ def loss(backend: str, args: ForwardArguments) -> tuple[Tensor, Tensor]:
         return outputs[0], outputs[6]
     feats, candidates = args.feats, args.candidates
     wants_grad = feats.requires_grad or (candidates is not None and candidates.requires_grad)
-    # Forward-mode tangents do not show in requires_grad; the Function refuses them, a bare operator would drop them.
+    # Forward-mode tangents do not show in requires_grad. The Function refuses them; a bare operator would drop them.
     if (wants_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
         pair: tuple[Tensor, Tensor] = _EagerLoss.apply(feats, candidates, operators, args)
         return pair
@@ -170,8 +173,10 @@ def loss(backend: str, args: ForwardArguments) -> tuple[Tensor, Tensor]:
 
 
 def register(backends: Iterable[str], namespace: str) -> None:
-    """Makes the operators `namespace::forward` and `namespace::backward` those of the backends: shapes for tracing and
-    autograd for the two, and their place in OPERATORS."""
+    """Registers `namespace::forward` and `namespace::backward` as the operators of the backends.
+
+    Both get their shapes for tracing, their autograd, and their place in OPERATORS.
+    """
     library = getattr(torch.ops, namespace)
     operators = Operators(library.forward.default, library.backward.default)
     torch.library.register_fake(f"{namespace}::forward", _fake_forward)
@@ -184,7 +189,7 @@ def register(backends: Iterable[str], namespace: str) -> None:
         OPERATORS[backend] = operators
 
 
-# "cpu" and "cuda" are one pair of operators: the dispatcher goes by the tensors' device.
+# "cpu" and "cuda" are one pair of operators: the dispatcher chooses by the tensors' device.
 if CORE is None:
     OPERATORS["cpu"] = OPERATORS["cuda"] = Operators(_missing, _missing)
 else:

@@ -15,8 +15,8 @@ averaged over the anchors that have a positive at all. The steps below follow th
 
 Shapes: N anchors, M candidates, D dimensions, K = min(k, M) neighbours. "acc" is the accumulation dtype: float32, or
 float64 for float64 features. Works on any device and for any floating dtype, and can be differentiated any number of
-times; it is exempt from the fused backends' promises of speed and memory (it holds a few N x M matrices and one
-[N, K + 2, D] tensor).
+times. It is exempt from the fused backends' promises of speed and memory: it holds a few N x M matrices and one
+[N, K + 2, D] tensor.
 
 `forward` and `backward` take and return what the operators `sn_ops::forward` and `sn_ops::backward` of the fused
 backends do: `ForwardArguments`, `Graph`, `BackwardArguments`. `loss` is the differentiable path behind
@@ -36,8 +36,8 @@ from torch.nn.functional import logsigmoid
 # Distances are clamped from below so that sqrt has a finite derivative; no gradient flows where the clamp holds.
 SQUARED_DISTANCE_FLOOR = 1e-12
 
-# How many differences `squared_distances` holds at a time. On a CPU few enough to stay in its cache, and for PyTorch
-# not to wake its threads for each block; elsewhere enough to be worth a kernel launch.
+# How many differences `squared_distances` holds at a time. On a CPU: few enough to stay in cache, and not to wake
+# PyTorch's threads for each block. Elsewhere: enough to be worth a kernel launch.
 _BLOCK_ELEMENTS_CPU = 1 << 14
 _BLOCK_ELEMENTS = 1 << 24
 
@@ -118,7 +118,7 @@ def select(
         nobody = labels.new_full((n,), -1, dtype=torch.int64)
         return Selection(nobody[:, None][:, :0], nobody, nobody)
 
-    # An anchor is kept from being its own neighbour by index: a distance of 0 may be a real neighbour, a duplicate.
+    # An anchor itself is excluded by index, not by distance 0: a duplicate is a real neighbour.
     own = torch.arange(m, device=anchors.device) == own_index[:, None]
     positive = (labels[:, None] == candidate_labels) & ~own
     squared = squared_distances(anchors, candidates)
@@ -193,7 +193,7 @@ def edges_of(selection: Selection, same_label: Tensor, squeeze: int) -> Edges:
 
 
 def take(rows: Tensor, indices: Tensor) -> Tensor:
-    """`rows[indices]` for rows `[M, ...]`, with anything for index -1; zeros if there are no rows at all."""
+    """`rows[indices]` for rows `[M, ...]`: any row for index -1, zeros if there are no rows at all."""
     if rows.shape[0] == 0:
         return rows.new_zeros(indices.shape + rows.shape[1:])
     return rows[indices.clamp(min=0)]
@@ -242,12 +242,12 @@ def anchor_losses(squared: Tensor, edges: Edges, alpha: float, weight: float, sq
     distances = squared.clamp(min=SQUARED_DISTANCE_FLOOR).sqrt()
     logits = -alpha * distances
 
-    # -log(p / (p + n)) in log space: 0 for an anchor without negatives, no overflow for any alpha * d.
+    # -log(p / (p + n)) in log space: 0 for an anchor without negatives, and no overflow for any alpha * d.
     separation = -logsigmoid(_log_sum_exp(logits, edges.positive) - _log_sum_exp(logits, edges.negative))
     signs = _squeeze_signs(squared.detach(), edges, squeeze)
     losses = separation.squeeze(1) + weight * (signs * distances).sum(1)
 
-    # A negative at infinity would merely vanish from the sum; a distance that overflowed must not go unseen.
+    # A negative at infinity would only vanish from the sum; a distance that overflowed must show in the loss.
     losses = losses * torch.where(_overflow(squared, edges), math.inf, 1.0)
     return losses.where(edges.valid, 0.0)
 
@@ -259,8 +259,8 @@ def edge_coefficients(squared: Tensor, edges: Edges, alpha: float, weight: float
     log_positives = _log_sum_exp(logits, edges.positive)
     log_negatives = _log_sum_exp(logits, edges.negative)
 
-    # separation = -log sigmoid(log_positives - log_negatives). Its slope is the probability of the negatives, handed
-    # out to the edges by their shares within P_i (nearer is better: +) and within N_i (farther is better: -).
+    # separation = -log sigmoid(log_positives - log_negatives). Its slope is the probability of the negatives, divided
+    # among the edges by their shares within P_i (nearer is better: +) and within N_i (farther is better: -).
     negatives_win = (log_negatives - log_positives).sigmoid()
     positive_share = (logits - log_positives).exp().where(edges.positive, 0.0)
     negative_share = (logits - log_negatives).exp().where(edges.negative, 0.0)

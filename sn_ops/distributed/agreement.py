@@ -1,4 +1,4 @@
-"""Terms: what ranks agree on before any row travels."""
+"""What ranks agree on before any row travels: options, sizes, and whether backward is a collective."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from .collectives import gather_record
-from .exchange import MAX_ROWS, Call, Exchange, Plan, reject
+from .exchange import MAX_ROWS, Call, Exchange, Plan, refuse
 from .rows import row_bytes
 
 _COUNTS = 4  # failed, rows, bank rows, gradient
@@ -50,7 +50,7 @@ def _as_text(values: Tensor) -> str:
 
 
 def _raise_everywhere(group: Any, failed: list[int], error: Exception | None) -> NoReturn:
-    """On a failing rank its own error, on the others one that quotes the first of those; called on all ranks."""
+    """Raises on a failing rank its own error, on the others one that quotes the first of those. All ranks call it."""
     message = "" if error is None else f"{type(error).__name__}: {error}"
     messages = gather_record(group, _as_bytes(message, _MESSAGE))
     if error is not None:
@@ -63,10 +63,10 @@ def _refuse_difference(texts: list[str]) -> NoReturn:
     for name, value in table[0].items():
         for rank, terms in enumerate(table):
             if terms.get(name) != value:
-                reject(
+                refuse(
                     "group", f"the same {name} on every rank", f"{value} on rank 0, {terms.get(name)} on rank {rank}"
                 )
-    reject("group", "the same options on every rank", texts)
+    refuse("group", "the same options on every rank", texts)
 
 
 def agree(exchange: Exchange, prepare: Callable[[], Call]) -> tuple[Call, Plan]:
@@ -77,7 +77,7 @@ def agree(exchange: Exchange, prepare: Callable[[], Call]) -> tuple[Call, Plan]:
         call = prepare()
         text = _terms_text(call, exchange)
         counts = [0, call.feats.shape[0], 0 if call.bank is None else call.bank.shape[0], _gradient_need(call)]
-    except Exception as caught:  # whatever it is, the other ranks wait for this one
+    except Exception as caught:  # whatever it is: the other ranks wait for this one
         error = caught
     record = b"".join(count.to_bytes(8, "little") for count in counts) + _as_bytes(text, _TEXT)
     table = gather_record(group, record)
@@ -89,9 +89,9 @@ def agree(exchange: Exchange, prepare: Callable[[], Call]) -> tuple[Call, Plan]:
     if not bool((options == options[0]).all()):
         _refuse_difference([_as_text(row) for row in options])
     if sum(sizes) + max(banks) > MAX_ROWS:
-        reject("group", f"at most {MAX_ROWS} candidates on a rank", sum(sizes) + max(banks))
+        refuse("group", f"at most {MAX_ROWS} candidates on a rank", sum(sizes) + max(banks))
     if _GRAD_NEEDED in needs and _NO_GRAD in needs:
-        reject(
+        refuse(
             "group",
             "gradients to be recorded on every rank or on none (backward is a collective)",
             f"torch.no_grad on rank {needs.index(_NO_GRAD)} and features that require one on rank "
@@ -108,17 +108,17 @@ def _gradient_need(call: Call) -> int:
 
 
 def take_on_trust(exchange: Exchange, call: Call, sizes: Sequence[int]) -> Plan:
-    """The plan from a `sizes=` hint, without asking anybody."""
+    """The plan from a `sizes=` hint, without a collective."""
     rank, world = dist.get_rank(exchange.group), dist.get_world_size(exchange.group)
     try:
         rows = tuple(operator.index(size) for size in sizes)
     except TypeError:
         raise TypeError(f"sn_ops: sizes: expected one int for each rank, got {sizes!r}") from None
     if len(rows) != world or min(rows) < 0:
-        reject("sizes", f"{world} ints >= 0, one for each rank of the group", list(rows))
+        refuse("sizes", f"{world} ints >= 0, one for each rank of the group", list(rows))
     if rows[rank] != call.feats.shape[0]:
-        reject("sizes", f"{call.feats.shape[0]} at position {rank}, the rows of this rank's feats", list(rows))
-    # Nobody was asked who needs a gradient, so that everybody whose grad mode is on is ready to take part.
+        refuse("sizes", f"{call.feats.shape[0]} at position {rank}, the rows of this rank's feats", list(rows))
+    # Who needs a gradient is not known, so every rank whose grad mode is on is ready to take part in backward.
     return _plan(exchange, call, rows, torch.is_grad_enabled())
 
 

@@ -1,4 +1,4 @@
-"""The collectives: rows, gradients and records to all ranks, and batches round the ring."""
+"""The collectives: rows and records to all ranks, gradients back to their owners, batches round the ring."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _backend_of(group: Any, device_type: str) -> str:
 
 
 def wire_device(group: Any) -> torch.device:
-    """Where small host-side messages travel: on the host if the group can, which then needs no synchronisation."""
+    """The device on which the host's small messages travel: the CPU if the group serves it, to wait for no GPU."""
     if _backend_of(group, "cpu"):
         return torch.device("cpu")
     device_type = dist.get_backend_config(group).split(":")[0]
@@ -40,7 +40,7 @@ def gather_equal(group: Any, mine: Tensor, world: int) -> Tensor:
 
 
 def gather_rows(plan: Plan, mine: Tensor, everyone: Tensor) -> None:
-    """Every rank's `[N_r, bytes]` into `everyone`, one behind the other and without padding."""
+    """Gathers every rank's rows `[N_r, bytes]` into `everyone` `[M, bytes]`, in rank order, without padding."""
     if len(set(plan.sizes)) == 1:
         _all_gather_single(everyone, mine, group=plan.group)
         return
@@ -48,7 +48,7 @@ def gather_rows(plan: Plan, mine: Tensor, everyone: Tensor) -> None:
     if _backend_of(plan.group, mine.device.type) != "gloo":
         dist.all_gather(list(parts), mine, group=plan.group)
         return
-    # gloo gathers equal sizes only. Broadcasts in place of padding, which would need a second copy of everything.
+    # gloo gathers equal sizes only. Broadcasts need no padding, which would take a second copy of all rows.
     parts[plan.rank].copy_(mine)
     pending = [
         dist.broadcast(part, src=dist.get_global_rank(plan.group, rank), group=plan.group, async_op=True)
@@ -62,7 +62,7 @@ def gather_rows(plan: Plan, mine: Tensor, everyone: Tensor) -> None:
 def reduce_scatter(plan: Plan, gradients: Tensor) -> Tensor:
     """This rank's rows `[N, D]` of the sum over ranks of `gradients` `[M, D]`.
 
-    Half-precision contributions travel as they are; where the sum is formed here it is formed in the accumulation type.
+    Half-precision gradients travel as they are. Where this code adds them up it does so in the accumulation type.
     """
     own = gradients.new_empty((plan.sizes[plan.rank], gradients.shape[1]))
     if _backend_of(plan.group, gradients.device.type) != "gloo":
@@ -71,8 +71,8 @@ def reduce_scatter(plan: Plan, gradients: Tensor) -> Tensor:
         else:
             dist.reduce_scatter(own, list(gradients.split(plan.sizes)), group=plan.group)
         return own
-    # gloo reduces equal sizes only, and in an order of its own. Each rank's part comes as it is, any type as bytes, and
-    # is added in rank order.
+    # gloo reduces equal sizes only, in an order of its own. So the parts are exchanged, as bytes whatever their dtype,
+    # and added here in rank order.
     received = own.new_empty((plan.world, *own.shape))
     if gradients.shape[1] > 0:
         flat = received.view(plan.world * own.shape[0], own.shape[1])
@@ -96,7 +96,7 @@ def gather_record(group: Any, record: bytes) -> Tensor:
 
 
 def pass_on(plan: Plan, leaving: Tensor, arriving: Tensor) -> list[Any]:
-    """Starts sending to the next rank and receiving from the previous one; what to wait for."""
+    """Starts sending to the next rank and receiving from the previous one. Returns what to wait for."""
     if plan.world == 1:
         arriving.copy_(leaving)
         return []
@@ -105,7 +105,7 @@ def pass_on(plan: Plan, leaving: Tensor, arriving: Tensor) -> list[Any]:
         return int(dist.get_global_rank(plan.group, (plan.rank + step) % plan.world))
 
     def something(rows: Tensor) -> Tensor:
-        """The rows, or one element in place of none: NCCL wants every rank in the first transfers of a group."""
+        """The rows, or one element if there are none: NCCL needs every rank in the first transfers of a group."""
         return rows if rows.numel() > 0 else rows.new_zeros(1)
 
     send = dist.P2POp(dist.isend, something(leaving), peer(1), plan.group)
@@ -114,7 +114,7 @@ def pass_on(plan: Plan, leaving: Tensor, arriving: Tensor) -> list[Any]:
 
 
 def travel(plan: Plan, mine: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(rank, its rows) for every rank, this one first; the next rows arrive while those at hand are worked on."""
+    """Yields (rank, its rows) for every rank, this one first. The next rows arrive while the caller uses these."""
     rows = mine
     for step in range(plan.world):
         pending: list[Any] = []

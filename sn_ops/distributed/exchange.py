@@ -18,17 +18,19 @@ MAX_ROWS = 2**31 - 1  # the support graph stores candidates as int32
 
 @dataclass(frozen=True)
 class Exchange:
-    """A process group and how candidates travel in it; taken wherever `group=` is.
+    """A process group and how rows travel in it; `group=` takes it in place of a bare group.
 
     Args:
         group: a `torch.distributed` process group that this process is a member of.
-        mode: "gather" brings all rows to every rank, O(M D) memory; "ring" streams them, O(N D) memory, with a transfer
-            and a search for every rank; "auto" takes the ring when the gathered rows and their gradients would need
-            more than `ring_above` bytes on a rank.
-        ring_above: bytes, see `mode`.
+        mode: "gather" brings all rows to every rank, O(M D) memory; "ring" passes them on, O(N D) memory, with a
+            transfer and a search for every rank; "auto" takes the ring where the gathered rows and their gradients
+            would need more than `ring_above` bytes on a rank. Both select the same neighbours.
+        ring_above: bytes, an int >= 0, see `mode`.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError: group is not a process group.
+        ValueError: this process is not a member of the group, torch.distributed is not initialised, or mode or
+            ring_above has a value that is not allowed.
     """
 
     group: Any
@@ -45,15 +47,15 @@ class Exchange:
 
 
 def check_group(group: object) -> Exchange:
-    """What `group=` may be, as an `Exchange`; raises as `Exchange` does."""
+    """The `Exchange` of what `group=` was given; raises as `Exchange` does."""
     return group if isinstance(group, Exchange) else Exchange(group)
 
 
 def check_process_group(group: object) -> None:
-    """Raise unless `group` is a process group of torch.distributed that this process is a member of.
+    """Raises unless `group` is a process group of torch.distributed that this process is a member of.
 
     Raises:
-        TypeError: something else.
+        TypeError: it is something else.
         ValueError: torch.distributed is not initialised, or this process is not a member.
     """
     if group is dist.GroupMember.NON_GROUP_MEMBER:
@@ -89,13 +91,13 @@ class Call(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What all ranks know alike."""
+    """What every rank knows alike: the sizes of all batches and how they travel."""
 
     group: Any
     rank: int  # of this process in the group
     sizes: tuple[int, ...]  # rows of every rank
     ring: bool
-    joins: bool  # backward is a collective: somebody needs a gradient
+    joins: bool  # some rank needs a gradient, so backward is a collective
 
     @property
     def world(self) -> int:
@@ -110,5 +112,5 @@ class Plan(NamedTuple):
         return sum(self.sizes[:rank])
 
 
-def reject(argument: str, expected: str, got: object) -> NoReturn:
+def refuse(argument: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"sn_ops: {argument}: expected {expected}, got {got}")

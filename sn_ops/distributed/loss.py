@@ -1,4 +1,4 @@
-"""The loss over all ranks: totals, gradients, autograd."""
+"""The loss over all ranks: its gradients, its totals, its autograd."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .search import gather_graph, ring_graph
 
 
 class _Backward(NamedTuple):
-    """What a gradient is made of."""
+    """What the gradients of a rank's loss are computed from."""
 
     backend: str
     upstream: Tensor  # the loss's gradient, times world size
@@ -33,7 +33,7 @@ class _Backward(NamedTuple):
     need_feats: bool
 
     def through(self, candidates: Tensor, first: int, need_candidates: bool) -> tuple[Tensor, Tensor]:
-        """The gradients of the anchors and of a part's candidates `[m, D]` by the edges between them."""
+        """The gradients of the anchors and of one part's candidates `[m, D]`, from the edges between them."""
         inside = (self.indices >= first) & (self.indices < first + candidates.shape[0])
         return ops.backward(
             self.backend, self.upstream, self.feats, candidates,
@@ -43,7 +43,7 @@ class _Backward(NamedTuple):
 
 
 def _gather_gradient(plan: Plan, job: _Backward, rows: Rows) -> Tensor:
-    """`[N, D]` acc: the gradient of this rank's features but for what a bank adds."""
+    """`[N, D]` acc: the gradient of this rank's features, without what a bank adds."""
     acc = reference.accumulation_dtype(job.feats.dtype)
     own, pushed = job.through(rows.feats, 0, True)
     returned = reduce_scatter(plan, pushed).to(acc)
@@ -51,8 +51,11 @@ def _gather_gradient(plan: Plan, job: _Backward, rows: Rows) -> Tensor:
 
 
 def _ring_gradient(plan: Plan, job: _Backward, rows: Rows) -> Tensor:
-    """The same from batches that travel. The gradient of a batch travels behind it and arrives at home with the sum of
-    all ranks, added in the order of the ring and in the accumulation type."""
+    """The same from batches that travel.
+
+    The gradient of a batch travels behind it and returns to its owner as the sum over all ranks, added in the order of
+    the ring in the accumulation type.
+    """
     acc = reference.accumulation_dtype(job.feats.dtype)
     job = job._replace(feats=job.feats.to(acc))
     own = torch.zeros_like(job.feats)
@@ -78,14 +81,14 @@ def _ring_gradient(plan: Plan, job: _Backward, rows: Rows) -> Tensor:
 
 
 def _local_totals(call: Call, graph: Graph) -> Tensor:
-    """`[9]` float64: what a rank adds to the loss and to the statistics, and its poison."""
+    """`[9]` float64: what this rank adds to the loss and to the statistics, and its poison."""
     stats = graph.stats.double()
     valid, positive_mean, negative_mean, nearest_is_positive, support_positives, poison = stats.unbind()
     none = call.reduction == reference.Reduction.NONE
     loss_sum = torch.zeros_like(valid) if none else graph.value.double()
     positives = negatives = torch.zeros_like(valid)
     if call.want_stats:
-        # The operator gives means; the counts behind them are in the graph.
+        # The operator returns means; their counts are read from the graph.
         inside = valid * support_positives
         outside = (graph.indices[:, -2] >= 0).sum()
         positives = inside + outside
@@ -133,8 +136,11 @@ class _OneDerivative(torch.autograd.Function):
 
 
 class _GroupLoss(torch.autograd.Function):
-    """`token` needs a gradient whenever backward is a collective, so that a rank whose features need none has a loss
-    that does, and takes part."""
+    """The loss and the statistics over all ranks.
+
+    `token` requires a gradient whenever backward is a collective. So does then the loss of a rank whose features need
+    none, and its backward() takes part.
+    """
 
     @staticmethod
     def forward(
@@ -181,10 +187,10 @@ def loss(group: Any, sizes: Sequence[int] | None, prepare: Callable[[], Call]) -
 
     Args:
         group: a process group or `Exchange`.
-        sizes: the rows of every rank in rank order: nothing is agreed on and nothing waits for the host. Options,
+        sizes: the rows of every rank in rank order: ranks agree on nothing and nothing waits for the host. Options,
             dtypes, columns and the sizes themselves are then not compared between ranks, a rank that raises leaves the
             others waiting for the group's timeout, and with grad mode on the loss always requires a gradient.
-        prepare: validates this rank's arguments; called here, so that what it raises reaches the other ranks.
+        prepare: checks this rank's arguments; called here, so that what it raises reaches the other ranks.
 
     Raises:
         TypeError, ValueError: from `prepare`, or for a bad group or sizes.

@@ -1,4 +1,4 @@
-"""Rows as they travel."""
+"""Rows as they travel: features and label packed together."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A row is its features, padding, and its label in the last 8 bytes: labels need no collective of their own, and a
-# multiple of 16 bytes keeps every row aligned for wide loads where the features' own size is one.
+# A row is its features, padding, and its label in the last 8 bytes, so labels need no collective of their own. Its size
+# is a multiple of 16 bytes, which keeps every row aligned for wide loads.
 
 _ROW_ALIGNMENT = 16
 
@@ -45,7 +45,9 @@ def pack(feats: Tensor, labels: Tensor) -> Rows:
         feats.shape[1],
         feats.dtype,
     )
-    rows.data[:, feats.shape[1] * feats.element_size() : -8] = 0  # padding travels too: let it be the same every time
+    rows.data[:, feats.shape[1] * feats.element_size() : -8] = (
+        0  # padding travels too; zeros make it the same every time
+    )
     rows.feats.copy_(feats.detach())
     rows.labels.copy_(labels)
     return rows

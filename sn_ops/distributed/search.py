@@ -1,4 +1,4 @@
-"""What one rank finds: the support graph of its anchors, from gathered rows or from batches that pass."""
+"""The support graph of one rank's anchors, from gathered rows or from batches that pass."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def ring_graph(call: Call, plan: Plan) -> tuple[Graph, Tensor]:
 
 
 # ---- parts of the candidates ----------------------------------------------------------------------
-# A part is searched by the ordinary operator, which also returns the squared distances its choice was made by. Found
-# is kept by (squared distance, index over all parts); distances would not do, since the square root of a float merges
-# neighbouring values. Merging is exact and in any order of the parts: the order of candidates is total.
+# The ordinary operator searches one part of the candidates and returns the squared distances that it ordered them by.
+# What was found is merged by (squared distance, index over all parts); distances would not do, as the square root maps
+# neighbouring floats to one. The order of candidates is total, so merging is exact, in any order of the parts.
 
 _NOBODY = 2**31  # behind every candidate
 
 
 class _Found(NamedTuple):
-    """What the parts searched so far hold for every anchor; _NOBODY and inf (farthest: -1) where there is nobody."""
+    """The neighbours of every anchor in the parts searched so far; _NOBODY and inf (farthest: -1) where none is."""
 
     support: Tensor  # [N, at most k] int64, in order
     squared: Tensor  # [N, at most k] acc
@@ -79,7 +79,7 @@ def _search(
     self_offset: int,
 ) -> _Found:
     """The neighbours of every anchor in one part."""
-    # With the span as the squeeze the farthest positive is among the edges, and so is its squared distance.
+    # With the span as the squeeze the farthest positive is an edge, so its squared distance is returned.
     _, indices, _, nearest, farthest, squared, stats = ops.forward(
         call.backend, call.feats.detach(), call.labels, candidates, candidate_labels, self_index, self_offset,
         call.k, call.alpha, call.weight, int(reference.Squeeze.SPAN), int(reference.Reduction.NONE), True,
@@ -107,7 +107,7 @@ def _search_bank(call: Call, plan: Plan) -> _Found:
 
 
 def _merge(a: _Found, b: _Found, k: int) -> _Found:
-    """What two parts hold together."""
+    """The neighbours in two parts together."""
     support, squared, positive = (torch.cat(pair, 1) for pair in zip(a[:3], b[:3], strict=True))
     order = support.argsort(dim=1, stable=True)
     order = order.gather(1, squared.gather(1, order).argsort(dim=1, stable=True))[:, :k]
@@ -126,7 +126,7 @@ def _merge(a: _Found, b: _Found, k: int) -> _Found:
 
 
 def _finish(call: Call, found: _Found) -> Graph:
-    """The loss and the graph of a whole selection, by the definition, in float64 like the kernels' last stage."""
+    """The loss and the graph of a whole selection, by the reference, in float64 like the kernels' last stage."""
 
     def or_none(index: Tensor) -> Tensor:
         return index.where(index != _NOBODY, -1)

@@ -1,8 +1,8 @@
-"""The Triton backend: the loss on a GPU where there is no CUDA toolkit, and a second definition of the algorithm.
+"""The Triton backend: the loss on GPUs without a CUDA toolkit, and a second definition of the algorithm.
 
 `search.py` finds the neighbours by direct sums, in the order of `order.py`; `screening.py` finds the same neighbours
-faster for large batches; `loss.py` and `gradients.py` make losses and gradients of them; `operators.py` launches;
-`tuning.py` has the launch shapes. This module registers the
+faster for large batches; `loss.py` and `gradients.py` turn them into losses and gradients; `operators.py` launches the
+kernels; `tuning.py` has the launch shapes. This module registers the
 operators `sn_triton::forward` and `sn_triton::backward` and needs neither a GPU nor Triton to be imported: the first
 call imports Triton.
 
@@ -27,17 +27,17 @@ OLDEST = (3, 6)
 """Triton's oldest version that the kernels are tested with."""
 
 WITHOUT_COMPILER = (3, 9)
-"""The version from which launching a kernel takes no C compiler."""
+"""The version from which on launching a kernel needs no C compiler."""
 
 OLDEST_CAPABILITY = (8, 0)
 
 DEVICES = ("cuda", "cpu") if tuning.INTERPRETED else ("cuda",)
 
-_LIBRARY = torch.library.Library("sn_triton", "DEF")  # what it registers lives as long as it does
+_LIBRARY = torch.library.Library("sn_triton", "DEF")  # registrations live as long as it does
 
 
 def missing() -> str:
-    """Why this installation cannot use the backend; empty if it can. Asks packages for their version, imports none."""
+    """Why this installation cannot use the backend; empty if it can. Reads packages' versions, imports none."""
     wanted = ".".join(map(str, OLDEST))
     try:
         found = metadata.version("triton")
@@ -50,7 +50,7 @@ def missing() -> str:
 
 
 def _no_compiler(version: str) -> str:
-    """Why this machine cannot build what older versions of Triton launch kernels with; empty if it can."""
+    """Why this machine cannot build the launcher that older versions of Triton need; empty if it can."""
     if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
         return f"triton {version} needs a C compiler at run time: CC, gcc or clang; found none"
     header = Path(sysconfig.get_paths()["include"], "Python.h")

@@ -5,26 +5,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# An edge (i, j) with coefficient w pulls its two ends with g_i w (x_i - z_j), difference first: the factored form
-# a X - C X cancels where rows are close. Every row of a gradient is gathered by one program, in acc, and rounded once;
-# nothing is added by atomics. A row's outgoing edges lie together; its incoming ones do after a stable sort of all
-# edges by target, so that the order of every sum is fixed by the support graph alone.
+# An edge (i, j) with coefficient w pulls its two ends with g_i w (x_i - z_j). The difference is formed first: the
+# factored form a X - C X cancels where rows are close. One program gathers a row of a gradient, in acc, and rounds it
+# once; there are no atomics. A row's outgoing edges lie together; its incoming ones do after a stable sort of all edges
+# by target. So the support graph alone fixes the order of every sum.
 #
-# A hub, everybody's neighbour, may have N incoming edges. So the sorted edges are also cut into chunks of fixed size at
-# fixed places: a chunk that belongs to one target as a whole is summed by a program of its own (hub_kernel), and the
-# target's program adds up to two broken chunks edge by edge and the whole ones by their sums.
+# A hub, a neighbour of many anchors, may have N incoming edges. So the sorted edges are also cut into chunks of a fixed
+# size at fixed places. A program of its own sums a chunk that has one target (hub_kernel). The target's program adds
+# these sums, and edge by edge what lies in other chunks, two at most.
 
 
 @triton.jit
 def mean_kernel(gGradLoss, gStats, gUpstream, ACC: tl.constexpr):
-    """The factor that every anchor has under the mean; by itself, as the division costs the kernels below registers."""
+    """The factor of every anchor under the mean. A kernel of its own: the division would cost the others registers."""
     valid = tl.load(gStats).to(ACC)
     tl.store(gUpstream, tl.where(valid > 0, tl.load(gGradLoss) / tl.maximum(valid, 1.0), 0.0))
 
 
 @triton.jit
 def upstream_of(gUpstream, anchor, used, EACH: tl.constexpr):
-    """g_i: the factor that the reduction and the gradient of the loss give anchors: EACH its own, or all the same."""
+    """g_i: the factor of anchors from the reduction and the gradient of the loss; one for EACH, or one for all."""
     return tl.load(gUpstream + anchor, used, 0.0) if EACH else tl.where(used, tl.load(gUpstream), 0.0)
 
 
@@ -33,7 +33,7 @@ def incoming(
     gX, x_stride, gOrder, gCoefficients, gUpstream, begin, end, E, z, column, inside,
     EACH: tl.constexpr, EDGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """[R, BLOCK]: for each of R rows, its own z and range: g_i w (x_i - z) summed over sorted edges begin to end."""
+    """[R, BLOCK]: for each of R rows, with its own z and range, g_i w (x_i - z) over the sorted edges begin to end."""
     total = tl.zeros(z.shape, ACC)
     for step in range(0, tl.max(end - begin, axis=0), EDGES):
         position = begin[:, None] + step + tl.arange(0, EDGES)[None, :]
@@ -57,7 +57,7 @@ def hub_kernel(
     EACH: tl.constexpr, CHUNK: tl.constexpr, R: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """gChunks [whole, D]: the sum over each chunk of sorted edges that has one target; others are left alone."""
+    """gChunks [whole, D]: the sum over each chunk of sorted edges that has one target; others are not written."""
     chunk = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     present = chunk < whole
     target = tl.load(gTargets + chunk * CHUNK, present, -1).to(tl.int64)

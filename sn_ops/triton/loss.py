@@ -1,4 +1,4 @@
-"""From a selection to the loss: losses of anchors, coefficients of edges, the reduction and the statistics."""
+"""From a selection to the loss: the anchors' losses, the coefficients of edges, the reduction and the statistics."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ NEAREST_SQUEEZE = tl.constexpr(2)
 MEAN = tl.constexpr(0)
 NONE = tl.constexpr(2)
 
-# What an anchor, or a block of anchors, adds to the statistics; `loss_kernel` writes them, `reduce_kernel` adds them.
+# Numbers that a block of anchors adds to the loss and the statistics: `loss_kernel` writes them, `reduce_kernel` adds.
 RECORD_SIZE = tl.constexpr(8)
 
 
-# One anchor at a time in mathematics, R at a time in code. The scalar stage runs in float64: it is cheap, and
+# The formulas are for one anchor, the code handles R at a time. The scalar stage runs in float64: it is cheap, and
 # exp(-alpha d) amplifies every rounding of d by alpha. With lse the log of the sum of exp(-alpha d) over a set,
 # v = lse_N - lse_P and s = sigmoid(v):
 #
@@ -86,7 +86,7 @@ def loss_kernel(
     near_d = clamped_distance(near_d2)
     valid = near >= 0
 
-    # Who is where. The first positive of the support set is near_i: both are first in the same order.
+    # Which slot holds whom. The first positive of the support set is near_i: both are first in the same order.
     near_slot = tl.zeros((R,), tl.int32) + K
     far_slot = tl.zeros((R,), tl.int32) + (K + 1)
     finite = is_finite(near_d2)
@@ -134,8 +134,8 @@ def loss_kernel(
         tl.store(gSquared + row * (K + 2) + K, tl.where(outside, near_d2, float("inf")), used)
         tl.store(gSquared + row * (K + 2) + K + 1, tl.where(extra, far_d2, float("inf")), used)
 
-    # separation_i. Masses are relative to the nearest of each side. Where a distance is not finite the masses mean
-    # nothing, and nothing is made of them.
+    # separation_i. Masses are relative to the nearest of each side. Where a distance is not finite they mean nothing
+    # and are not used.
     positive_mass = tl.where(outside, 1.0, tl.zeros((R,), tl.float64))
     negative_mass = tl.zeros((R,), tl.float64)
     for first in range(0, K, BLOCK):
@@ -174,7 +174,7 @@ def loss_kernel(
     loss = tl.where(valid, separation + weight * squeeze, 0.0)
     loss = tl.where(valid & ~finite, float("inf"), loss)
 
-    # (dL_i / dd_ij) / d_ij of every edge; NaN says loudly that a selected distance overflowed.
+    # (dL_i / dd_ij) / d_ij of every edge; NaN where a selected distance overflowed.
     pull = alpha * share / positive_mass
     push = -alpha * share / negative_mass
     for first in range(0, K, BLOCK):
@@ -191,7 +191,7 @@ def loss_kernel(
         coefficient = tl.where(flows, slope / d, 0.0)
         coefficient = tl.where(filled & (valid & ~finite)[:, None], float("nan"), coefficient)
         tl.store(gCoefficients + row[:, None] * (K + 2) + slot, coefficient.to(ACC), used[:, None] & (slot < K))
-    # Column K is of near_i alone in P_i, whose mass is 1; column K + 1 is of far_i outside the support set.
+    # Column K is near_i as the only member of P_i, with mass 1; column K + 1 is far_i outside the support set.
     near_coefficient = tl.where(near_d2.to(tl.float64) < SQUARED_DISTANCE_FLOOR, 0.0, (pull + near_slope) / near_d)
     near_coefficient = tl.where(finite, near_coefficient, float("nan"))
     tl.store(gCoefficients + row * (K + 2) + K, tl.where(outside, near_coefficient, 0.0).to(ACC), used)
@@ -227,7 +227,7 @@ def any_flag(gFlags, flags):
 def reduce_kernel(
     gRecords, records, gFlags, flags, gLoss, gStats, REDUCTION: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr
 ):
-    """One program, records in order: the loss (unless it is one an anchor) and the statistics of sn_types.h."""
+    """One program adds the records in order: the loss, unless every anchor has its own, and the statistics."""
     total = tl.zeros((R, RECORD_SIZE), tl.float64)
     field = tl.arange(0, RECORD_SIZE)
     for first in range(0, records, R):

@@ -1,7 +1,7 @@
 """The operators `sn_triton::forward` and `sn_triton::backward`: what is allocated, and which kernel runs when.
 
-Nothing here reads a value of a tensor: every decision is made from shapes, so that a call can be captured in a CUDA
-graph. The kernels' modules need Triton and are imported by the first call.
+Nothing here reads a value of a tensor: shapes decide everything, so a CUDA graph can capture a call. The kernels'
+modules need Triton; the first call imports them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ BACKWARD = (
 
 
 def _unit_stride(rows: Tensor) -> Tensor:
-    """The kernels want unit stride along D; rows may lie anywhere."""
+    """The rows with unit stride along D, which the kernels need; rows may lie anywhere."""
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
 def _halves(value: float) -> tuple[float, float]:
-    """A float64 as the sum of two float32, which is how a kernel can get it."""
+    """A float64 as the sum of two float32: a kernel takes no other numbers."""
     largest = 3.4e38
     high = ctypes.c_float(max(-largest, min(largest, value))).value
     return high, max(-largest, min(largest, value - high))
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
         return self.feats.shape[0], self.candidates.shape[0], self.feats.shape[1]
 
     def self_arguments(self) -> tuple[Tensor, int]:
-        """gSelf and self_offset; without an index some int64 tensor stands in its place, and is not read."""
+        """gSelf and self_offset; without an index another int64 tensor takes its place and is not read."""
         return self.labels if self.self_index is None else self.self_index, self.self_offset
 
 
@@ -82,7 +82,7 @@ class Selection(NamedTuple):
 
 
 def _inspect(batch: Batch) -> Tensor:
-    """Flags of blocks of rows, int32: is there a value that is not finite?"""
+    """Flags of blocks of rows, int32: 1 where a value is not finite."""
     from . import order, search
 
     rows, block = (64, 256) if tuning.INTERPRETED else (4, 1024)
@@ -137,7 +137,7 @@ def _search(batch: Batch, neighbours: int, indices: Tensor, selection: Selection
             num_warps=1, **order.EXACT,
         )  # fmt: skip
         if dense:
-            # Stable, so that ties stay in the order of indices; NaN, an anchor itself, comes behind infinity.
+            # A stable sort leaves ties in the order of indices. NaN, an anchor itself, comes behind infinity.
             ordered, candidate = squared.sort(dim=1, stable=True)
             ordered, candidate = ordered[:, :neighbours], candidate[:, :neighbours]
             itself = ordered.isnan()
@@ -155,14 +155,14 @@ class Screened(NamedTuple):
 
 
 def _centre(rows: Tensor) -> Tensor:
-    """[D] float32: about the middle of the rows, by the median of a few, which neither outliers nor NaN move."""
+    """[D] float32: the median of a few rows, about the middle of all; neither outliers nor NaN move it."""
     few = rows[:: max(1, rows.shape[0] // 64)][:64]
     middle = few.sort(dim=0).values[few.shape[0] // 2]
     return middle.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _vectors(count: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[count, n], every row aligned to 16 bytes whatever n is: Triton compiles a kernel anew for other alignments."""
+    """[count, n] with every row aligned to 16 bytes: for other alignments Triton would compile a kernel again."""
     return torch.empty((count, cdiv(n, 4) * 4), dtype=dtype, device=device)[:, :n]
 
 
@@ -386,7 +386,7 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
         ):
             if grad.numel() == 0:
                 continue
-            if into and n == 0:  # nobody's candidates
+            if into and n == 0:  # no anchors: the candidates' gradient is 0, or NaN
                 grad.copy_(stats[5].expand_as(grad))
                 continue
             gradients.gradient_kernel[(cdiv(grad.shape[0], plan.rows), columns)](

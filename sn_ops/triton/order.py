@@ -1,4 +1,4 @@
-"""What every kernel that selects is made of: the one summation order, the order of candidates, sorting.
+"""What all kernels that select share: the one summation order, the order of candidates, sorting.
 
 Every squared distance of this backend, whatever kernel it comes from, is the direct sum of squared differences in acc
 (half-precision inputs are widened first) in one order: D is cut into spans of 2048 elements, zero-padded. In a span
@@ -21,11 +21,11 @@ import triton.language as tl
 LANES = tl.constexpr(32)
 SPAN = tl.constexpr(2048)
 
-# Above the key of every candidate, those at infinity included.
+# Above the key of every candidate, also of one at infinity.
 NO_KEY = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 EXACT = {"enable_fp_fusion": False}
-"""Options of every launch: the compiler fuses no product into an addition, so that code has the roundings it shows."""
+"""Options of every launch: the compiler fuses no product into an addition, so the code rounds where it says so."""
 
 
 def type_of(dtype: torch.dtype) -> tl.dtype:
@@ -120,10 +120,11 @@ def pack_keys(squared, index):
 
 @triton.jit
 def _compare_exchange(x, distance: tl.constexpr, run: tl.constexpr, flip: tl.constexpr):
-    """One step of a bitonic network on the last dimension of x [R, W]: positions `distance` apart change places if
-    they are out of order, ascending in even runs of `run` positions and descending in odd ones; the reverse with flip.
+    """One step of a bitonic network on the last dimension of x [R, W].
 
-    Spelled with minima and maxima over an axis of 2, which the interpreter has fast; tl.sort is not usable there.
+    Positions `distance` apart change places if they are out of order: ascending in even runs of `run` positions and
+    descending in odd ones, the reverse with flip. Minima and maxima over an axis of 2 are fast in the interpreter,
+    where tl.sort does not work.
     """
     R: tl.constexpr = x.shape[0]
     W: tl.constexpr = x.shape[1]
@@ -140,13 +141,13 @@ def _compare_exchange(x, distance: tl.constexpr, run: tl.constexpr, flip: tl.con
 def smallest(x, KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr, DESCENDING: tl.constexpr):
     """The KP smallest of each row of x [R, KP << LOG_GROUPS], in order: [R, KP]."""
     R: tl.constexpr = x.shape[0]
-    # Runs of KP, sorted up and down in turn (up or down as asked, if there is one).
+    # Runs of KP, sorted up and down in turn; a single run as DESCENDING says.
     for size in tl.static_range(1, LOG_KP + 1):
         for step in tl.static_range(size):
             x = _compare_exchange(
                 x, 1 << (size - 1 - step), 1 << size, DESCENDING * (LOG_GROUPS == 0) * (size == LOG_KP)
             )
-    # Of an ascending and a descending run the smaller at each place are the KP smallest of both, and bitonic.
+    # The smaller at each place of an ascending and a descending run: the KP smallest of both, in bitonic order.
     for level in tl.static_range(LOG_GROUPS):
         x = tl.min(tl.reshape(x, (R, 1 << (LOG_GROUPS - 1 - level), 2, KP)), axis=2)
         x = tl.reshape(x, (R, KP << (LOG_GROUPS - 1 - level)))
@@ -168,7 +169,7 @@ def merge_sorted(best, descending, LOG_KP: tl.constexpr):
 def update_extremes(squared, same, candidate, near_d2, near, far_d2, far):
     """near and far [R] after a tile of squared distances [R, C] whose positives are `same`.
 
-    Tiles come in the order of their candidates' indices: what is merely as near or as far as before loses.
+    Tiles come in the order of their candidates' indices, so on a tie what was found before wins.
     """
     nearest = tl.min(tl.where(same, squared, float("inf")), axis=1)
     farthest = tl.max(tl.where(same, squared, -1.0), axis=1)
@@ -185,7 +186,7 @@ def update_extremes(squared, same, candidate, near_d2, near, far_d2, far):
 
 @triton.jit
 def own_index(gSelf, self_offset, anchor, used, HAS_SELF: tl.constexpr):
-    """Which candidate each anchor is itself, int64; a value outside [0, M) is none, and equals no candidate."""
+    """Which candidate each anchor is itself, int64. A value outside [0, M) means none: it equals no candidate."""
     if HAS_SELF:
         own = tl.load(gSelf + anchor, used, -1)
     else:

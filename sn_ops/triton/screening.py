@@ -1,8 +1,8 @@
 """Exact selection at the speed of tensor cores: screen, refine, certify. It finds what `search.search_kernel` finds.
 
-A matrix product in half precision gives all distances roughly. With a proven bound of its error it tells, for each
-anchor, which few candidates can be among the first K at all; those are decided by direct sums in the one summation
-order. An anchor for which the few do not fit its buffer is served by direct sums against all candidates.
+A matrix product in half precision gives all distances roughly. With a proven bound of its error it tells which few
+candidates of an anchor can be among the first K at all; direct sums in the one summation order decide between those. If
+they do not fit the anchor's buffer, direct sums against all candidates serve it.
 
     prepare_kernel         rows -> half precision, their norms, and how far rounding moved them
     sample_kernel          upper bounds of distances to a sample of the candidates, the least of each group
@@ -17,7 +17,7 @@ order. An anchor for which the few do not fit its buffer is served by direct sum
 ## The bound
 
 Distances do not change when a common vector m is subtracted: for float32 features it is the median of a few rows,
-which keeps collapsed features from losing their digits; half-precision features are taken as they are. Row i becomes
+so that collapsed features keep their digits; half-precision features are taken as they are. Row i becomes
 h_i = half(2^e (x_i - m)), with its own exponent e, so that an outlier loosens only itself. Let a_i = 2^-e h_i, n_i the
 computed |a_i|^2, and rho_i >= |(x_i - m) - a_i|, measured, the rounding of x - m included. With D_ij the true distance
 and A_ij = |a_i - a_j|:
@@ -39,9 +39,9 @@ t = t* + rho_i, where
 
     n_j (1 - eta) - rho_j^2 - 2 t rho_j - P_ij <= t^2 - n_i (1 - eta)
 
-whose two sides are a few operations a pair. A sample may hold the anchor itself, so K + 1 groups of it are asked for.
-Rows whose norm lies outside 2^+-30 (and is not 0) are not screened: as candidates they have rho = inf and are kept by
-everyone, as anchors they go to the fallback. Rows with a NaN or Inf only need to do no harm, as the loss is NaN.
+which takes a few operations a pair. A sample may hold the anchor itself, so the bound is taken from K + 1 groups of it.
+Rows whose norm lies outside 2^+-30 (and is not 0) are not screened: as candidates they have rho = inf and are kept for
+every anchor, as anchors they go to the fallback. Rows with a NaN or Inf only need to do no harm, as the loss is NaN.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def products(
 
 @triton.jit
 def tile_of(tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Tile coordinates of a program: GROUP rows of tiles go through the columns together, for the sake of the L2."""
+    """Tile coordinates of a program: GROUP rows of tiles go through the columns together, to reuse the L2 cache."""
     program = tl.program_id(0)
     group = program // (GROUP * tiles_n)
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
@@ -195,7 +195,7 @@ def tile_of(tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def bounded(squared):
-    """The root of an estimate of a square that may be a little below 0; inf where it is NaN, which bounds nothing."""
+    """The root of an estimate of a square, which may be a little below 0; inf where it is NaN and bounds nothing."""
     root = tl.sqrt(tl.where(squared < 0.0, 0.0, squared))
     return tl.where(root < float("inf"), root, float("inf"))
 
@@ -207,8 +207,11 @@ def sample_kernel(
     GROUP_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """gLeast [rows, groups]: the least U_ij of each GROUP_SIZE samples. Sample c is one of candidates c * stride to
-    (c + 1) * stride - 1, which one as good as random: identities that repeat with a period must not hide from it."""
+    """gLeast [rows, groups]: the least U_ij of each GROUP_SIZE samples.
+
+    Sample c is one of candidates c * stride to (c + 1) * stride - 1, chosen as if at random: identities that repeat
+    with a period must not escape it.
+    """
     tile_m, tile_n = tile_of(tl.cdiv(rows, BM), tl.cdiv(samples, BN), GROUP)
     row = tile_m * BM + tl.arange(0, BM)
     used = row < rows
@@ -266,8 +269,8 @@ def screen_kernel(
 ):  # fmt: skip
     """The candidates that can matter to each anchor, with P_ij: gBuffer [rows, CAPACITY] in any order, gCount [rows].
 
-    A count above CAPACITY says that the buffer was too small. Counting is by integer atomics: the order they lead to
-    does not survive the sorting of keys.
+    A count above CAPACITY says that the buffer was too small. Integer atomics count; sorting the keys undoes the order
+    that they lead to.
     """
     tile_m, tile_n = tile_of(tl.cdiv(rows, BM), tl.cdiv(M, BN), GROUP)
     row = tile_m * BM + tl.arange(0, BM)
@@ -280,8 +283,8 @@ def screen_kernel(
     near_side = norm * (1.0 - eta_of(D)) - rho * rho
     scale = 2.0 * tl.load(gAScale + first_row + row, used, 0.0)
     product = scale[:, None] * (product * tl.load(gBScale + candidate, present, 0.0)[None, :])
-    # A candidate that is not screened has rho = inf, and -inf on this side: kept by everyone. So is NaN, which a
-    # product beyond float32 leads to.
+    # A candidate that is not screened has rho = inf, and -inf on this side: every anchor keeps it. NaN, from a product
+    # beyond float32, is kept too.
     value = near_side[None, :] - tl.load(gTwice + row, used, 0.0)[:, None] * tl.where(rho < float("inf"), rho, 0.0)
     keep = ~(value - product > tl.load(gLimit + row, used, -float("inf"))[:, None])
     keep = keep & used[:, None] & present[None, :]
@@ -305,8 +308,10 @@ def shortlist_kernel(
     HAS_SELF: tl.constexpr, CAPACITY: tl.constexpr, SHORT: tl.constexpr,
     KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Who of an anchor's buffer is left when the K-th smallest upper bound of the buffer itself is the threshold:
-    gShort [rows, SHORT], gShortCount [rows]. Anchors that are not served so are queued for the fallback."""
+    """The candidates in an anchor's buffer that are not above the K-th smallest upper bound in that buffer.
+
+    gShort [rows, SHORT], gShortCount [rows]. Anchors with too small a buffer or shortlist are queued for the fallback.
+    """
     row = tl.program_id(0) * R + tl.arange(0, R)
     used = row < rows
     anchor = first_row + row
@@ -329,7 +334,7 @@ def shortlist_kernel(
     best = smallest(pack_keys(upper, tl.broadcast_to(place, (R, CAPACITY))), KP, LOG_KP, LOG_GROUPS, 0)
     kth = tl.sum(tl.where(tl.arange(0, KP)[None, :] == K - 1, best, 0), axis=1)
     bound = widened((kth >> 32).to(tl.int32).to(tl.float32, bitcast=True), D)
-    keep = eligible & ~(lower > bound[:, None])  # kept where it is NaN, too
+    keep = eligible & ~(lower > bound[:, None])  # kept where lower is NaN too
     target = tl.cumsum(keep.to(tl.int32), axis=1) - 1
     total = tl.sum(keep.to(tl.int32), axis=1)
     certified = (count <= CAPACITY) & (total <= SHORT) & (rho < float("inf"))
@@ -354,7 +359,7 @@ def refine_kernel(
     row = tl.program_id(0) * R + tl.arange(0, R)
     used = row < rows
     anchor = first_row + row
-    count = tl.load(gShortCount + row, used, -1)  # -1 stands for `used` further down, which costs registers there
+    count = tl.load(gShortCount + row, used, -1)  # -1 says what `used` does further down, and saves registers there
     best = tl.full((R, KP), NO_KEY, tl.int64)
     x_offsets = tl.where(used, anchor, first_row).to(tl.int64) * x_stride
     for first in range(0, tl.max(count, axis=0), C):
@@ -364,7 +369,7 @@ def refine_kernel(
         squared = listed_distances(gX, x_offsets, gZ, candidate.to(tl.int64) * z_stride, present, D, ONE_SPAN, UNROLL)
         keys = tl.where(present, pack_keys(squared, candidate), NO_KEY)
         best = merge_sorted(best, smallest(keys, KP, LOG_KP, LOG_GROUPS, 1), LOG_KP)
-    # Anchors without a shortlist are the fallback's, which comes later: until then they have no neighbours.
+    # The fallback serves anchors without a shortlist; until then they have no neighbours.
     store_support(best, anchor, count >= 0, gIndices, gD2, K, KP)
 
 
@@ -378,8 +383,11 @@ def fallback_kernel(
     R: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr,
     SEGMENTS: tl.constexpr, HAS_SELF: tl.constexpr, ONE_SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Queued anchors against all candidates by direct sums: lists gKeys [rows, SEGMENTS, KP], in the place of the
-    anchors' buffers. How many there are only the device knows: a fixed number of programs shares them."""
+    """Queued anchors against all candidates by direct sums: lists gKeys [rows, SEGMENTS, KP].
+
+    gKeys takes the place of the anchors' buffers. Only the device knows how many are queued, so a fixed number of
+    programs shares them.
+    """
     count = tl.load(gQueueCount)
     for item in range(tl.program_id(0), tl.cdiv(count, R) * SEGMENTS, tl.num_programs(0)):
         place = item // SEGMENTS * R + tl.arange(0, R)
@@ -422,8 +430,11 @@ def positives_kernel(
     gBegin, gEnd, N, D, gNearD2, gNear, gFarD2, gFar,
     R: tl.constexpr, C: tl.constexpr, HAS_SELF: tl.constexpr, ONE_SPAN: tl.constexpr,
 ):  # fmt: skip
-    """near and far of R anchors that follow each other in the order of labels, against the candidates, in the same
-    order, from the first one's identity to the last one's. Within an identity the order is that of indices."""
+    """near and far of R anchors that follow each other in the order of labels.
+
+    The candidates are in the same order; read are those from the first anchor's identity to the last one's. Within an
+    identity the order is that of indices.
+    """
     place = tl.program_id(0) * R + tl.arange(0, R)
     used = place < N
     anchor = tl.load(gAnchorOrder + place, used, 0)

@@ -1,13 +1,14 @@
-"""The Support Neighbor loss in Triton: distances, selection, loss and gradients. `screening.py` makes selection faster.
+"""Neighbours by direct sums of all pairs, and an overview of the Triton kernels.
 
 A forward is five kernels. `inspect_kernel` looks for NaN and Inf. `search_kernel` sums squared differences tile by tile
 and keeps, for a group of anchors and a segment of the candidates, the first K in order and the two extreme positives;
-no N x M matrix is written. `merge_kernel` merges the segments. `loss_kernel` and `reduce_kernel` turn a selection into
-the loss, the coefficients of its edges, and the statistics. A backward is `hub_kernel` and `gradient_kernel`, and
-`mean_kernel` before them under the mean.
+no N x M matrix is written. `merge_kernel` merges the segments. In `loss.py`, `loss_kernel` and `reduce_kernel` turn a
+selection into the loss, the coefficients of its edges, and the statistics. For large batches the kernels of
+`screening.py` take the place of the first three. A backward is in `gradients.py`: `hub_kernel` and `gradient_kernel`,
+and `mean_kernel` before them under the mean.
 
 Shapes: N anchors, M candidates, D dims, K = min(k, M) neighbours, E = K + 2 edges. "acc" is the accumulation type:
-float32, or float64 for float64 features. Offsets into matrices are 64-bit.
+float32, or float64 for float64 features. Offsets into matrices are 64-bit. Pointers are named g (global memory).
 """
 
 from __future__ import annotations
@@ -15,17 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .order import (
-    NO_KEY,
-    merge_sorted,
-    own_index,
-    pack_keys,
-    smallest,
-    tile_distances,
-    update_extremes,
-)
+from .order import NO_KEY, merge_sorted, own_index, pack_keys, smallest, tile_distances, update_extremes
 
-# ---- 0: is there a NaN or Inf? ------------------------------------------------------------------
+# ---- is there a NaN or Inf? ------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -42,7 +35,7 @@ def inspect_kernel(gX, stride, rows, D, gFlags, first_flag, R: tl.constexpr, BLO
     tl.store(gFlags + first_flag + tl.program_id(0), tl.max(tl.max(bad, axis=1), axis=0))
 
 
-# ---- 1: distances and selection, a group of anchors against a segment of candidates --------------
+# ---- distances and selection, a group of anchors against a segment of candidates --------------
 
 
 @triton.jit
@@ -54,11 +47,10 @@ def search_segment(
     C: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr,
     DENSE: tl.constexpr, EXTREMES: tl.constexpr, ACC: tl.constexpr, ONE_SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Anchors [R] against candidates [begin, end): the KP first keys in order [R, KP], and near and far as (d2, index),
-    if EXTREMES are wanted.
+    """Anchors [R] against candidates begin to end: the first KP keys in order [R, KP]; with EXTREMES near and far too.
 
-    With DENSE the squared distances go to gDense [.., M] instead of into lists, NaN for an anchor itself: sorted
-    stably it comes last, behind candidates at infinity.
+    With DENSE the squared distances go to gDense [.., M] instead of into lists, NaN for an anchor itself: a stable sort
+    puts it last, behind candidates at infinity.
     """
     R: tl.constexpr = anchor.shape[0]
     label = tl.load(gLabels + anchor, used, 0)
@@ -81,7 +73,7 @@ def search_segment(
             )
         else:
             keys = tl.where(eligible, pack_keys(squared, candidate[None, :]), NO_KEY)
-            # Most tiles behind the first few improve no list.
+            # After the first few tiles most improve no list.
             if tl.max((tl.min(keys, axis=1) < tl.max(best, axis=1)).to(tl.int32), axis=0) > 0:
                 best = merge_sorted(best, smallest(keys, KP, LOG_KP, LOG_GROUPS, 1), LOG_KP)
         if EXTREMES:

@@ -1,4 +1,4 @@
-"""Which launch shapes each kernel gets, by regime: the one place that holds them.
+"""The launch shapes of each kernel, by regime.
 
 **No entry was timed on a GPU.** What was measured is the compiled code: registers, spills and shared memory of the
 choices, with Triton 3.9.0 for sm_90, read from the cubin as `.ci/triton_resources.py` does. The tables beside the
@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-# Read once, as Triton does: under its interpreter kernels run on CPU tensors, one operation on a tile after the other
-# in NumPy. Few large tiles suit it; a GPU wants many that fit its registers.
+# Read once, as Triton does. Its interpreter runs kernels on CPU tensors, one NumPy operation on a tile after the other:
+# it wants few large tiles, a GPU many that fit its registers.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 MAX_LISTED_K = 128
@@ -25,7 +25,7 @@ DENSE_PAIRS = 1 << 22
 """Squared distances held at a time where rows are sorted whole."""
 
 _PROGRAMS = 1024
-"""About how many programs a kernel should have where the batch is small: a few for each SM of any GPU."""
+"""How many programs a kernel should have, about, for a small batch: a few for each SM of any GPU."""
 
 
 def power_of_two(n: int) -> int:
@@ -65,8 +65,8 @@ def search_plan(anchors: int, candidates: int, neighbours: int, wide: bool, dens
     1024   4      255        424     8               0.06
     =====  =====  =========  ======  ==============  ===================
 
-    256 pairs hide latency better and load each row nearly twice as often; 1024 leave no register for another option or
-    another version of the compiler.
+    256 pairs hide latency better but load each row nearly twice as often; 1024 leave no register to spare for another
+    option or another version of the compiler.
     """
     list_size = 1 if dense else power_of_two(max(neighbours, 2))
     if INTERPRETED:
@@ -134,8 +134,8 @@ def screen_plan(anchors: int, candidates: int, dims: int, neighbours: int, wide:
     128 x 64 x 32   8      232        0       36864          0.023, twice the steps
     ==============  =====  =========  ======  =============  ======================
 
-    With 128 columns the places of what is kept spill, so that the wider tile's reuse is given up. Stages change shared
-    memory alone: 49152 bytes with 2 of them in the tile that is taken, 98304 with 4.
+    With 128 columns the places of kept candidates spill, so the wider tile is not worth its reuse. The number of stages
+    changes shared memory only: in the tile that is taken 49152 bytes with 2, 98304 with 4.
     """
     least = max(_LEAST_CANDIDATES, 64 * neighbours)
     if wide or neighbours > MAX_LISTED_K or candidates < least or anchors < 1 or dims < 16:
@@ -177,7 +177,7 @@ class LossPlan:
 
 
 def loss_plan(anchors: int, neighbours: int) -> LossPlan:
-    """The float64 stage wants many registers a slot: about four slots a thread."""
+    """The float64 stage needs many registers a slot: about four slots a thread."""
     block = min(128, power_of_two(max(1, neighbours)))
     if INTERPRETED:
         return LossPlan(min(256, power_of_two(anchors)), block, 4)
@@ -196,9 +196,10 @@ class GradientPlan:
 
 
 def gradient_plan(rows: int, dims: int, edges: int, half: bool) -> GradientPlan:
-    """A tile of 4 x 512 values puts 16 registers a thread in flight, so that the latency of gathered rows is hidden;
-    half as many in half precision, which is widened beside them. Chunks of 16 times the edges of an anchor keep their
-    sums below a quarter byte a feature.
+    """A tile of 4 x 512 values puts 16 registers a thread in flight, which hides the latency of gathered rows.
+
+    In half precision it is half as many, as the widened values need registers too. Chunks of 16 times the edges of an
+    anchor keep their sums below a quarter byte a feature.
 
     Compiled, float32, 4 warps a program; "in flight" are bytes of gathered rows that an SM waits for at once:
 
@@ -213,8 +214,8 @@ def gradient_plan(rows: int, dims: int, edges: int, half: bool) -> GradientPlan:
     8      1024   128        0       16              128 KB
     =====  =====  =========  ======  ==============  ============
 
-    Half a microsecond of 10 TB/s of cached rows over 132 SMs is 38 KB, an estimate: more in flight should hide nothing
-    further, and wider blocks leave lanes idle where D is not a multiple of them.
+    Half a microsecond of 10 TB/s of cached rows over 132 SMs is 38 KB, an estimate: more in flight should hide no more
+    latency, and wider blocks leave lanes idle where D is not a multiple of them.
     """
     if INTERPRETED:
         block, slots = min(2048, power_of_two(max(dims, 16))), 16

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sn_ops.distributed import all_gather_rows
 from sn_ops.reid.config import LossConfig
-from sn_ops.reid.ddp import gather, sync_batchnorm
+from sn_ops.reid.ddp import sync_batchnorm
 from sn_ops.reid.losses import build_losses
 
 
@@ -45,7 +46,7 @@ def gathered(group: Any, shards: Sequence[Tensor], weights: Sequence[Tensor]) ->
     """All rows, the offset of this rank's, and the gradient of a weighted sum that differs from rank to rank."""
     rank = dist.get_rank(group)
     rows = shards[rank].clone().requires_grad_()
-    everyone, start = gather(rows, group)
+    everyone, start = all_gather_rows(rows, group)
     (everyone * weights[rank]).sum().backward()
     assert rows.grad is not None
     return everyone.detach(), start, rows.grad

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from .collectives import gather, global_mean
+from .collectives import global_mean
 from .ranks import Parallel, pick_device, processes
 from .sync_batchnorm import GroupBatchNorm, sync_batchnorm
 
 __all__ = [
     "GroupBatchNorm",
     "Parallel",
-    "gather",
     "global_mean",
     "pick_device",
     "processes",

@@ -27,10 +27,10 @@ class _Sum(torch.autograd.Function):
 
 
 class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the batches of all ranks, on any device (`torch.nn.SyncBatchNorm` wants a GPU).
+    """Batch norm over the batches of all ranks, on any device (`torch.nn.SyncBatchNorm` needs a GPU).
 
-    It takes the place of `of`, whose parameters and statistics become its own. In evaluation mode it is ordinary batch
-    norm. Shapes `[n, C, ...]`; n may differ between ranks.
+    It replaces `of` and shares its parameters and statistics. In evaluation mode it is ordinary batch norm. Shapes
+    `[n, C, ...]`; n may differ between ranks.
     """
 
     def __init__(self, of: nn.modules.batchnorm._BatchNorm, group: Any) -> None:
@@ -50,10 +50,10 @@ class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         axes = [axis for axis in range(input.dim()) if axis != 1]
         column = (1, -1) + (1,) * (input.dim() - 2)
-        values = input if input.dtype is torch.float64 else input.float()  # half precision cannot count to 1000
+        values = input if input.dtype is torch.float64 else input.float()  # half precision cannot sum 1000 values
         many = values.new_full((1,), values.numel() / values.shape[1])
         dist.all_reduce(many, group=self.group)
-        # Two passes: the mean of the squares less the square of the mean would cancel.
+        # In two passes: the mean of squares minus the squared mean loses digits.
         mean = _Sum.apply(values.sum(axes), self.group) / many
         centred = values - mean.view(column)
         variance = _Sum.apply(centred.square().sum(axes), self.group) / many
@@ -74,18 +74,18 @@ class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def sync_batchnorm(model: nn.Module, group: Any) -> nn.Module:
-    """Makes every batch norm of a network one over the batches of all ranks, so that they see what one process sees.
+    """Makes every batch norm of a network take the statistics of all ranks' batches, as one process would.
 
     Args:
-        model: changed in place; names, parameters and statistics stay what they were. To be called before
-            DistributedDataParallel wraps it.
+        model: changed in place; names, parameters and statistics stay. Call it before DistributedDataParallel wraps
+            the model.
         group: the process group.
 
     Returns:
         The model: with `torch.nn.SyncBatchNorm` on GPUs, `GroupBatchNorm` elsewhere.
 
     Raises:
-        ValueError: a batch norm that does more than that (timm has some), or the model itself is one.
+        ValueError: a subclass of batch norm that computes more (timm has some), or a model that is itself a batch norm.
     """
     norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     for name, norm in norms.items():

@@ -1,4 +1,4 @@
-"""What every metric term of the trainer shares: its call, normalisation, and who is compared with whom."""
+"""What all metric terms share: their call, normalisation, and the pairs that they compare."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ddp import gather
+from sn_ops.distributed import all_gather_rows
 
 Stats = dict[str, Tensor]
 """Detached 0-d tensors by name, the same on every rank of a group."""
 
-# Squared distances below it have no derivative, as in sn_ops.
+# Smaller squared distances have no derivative, as in sn_ops.
 _LEAST_SQUARE = 1e-12
 
 
 class MetricLoss(nn.Module, ABC):
-    """A loss of embeddings `[n, D]` and labels `[n]`.
+    """A loss of embeddings `[n, D]`, floating point, and labels int64 `[n]`.
 
-    Called with `candidates` `[M, D]` and `candidate_labels` `[M]`, positives and negatives are looked for among these
-    instead of among the anchors; `self_index`, None, an int or an integer tensor `[n]`, says which of them an anchor is
-    itself, as in `sn_ops.sn_loss`. With `group` they are looked for in the batches of all ranks, and in `candidates`
-    too, which are then a bank of this rank alone.
+    With `candidates` `[M, D]` and `candidate_labels` int64 `[M]`, positives and negatives come from these instead of
+    from the anchors; `self_index` (None, an int or an integer tensor `[n]`) is the candidate that is the anchor itself,
+    as in `sn_ops.sn_loss`. With `group` they come from the batches of all ranks, and from `candidates`, which are then
+    a bank of this rank.
 
     Args:
-        normalize: rows are L2-normalised first, anchors and candidates.
+        normalize: L2-normalise rows first, anchors and candidates.
 
     Returns:
         (loss, statistics): the mean over anchors that have what the loss needs, 0-d, float32 (float64 for float64
@@ -58,7 +58,7 @@ class MetricLoss(nn.Module, ABC):
             bank = Bank(self._prepared(candidates), candidate_labels, self_index)
         elif self_index is not None:
             raise ValueError("sn_ops.reid: loss: self_index: expected None without candidates, got one")
-        # Not under autocast: distances in half precision lose the neighbours' order.
+        # Without autocast: distances in half precision would change the order of neighbours.
         with torch.autocast(feats.device.type, enabled=False):
             return self.compute(self._prepared(feats), labels, bank, group)
 
@@ -68,7 +68,7 @@ class MetricLoss(nn.Module, ABC):
 
     @abstractmethod
     def compute(self, feats: Tensor, labels: Tensor, bank: Bank | None, group: Any) -> tuple[Tensor, Stats]:
-        """The loss of prepared rows."""
+        """The loss and statistics of float32 or float64 rows, normalised if asked."""
 
 
 class Bank(NamedTuple):
@@ -80,7 +80,7 @@ class Bank(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Anchors against everything that they are compared with."""
+    """The rows that anchors are compared with, and which of them are positive or negative."""
 
     candidates: Tensor  # [M, D]
     positive: Tensor  # bool [n, M]: the same label, but not the anchor itself
@@ -88,30 +88,31 @@ class Pairs(NamedTuple):
 
 
 def pairs_of(feats: Tensor, labels: Tensor, bank: Bank | None, group: Any) -> Pairs:
+    """The pairs of a batch: with the batches of all ranks of `group`, and with the bank."""
     rows = torch.arange(len(feats), device=feats.device)
-    everyone, everyones_labels, own = [], [], []  # `own`: the column of each anchor itself, -1 for none
+    candidates, candidate_labels, own = [], [], []  # `own`: the column of each anchor itself, -1 for none
     columns = 0
     if group is not None or bank is None:
         batch, batch_labels, start = feats, labels, 0
         if group is not None:
-            batch, start = gather(feats, group)
-            batch_labels, _ = gather(labels, group)
-        everyone, everyones_labels, own = [batch], [batch_labels], [rows + start]
+            batch, start = all_gather_rows(feats, group)
+            batch_labels, _ = all_gather_rows(labels, group)
+        candidates, candidate_labels, own = [batch], [batch_labels], [rows + start]
         columns = len(batch)
     if bank is not None:
-        everyone.append(bank.feats)
-        everyones_labels.append(bank.labels)
+        candidates.append(bank.feats)
+        candidate_labels.append(bank.labels)
         if isinstance(bank.self_index, Tensor):
             own.append(torch.where(bank.self_index >= 0, bank.self_index + columns, -1))
         elif bank.self_index is not None:
             own.append(rows + (bank.self_index + columns))
-    same = labels[:, None] == torch.cat(everyones_labels)
+    same = labels[:, None] == torch.cat(candidate_labels)
     itself = torch.zeros_like(same)
     for column in own:
         itself |= torch.arange(same.shape[1], device=feats.device) == column[:, None]
-    return Pairs(torch.cat(everyone), same & ~itself, ~same & ~itself)
+    return Pairs(torch.cat(candidates), same & ~itself, ~same & ~itself)
 
 
 def distances(anchors: Tensor, others: Tensor) -> Tensor:
-    """Euclidean distances row by row, by direct sums, with no derivative where two rows are the same."""
+    """Euclidean distances `[n]` row by row, by direct sums, without a derivative where two rows are equal."""
     return (anchors - others).square().sum(1).clamp(min=_LEAST_SQUARE).sqrt()

@@ -11,13 +11,12 @@ from torch import Tensor
 class Memory:
     """A queue of the last `rows` embeddings, without gradients.
 
-    The batch comes first among the candidates and carries gradients as it does without a memory; the queue stands
-    behind it. With a process group every rank holds the same queue, that of the batches of all ranks, so that the loss
-    is that of one process. Embeddings of images that are in the present batch are left out: an image's own embedding of
-    some steps ago would be its nearest positive, and teach nothing.
+    Candidates are the batch, with gradients as without a memory, then the queue. With a process group every rank holds
+    the same queue, that of all ranks' batches, so that the loss is that of one process. Embeddings of images in the
+    present batch are left out: an image's earlier embedding would be its nearest positive, and teach nothing.
 
     Args:
-        rows: how many it keeps, >= 1.
+        rows: the length of the queue, >= 1.
 
     Source: Wang, Zhang, Huang and Scott, "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798.
     """
@@ -33,23 +32,23 @@ class Memory:
         self._images = torch.empty(0, dtype=torch.int64)
 
     def candidates(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Embeddings `[M, D]` and labels `[M]` to look for neighbours in; None while there are none.
+        """Embeddings `[M, D]` and labels `[M]` of other images; None if there are none.
 
         Args:
-            images: int64, the indices in the data set of all images of the batch, over all ranks.
+            images: int64, indices in the data set of all images of the batch, over all ranks.
         """
         if self._feats is None:
             return None
-        # Copies: rows are overwritten before the next batch, maybe while this one's graph is still alive.
+        # Copies: `push` overwrites rows, maybe while this batch's graph is alive.
         keep = ~torch.isin(self._images[: self.stored], images)
         feats, labels = self._feats[: self.stored][keep], self._labels[: self.stored][keep]
         return (feats, labels) if len(feats) > 0 else None
 
     def push(self, feats: Tensor, labels: Tensor, images: Tensor) -> None:
-        """Takes in a batch, in place of the oldest rows.
+        """Adds a batch in place of the oldest rows.
 
         Args:
-            feats: `[n, D]` as the metric term saw them, of all ranks in rank order.
+            feats: `[n, D]`, the embeddings that the metric term got, of all ranks in rank order.
             labels: int64 `[n]`.
             images: int64 `[n]`, indices in the data set.
         """
@@ -73,11 +72,11 @@ class Memory:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Puts the queue of a checkpoint on a device.
+        """Loads the queue of a checkpoint to a device.
 
         Raises:
-            ValueError: a queue of another length, or a position outside of it.
-            KeyError: a part is missing.
+            ValueError: a queue of another length, or a position outside it.
+            KeyError: a missing part.
         """
         head, stored, feats = int(state["head"]), int(state["stored"]), state["feats"]
         rows = 0 if feats is None else self.rows

@@ -1,9 +1,9 @@
 """The losses of the trainer: the metric terms, and the identity loss.
 
-Every loss takes `group`, a `torch.distributed` process group, as `sn_ops.sn_loss` does: each rank passes its own batch,
-of any size; the value is that of one process which holds all batches, and a rank's gradients are world size times that
-process's, so that the average that DistributedDataParallel takes is that process's gradient. All ranks must call the
-loss, and all or none must call backward().
+Every loss takes `group`, a `torch.distributed` process group, as `sn_ops.sn_loss` does. Each rank passes its own batch,
+of any size; the value is that of one process with all batches. A rank's gradients are world size times those of that
+process, so that the average of DistributedDataParallel gives them. All ranks must call the loss, and either all or none
+of them backward().
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sn_ops
+from sn_ops.distributed import all_gather_rows
 
-from ..ddp import gather, global_mean
+from ..ddp import global_mean
 from .base import Bank, MetricLoss, Stats, distances, pairs_of
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class SNMetric(MetricLoss):
             "squeeze": "none" if squeeze == "pair" else squeeze,
             "backend": backend,
         }
-        sn_ops.SNLoss(**self.options)  # refuses wrong options now
+        sn_ops.SNLoss(**self.options)  # raises for wrong options
 
     def compute(self, feats: Tensor, labels: Tensor, bank: Bank | None, group: Any) -> tuple[Tensor, Stats]:
         given: dict[str, Any] = {}
@@ -77,10 +78,10 @@ class SNMetric(MetricLoss):
                     'sn_ops.reid: loss: self_index: expected None with a group and squeeze "pair", which leaves out '
                     "one row an anchor, got one"
                 )
-            everyone, own = gather(feats, group)
-            everyones_labels, _ = gather(labels, group)
-            rows = everyone if rows is None else torch.cat([everyone, rows])
-            rows_labels = everyones_labels if rows_labels is None else torch.cat([everyones_labels, rows_labels])
+            batch, own = all_gather_rows(feats, group)
+            batch_labels, _ = all_gather_rows(labels, group)
+            rows = batch if rows is None else torch.cat([batch, rows])
+            rows_labels = batch_labels if rows_labels is None else torch.cat([batch_labels, rows_labels])
         found = sn_ops.support_neighbors(
             feats.detach(), labels, candidates=None if rows is None else rows.detach(), candidate_labels=rows_labels,
             self_index=own, k=1, backend=self.options["backend"],
@@ -89,7 +90,7 @@ class SNMetric(MetricLoss):
         near, far = found.nearest_positive, found.farthest_positive
         if len(rows) == 0:
             return global_mean(feats.sum(1) * 0, near >= 0, group)[0]
-        # An anchor without a positive gets rows 0 and 0, and the mean leaves it out.
+        # An anchor without a positive gets row 0 twice, and the mean leaves it out.
         return global_mean(distances(rows[near.clamp(min=0)], rows[far.clamp(min=0)]), near >= 0, group)[0]
 
 
@@ -165,7 +166,7 @@ class SupConMetric(MetricLoss):
         pairs = pairs_of(feats, labels, bank, group)
         similarity = feats @ pairs.candidates.T
         others = pairs.positive | pairs.negative
-        # -inf for an anchor without others, which is no valid anchor.
+        # -inf for an anchor without others, which does not count.
         log_sum = (similarity / self.temperature).masked_fill(~others, float("-inf")).logsumexp(1)
         positives = pairs.positive.sum(1)
         attracted = (similarity / self.temperature).masked_fill(~pairs.positive, 0).sum(1) / positives.clamp(min=1)
@@ -181,7 +182,7 @@ class SupConMetric(MetricLoss):
 
 
 class NoMetric(MetricLoss):
-    """No metric term: 0 with gradients of 0, NaN for non-finite embeddings, so that they are noticed."""
+    """No metric term: 0 with zero gradients; NaN for non-finite embeddings, so that training notices them."""
 
     def compute(self, feats: Tensor, labels: Tensor, bank: Bank | None, group: Any) -> tuple[Tensor, Stats]:
         none = torch.zeros(len(feats), dtype=torch.bool, device=feats.device)
@@ -195,11 +196,11 @@ class NoMetric(MetricLoss):
 class IdentityLoss(nn.Module):
     """Cross-entropy over the training identities, with label smoothing.
 
-    Called with logits `[n, P]`, labels int64 `[n]` and optionally `group`, see the module; returns (loss, statistics):
+    It takes logits `[n, P]`, labels int64 `[n]` and optionally `group`, see the module, and returns (loss, statistics):
     the mean over images, 0-d float32 (float64 for float64 logits), and "accuracy".
 
     Args:
-        smoothing: the share of the target that is spread evenly over all P identities, from 0 to below 1.
+        smoothing: the share of the target that is spread evenly over all P identities, 0 <= smoothing < 1.
 
     Source of the smoothing: Szegedy, Vanhoucke, Ioffe, Shlens and Wojna, "Rethinking the Inception Architecture for
     Computer Vision", arXiv 1512.00567; in re-identification: Luo et al., arXiv 1903.07071 (0.1).
@@ -215,11 +216,11 @@ class IdentityLoss(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits if logits.dtype is torch.float64 else logits.float()
             losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.smoothing)
-        everyone = torch.ones_like(labels, dtype=torch.bool)
-        loss, _ = global_mean(losses, everyone, group)
+        every = torch.ones_like(labels, dtype=torch.bool)
+        loss, _ = global_mean(losses, every, group)
         with torch.no_grad():
             right = (logits.argmax(1) == labels).to(losses.dtype)
-            return loss, {"accuracy": global_mean(right, everyone, group)[0]}
+            return loss, {"accuracy": global_mean(right, every, group)[0]}
 
 
 class Losses(NamedTuple):
@@ -231,7 +232,7 @@ class Losses(NamedTuple):
 
 
 def build_losses(config: LossConfig) -> Losses:
-    """The losses that a configuration names.
+    """The losses of a configuration.
 
     Raises:
         TypeError, ValueError: an unknown metric, or an option that the loss refuses.

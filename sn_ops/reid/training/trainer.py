@@ -1,4 +1,4 @@
-"""What a run consists of, and one step of it."""
+"""The parts of a run, and one step of it."""
 
 from __future__ import annotations
 
@@ -28,28 +28,30 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Step(NamedTuple):
-    """What a step gave."""
+    """The result of a step."""
 
     lr: float
+    """The learning rate of the step."""
     values: dict[str, float]
     """"loss" first, its terms, the metric term's statistics, "gradient_norm"; the same on every rank."""
     stop: bool
-    """Some rank was asked to stop."""
+    """Whether any rank was asked to stop."""
 
 
 class Trainer:
     """Network, losses, optimiser, scaler, sampler and memory of a run, at a position in it.
 
-    The position is (`epoch`, `batch`): finished epochs, and finished batches of the one that is under way.
+    The position is (`epoch`, `batch`): the number of finished epochs, and of finished batches in the present epoch.
 
     Args:
         config: of the run.
         split: the data set.
-        parallel: this process among those of the run.
+        parallel: this process's place among those of the run.
 
     Raises:
-        ValueError: options that the parts refuse, or a batch that cannot be divided as asked.
-        OSError, ImportError: weights that are missing, or a package.
+        ValueError: options that a part refuses, or a batch that cannot be divided among ranks or chunks.
+        OSError: missing weights.
+        ImportError: a missing package.
     """
 
     def __init__(self, config: Config, split: Split, parallel: Parallel) -> None:
@@ -66,7 +68,7 @@ class Trainer:
         if optim.accumulate > smallest:
             raise wrong("optim.accumulate", f"at most the {smallest} images of a rank's batch", optim.accumulate)
         if config.model.neck:
-            # A batch norm over all ranks counts their images together.
+            # A batch norm over all ranks takes statistics of all their images.
             check_neck(smallest, optim.accumulate, parallel.world if config.run.sync_batchnorm else 1)
         self.loader = make_loader(
             self.images, sampler=self.sampler, workers=data.workers, pin_memory=parallel.device.type == "cuda"
@@ -83,27 +85,27 @@ class Trainer:
         self.epoch = self.batch = 0
 
     def begin_epoch(self) -> None:
-        """Lets the loader and augmentation begin where the position is."""
+        """Sets the loader and augmentation to the present position."""
         self.images.set_epoch(self.epoch)
         self.sampler.set_epoch(self.epoch, self.batch)
         self.network.train()
 
     @property
     def step_number(self) -> int:
-        """Steps that are done, over the whole run."""
+        """The number of finished steps of the whole run."""
         return self.epoch * self.steps + self.batch
 
     def step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], folder: Path, *, stop: bool) -> Step:
-        """Takes a batch of the loader: forward, backward, a step of the optimiser; moves the position on.
+        """One step on a batch of the loader: forward, backward, optimiser; advances the position.
 
         Args:
             batch: images float32 `[n, 3, H, W]`, labels, cameras and indices int64 `[n]`.
-            folder: where a report goes.
-            stop: this process was asked to stop.
+            folder: of the run, for nonfinite.json.
+            stop: whether this process was asked to stop.
 
         Raises:
-            NonFiniteLossError: the loss, or without a scaler a gradient, is NaN or infinite on any rank. Nothing has
-                changed but the gradients.
+            NonFiniteLossError: the loss, or without a scaler a gradient, is NaN or infinite on any rank. Only gradients
+                have changed.
         """
         optim, parallel = self.config.optim, self.parallel
         images, labels, _, indices = (tensor.to(parallel.device, non_blocking=True) for tensor in batch)
@@ -114,8 +116,8 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.zero_grad()
 
-        everyones_indices = indices if self.memory is None else parallel.gather_rows(indices)
-        bank = None if self.memory is None else self.memory.candidates(everyones_indices)
+        all_indices = indices if self.memory is None else parallel.gather_rows(indices)
+        bank = None if self.memory is None else self.memory.candidates(all_indices)
 
         def loss_of(embedding: Tensor, logits: Tensor | None) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
             loss, values = self._loss(embedding, logits, labels, bank)
@@ -125,9 +127,9 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         tensors["gradient_norm"] = self._gradient_norm()
 
-        # One wait for the device a step.
+        # The only synchronisation with the device in a step.
         values = dict(zip(tensors, torch.stack([v.double() for v in tensors.values()]).tolist(), strict=True))
-        # A scaler skips steps with infinite gradients by itself, and lowers the scale.
+        # A scaler skips steps with infinite gradients itself, and lowers the scale.
         checked = {name: v for name, v in values.items() if name != "gradient_norm" or not self.scaler.is_enabled()}
         bad = not all(abs(value) < float("inf") for value in checked.values())
         flags = parallel.sum(torch.tensor([float(stop), float(bad)], device=parallel.device)).tolist()
@@ -140,7 +142,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.memory is not None:
-            self.memory.push(parallel.gather_rows(embedding), parallel.gather_rows(labels), everyones_indices)
+            self.memory.push(parallel.gather_rows(embedding), parallel.gather_rows(labels), all_indices)
         self.batch += 1
         if self.batch == self.steps:
             self.epoch, self.batch = self.epoch + 1, 0
@@ -149,11 +151,11 @@ class Trainer:
     def _loss(
         self, embedding: Tensor, logits: Tensor | None, labels: Tensor, bank: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to minimise, and what is to be shown of it."""
+        """The scalar to minimise, and the values to log."""
         loss, group = self.config.loss, self.parallel.group
         candidates, candidate_labels = bank if bank is not None else (None, None)
         if bank is not None and group is None:
-            # The batch first, with its gradients; with a group the losses put it there themselves.
+            # The batch first, with its gradients; with a group the losses add it themselves.
             candidates, candidate_labels = torch.cat([embedding, bank[0]]), torch.cat([labels, bank[1]])
         metric, stats = self.losses.metric(
             embedding, labels, candidates=candidates, candidate_labels=candidate_labels,
@@ -180,7 +182,7 @@ class Trainer:
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def network_state(self) -> dict[str, Any]:
-        """What a checkpoint needs for using the network."""
+        """The part of a checkpoint that using the network needs."""
         return {
             "num_identities": self.num_identities,
             "epoch": self.epoch,
@@ -189,9 +191,9 @@ class Trainer:
         }
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs for going on. To be called on every rank.
+        """The part of a checkpoint that resuming needs; all ranks must call it.
 
-        The learning rate, the sampler and augmentation are functions of the seed and the position.
+        Learning rate, sampler and augmentation need no state: they are functions of the seed and the position.
         """
         return {
             **self.network_state(),
@@ -202,13 +204,13 @@ class Trainer:
         }
 
     def load(self, state: Mapping[str, Any]) -> bool:
-        """Goes on from the state of a checkpoint.
+        """Loads the state of a checkpoint.
 
         Returns:
-            False if the run has another number of ranks now, so that generators (of dropout and the like) begin anew.
+            False if the number of ranks differs, so that random generators (dropout) start anew.
 
         Raises:
-            LookupError, TypeError, ValueError, AttributeError, RuntimeError: contents that are missing, or do not fit;
+            LookupError, TypeError, ValueError, AttributeError, RuntimeError: contents that are missing or do not fit;
                 see `checkpoint.restoring`.
         """
         self.model.load_state_dict(state["model"])
@@ -238,7 +240,7 @@ def _optimizer(parameters: list[nn.Parameter], config: Config) -> torch.optim.Op
 
 
 def _restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads a state, and looks at what PyTorch takes as it comes: a fault there would show in the next step.
+    """Loads an optimiser's state, and checks what PyTorch does not: names and shapes.
 
     Raises:
         ValueError: other options, or tensors of other names or shapes.

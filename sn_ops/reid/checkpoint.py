@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read with care, refused where they are not of this run."""
+"""Checkpoints: written whole or not at all, checked when read, refused where they are of another run."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], config: Config) -> Non
     """Replaces a checkpoint: at any moment, a power cut included, the file is the old one or the new one, whole.
 
     Args:
-        path: where to.
-        state: tensors and plain values; at least num_identities, epoch (finished ones) and model, a state dict.
+        path: the file; folders above it are made.
+        state: tensors and plain values; at least num_identities, epoch (the number finished) and model, a state dict.
         config: of the run.
     """
     head = {"format": FORMAT, "version": VERSION, "config": to_dict(config), "fingerprint": config.fingerprint()}
@@ -48,10 +48,10 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], config: Config) -> Non
 
 
 def find_checkpoint(path: str | os.PathLike[str], which: str = "last") -> Path:
-    """The checkpoint file that a path means: the file itself, or `checkpoints/<which>.pt` of a run's folder.
+    """The checkpoint file of a path: the file itself, or `checkpoints/<which>.pt` in a run's folder.
 
     Raises:
-        FileNotFoundError: neither; the message says what there is.
+        FileNotFoundError: neither; the message lists what was found.
     """
     path = Path(path)
     if path.is_file():
@@ -68,8 +68,10 @@ def find_checkpoint(path: str | os.PathLike[str], which: str = "last") -> Path:
 
 
 def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """What `save_checkpoint` wrote. Nothing in the file is executed (`weights_only`), and every byte of its tensors is
-    checked against the checksums beside them, which PyTorch writes but does not read.
+    """Reads a checkpoint.
+
+    No code in the file runs (`weights_only`), and all bytes are checked against the checksums of the archive, which
+    PyTorch writes but does not read.
 
     Returns:
         The state, with "config" (sections of plain values), "fingerprint", "num_identities", "epoch", "model".
@@ -80,7 +82,7 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     """
     if not path.is_file():
         raise FileNotFoundError(f"sn_ops.reid: checkpoint: expected a file, got nothing at {path}")
-    with path.open("rb") as stream:  # what the system refuses is no damage
+    with path.open("rb") as stream:  # an OSError from here means no damage
         try:
             with zipfile.ZipFile(stream) as archive:
                 damaged = archive.testzip()
@@ -88,7 +90,7 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
             stream.seek(0)
             state = torch.load(stream, map_location=map_location, weights_only=True)
-        except Exception as error:  # damaged bytes raise whatever the parser that meets them raises
+        except Exception as error:  # damaged bytes raise errors of many types
             raise CheckpointError(
                 f"sn_ops.reid: checkpoint: expected a checkpoint of sn_ops.reid, got {path}, which is corrupt or of "
                 f"something else: {error}"
@@ -114,10 +116,10 @@ def _lacks(key: str, state: Mapping[str, Any], path: Path) -> CheckpointError:
 
 @contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """For putting the parts of a checkpoint to their places: what they raise about contents that do not fit.
+    """Turns errors about a checkpoint's contents into a `CheckpointError`, while its parts are loaded.
 
     Raises:
-        CheckpointError: in place of the errors of PyTorch, NumPy and Python, whose text it has.
+        CheckpointError: in place of errors of PyTorch, NumPy and Python, with their text.
     """
     try:
         yield
@@ -138,11 +140,11 @@ def data_fingerprint(samples: Sequence[Sample]) -> str:
 
 
 def check_resumable(state: Mapping[str, Any], path: Path, config: Config, data: str) -> None:
-    """Raises unless a run with this configuration and data may go on from the checkpoint.
+    """Checks that a run with this configuration and data may resume from the checkpoint.
 
     Raises:
-        CheckpointError: another configuration (the message has the fields that differ) or other training images, or a
-            checkpoint without the state of training, or without a part of it.
+        CheckpointError: another configuration (the message has the fields that differ), other training images, or a
+            checkpoint that lacks the state of training or a part of it.
     """
     if "optimizer" not in state:
         raise CheckpointError(
@@ -176,7 +178,7 @@ def check_resumable(state: Mapping[str, Any], path: Path, config: Config, data: 
 
 def random_state() -> dict[str, Any]:
     """The state of every generator of this process: Python, NumPy, PyTorch on the CPU and on the present GPU."""
-    name, words, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is what is kept
+    name, words, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is saved
     state = {
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(np.asarray(words).astype(np.int64)), position, has_gauss, cached],
@@ -188,7 +190,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Puts every generator back to where `random_state` found it."""
+    """Restores the generators from what `random_state` returned."""
     random.setstate(state["python"])
     name, words, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, words.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""What the commands of `python -m sn_ops.reid` do, each from the options that `cli` parsed."""
+"""The commands of `sn-reid`: a function each, which takes the options that `cli` parsed."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from .inference.scoring import (
 from .inference.trained import Trained, open_trained
 from .requirements import need
 
-# ---- what commands share ------------------------------------------------------------------------
+# ---- shared by commands --------------------------------------------------------------------------
 
 
 def configuration(options: argparse.Namespace) -> Config:
-    """The configuration that the options ask for: a preset or a file, then --data, --root and --set in that order."""
+    """The configuration of the options: a preset or a file, changed by --data, --root and --set in that order."""
     if options.config is not None:
         config = from_yaml(options.config)
     else:
@@ -49,7 +49,7 @@ def configuration(options: argparse.Namespace) -> Config:
 def _assigned(config: Config, options: argparse.Namespace) -> Config:
     assignments = []
     if options.data is not None:
-        if options.data != config.data.name:  # the folder and the loader's options are those of another data set
+        if options.data != config.data.name:  # folder and loader options belong to the other data set
             root = DataConfig().root if options.data == DataConfig().name else "data"
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=root, options={}))
         assignments.append(f"data.name={options.data}")
@@ -75,7 +75,7 @@ def progress(what: str) -> Iterator[Tick]:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Trains, prints the scores and says where the report is."""
+    """Trains, and prints the scores and the paths of scores.json and the report."""
     from . import training
 
     if options.resume is not None and options.out is not None:
@@ -96,7 +96,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def _run_of(path: Path) -> Path:
-    """The folder of a run that is named by itself or by one of its checkpoints."""
+    """The folder of a run, from its path or that of one of its checkpoints."""
     return path.parent.parent if path.is_file() else path
 
 
@@ -118,7 +118,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def render(options: argparse.Namespace) -> None:
-    """Renders the synthetic set, or finds it rendered."""
+    """Renders the synthetic set, unless it is complete."""
     from .data.synthetic import SyntheticConfig
     from .data.synthetic import render as render_set
 
@@ -142,7 +142,7 @@ def render(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Scores on stdout, in scores.json and, with pictures, in report.html."""
+    """Writes scores to stdout and scores.json, and the report with pictures."""
     trained, device = _open(options), pick_device(options.device)
     config = _assigned(trained.config, options)
     if options.rerank:
@@ -194,7 +194,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def embed(options: argparse.Namespace) -> None:
-    """A folder's images to an .npz."""
+    """Writes the embeddings of a folder's images to an .npz."""
     trained = _open(options)
     paths = image_files(options.images)
     with progress("embedding") as tick:
@@ -204,7 +204,7 @@ def embed(options: argparse.Namespace) -> None:
 
 
 def rank(options: argparse.Namespace) -> None:
-    """The list on stdout, and as HTML or CSV."""
+    """Prints the ranked list, and writes it as HTML or CSV."""
     from .data.loading import eval_transform
     from .inference.rank import rank_images
     from .report import write_ranking
@@ -244,7 +244,7 @@ def rank(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Writes ONNX and says how far it is from PyTorch."""
+    """Writes ONNX, and prints its largest difference from PyTorch."""
     from .inference.onnx import check_onnx, export_onnx
 
     trained = _open(options)
@@ -256,7 +256,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def settings(options: argparse.Namespace) -> None:
-    """Every setting with its value and what it is."""
+    """Prints every setting with its value and meaning."""
     values = to_dict(configuration(options))
     about = keys()
     width = max(map(len, about))

@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "supcon": ("loss.metric=supcon",),
     "identity": ("loss.metric=none", "loss.identity=1"),
 }
-"""What is compared: name -> what it changes in the configuration."""
+"""Variants: name -> overrides of the configuration."""
 
 ABOUT = {
     "sn-span": "SN, squeeze d(far) - d(near): the paper's abstract",
@@ -48,11 +48,11 @@ ABOUT = {
 }
 
 METRICS = {"mAP_standard": "mAP (standard)", "mAP_market": "mAP (market)", "rank1": "rank-1", "mINP": "mINP"}
-"""What the table shows."""
+"""The columns of the table."""
 
 
 def chosen(names: str | None) -> list[str]:
-    """The variants of a list such as "sn-span,triplet"; all of them for None.
+    """The variants of a list such as "sn-span,triplet"; None: all.
 
     Raises:
         ValueError: an unknown name.
@@ -69,7 +69,7 @@ def chosen(names: str | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured."""
+    """The scores of all variants and seeds."""
 
     data: str
     synthetic: bool
@@ -77,7 +77,7 @@ class Comparison:
     runs: dict[str, list[dict[str, float]]]
     """Variant -> the scores of each seed, fractions of 1."""
     baseline: dict[str, float] | None
-    """Scores of colour histograms."""
+    """Scores of colour histograms, fractions of 1; None where they were not computed."""
     facts: Mapping[str, Any]
     """Versions and settings."""
 
@@ -87,9 +87,9 @@ class Comparison:
         return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
     def markdown(self) -> str:
-        """The table as measured, in the order in which the variants were asked for."""
+        """The table, in the order of the variants."""
         least, most = (f({len(runs) for runs in self.runs.values()}) for f in (min, max))
-        seeds = f"{most}" if least == most else f"{least} to {most}"  # of a comparison that is under way
+        seeds = f"{most}" if least == most else f"{least} to {most}"  # while the comparison is running
         rendered = "**synthetic** (rendered pedestrians; not comparable with any published figure)"
         lines = [
             f"Data: {rendered if self.synthetic else self.data}. {self.epochs} epochs, "
@@ -111,7 +111,7 @@ class Comparison:
         return "\n".join(lines) + "\n"
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON file, with mean and spread beside the scores of every run."""
+        """Plain values for a JSON file: mean and spread, and the scores of every run."""
         summary: dict[str, dict[str, dict[str, float | None]]] = {}
         for name in self.runs:
             spreads = {metric: self.spread(name, metric) for metric in METRICS}
@@ -134,28 +134,28 @@ def compare_losses(
 ) -> Comparison:
     """Trains the variants over seeds `config.run.seed`, + 1, ... and writes compare.json and compare.md.
 
-    Every run is in a folder of its own, `<out>/<variant>/seed<n>`. Runs that are complete are taken as they are, and
-    one that was interrupted goes on: the command that was stopped is simply given again.
+    Each run has its folder `<out>/<variant>/seed<n>`. Complete runs are reused and interrupted ones resumed: after an
+    interruption, give the same command again.
 
     Args:
-        config: everything that the variants share.
+        config: the settings that the variants share.
         names: of `VARIANTS`.
-        seeds: how many.
+        seeds: how many seeds.
         out: the folder.
-        baseline: colour histograms too.
-        progress: a line and a bar on stderr for each run.
+        baseline: score colour histograms too.
+        progress: print a line and a bar on stderr for each run.
 
     Raises:
-        ValueError: seeds < 1; a folder of a run that was configured otherwise.
-        What training raises.
+        ValueError: seeds < 1, or a folder with a run of another configuration.
+        Exception: as `train`.
     """
     if seeds < 1:
         raise ValueError(f"sn_ops.reid: --seeds: expected an int >= 1, got {seeds}")
-    split = load_split(config.data)  # a data set that is not there is found before anything is trained
+    split = load_split(config.data)  # a missing data set is an error before any training
     histograms = _baseline(split, config) if baseline else None
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    # Seed by seed, so that a comparison that is stopped early has all variants. Settings that do not go together fail
-    # here, before anything is trained.
+    # Seed by seed, so that a comparison that stops early has all variants. Settings that contradict each other raise
+    # here, before any training.
     plan = [
         (name, config.override(*VARIANTS[name], f"run.seed={seed}", f"run.out={out / name / f'seed{seed}'}"))
         for seed in range(config.run.seed, config.run.seed + seeds)
@@ -173,7 +173,7 @@ def compare_losses(
 
 
 def _trained_run(config: Config, folder: Path, progress: bool) -> Path:
-    """The folder of a complete run of this configuration."""
+    """Completes a run of this configuration, and returns its folder."""
     from .training import train
 
     if not (folder / "config.yaml").is_file():
@@ -188,7 +188,7 @@ def _trained_run(config: Config, folder: Path, progress: bool) -> Path:
         return folder
     if (folder / "checkpoints" / "last.pt").is_file():
         return train(config, resume=folder, progress=progress)
-    shutil.rmtree(folder)  # killed before its first checkpoint: there is nothing to go on from
+    shutil.rmtree(folder)  # killed before its first checkpoint, so nothing can be resumed
     return train(config, progress=progress)
 
 
@@ -205,7 +205,7 @@ def _baseline(split: Split, config: Config) -> dict[str, float]:
 
 
 def _facts(config: Config) -> dict[str, Any]:
-    """What a reader needs to repeat the comparison."""
+    """Versions and settings, for repeating the comparison."""
     return {
         "sn_ops": sn_ops.__version__,
         "torch": torch.__version__,

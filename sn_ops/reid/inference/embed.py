@@ -1,4 +1,4 @@
-"""Images to embeddings, and embeddings to a file."""
+"""Embeddings of images, and their files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..data.loading import outlive_stop_signals
 from ..files import replacing
 
 Transform = Callable[[Any], Tensor]
-"""From a `PIL.Image.Image` in RGB to a float tensor `[3, H, W]`, as the model was evaluated with."""
+"""From a `PIL.Image.Image` in RGB to a float tensor `[3, H, W]`, the model's input."""
 
 
 def image_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """All images below a folder, by suffix, sorted by name so that the order does not depend on the file system.
+    """All images below a folder, by suffix, sorted by name.
 
     Raises:
         FileNotFoundError: no such folder, or no image below it.
@@ -66,18 +66,17 @@ def embed_images(
     """Embeddings of image files.
 
     Args:
-        model: maps `[n, 3, H, W]` to `[n, D]` in eval mode. It is put into eval mode, moved to the device, and left in
-            the mode it was in.
+        model: maps float32 `[n, 3, H, W]` to `[n, D]` in eval mode. It is moved to the device, and its mode restored.
         paths: image files, in the order of the result.
-        transform: one image to the model's input.
+        transform: from a `PIL.Image.Image` in RGB to float32 `[3, H, W]`.
         batch_size: images at a time.
-        device: where to compute; default: where the model's first parameter is.
+        device: where to compute; None: where the model's first parameter is.
         workers: processes that read images; 0 reads in this one.
-        normalize: rows of unit length, as the loss and retrieval take them.
-        tick: told the number of images after each batch, for a progress bar.
+        normalize: give rows unit length, as the loss and retrieval do.
+        tick: called with the number of images after each batch, for a progress bar.
 
     Returns:
-        float32 `[len(paths), D]` on the CPU.
+        Embeddings, float32 `[len(paths), D]` on the CPU.
 
     Raises:
         UnreadableImageError: a file is missing or not an image, an OSError; the message has its path.
@@ -110,24 +109,28 @@ def embed_images(
 
 
 class Image(Protocol):
-    """What the report needs of an image: `data.records.Sample` has it."""
+    """What the report needs of an image; `data.Sample` has it."""
 
     @property
     def path(self) -> Path:
-        """File."""
+        """The image file."""
 
     @property
     def pid(self) -> int:
-        """Identity; -1 junk, 0 distractor."""
+        """The identity; -1 is junk, 0 a distractor."""
 
     @property
     def camera(self) -> int:
-        """Camera."""
+        """The camera, from 0."""
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Images and their features, row by row."""
+    """Images and their features, row by row.
+
+    Raises:
+        ValueError: at construction, features that are not one row an image.
+    """
 
     samples: Sequence[Image]
     features: Tensor
@@ -142,21 +145,21 @@ class Embedded:
 
     @property
     def ids(self) -> Tensor:
-        """int64 `[n]`."""
+        """Identities, int64 `[n]`."""
         return torch.tensor([sample.pid for sample in self.samples], dtype=torch.int64)
 
     @property
     def cameras(self) -> Tensor:
-        """int64 `[n]`."""
+        """Cameras, int64 `[n]`."""
         return torch.tensor([sample.camera for sample in self.samples], dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Embeddings and the images that they are of.
+    """Embeddings and the paths of their images.
 
     Raises:
-        ValueError: at construction, features that are not one row of floating point numbers a path.
+        ValueError: at construction, features that are not one floating point row a path.
     """
 
     paths: Sequence[str]
@@ -173,10 +176,18 @@ class Embeddings:
 
 
 def save_embeddings(file: str | os.PathLike[str], embeddings: Embeddings) -> Path:
-    """Writes an .npz with `features` float32 `[n, D]` and `paths` `[n]` (text, no pickles), replacing it atomically.
+    """Writes an .npz with `features` float32 `[n, D]` and `paths` `[n]` (text, no pickles), atomically.
+
+    Args:
+        file: the file, with suffix .npz; its folder must exist.
+        embeddings: features and paths.
+
+    Returns:
+        The file.
 
     Raises:
         ValueError: another suffix.
+        OSError: the file cannot be written.
     """
     file = Path(file)
     if file.suffix != ".npz":
@@ -187,11 +198,17 @@ def save_embeddings(file: str | os.PathLike[str], embeddings: Embeddings) -> Pat
 
 
 def load_embeddings(file: str | os.PathLike[str]) -> Embeddings:
-    """What `save_embeddings` wrote.
+    """Reads a file of `save_embeddings`.
+
+    Args:
+        file: the .npz.
+
+    Returns:
+        Features float32 `[n, D]` on the CPU, and the paths of the images.
 
     Raises:
-        ValueError: not such a file, a part of one, or a damaged one.
-        OSError: no file of that name, or one that may not be read.
+        ValueError: another, an incomplete or a damaged file.
+        OSError: a file that is missing or may not be read.
     """
     try:
         loaded = np.load(file, allow_pickle=False)
@@ -206,7 +223,7 @@ def load_embeddings(file: str | os.PathLike[str]) -> Embeddings:
                 f"got features {features.dtype} {list(features.shape)}, not floating point [{len(paths)}, D]"
             )
         return Embeddings([str(path) for path in paths], torch.from_numpy(features.astype(np.float32)))
-    except Exception as error:  # zipfile, zlib and numpy each have their own for damaged files
+    except Exception as error:  # damaged files raise errors of zipfile, zlib and numpy
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise ValueError(f"sn_ops.reid: embeddings: expected arrays features and paths in {file}: {error}") from error

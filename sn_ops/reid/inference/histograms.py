@@ -1,4 +1,4 @@
-"""The classical baseline: colour histograms of the stripes of an image, without any training."""
+"""The baseline without training: colour histograms of the stripes of an image."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def colour_histograms(
     balance: bool = True,
     tick: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Colour histograms of image files, to be compared by the Euclidean distance.
+    """Colour histograms of image files, for comparison by the Euclidean distance.
 
     An image is cut into horizontal stripes of equal height, as a person is into head, chest, hips and legs. Each gives
     a joint histogram over hue, saturation and value, and the square roots of its shares are the features: the Euclidean
@@ -36,10 +36,10 @@ def colour_histograms(
 
     Args:
         paths: image files, in the order of the result.
-        stripes: how many.
+        stripes: the number of stripes.
         bins: of hue, saturation and value.
         balance: scale red, green and blue to equal means first (grey world), against the cameras' white balance.
-        tick: told the number of images after each, for a progress bar.
+        tick: called with 1 after each image, for a progress bar.
 
     Returns:
         float32 `[len(paths), stripes * bins[0] * bins[1] * bins[2]]`, rows of unit length, on the CPU.

@@ -19,7 +19,7 @@ INPUT, OUTPUT = "images", "embeddings"
 
 
 class _Embedding(nn.Module):
-    """The network as it is used for retrieval: one input by a fixed name, rows of unit length if asked for."""
+    """The network as retrieval uses it: one named input, and rows of unit length if asked."""
 
     def __init__(self, model: nn.Module, normalize: bool) -> None:
         super().__init__()
@@ -40,21 +40,26 @@ def export_onnx(
     normalize: bool = True,
     tolerance: float = 1e-4,
 ) -> Path:
-    """Writes the network in eval mode as ONNX, with any batch size, and checks the file against PyTorch.
+    """Writes the network in eval mode as ONNX, for any batch size, and checks the file against PyTorch.
 
-    The input is `images`, float32 `[n, 3, height, width]`, normalised as the network was trained; the output is
-    `embeddings`, float32 `[n, D]`. The file is complete in itself, and replaced only when it has passed the check.
+    The input is `images`, float32 `[n, 3, height, width]`, standardised as in training; the output is `embeddings`,
+    float32 `[n, D]`. The file has the weights inside. It replaces an older one only after it has passed the check.
 
     Args:
-        model: maps `[n, 3, H, W]` to `[n, D]` in eval mode; left in the mode it was in.
-        path: file to write.
-        height, width: of the images.
-        normalize: rows of unit length.
-        tolerance: for `check_onnx`.
+        model: maps `[n, 3, H, W]` to `[n, D]` in eval mode; its mode is restored.
+        path: the file to write.
+        height: of the images, pixels.
+        width: of the images, pixels.
+        normalize: give rows unit length.
+        tolerance: the largest difference from PyTorch, relative to the largest entry.
+
+    Returns:
+        The file.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing.
-        ValueError: the file does not compute what the network does.
+        ValueError: onnxruntime's embeddings differ from PyTorch's.
+        OSError: the file cannot be written.
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         need(module)
@@ -89,13 +94,16 @@ def check_onnx(
     batches: Sequence[int] = (1, 2, 5),
     tolerance: float = 1e-4,
 ) -> float:
-    """The largest difference of an embedding's entry between onnxruntime on a CPU and PyTorch, on random images.
+    """The largest difference of an entry between embeddings of onnxruntime on a CPU and PyTorch, on random images.
 
     Args:
-        model, height, width, normalize: as `export_onnx`.
+        model: as `export_onnx`.
         path: the ONNX file.
-        batches: sizes to try.
-        tolerance: of the difference, relative to the largest entry.
+        height: of the images, pixels.
+        width: of the images, pixels.
+        normalize: as `export_onnx`.
+        batches: batch sizes to try.
+        tolerance: the largest difference, relative to the largest entry.
 
     Raises:
         ImportError: onnxruntime is missing.
@@ -123,7 +131,7 @@ def check_onnx(
 
 @contextmanager
 def _as_exported(model: nn.Module, normalize: bool) -> Iterator[nn.Module]:
-    """The network as the file has it, in eval mode; the model is put back into the mode that it was in."""
+    """The network as it is exported, in eval mode; the model's own mode is restored."""
     training = model.training
     try:
         yield _Embedding(model, normalize).eval()

@@ -1,4 +1,4 @@
-"""Ranks the images of a folder by their likeness to one image."""
+"""Ranking the images of a folder by similarity to one image."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from .embed import Embeddings, Transform, embed_images, image_files
 
 @dataclass(frozen=True)
 class Ranked:
-    """One place of a list."""
+    """An image of a ranked list."""
 
     path: Path
+    """The image file."""
     distance: float
+    """Of its embedding from the query's, both of unit length."""
 
 
 def rank_images(
@@ -36,14 +38,22 @@ def rank_images(
     workers: int = 0,
     tick: Callable[[int], None] | None = None,
 ) -> list[Ranked]:
-    """The images that are most like the query, the nearest first, ties in order of the name.
+    """The images most similar to the query, the nearest first, ties in order of the name.
 
     Args:
-        model, transform, batch_size, device, workers, tick: as `embed_images`.
+        model: maps float32 `[n, 3, H, W]` to `[n, D]` in eval mode, as `embed_images`.
+        transform: from a `PIL.Image.Image` in RGB to float32 `[3, H, W]`.
         query: an image file; left out of the list if it is among the images.
-        images: a folder, searched to its depths, or embeddings from before.
-        top: how many.
-        metric: of the distance, between embeddings of unit length.
+        images: a folder, searched recursively, or saved embeddings (`load_embeddings`).
+        top: the length of the list; fewer if there are fewer images.
+        metric: "euclidean", or "cosine" (1 - cos), between embeddings of unit length.
+        batch_size: images at a time.
+        device: where to compute; None: where the model's first parameter is.
+        workers: processes that read images; 0 reads in this one.
+        tick: called with the number of images after each batch, for a progress bar.
+
+    Returns:
+        Paths and distances.
 
     Raises:
         FileNotFoundError: no such folder, or no other image in it.
@@ -61,9 +71,9 @@ def rank_images(
         raise FileNotFoundError(f"sn_ops.reid: images: expected another image than {query}, got none")
     asked = embed_images(model, [query], transform, device=device)
     others = nn.functional.normalize(images.features[kept])
-    nobody = torch.zeros(len(kept), dtype=torch.int64)
+    distractors = torch.zeros(len(kept), dtype=torch.int64)
     distances = FeatureDistances(asked, others, metric)
-    protocol = Protocol(torch.ones(1, dtype=torch.int64), None, nobody, None, distances.device)
+    protocol = Protocol(torch.ones(1, dtype=torch.int64), None, distractors, None, distances.device)
     lists = ranked_lists(distances, protocol, top=min(top, len(kept)))
     return [
         Ranked(Path(images.paths[kept[i]]), distance)

@@ -1,5 +1,6 @@
-"""A trained network on a split: features once, then every score that was asked for, each under a name that says what
-it is. Scores of rendered pedestrians are named synthetic, wherever they go.
+"""Scores of a trained network on a split: features are computed once, then all scores, by name.
+
+The names of scores on rendered pedestrians contain "synthetic", in every output.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ..data.loading import eval_transform
 from ..evaluation import ReRank, Scores, evaluate, evaluate_with_distractors, multi_query_features
 from ..evaluation.metrics import AveragePrecision
 from .embed import Embedded, device_of, embed_images, image_files
+from .histograms import colour_histograms
 
 Tick = Callable[[int], None]
 Embedder = Callable[[Sequence[Path]], Tensor]
@@ -26,12 +28,12 @@ Embedder = Callable[[Sequence[Path]], Tensor]
 
 @dataclass(frozen=True)
 class EmbeddedSplit:
-    """The test part of a split and its features."""
+    """The test images of a split with their features."""
 
     query: Embedded
     gallery: Embedded
     multi: Embedded | None = None
-    """Images that multiple query averages; None where it was not asked for."""
+    """Images that multiple query averages; None without multiple query."""
 
 
 def network_embedder(
@@ -42,14 +44,14 @@ def network_embedder(
     workers: int | None = None,
     tick: Tick | None = None,
 ) -> Embedder:
-    """`embed_images` with the image size, batch size and normalisation that a configuration says.
+    """`embed_images` with the image size, batch size and workers of a configuration.
 
     Args:
         model: maps `[n, 3, height, width]` to `[n, D]` in eval mode.
         config: its `data` has the image size, its `eval` the batch size.
         device: where to compute; default: where the model is.
         workers: processes that read images; default: `config.data.workers`.
-        tick: told the number of images after each batch.
+        tick: called with the number of images after each batch.
     """
     transform = eval_transform(config.data)
 
@@ -68,7 +70,7 @@ def network_embedder(
 
 
 def check_evaluation(split: Split) -> None:
-    """What would only fail once the network is trained.
+    """Checks that a split can be evaluated, before training.
 
     Raises:
         ValueError: no query, or an empty gallery.
@@ -87,7 +89,7 @@ def _need_multi(split: Split) -> None:
 
 
 def embed_split(embed: Embedder, split: Split, *, multi_query: bool = False) -> EmbeddedSplit:
-    """Features of a split's queries, gallery and, for multiple query, the further images of its queries.
+    """Features of a split's queries and gallery, and for multiple query of the other images of its queries.
 
     Raises:
         ValueError: multi_query without images for it.
@@ -103,7 +105,7 @@ def embed_split(embed: Embedder, split: Split, *, multi_query: bool = False) -> 
 
 
 def label(split: Split, name: str) -> str:
-    """The name under which a score of this split is shown."""
+    """The name of a score on this split, marked if the split is synthetic."""
     return f"{name} (synthetic)" if split.synthetic else name
 
 
@@ -113,11 +115,11 @@ def score_split(
     """Scores of the features, by name; "single query" is the first.
 
     Args:
-        embedded: of `embed_split`; with multiple query where it has the images.
-        split: what it is of.
+        embedded: from `embed_split`; multiple query is scored if it has the images.
+        split: the data set.
         config: its `eval` has the definition of average precision and the length of the CMC.
-        rerank: also by k-reciprocal encoding, k1 = 20, k2 = 6, lambda = 0.3.
-        device: where distances are computed.
+        rerank: score also after k-reciprocal re-ranking, k1 = 20, k2 = 6, lambda = 0.3.
+        device: where to compute distances.
 
     Raises:
         ValueError: no query with a match.
@@ -165,16 +167,26 @@ def evaluate_model(
     """Scores of a network on a split, by name; the first is that of single query.
 
     Args:
-        model: maps `[n, 3, height, width]` to `[n, D]` in eval mode; left in the mode it was in.
-        split: queries, gallery, images for multiple query.
-        config: image size, batch size, definition of average precision.
-        device, workers, tick: as `network_embedder`.
-        rerank, multi_query: also these; default: as `config.eval` says, multiple query where the split has images
-            for it.
+        model: maps float32 `[n, 3, height, width]` to `[n, D]` in eval mode; its mode is restored.
+        split: queries, gallery, and images for multiple query.
+        config: its `data` has the image size and the number of workers, its `eval` the batch size, the definition of
+            average precision and the length of the CMC.
+        device: where to compute; None: where the model is.
+        workers: processes that read images; None: `config.data.workers`.
+        rerank: score also after k-reciprocal re-ranking; None: `config.eval.rerank`.
+        multi_query: score also multiple query; None: `config.eval.multi_query`, if the split has images for it.
+        tick: called with the number of images after each batch, for a progress bar.
+
+    Returns:
+        Name -> scores: "single query", "multiple query" and these with ", re-ranked"; with " (synthetic)" added for
+        rendered images.
 
     Raises:
-        ValueError: multiple query without images for it; no query with a match.
+        ValueError: multiple query without images for it, or no query with a match.
         OSError: a file is missing or not an image.
+        ImportError: a package is missing: torchvision, pillow, or scipy for re-ranking.
+
+    Source: the protocol of Market-1501, see `evaluation.evaluate`.
     """
     embed = network_embedder(model, config, device=device, workers=workers, tick=tick)
     if multi_query is None:
@@ -193,7 +205,7 @@ def score_distractors(
     *,
     device: torch.device | str = "cpu",
 ) -> list[Scores]:
-    """Scores of single query with more and more images of a folder in the gallery, as people whom no query asks for.
+    """Scores of single query with more and more images of a folder in the gallery, as distractors.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
@@ -214,17 +226,15 @@ def score_distractors(
 
 
 def baseline_scores(split: Split, config: Config, tick: Tick | None = None) -> dict[str, Scores]:
-    """What colour histograms reach on a split without any training, by name."""
-    from .histograms import colour_histograms  # nothing else needs it
-
+    """Scores of colour histograms, without training, on a split, by name."""
     embedded = embed_split(lambda paths: colour_histograms(paths, tick=tick), split)
     (score,) = score_split(embedded, split, config, rerank=False).values()
     return {label(split, "colour histograms"): score}
 
 
 def scores_record(scores: Mapping[str, Scores], split: Split) -> dict[str, Any]:
-    """Scores as plain values for a JSON file: the data set, whether it is synthetic, which definition `mAP` is, and
-    the numbers of each score, fractions of 1, with the whole CMC.
+    """Scores as plain values for a JSON file: the data set, whether it is synthetic, and for each score its numbers,
+    fractions of 1, the definition of `mAP`, and the whole CMC.
     """
     return {
         "data": split.name,
@@ -242,7 +252,7 @@ def scores_record(scores: Mapping[str, Scores], split: Split) -> dict[str, Any]:
 
 
 def show_scores(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """The "scores" of `scores_record` as a table in per cent, and which definition of mAP was asked for."""
+    """The "scores" of `scores_record` as a table in per cent, with the definition of mAP."""
     width = max(map(len, scores))
     columns = {
         "mAP_standard": "mAP standard", "mAP_market": "mAP market", "mINP": "mINP", "rank1": "rank-1",

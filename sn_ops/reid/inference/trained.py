@@ -1,4 +1,4 @@
-"""A trained network, found by the name of its run or of its checkpoint."""
+"""Opening the trained network of a run or a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,33 +16,40 @@ from ..models import ReIDModel, build_model
 
 @dataclass(frozen=True)
 class Trained:
-    """A network in eval mode and what it was trained with."""
+    """A trained network and its origin."""
 
     model: ReIDModel
+    """The network, in eval mode."""
     config: Config
+    """The configuration that it was trained with."""
     checkpoint: Path
+    """The checkpoint file."""
     run: Path | None
-    """The run's folder; None for a checkpoint that was moved out of one."""
+    """The run's folder; None for a checkpoint outside of one."""
     epoch: int
-    """How many epochs it was trained for."""
+    """The number of epochs that it was trained for."""
 
 
 def open_trained(path: str | os.PathLike[str], *, which: str = "last", device: torch.device | str = "cpu") -> Trained:
-    """The network of a run or of a checkpoint, in eval mode.
+    """The network of a run or a checkpoint, in eval mode.
 
     Args:
         path: a run's folder or a checkpoint file.
-        which: "best" or "last", of a run's folder.
-        device: where the network shall be.
+        which: the checkpoint of a run's folder, "last" or "best" (chosen on the test images).
+        device: where to put the network.
+
+    Returns:
+        The network with its configuration.
 
     Raises:
-        FileNotFoundError: no such run.
-        ValueError: a checkpoint that is corrupt, or of something else.
+        FileNotFoundError: no such run or checkpoint.
+        ValueError: a checkpoint that is corrupt or of another program.
+        ImportError: torchvision or timm is missing, where the network is theirs.
     """
     file = find_checkpoint(path, which)
     state = load_checkpoint(file)
     config = from_dict(state["config"])
-    # Its own weights follow; those that it started from need not be here.
+    # Without the weights that training started from: the checkpoint's replace them.
     model = build_model(
         dataclasses.replace(config.model, weights=None),
         int(state["num_identities"]),

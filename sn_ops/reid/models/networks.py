@@ -18,10 +18,10 @@ TIMM = "timm:"
 
 
 class Output(NamedTuple):
-    """What a network returns in training mode."""
+    """The output of a network in training mode."""
 
     embedding: Tensor
-    """`[n, D]`, before any normalisation: what the metric loss takes."""
+    """`[n, D]`, before any normalisation: the input of the metric loss."""
     logits: Tensor | None
     """`[n, P]` for the identity loss; None without a classifier."""
 
@@ -29,15 +29,15 @@ class Output(NamedTuple):
 class ReIDModel(nn.Module):
     """A backbone, then optionally a linear layer to the embedding, a neck and a classifier.
 
-    In training mode `Output`; in evaluation mode the embedding `[n, D]` for retrieval, after the neck if there is one.
-    Without a neck the classifier sees what the metric loss sees. With one ("BNNeck") the metric loss sees the embedding
-    before, the identity loss and retrieval the embedding after a batch norm whose bias stays 0.
+    It returns `Output` in training mode, and in evaluation mode the embedding `[n, D]` for retrieval, after the neck if
+    there is one. The neck ("BNNeck") is a batch norm whose bias stays 0: the metric loss takes the embedding before it,
+    the identity loss and retrieval the one after it.
 
     Args:
         backbone: images `[n, 3, H, W]` to features `[n, width]`.
-        width: how many features.
+        width: the number of features.
         num_identities: classes of the classifier; 0 for no classifier.
-        neck: with a neck, which the identity loss trains: it needs a classifier.
+        neck: add the neck. It needs a classifier, since only the identity loss trains it.
         dim: embedding dimension D, by a linear layer; None: `width`.
 
     Raises:
@@ -101,8 +101,8 @@ class SmallNet(nn.Module):
     """A compact residual network for crops of about 128x64, which a CPU trains in minutes.
 
     Three halvings, then averages over horizontal stripes of the last maps, each a part of the body from head to feet,
-    and a linear layer over all of them: what is worn where survives, which a global average forgets. About 0.4 million
-    parameters. Convolutions run channels last.
+    and a linear layer over all stripes: unlike a global average, this keeps where on the body a colour is. About 0.4
+    million parameters. Convolutions run channels last.
 
     Shapes: `[n, 3, H, W]` to `[n, width]`, H at least 8 * stripes.
 
@@ -127,7 +127,7 @@ class SmallNet(nn.Module):
                 f"sn_ops.reid: model: expected images of at least {8 * self.stripes} rows for {self.stripes} stripes, "
                 f"got {images.shape[2]}"
             )
-        # Means, not adaptive pooling: their backward repeats itself bit for bit on a GPU too.
+        # Means, not adaptive pooling: their backward is deterministic on a GPU too.
         edges = [height * stripe // self.stripes for stripe in range(self.stripes + 1)]
         rows = maps.mean(3)  # [n, C, height]
         parts = [rows[:, :, first:end].mean(2) for first, end in itertools.pairwise(edges)]
@@ -138,7 +138,7 @@ def _set_last_stride(network: nn.Module, stride: int) -> bool:
     """Sets the stride of a ResNet's last stage, without dilation; False if `network` is not one.
 
     Raises:
-        ValueError: the stage is strided by something else than convolutions and average pools.
+        ValueError: layers other than convolutions and average pools stride the stage.
     """
     stage = getattr(network, "layer4", None)
     if not isinstance(stage, nn.Sequential) or len(stage) == 0:
@@ -201,27 +201,27 @@ def _timm(config: ModelConfig, image_size: tuple[int, int] | None) -> tuple[nn.M
         size = "" if image_size is None else f" for images of {image_size[0]} x {image_size[1]} (height x width)"
         reason = str(error) or f"an {type(error).__name__} from it"
         raise ValueError(f"sn_ops.reid: model: expected to make timm's {name!r}{size}, got: {reason}") from error
-    if config.last_stride != 2:  # as they come
+    if config.last_stride != 2:  # 2 is timm's own
         _set_last_stride(network, config.last_stride)
-    # What leaves the pooling: some of timm's networks widen their maps once more after it.
+    # The width after pooling: some networks of timm widen their maps after it.
     return network, int(getattr(network, "head_hidden_size", network.num_features))
 
 
-# What timm's networks raise where they cannot be as they were asked for.
+# What timm's networks raise for options that they do not support.
 _REFUSALS = (AssertionError, RuntimeError, TypeError, ValueError)
 
 
 def _made(name: str, pretrained: bool, image_size: tuple[int, int] | None) -> nn.Module:
-    """timm's network, which has computed features of an image of the size, if there is one.
+    """A network of timm, checked by a forward with an image of the size, if there is one.
 
-    Many are made for one size (most transformers for 224 x 224) and take another as `img_size`; others have no such
-    parameter, or have it and do not keep to it, and take images of any size.
+    Many are made for one size (most transformers for 224 x 224) and take another as `img_size`. Others have no such
+    parameter, or ignore it, and take images of any size.
     """
     timm = need("timm")
     random = torch.get_rng_state()
     sized = [] if image_size is None else [{"img_size": image_size}]
     for options in (*sized, {}):
-        torch.set_rng_state(random)  # what was tried before changes no parameter
+        torch.set_rng_state(random)  # the parameters are the same at every attempt
         try:
             network: nn.Module = timm.create_model(
                 name, pretrained=pretrained, num_classes=0, global_pool="avg", **options
@@ -237,26 +237,29 @@ def _made(name: str, pretrained: bool, image_size: tuple[int, int] | None) -> nn
 
 
 def build_model(config: ModelConfig, num_identities: int, *, image_size: tuple[int, int] | None = None) -> ReIDModel:
-    """The network that a configuration names, with parameters from PyTorch's global generator: seed it first.
+    """The network of a configuration, with parameters from PyTorch's global generator, which the caller seeds.
 
     Args:
-        config: `name`: "resnet50" (torchvision's, global average pool, 2048 features), "small" (`SmallNet`), or
-            "timm:" and a name of timm's, with its global average pool. `weights`: None, "imagenet" (torchvision's
-            IMAGENET1K_V1, timm's default; none for "small"), or a file, see `weights.load_weights`. `last_stride`:
-            stride of the last stage, of ResNets alone (torchvision's and those of timm that have the same `layer4`);
-            other networks have no such stage and stay as they are. `neck`, `dim`: see `ReIDModel`.
-        num_identities: classes for the identity loss. 0 without an identity loss: a classifier that no loss sees has no
-            gradient, which DistributedDataParallel refuses.
-        image_size: (height, width) of the images that it shall take. It matters for timm's networks that are made for
-            one size; None: that of timm. A network is loaded with the size that it was saved with.
+        config: the section `model`. `name`: "resnet50" (torchvision's, global average pool, 2048 features), "small"
+            (`SmallNet`), or "timm:" and a name of timm's, with its global average pool. `weights`: None, "imagenet"
+            (torchvision's IMAGENET1K_V1, timm's default; none for "small"), or a file, see `models.load_weights`.
+            `last_stride`: stride of the last stage, only of ResNets (torchvision's and those of timm with the same
+            `layer4`). `neck`, `dim`: see `ReIDModel`.
+        num_identities: classes for the identity loss; 0 without one: DistributedDataParallel refuses a classifier that
+            gets no gradient.
+        image_size: (height, width) of the images in pixels, for networks of timm that are made for one size; None:
+            timm's own size. A saved network must be built with the size that it was saved with.
+
+    Returns:
+        The network, on the CPU, in training mode.
 
     Raises:
-        ValueError: an unknown name, weights that there are not or that do not fit, a network of timm that cannot take
+        ValueError: an unknown name, unknown weights or weights that do not fit, or a network of timm that cannot take
             images of that size.
-        OSError: "imagenet" weights that cannot be downloaded, or a file that is missing.
+        OSError: "imagenet" weights that cannot be downloaded, or a missing file.
         ImportError: torchvision or timm is missing.
 
-    Source of the stride: Sun, Zheng, Yang, Tian and Wang, "Beyond Part Models", arXiv 1711.09349.
+    Source: the stride is that of Sun, Zheng, Yang, Tian and Wang, "Beyond Part Models", arXiv 1711.09349.
     """
     if config.name == "resnet50":
         backbone, width = _resnet50(config)

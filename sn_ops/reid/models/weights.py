@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Where checkpoints of classifiers keep what is trained anew here.
+# Prefixes of parameters that are not loaded: the classifier is trained anew.
 _CLASSIFIER = ("fc.", "classifier.", "head.", "heads.")
-# Under which key checkpoints keep their parameters, if they have more than these.
+# Keys of the parameters in checkpoints that have more than these.
 _NESTED = ("model", "state_dict")
 
 
 def load_weights(backbone: nn.Module, file: str | Path) -> None:
     """Loads a backbone's parameters from a file: torchvision's or timm's download, or a checkpoint of this trainer.
 
-    The file is read as tensors alone (`weights_only`): it cannot run code. Its parameters may be below "model" or
-    "state_dict", their names may begin with "module." (DistributedDataParallel) or "backbone." (this trainer's). Those
-    of a classifier are left out; every other name and shape must be the backbone's.
+    Only tensors are read (`weights_only`): the file cannot run code. Its parameters may be below "model" or
+    "state_dict", and their names may begin with "module." (DistributedDataParallel) or "backbone." (this trainer's).
+    Those of a classifier are skipped; every other name and shape must be the backbone's.
 
     Raises:
         FileNotFoundError, PermissionError: no such file, or one that may not be read.
@@ -30,7 +30,7 @@ def load_weights(backbone: nn.Module, file: str | Path) -> None:
         raise FileNotFoundError(f'sn_ops.reid: model.weights: expected none, "imagenet" or a file, got {file}')
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler obeys what it is given: other bytes give errors of nearly any kind
+    except Exception as error:  # other bytes make the unpickler raise errors of many types
         if isinstance(error, OSError) and error.filename is not None:
             raise
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
@@ -41,7 +41,7 @@ def load_weights(backbone: nn.Module, file: str | Path) -> None:
     state = _backbone_state(found, wanted)
     if not state:
         raise ValueError(f"sn_ops.reid: model.weights: expected parameters by name in {file}, got none")
-    # A counter that old checkpoints do not have, and that nothing but a momentum of None reads.
+    # Old checkpoints lack this counter, which only a momentum of None uses.
     missing = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in wanted]
     misshapen = [

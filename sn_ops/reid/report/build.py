@@ -1,4 +1,4 @@
-"""From a run's folder to its report."""
+"""The report of a run, from the files in its folder."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ NOTICE = (
 
 
 def read_history(file: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a killed run left unfinished is not one.
+    """The records of a metrics.jsonl, without a last line that a killed run left unfinished.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another line that is not a JSON object.
+        ValueError: any other line that is not a JSON object.
     """
     if not file.is_file():
         raise FileNotFoundError(f"sn_ops.reid: report: expected a run's log at {file}, got nothing of that name")
@@ -51,13 +51,13 @@ def read_history(file: Path) -> list[dict[str, Any]]:
     return records
 
 
-# Numbers of the log that are no curve: when a line was written, and how large the data set is.
+# Numbers of the log that are not drawn: times, and sizes of the data set.
 _NO_CURVES = frozenset({"epoch", "seconds", "valid_anchors", "rank20", "queries", "skipped", "gallery"})
 _SCORES = ("mAP", "mINP", "rank")
 
 
 def curves(history: Sequence[Mapping[str, Any]], mark: str = "") -> list[dict[str, Any]]:
-    """What is drawn of a log: its numbers over steps, without terms that are the whole loss; scores get the mark."""
+    """The numbers of a log to draw, without terms that equal the loss; the mark is added to the names of scores."""
     losses = [record for record in history if "loss" in record]
     whole = {key for record in losses[:1] for key in record if all(r.get(key) == r["loss"] for r in losses)} - {"loss"}
     return [
@@ -67,18 +67,18 @@ def curves(history: Sequence[Mapping[str, Any]], mark: str = "") -> list[dict[st
 
 
 def without_neck(model: nn.Module) -> nn.Module:
-    """The network whose embeddings the metric loss takes, in the mode that `model` is in: retrieval takes those that
-    leave the neck, whose distances are others."""
+    """The network without its neck, in the mode of `model`: the metric loss takes these embeddings, retrieval those
+    after the neck, whose distances differ."""
     if not isinstance(model, ReIDModel):
         return model
     return nn.Sequential(model.backbone, model.projection).train(model.training)
 
 
 def training_batch(embed: Embedder, split: Split, config: Config) -> Embedded | None:
-    """The first batch of the first epoch, as the network sees it now; None where there is nothing to train on.
+    """The first batch of the first epoch, with the network's present features; None without training images.
 
     Args:
-        embed: of `without_neck`.
+        embed: an embedder of `without_neck`.
         split: the data set.
         config: its `data` has the sampler's settings.
     """
@@ -93,7 +93,7 @@ def training_batch(embed: Embedder, split: Split, config: Config) -> Embedded | 
         seed=config.run.seed,
         camera_balanced=config.data.camera_balanced,
     )
-    # An image that was drawn twice would be shown as its own neighbour.
+    # Without repeats: an image that is drawn twice would be its own neighbour.
     samples = [split.train[i] for i in dict.fromkeys(next(iter(sampler)))]
     return Embedded(samples, embed([sample.path for sample in samples]))
 
@@ -120,7 +120,7 @@ def build_report(
     distractors: Sequence[Scores] = (),
     anchors: Embedded | None = None,
 ) -> Report:
-    """What `write_report` shows of a network on a split."""
+    """The report of a network on a split, for `write_report`."""
     return Report(
         title=title,
         notice=NOTICE if split.synthetic else "",
@@ -148,22 +148,24 @@ def write_run_report(
     out: Path | None = None,
     tick: Tick | None = None,
 ) -> Path:
-    """Writes the report of a run, from what its folder has: config.yaml, metrics.jsonl and a checkpoint.
+    """Writes the report of a run from its config.yaml, metrics.jsonl and a checkpoint.
 
     Args:
-        run: the folder.
-        checkpoint: "best" or "last", whose network is shown.
-        model: the network, where it is at hand; default: that of the checkpoint.
-        split: the data set, where it is at hand; default: the one of the configuration.
-        scores: of that network on that split, where they are known; default: what the configuration evaluates.
-        device, workers, tick: as `inference.scoring.network_embedder`.
+        run: the run's folder.
+        checkpoint: the network to show, "best" or "last".
+        model: that network, if it is loaded already.
+        split: the data set, if it is loaded already.
+        scores: of that network on that split, if they are computed already.
+        device: as `inference.scoring.network_embedder`.
+        workers: as `inference.scoring.network_embedder`.
         out: the file; default: report.html in the folder.
+        tick: as `inference.scoring.network_embedder`.
 
     Returns:
         The file.
 
     Raises:
-        FileNotFoundError, ValueError: no such run, or one that is not complete; no such data set.
+        FileNotFoundError, ValueError: no such run, an incomplete one, or no such data set.
         ImportError: matplotlib or pillow is missing.
     """
     file = run / "config.yaml"

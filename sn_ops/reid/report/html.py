@@ -21,13 +21,13 @@ from . import page, plots
 
 @dataclass(frozen=True)
 class Report:
-    """What a report shows; a part without data is left out."""
+    """The contents of a report; parts without data are left out."""
 
     title: str
     notice: str = ""
-    """Stands under the title, set off: that the images are synthetic, for instance."""
+    """A highlighted line under the title, such as that the images are synthetic."""
     mark: str = ""
-    """Stands behind the names of scores that have no name of their own: " (synthetic)"."""
+    """Added to the labels of scores in figures, such as " (synthetic)"."""
     configuration: Mapping[str, object] = field(default_factory=dict)
     history: Sequence[Mapping[str, Any]] = ()
     """The records of metrics.jsonl."""
@@ -38,8 +38,8 @@ class Report:
     query: Embedded | None = None
     gallery: Embedded | None = None
     anchors: Embedded | None = None
-    """A training batch with the features that the loss takes, whose support neighbours are shown; default: gallery
-    images of some identities, with the features of retrieval."""
+    """A training batch with the features that the loss takes, for its support neighbours; default: gallery images of
+    some identities, with the features of retrieval."""
     k: int = 10
     """Size of the support set."""
     lists: int = 10
@@ -47,11 +47,18 @@ class Report:
 
 
 def write_report(path: str | os.PathLike[str], report: Report) -> Path:
-    """Writes the report as one self-contained file, replacing it atomically, and returns its path.
+    """Writes the report as one self-contained HTML file, atomically.
+
+    Args:
+        path: the file; its folder must exist.
+        report: the contents.
+
+    Returns:
+        The file.
 
     Raises:
         ImportError: matplotlib or pillow is missing.
-        OSError: an image cannot be read, or the file not written.
+        OSError: an image cannot be read, or the file cannot be written.
     """
     path = Path(path)
     parts = [f"<h1>{escape(report.title)}</h1>"]
@@ -110,7 +117,7 @@ def _retrieval(report: Report, query: Embedded, gallery: Embedded) -> list[str]:
 
 
 def _ranked(distances: Distances, protocol: Protocol, query: Embedded, gallery: Embedded, count: int) -> str:
-    """Lists of queries spread evenly from the worst to the best first ten."""
+    """Lists of some queries, evenly from the worst to the best list."""
     lists = ranked_lists(distances, protocol, top=10)
     quality = lists.matches.double() @ (0.5 ** torch.arange(10, dtype=torch.float64))
     order = quality.argsort(stable=True)
@@ -139,7 +146,7 @@ def _name(pid: int) -> str:
 
 
 def _pair_distances(distances: Distances, protocol: Protocol, most: int = 20_000) -> str:
-    """Distances of up to `most` matches and of as many other pairs that the protocol keeps, drawn evenly."""
+    """Distances of up to `most` matches and as many other pairs that the protocol keeps, drawn at random."""
     queries = distances.shape[0]
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(queries, generator=generator)[: max(1, most // max(1, int(protocol.same.double().mean())))]
@@ -163,7 +170,7 @@ def _pair_distances(distances: Distances, protocol: Protocol, most: int = 20_000
 
 
 def _some_identities(gallery: Embedded | None, people: int = 16, each: int = 12) -> Embedded | None:
-    """Up to `each` images of each of `people` identities, spread evenly over those that have several."""
+    """Up to `each` images of each of `people` identities, evenly from those that have several images."""
     if gallery is None:
         return None
     rows: dict[int, list[int]] = {}
@@ -190,7 +197,7 @@ def _embedding(gallery: Embedded) -> str:
 
 
 def _support(batch: Embedded, k: int, *, training: bool, anchors: int = 6) -> str:
-    """The support sets of anchors spread evenly over the batch, which is one of training or of gallery images."""
+    """The support sets of some anchors, evenly from a batch of training or gallery images."""
     found = sn_ops.support_neighbors(batch.features, batch.ids, k=k)
     strips = []
     rows = torch.linspace(0, len(batch.samples) - 1, min(anchors, len(batch.samples))).round().long().unique()

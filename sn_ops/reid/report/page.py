@@ -1,4 +1,4 @@
-"""Pieces of an HTML page: one file, no script, nothing loaded from anywhere else."""
+"""Pieces of an HTML page: one file without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def figure(svg: str, description: str) -> str:
-    """A diagram as an image, so that the ids inside one SVG cannot meet another's."""
+    """A diagram as an image, so that ids of different SVGs cannot collide."""
     data = base64.b64encode(svg.encode()).decode()
     return f'<img class="figure" alt="{html.escape(description)}" src="data:image/svg+xml;base64,{data}">'
 
 
 def facts(values: Mapping[str, object]) -> str:
-    """Names and values, folded away."""
+    """Names and values, collapsed."""
     text = "\n".join(f"{name}: {value}" for name, value in values.items())
     return f"<details><summary>Show</summary><pre>{html.escape(text)}</pre></details>"
 
@@ -82,7 +82,7 @@ def picture(path: Path, lines: Iterable[str], kind: str) -> str:
     Args:
         path: the image file.
         lines: plain text below it; the first is set bold.
-        kind: "right", "wrong", "asked" or "" for the frame. The frames differ in form too, not in colour alone.
+        kind: the frame: "right", "wrong", "asked" or "". Frames differ in form as well as in colour.
     """
     first, *rest = (html.escape(line) for line in lines)
     caption = "<br>".join([f"<b>{first}</b>", *rest])

@@ -1,4 +1,4 @@
-"""Figures of a run as SVG text, by matplotlib's object interface: no window, no global figure, no changed settings."""
+"""Figures of a run as SVG text, by matplotlib's object interface, without global state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLUE, RED, GREEN, GREY = "#2f6fde", "#c8372d", "#1d8a4a", "#8a8f98"
 
 
 def _svg(size: tuple[float, float], draw: Callable[[Any], None]) -> str:
-    """What `draw` puts on an empty figure of this size in inches. The same input gives the same text."""
+    """The SVG of a figure that `draw` fills, of this size in inches. The same input gives the same text."""
     matplotlib, figures = need("matplotlib"), need("matplotlib.figure")
     style = {"svg.hashsalt": "sn_ops", "font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
@@ -28,7 +28,7 @@ def _svg(size: tuple[float, float], draw: Callable[[Any], None]) -> str:
 
 
 def training_curves(history: Sequence[Mapping[str, Any]]) -> str:
-    """One small diagram for each number that the log has at least twice, over epochs (or steps, or lines).
+    """One small diagram for each number that occurs at least twice in the log, over epochs (or steps, or lines).
 
     Args:
         history: records of metrics.jsonl; keys may differ from record to record.
@@ -76,7 +76,7 @@ def cmc_curves(results: Mapping[str, Scores]) -> str:
 
 
 def distractor_curve(results: Sequence[Scores], mark: str = "") -> str:
-    """mAP and rank-1 against the size of the gallery; the mark stands behind their names."""
+    """mAP and rank-1 against the size of the gallery; the mark is added to their labels."""
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -94,7 +94,7 @@ def distractor_curve(results: Sequence[Scores], mark: str = "") -> str:
 
 
 def distance_histogram(positive: Tensor, negative: Tensor, name: str) -> str:
-    """Densities of the distances `[n]` of matches and `[m]` of non-matches; the last ends at its largest value."""
+    """Histograms of the distances `[n]` of matches and `[m]` of non-matches, as densities."""
     both = torch.cat([positive, negative]).double()
     low, high = (float(both.min()), float(both.max())) if both.numel() else (0.0, 1.0)
     if high <= low:
@@ -141,7 +141,7 @@ def embedding_plot(points: Tensor, groups: Sequence[str], marks: Sequence[str]) 
 def plane(features: Tensor, *, perplexity: float = 12.0, steps: int = 400) -> Tensor:
     """The rows `[n, D]` laid out in the plane by t-SNE, `[n, 2]` float64, started from their principal components.
 
-    Exact and repeatable, for up to a thousand rows or so: time and memory are n^2.
+    Exact and repeatable, for up to about a thousand rows: time and memory grow with n^2.
 
     Source: van der Maaten and Hinton, "Visualizing Data using t-SNE", JMLR 2008.
     """
@@ -169,7 +169,7 @@ def plane(features: Tensor, *, perplexity: float = 12.0, steps: int = 400) -> Te
 
 
 def _affinities(squared: Tensor, perplexity: float) -> Tensor:
-    """Symmetric joint probabilities whose rows have this perplexity; each row's scale is found by bisection."""
+    """Symmetric joint probabilities whose rows have this perplexity, by bisection for each row's scale."""
     n = len(squared)
     own = torch.eye(n, dtype=torch.bool)
     squared = squared - squared.masked_fill(own, torch.inf).amin(1, keepdim=True)

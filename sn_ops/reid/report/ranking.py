@@ -12,11 +12,19 @@ from . import page
 
 
 def write_ranking(file: str | os.PathLike[str], query: str | os.PathLike[str], ranking: Sequence[Ranked]) -> Path:
-    """A list as one self-contained HTML file, replaced atomically.
+    """Writes a ranked list as one self-contained HTML file, atomically.
+
+    Args:
+        file: the file; its folder must exist.
+        query: the image file that was searched for.
+        ranking: the list, the nearest first.
+
+    Returns:
+        The file.
 
     Raises:
         ImportError: pillow is missing.
-        OSError: an image cannot be read, or the file not written.
+        OSError: an image cannot be read, or the file cannot be written.
     """
     file, query = Path(file), Path(query)
     figures = [page.picture(query, ["query", query.name], "asked")]

@@ -1,16 +1,16 @@
 """Batches larger than memory: the loss sees all embeddings of a batch, the network one chunk of its images at a time.
 
-Adding the gradients of losses of small batches is not the gradient of the loss of a large one: neighbours are looked
-for in the whole batch. So a batch goes through the network twice. First in chunks without a graph, which keeps
-embeddings alone; the loss of all of them gives the gradient of each. Then in chunks with a graph, each of which
-receives its embeddings' gradients. Memory is that of one chunk, time a forward more.
+The sum of gradients over small batches is not the gradient of a large batch, since neighbours come from the whole
+batch. So a batch goes through the network twice: first in chunks without a graph, for the embeddings, whose loss gives
+the gradient of each; then in chunks with a graph, each of which gets the gradients of its embeddings. This takes the
+memory of one chunk, and the time of one more forward.
 
-What makes the second forward the same as the first: random numbers (dropout, drop path) are put back to what each chunk
-had. Batch norm in training mode takes the statistics of the *chunk*, in both passes alike, so that with batch norm the
-result depends on the number of chunks, as it does on the number of GPUs; running statistics are updated in the second
-pass alone, once for each chunk. Without batch norm the gradients are those of the whole batch, up to rounding.
+The second forward repeats the first: random generators (dropout, drop path) are reset to their state at each chunk.
+Batch norm in training mode takes the statistics of the *chunk* in both passes, so that with batch norm the result
+depends on the number of chunks, as it does on the number of GPUs; running statistics are updated only in the second
+pass, once a chunk. Without batch norm the gradients are those of the whole batch, up to rounding.
 
-Source of the idea: Gao, Zhang, Han and Callan, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
+Source: Gao, Zhang, Han and Callan, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
 Setup" (GradCache), arXiv 2101.06983.
 """
 
@@ -36,18 +36,18 @@ def backward_in_chunks(
     loss_of: Callable[[Tensor, Tensor | None], tuple[Tensor, Result]],
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Result:
-    """Gradients of a batch's loss in the network's parameters.
+    """Adds the gradients of a batch's loss to those of the network's parameters.
 
     Args:
-        network: maps `[n, 3, H, W]` to an output with `embedding` and `logits`; may be a DistributedDataParallel, whose
-            averaging then happens once, with the last chunk.
+        network: maps `[n, 3, H, W]` to an output with `embedding` and `logits`; a DistributedDataParallel averages
+            once, at the last chunk.
         images: `[N, 3, H, W]`.
-        chunks: in how many parts they go through the network; 1 is the ordinary way.
-        loss_of: from all embeddings and logits to the scalar to differentiate, and what is to be returned.
+        chunks: the number of chunks; 1 is the ordinary way.
+        loss_of: from all embeddings and logits to the scalar to differentiate, and a result.
         autocast: a context for the network's forward.
 
     Returns:
-        What `loss_of` gave second.
+        The result of `loss_of`.
     """
     chunks = min(chunks, len(images))
     if chunks <= 1:
@@ -79,7 +79,7 @@ def backward_in_chunks(
 
 
 def _forward(network: nn.Module, images: Tensor, autocast: Callable[[], AbstractContextManager[Any]]) -> Outputs:
-    # Single precision from here on: with alpha = 50 a loss of half-precision distances has hardly a digit.
+    # Single precision from here on: with alpha = 50 a loss of half-precision distances has few correct digits.
     with autocast():
         output = network(images)
     return output.embedding.float(), None if output.logits is None else output.logits.float()
@@ -97,7 +97,7 @@ def _averaging(network: nn.Module, *, last: bool) -> AbstractContextManager[Any]
 
 @contextmanager
 def _statistics_untouched(network: nn.Module) -> Iterator[None]:
-    """Batch norm in training mode normalises as always, but leaves its running statistics alone."""
+    """Batch norm in training mode normalises as always, but does not update its running statistics."""
     norms = [module for module in network.modules() if isinstance(module, _NormBase) and module.track_running_stats]
     norms = [module for module in norms if module.training]
     try:

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a progress bar, metrics.jsonl, TensorBoard."""
+"""The log of a run: a progress bar, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from ..requirements import need
 
-# What the bar has room for, where the run has it; metrics.jsonl and TensorBoard get everything.
+# The values that the bar shows, where a run has them; metrics.jsonl and TensorBoard get all.
 _BAR = ("loss", "nearest_is_positive", "support_positives", "positive_distance", "negative_distance", "accuracy", "lr")
 _SHORT = {
     "nearest_is_positive": "near+",
@@ -25,20 +25,20 @@ _SHORT = {
 
 
 class RunLog:
-    """The log of a run; a context manager. Ranks other than the first have one that writes and shows nothing.
+    """The log of a run; a context manager. On ranks other than 0 it writes and shows nothing.
 
-    metrics.jsonl has one JSON object a line: every `run.log_every` steps the means since the line before ("epoch" from
-    1, "step" from 1 over the whole run, "lr", "loss", the terms, the support-set statistics, "seconds" of a step), at
-    the end of training those of what is left, and after each evaluation its scores. A resumed run cuts off what was
-    written after its checkpoint and goes on there.
+    metrics.jsonl has one JSON object a line: every `run.log_every` steps the means since the last line ("epoch" from 1,
+    "step" from 1 over the whole run, "lr", "loss", the terms, the support-set statistics, "seconds" a step), those of
+    the remaining steps at the end of training, and the scores of each evaluation. A resumed run cuts off the lines
+    after its checkpoint and continues there.
 
     Args:
         folder: of the run.
         every: steps between lines.
         steps: of the whole run, for the bar.
         writes: whether this process writes and shows anything.
-        progress: a progress bar on stderr.
-        tensorboard: events in `folder`/tensorboard too.
+        progress: show a progress bar on stderr.
+        tensorboard: write events to `folder`/tensorboard too.
 
     Raises:
         ImportError: the package tqdm or, with `tensorboard`, tensorboard is missing.
@@ -77,7 +77,7 @@ class RunLog:
             self._events.close()
 
     def start(self, step: int, state: Mapping[str, Any] | None) -> None:
-        """Goes on at a step, with the `state` of a checkpoint; None begins a new file."""
+        """Continues after a step with the `state` of a checkpoint; None begins a new file."""
         self._since = time.perf_counter()
         if self._bar is not None:
             self._bar.update(step)
@@ -91,7 +91,7 @@ class RunLog:
         self.file.write_bytes(kept)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: how far the file goes, and what the next line has gathered."""
+        """For a checkpoint: the length of the file, and the sums for the next line."""
         return {
             "bytes": self.file.stat().st_size if self.writes and self.file.exists() else 0,
             "gathered": {key: list(pair) for key, pair in self._gathered.items()},
@@ -99,9 +99,9 @@ class RunLog:
         }
 
     def step(self, epoch: int, step: int, lr: float, values: Mapping[str, float]) -> None:
-        """One step's values. `epoch` and `step` from 1, the latter over the whole run.
+        """Adds the values of a step; `epoch` and `step` from 1, the latter over the whole run.
 
-        Means are over the steps whose value is finite: a gradient that overflows in half precision is no part of them.
+        Means are over the steps whose value is finite, without gradients that overflow in half precision.
         """
         self._count += 1
         for key, value in values.items():
@@ -119,12 +119,15 @@ class RunLog:
             self.flush(epoch, step, lr)
 
     def flush(self, epoch: int, step: int, lr: float) -> None:
-        """Writes the line of what has gathered, if anything has, although it may be of fewer steps than others.
+        """Writes a line of the remaining steps, if there are any.
 
-        Only where training ends: anywhere else a run that was stopped would have other lines than one that was not.
+        Only for the end of training: elsewhere the lines of a resumed run would differ from those of one that was
+        never stopped.
 
         Args:
-            epoch, step, lr: of the last step that is done, as `step`.
+            epoch: of the last step, from 1.
+            step: the last step, from 1 over the whole run.
+            lr: the learning rate of the last step.
         """
         if self._count == 0:
             return
@@ -135,7 +138,7 @@ class RunLog:
         self.write({"epoch": epoch, "step": step, "lr": lr, **means, "seconds": seconds})
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl, and its numbers as events."""
+        """Writes a line of metrics.jsonl, and its numbers as TensorBoard events."""
         if not self.writes:
             return
         with self.file.open("a", encoding="utf-8") as out:
@@ -146,6 +149,6 @@ class RunLog:
                     self._events.add_scalar(key, value, int(record["step"]))
 
     def say(self, text: str) -> None:
-        """A line for the person who watches, on stderr, where there is a bar."""
+        """Prints a line on stderr, above the bar; nothing without a bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""How a run ends before its time: losses that are not finite."""
+"""Stopping a run whose loss is not finite, with a report of the batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXIT_NONFINITE = 76
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss, or a gradient, is NaN or infinite; a report of the batch is written."""
+    """The loss or a gradient is NaN or infinite; a report of the batch is written."""
 
     exit_status = EXIT_NONFINITE
 
@@ -35,8 +35,8 @@ def report_nonfinite(
 ) -> NonFiniteLossError:
     """Writes nonfinite.json (nonfinite-rank<r>.json for ranks other than 0) to the run's folder.
 
-    It has the step, the loss and its terms, every image of this rank's batch with identity, camera, the norm of its
-    embedding and how many entries of it are not finite, and the parameters and gradients that are not.
+    It has the step, the loss and its terms; every image of this rank's batch with identity, camera, and the norm and
+    the number of non-finite entries of its embedding; and the names of non-finite parameters and gradients.
 
     Args:
         folder: of the run.
@@ -95,5 +95,5 @@ def _finite(value: float) -> bool:
 
 
 def _plain(value: float) -> float | str:
-    """JSON has no NaN and no infinity."""
+    """The value, or its text where it is not finite: JSON has no NaN and no infinity."""
     return value if _finite(value) else str(value)

@@ -1,4 +1,4 @@
-"""Training a network: from a configuration to a run folder."""
+"""Training a network: from a configuration to a run's folder."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from ..config import Config, ConfigError, from_dict, to_yaml
 from ..data import Split, load_split
 from ..ddp import processes
 from ..files import replace_json, replace_text
+from ..inference import scoring
+from ..report import build
 from ..requirements import need
 from .log import RunLog
 from .schedule import learning_rate
@@ -35,7 +37,7 @@ from .signals import StoppedError, StopSignals
 from .trainer import Trainer
 
 RUNS = Path("runs")
-"""Where runs without a `run.out` go."""
+"""The folder of runs without `run.out`."""
 
 
 def train(
@@ -45,55 +47,54 @@ def train(
     progress: bool = True,
     after_step: Callable[[int], None] | None = None,
 ) -> Path:
-    """Trains a network, evaluates it, writes its report.
+    """Trains a network, evaluates it and writes a report.
 
-    The run folder gets config.yaml, checkpoints/last.pt (everything that going on needs), checkpoints/best.pt (the
-    network with the highest mAP of the evaluations, which are on the data set's test part: it is for looking at, and
-    scores.json is of the last network), metrics.jsonl, scores.json, report.html and, if asked for, tensorboard/.
+    The run's folder gets config.yaml, checkpoints/last.pt (the whole state of training), checkpoints/best.pt (the
+    network with the highest mAP, for a look only: evaluations use the test images, and scores.json is of the last
+    network), metrics.jsonl, scores.json, report.html and, with `run.tensorboard`, tensorboard/.
 
-    A run that is stopped and resumed is on a CPU the run that was not stopped, bit for bit: in the network, and in
-    metrics.jsonl but for times. SIGTERM or SIGINT ends it after the present step with a checkpoint. Under torchrun
-    every rank calls this; see `ddp.ranks`. The process's generators, number of threads and choice of deterministic
-    algorithms are put back afterwards.
+    SIGTERM or SIGINT stops the run after the present step, with a checkpoint. On a CPU a stopped and resumed run gives
+    the same bits as an uninterrupted one: in the network, and in metrics.jsonl apart from times. Under torchrun every
+    rank calls this; see `ddp.ranks`. The process's random generators, number of threads and choice of deterministic
+    algorithms are restored afterwards.
 
     Args:
-        config: what to do; None: what the resumed run does.
-        resume: a run's folder or its checkpoint, to go on with in that folder. Fields that decide what is trained must
-            be as they were; `run.out` stays what it was.
-        progress: a progress bar on stderr.
-        after_step: told the number of each finished step of the run, from 1.
+        config: the configuration; None: that of the resumed run.
+        resume: a run's folder or its checkpoint, to continue in that folder. Fields that decide what is trained must
+            not differ; `run.out` is that of the resumed run.
+        progress: show a progress bar on stderr.
+        after_step: called with the number of each finished step of the run, from 1.
 
     Returns:
-        The run folder.
+        The run's folder.
 
     Raises:
-        ValueError: a configuration that cannot be, a corrupt or foreign checkpoint, a folder that has a run.
-        FileNotFoundError: data or a checkpoint that is missing.
-        StoppedError: a signal came; the checkpoint is written. Its `exit_status` is `EXIT_STOPPED`.
-        NonFiniteLossError: the loss is NaN or infinite; nonfinite.json describes the batch. `EXIT_NONFINITE`.
-        ImportError: a package of the extra is missing.
+        ValueError: an invalid configuration, a corrupt checkpoint or one of another run, or a folder that has a run.
+        FileNotFoundError: data or a checkpoint is missing.
+        StoppedError: a signal stopped the run; the checkpoint is written. Its `exit_status` is `EXIT_STOPPED`.
+        NonFiniteLossError: the loss is NaN or infinite; nonfinite.json describes the batch. Its `exit_status` is
+            `EXIT_NONFINITE`.
+        ImportError: a package of the extra `reid` is missing.
     """
-    from ..inference.scoring import check_evaluation
-
     checkpoint = None if resume is None else find_checkpoint(resume, "last")
     state = None if checkpoint is None else load_checkpoint(checkpoint)
     if config is None:
         if state is None:
             raise ConfigError("sn_ops.reid: train: expected a configuration or a run to resume, got neither")
         config = from_dict(state["config"])
-    elif state is not None:  # config.yaml shall not name a folder that the run is not in
+    elif state is not None:  # config.yaml must name the folder that the run is in
         config = dataclasses.replace(
             config, run=dataclasses.replace(config.run, out=from_dict(state["config"]).run.out)
         )
-    for package in ("yaml", "tqdm", "PIL.Image", "matplotlib", "scipy"):  # now, not after hours
+    for package in ("yaml", "tqdm", "PIL.Image", "matplotlib", "scipy"):  # fail now, not after hours
         need(package)
     with _process_settings(config), processes(config.run.device) as parallel:
         if parallel.is_main:
             split = load_split(config.data)
-        parallel.barrier()  # the first one renders or unpacks, if that is what loading takes
+        parallel.barrier()  # rank 0 renders or unpacks the data set, if needed
         if not parallel.is_main:
             split = load_split(config.data)
-        check_evaluation(split)
+        scoring.check_evaluation(split)
         data = data_fingerprint(split.train)
         if checkpoint is not None and state is not None:
             check_resumable(state, checkpoint, config, data)
@@ -105,7 +106,7 @@ def train(
             folder, every=config.run.log_every, steps=trainer.steps * config.optim.epochs, writes=parallel.is_main,
             progress=progress, tensorboard=config.run.tensorboard,
         )  # fmt: skip
-        # Each rank has its own dropout; a resumed one goes on with the one it had.
+        # Each rank draws its own dropout; a resumed run continues its generators.
         torch.manual_seed(config.run.seed + 1_000_003 * parallel.rank)
         with log, StopSignals() as stop:
             run = _Run(trainer, split, folder, log, stop, data)
@@ -120,7 +121,7 @@ def train(
 
 @contextmanager
 def _process_settings(config: Config) -> Iterator[None]:
-    """Seeds, threads and determinism of the process, put back afterwards."""
+    """Sets seeds, threads and determinism of the process, and restores them afterwards."""
     before, threads = random_state(), torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -128,18 +129,18 @@ def _process_settings(config: Config) -> Iterator[None]:
     uninitialized: Any = torch.utils.deterministic  # a module with a property, which mypy does not see
     filling: bool = uninitialized.fill_uninitialized_memory
     if config.run.deterministic:
-        # cuBLAS reads it when it starts, and is not deterministic without.
+        # cuBLAS reads it at its start, and is not deterministic without it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
-        # A network with an operation that has no deterministic form trains all the same; PyTorch warns, and names it.
+        # An operation without a deterministic form is allowed: PyTorch warns and names it.
         torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
-        # Otherwise every torch.empty would be filled, for operations that read what they did not write.
+        # Otherwise PyTorch fills every torch.empty, which only helps operations that read uninitialised memory.
         uninitialized.fill_uninitialized_memory = False
         torch.backends.cudnn.benchmark = not config.run.deterministic
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         random.seed(config.run.seed)
-        np.random.seed(config.run.seed % 2**32)  # noqa: NPY002 - for what draws from the global generator
+        np.random.seed(config.run.seed % 2**32)  # noqa: NPY002 - for users of the global generator
         torch.manual_seed(config.run.seed)
         yield
     finally:
@@ -151,7 +152,7 @@ def _process_settings(config: Config) -> Iterator[None]:
 
 
 def _folder(config: Config, checkpoint: Path | None) -> Path:
-    """The run's folder, which is there afterwards."""
+    """The run's folder, made if necessary."""
     if checkpoint is not None:
         return checkpoint.resolve().parent.parent
     if config.run.out is None:
@@ -182,13 +183,13 @@ class _Run:
         self.config, self.parallel = trainer.config, trainer.parallel
         self.last = folder / "checkpoints" / "last.pt"
         self.best = -1.0  # mAP of best.pt
-        self.due = False  # an evaluation of the network as it is
+        self.due = False  # whether the network is to be evaluated before the next step
 
     def start(self, state: dict[str, Any] | None) -> None:
-        """The beginning, or the state of a checkpoint.
+        """Begins the run, or loads the state of a checkpoint.
 
         Raises:
-            What `Trainer.load` raises.
+            Exception: as `Trainer.load`.
         """
         if state is not None:
             self.best, self.due = float(state["best"]), bool(state["due"])
@@ -200,7 +201,7 @@ class _Run:
         self.log.start(self.trainer.step_number, None if state is None else state["log"])
 
     def go(self, after_step: Callable[[int], None] | None) -> None:
-        """From where it is to the report."""
+        """Runs to the end, from the present position."""
         trainer, total = self.trainer, self.config.optim.epochs
         last = learning_rate(self.config.optim, total - 1, trainer.steps - 1, trainer.steps)
         while True:
@@ -216,7 +217,7 @@ class _Run:
                 self._save()
 
     def _epoch(self, after_step: Callable[[int], None] | None) -> None:
-        """What is left of the epoch."""
+        """Runs the rest of the epoch."""
         trainer, every = self.trainer, self.config.eval.every
         epoch = trainer.epoch
         trainer.begin_epoch()
@@ -239,7 +240,7 @@ class _Run:
         self.parallel.barrier()
 
     def _evaluate(self, *, final: bool) -> None:
-        """Scores of the network as it is; at the end the files about them."""
+        """Scores the network; at the end writes scores.json and the report."""
         if self.parallel.is_main:
             before = random_state()
             with self.stop.at_once(self.last):
@@ -248,12 +249,11 @@ class _Run:
         self.parallel.barrier()
 
     def _score(self, final: bool) -> None:
-        from ..inference.scoring import evaluate_model, scores_record
-        from ..report.build import write_run_report
-
         trainer, device = self.trainer, self.parallel.device
-        asked = None if final else False  # None: what the configuration says
-        scores = evaluate_model(trainer.model, self.split, self.config, device=device, rerank=asked, multi_query=asked)
+        asked = None if final else False  # None: as configured
+        scores = scoring.evaluate_model(
+            trainer.model, self.split, self.config, device=device, rerank=asked, multi_query=asked
+        )
         name, single = next(iter(scores.items()))
         numbers = single.as_dict()
         self.log.write({"epoch": trainer.epoch, "step": trainer.step_number, **numbers})
@@ -265,7 +265,7 @@ class _Run:
             self.best = single.mAP
             save_checkpoint(self.last.with_name("best.pt"), trainer.network_state(), self.config)
         if final:
-            replace_json(self.folder / "scores.json", scores_record(scores, self.split))
-            write_run_report(
+            replace_json(self.folder / "scores.json", scoring.scores_record(scores, self.split))
+            build.write_run_report(
                 self.folder, checkpoint="last", model=trainer.model, split=self.split, scores=scores, device=device
             )

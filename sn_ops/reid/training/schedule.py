@@ -1,7 +1,4 @@
-"""The learning rate as a function of the position in the run.
-
-It has no state of its own: a resumed run that is at the same epoch and step has the same learning rate.
-"""
+"""The learning rate as a function of the position in the run: it has no state that a resumed run would restore."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from ..config import OptimConfig
 def learning_rate(optim: OptimConfig, epoch: int, step: int, steps: int) -> float:
     """The learning rate of one step.
 
-    A linear warm-up, step by step, from `warmup_start * lr` over `warmup_epochs`. After it, by `schedule`:
+    First a linear warm-up, step by step, from `warmup_start * lr` over `warmup_epochs`. Then by `schedule`:
 
     "paper"     with e the epoch counted from 1: `lr` while e < decay_start, then
                 `lr * decay_floor ** ((e + 1 - decay_start) / (epochs + 1 - decay_start))`; the authors' recipe, with
@@ -24,9 +21,9 @@ def learning_rate(optim: OptimConfig, epoch: int, step: int, steps: int) -> floa
 
     Args:
         optim: the schedule and its constants.
-        epoch: from 0.
-        step: in the epoch, from 0.
-        steps: of an epoch.
+        epoch: the epoch, from 0.
+        step: the step in the epoch, from 0.
+        steps: the number of steps of an epoch.
     """
     position = epoch + step / steps
     if position < optim.warmup_epochs:

@@ -1,4 +1,4 @@
-"""How a run ends before its time: signals."""
+"""Stopping a run by a signal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class StoppedError(Exception):
-    """A signal asked the run to stop; its checkpoint is written."""
+    """A signal stopped the run; its checkpoint is written."""
 
     exit_status = EXIT_STOPPED
 
@@ -28,15 +28,15 @@ class StoppedError(Exception):
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT, so that the loop can stop between two steps; a context manager.
+    """Records SIGTERM and SIGINT, so that the loop can stop between two steps; a context manager.
 
-    A second signal of the same run acts as if nothing had been set up. In a thread other than the main one, where
-    Python allows no handlers, signals are not noted.
+    A second signal acts as it would without this. Threads other than the main one record no signals, since Python
+    allows no handlers there.
     """
 
     def __init__(self) -> None:
         self.name = ""
-        """Which signal came; empty for none."""
+        """The name of the first signal; empty before it."""
         self._owner = os.getpid()
         self._before: dict[int, Any] = {}
         self._at_once = False
@@ -68,11 +68,11 @@ class StopSignals:
 
     @contextmanager
     def at_once(self, checkpoint: Path) -> Iterator[None]:
-        """Work that nothing is lost of: a signal ends it where it is.
+        """For work that may be lost: a signal interrupts it at once.
 
         Raises:
-            StoppedError: a signal came, now or before. Whatever the work then raises is taken for a consequence: the
-                signal may have ended processes that the work needs.
+            StoppedError: a signal came, during the work or before. It replaces errors that the work raises after the
+                signal, which may have ended processes that the work needs.
         """
         try:
             self._at_once = True
@@ -87,10 +87,10 @@ class StopSignals:
             raise
         finally:
             self._at_once = False
-        # A destructor, or a callback of C code, may have swallowed the error that the signal raised there.
+        # A destructor or a callback from C may have swallowed the signal's error.
         if self.name:
             raise StoppedError(self.name, checkpoint)
 
 
 class _AtOnceError(BaseException):
-    """Not an `Exception`: nothing on its way up may take it for an error of its own."""
+    """Not an `Exception`, so that no handler catches it on its way up."""

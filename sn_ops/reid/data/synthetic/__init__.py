@@ -1,7 +1,7 @@
-"""Procedurally rendered pedestrians in Market-1501 layout: something to train on without a download.
+"""Procedurally rendered pedestrians in Market-1501 layout, for training without a download.
 
-Stylised figures, not photographs: a score on them says that a pipeline works and how losses compare on this set, and
-nothing about real people. Label it synthetic.
+They are stylised figures, not photographs: a score on them shows that a pipeline works and how losses compare on this
+set, but nothing about real people. Label such scores synthetic.
 """
 
 from __future__ import annotations

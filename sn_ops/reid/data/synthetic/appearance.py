@@ -1,4 +1,4 @@
-"""What a person looks like: the attributes by which identities differ."""
+"""The appearance of a person: the attributes that tell identities apart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .config import Stream, generator
 Colour = tuple[int, int, int]
 """sRGB, 0 to 255."""
 
-# Shared by everybody, and few: colours alone must not tell people apart.
+# Few, and shared by all people: colours alone must not tell identities apart.
 CLOTH: dict[str, Colour] = {
     "black": (36, 36, 40), "grey": (126, 128, 132), "white": (226, 226, 222), "red": (176, 42, 46),
     "blue": (48, 78, 150), "navy": (38, 46, 86), "green": (58, 118, 76), "yellow": (212, 180, 66),
@@ -77,7 +77,7 @@ def appearance(seed: int, identity: int, twins: float) -> Appearance:
 
 
 def stranger(seed: int, number: int) -> Appearance:
-    """Somebody who is no identity of the set."""
+    """A person who is not an identity of the set."""
     return _draw(generator(seed, Stream.PASSER_BY, number))
 
 
@@ -117,7 +117,7 @@ def contrast(one: str, other: str) -> bool:
 
 
 def twin(who: Appearance, random: np.random.Generator) -> Appearance:
-    """The person with one attribute changed, one that can be seen."""
+    """The person with one visible attribute changed."""
     choices: dict[str, Sequence[str]] = {
         "upper": _sleeves_apart(who.upper),
         "pattern": PATTERNS,

@@ -1,4 +1,4 @@
-"""A camera: the scene that it sees, and what it does to light: white balance, contrast, blur, noise, JPEG."""
+"""A camera: its scene, and how it changes colours: white balance, contrast, blur, noise, JPEG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .canvas import SUPERSAMPLING
 from .config import Stream, SyntheticConfig, generator
 from .scenes import SCENES, scene
 
-# How many times as wide as an image the scene is: the places where people are seen.
+# The width of the scene, in images: people stand at different places of it.
 _BREADTH = 5
 
 
@@ -40,7 +40,7 @@ class Camera:
     """Where the light comes from, -1 (left) to 1 (right)."""
 
     def background(self, place: float, width: int) -> Any:
-        """The scene behind somebody at that place, 0 to 1, as wide as that."""
+        """The part of the scene behind a person at that place, 0 to 1; width in pixels of the canvas."""
         left = round(place * (self.scene.width - width))
         return self.scene.crop((left, 0, left + width, self.scene.height))
 
@@ -49,9 +49,9 @@ class Camera:
 
         Args:
             drawn: `PIL.Image` in RGB, SUPERSAMPLING times the image's size.
-            mask: of the same size: where people are. Light falls on them from a side and rounds them.
+            mask: of the same size, the pixels of people, which are lit from one side.
             light: brightness relative to the usual.
-            random: of the sensor's noise.
+            random: for the sensor's noise.
         """
         images, filters = need("PIL.Image"), need("PIL.ImageFilter")
         small = drawn.reduce(SUPERSAMPLING).filter(filters.GaussianBlur(self.softness))
@@ -75,7 +75,7 @@ class Camera:
 def camera(config: SyntheticConfig, number: int) -> Camera:
     """The camera of that number, from 0."""
     random = generator(config.seed, Stream.CAMERA, camera=number)
-    # Consecutive numbers have different scenes, and each camera of a set of six its own.
+    # Consecutive numbers have different scenes: six cameras share none.
     first = int(generator(config.seed, Stream.CAMERA).integers(len(SCENES)))
     warm, green, exposure = random.normal(0, 0.1), random.normal(0, 0.03), random.normal(0, 0.1)
     gains = np.exp(np.array([warm, green, -warm]) + exposure).astype(np.float32)

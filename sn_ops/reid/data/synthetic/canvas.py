@@ -1,4 +1,4 @@
-"""Drawing at several times the resolution: shapes in pixels, of one colour or of a cloth's pattern."""
+"""Drawing at a multiple of the resolution: shapes in pixels, of one colour or with a cloth's pattern."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shade(colour: Colour, factor: float) -> Colour:
 
 
 class Canvas:
-    """An image being drawn, and where on it people are (`mask`), for the light that falls on them."""
+    """An image being drawn, and the mask of the people on it, for their lighting."""
 
     def __init__(self, background: Any) -> None:
         self._images, self._draws = need("PIL.Image"), need("PIL.ImageDraw")
@@ -124,7 +124,8 @@ def texture(
     Args:
         size: of the canvas.
         pattern: one of PATTERNS but "plain", or of the LEG_PATTERNS.
-        one, other: its colours.
+        one: the ground colour.
+        other: the colour of the pattern.
         origin: the pixel of the middle of the shoulders (trousers: of the hips).
         unit: pixels for a person's height.
         turn: how far the cloth has turned around the body, in persons' heights.

@@ -1,4 +1,4 @@
-"""What set to render, and the random numbers of each part of it."""
+"""The settings of a rendered set, and its streams of random numbers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from enum import IntEnum
 
 import numpy as np
 
-# Raised with every change that alters an image: a folder of other images must not pass for this set.
+# Raise it with every change that alters an image, so that folders of older images are recognised.
 VERSION = 1
 
 
 class Stream(IntEnum):
-    """Which random numbers: one stream for each thing that is drawn independently of the others."""
+    """Independent streams of random numbers, one for each property of the set."""
 
     SPLIT = 0
     APPEARANCE = 1
@@ -28,23 +28,23 @@ class Stream(IntEnum):
 def generator(
     seed: int, stream: Stream, identity: int = 0, camera: int = 0, frame: int = 0, box: int = 0
 ) -> np.random.Generator:
-    """Random numbers that depend on these integers alone: not on what else is rendered, when, or by which process."""
+    """Random numbers that depend only on these integers: not on the order of rendering, nor on the process."""
     return np.random.default_rng(np.random.SeedSequence((seed, stream, identity, camera, frame, box)))
 
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """The set: how many images of whom, and how hard.
+    """The size and the difficulty of a rendered set.
 
-    The people come in pairs (1 and 2, 3 and 4, ...). A pair is of one split, and the members of some pairs differ in a
-    single small attribute.
+    People come in pairs (1 and 2, 3 and 4, ...), whose members are in the same split. The members of some pairs differ
+    in one small attribute.
 
     Raises:
-        TypeError, ValueError: at construction, naming the field, what was expected and what came.
+        TypeError, ValueError: at construction; the message names the field, what was expected and what was given.
     """
 
     seed: int = 0
-    """0 to 2**32 - 1. Another seed is another set: other people, cameras and frames."""
+    """0 to 2**32 - 1. Each seed gives other people, cameras and frames."""
     height: int = 128
     width: int = 64
     """Pixels of every image."""
@@ -62,7 +62,7 @@ class SyntheticConfig:
     distractors: int = 240
     """Gallery images of identity 0: background, parts of people, strangers."""
     junk: int = 60
-    """Gallery images of identity -1: boxes that hit a test person badly."""
+    """Gallery images of identity -1: boxes that are badly placed on a test person."""
     twins: float = 0.5
     """Fraction of the pairs whose members are near-twins."""
     occlusion: float = 0.2
@@ -77,7 +77,7 @@ class SyntheticConfig:
             "width": (16, 512),
             "train_identities": (2, 700),
             "test_identities": (2, 700),
-            "cameras": (2, 6),  # as many as the layout's readers know
+            "cameras": (2, 6),  # the loader allows up to 6
             "cameras_each": (2, self.cameras),
             "train_frames": (1, 50),
             "gallery_frames": (1, 50),
@@ -94,7 +94,7 @@ class SyntheticConfig:
 
     @classmethod
     def quick(cls, seed: int = 0) -> SyntheticConfig:
-        """A set of a few hundred images, rendered within seconds, for a first look and for tests."""
+        """The settings of a few hundred images, rendered within seconds, for a first look and for tests."""
         return cls(
             seed=seed,
             train_identities=40,
@@ -109,7 +109,7 @@ class SyntheticConfig:
         )
 
     def as_dict(self) -> dict[str, int | float]:
-        """The fields and the version of the renderer: all that the images depend on."""
+        """The fields and the version of the renderer, which determine the images."""
         return {"version": VERSION, **asdict(self)}
 
 

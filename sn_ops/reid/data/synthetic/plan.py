@@ -1,4 +1,4 @@
-"""Which images the set has, by name: who is in which split, under which camera, in which frame."""
+"""The images of the set, by name: the split, camera and frame of each person."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from .config import Stream, SyntheticConfig, generator
 
 TRAIN, QUERY, GALLERY, BOXES = FOLDERS = ("bounding_box_train", "query", "bounding_box_test", "gt_bbox")
 
-# Frame numbers of a video with 25 frames a second, a second apart, as Market-1501's names have them.
+# Frame numbers as in Market-1501's names: of a video with 25 frames a second, one second apart.
 _STEP = 25
-# Room between the frames of a person's passage and everything else that a camera saw.
+# The seconds of video in which a person's passage may begin.
 _SECONDS = 3000
 
 
 class Kind(Enum):
-    """What an image is of."""
+    """The content of an image."""
 
     PERSON = "person"
     DISTRACTOR = "distractor"
@@ -38,7 +38,7 @@ class Image:
     box: int
     """0: the box was drawn by hand and is tight. 1: a detector found it."""
     shown: int = 0
-    """Junk: the person that the box hit badly."""
+    """Junk: the person in the badly placed box."""
 
     def name(self, seed: int) -> str:
         """The file name: identity, camera and sequence, frame number, box."""
@@ -52,7 +52,7 @@ class Image:
 
 
 def identities(config: SyntheticConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Training and test identities, each sorted; they are disjoint, and near-twins are in the same one."""
+    """Training and test identities, each sorted and disjoint; near-twins are in the same split."""
     train_pairs = (config.train_identities + 1) // 2
     pairs = train_pairs + (config.test_identities + 1) // 2
     order = generator(config.seed, Stream.SPLIT).permutation(pairs).tolist()

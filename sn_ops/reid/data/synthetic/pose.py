@@ -1,4 +1,4 @@
-"""How a person stands in a frame: viewpoint, phase of the gait, place in the box, what is in front."""
+"""The pose of a person in a frame: viewpoint, phase of the gait, place in the box, occluder."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def hand_drawn_box(random: np.random.Generator) -> Box:
 
 
 def detected_box(random: np.random.Generator) -> Box:
-    """As a detector draws it: off by some percent, and now and then through the feet or the head."""
+    """As a detector draws it: off by some per cent, sometimes cutting feet or head."""
     return Box(
         x=0.5 + float(random.normal(0, 0.045)),
         feet=0.975 + float(random.normal(0, 0.03)),
@@ -90,7 +90,7 @@ def detected_box(random: np.random.Generator) -> Box:
 
 
 def bad_box(random: np.random.Generator) -> Box:
-    """One that overlaps a person by less than half: a piece of them, magnified, or them at the edge."""
+    """A box that shows less than half of a person: a magnified part, or the person at the edge."""
     if random.random() < 0.6:
         return Box(
             x=float(random.uniform(0.2, 0.8)),

@@ -1,4 +1,4 @@
-"""One image of the set, from its place in the plan."""
+"""Rendering one image of the set from its description in the plan."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .figure import Figure
 from .plan import Image, Kind
 from .pose import Box, Moment, bad_box, detected_box, hand_drawn_box, moment
 
-# Frames of a person's passage that no plan reaches: those of which only bad boxes are kept.
+# Frames from here on are only for bad boxes: no plan has so many.
 _LATER = 1000
-# The parts of an image's random numbers: with the box, so that no two images share them.
+# Added to the box, so that no two images share random numbers.
 _BOXES_OF = {Kind.PERSON: 0, Kind.DISTRACTOR: 2, Kind.JUNK: 4}
 
 
 class Renderer:
-    """Draws images of one set; it keeps the cameras' scenes."""
+    """Draws images of one set; keeps the scenes of its cameras."""
 
     def __init__(self, config: SyntheticConfig) -> None:
         self.config = config
@@ -35,7 +35,7 @@ class Renderer:
         return self._cameras[number]
 
     def person(self, identity: int) -> Appearance:
-        """What the person of that number looks like, from 1."""
+        """The appearance of the person of that number, from 1."""
         return appearance(self.config.seed, identity, self.config.twins)
 
     def jpeg(self, image: Image) -> bytes:
@@ -51,7 +51,7 @@ class Renderer:
         return seen.expose(canvas.image, canvas.mask, when.light, generator(seed, Stream.SENSOR, *place))
 
     def _subject(self, image: Image, random: np.random.Generator) -> tuple[Appearance | None, Moment, Box]:
-        """Who is in the image, doing what, and where in it. Nobody, in some of the distractors."""
+        """The person (None in some distractors), the moment, and the box of an image."""
         seed, occlusion = self.config.seed, self.config.occlusion
         if image.kind is Kind.PERSON:
             box = hand_drawn_box(random) if image.box == 0 else detected_box(random)
@@ -65,7 +65,7 @@ class Renderer:
         return who, when, detected_box(random) if share > 0.65 else bad_box(random)
 
     def _occlude(self, canvas: Canvas, when: Moment, box: Box, seen: Camera, random: np.random.Generator) -> None:
-        """Puts what the moment has in front of the person there; a third of them at most is behind it."""
+        """Draws the moment's occluder, which covers at most a third of the person."""
         width, height = canvas.size
         middle, half = box.x * width, 0.16 * box.height * height
         x = middle + when.side * half

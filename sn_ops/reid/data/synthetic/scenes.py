@@ -1,4 +1,4 @@
-"""What cameras look at: a wall or trees above, the ground below."""
+"""The scenes of cameras: a wall or trees above, the ground below."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ SCENES: tuple[tuple[Colour, Colour, Painter], ...] = (
     ((106, 110, 116), (108, 106, 108), _shops),
     ((136, 142, 150), (146, 138, 122), _fence),
 )
-"""Colour of the wall, of the ground, and what is on the wall. Muted, as walls are: people must stand out."""
+"""The colours of wall and ground, and what is drawn on the wall. They are muted, so that people stand out."""
 
 
 def scene(which: int, size: tuple[int, int], random: np.random.Generator) -> Any:

@@ -1,4 +1,4 @@
-"""The set on disk, in Market-1501 layout."""
+"""Writing the set in Market-1501 layout."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .plan import FOLDERS, Image, plan
 from .renderer import Renderer
 
 MANIFEST = "synthetic.json"
-"""Written last: a folder that has it was complete."""
+"""Written last, when the folder is complete."""
 _STARTED = "synthetic.started.json"
 _LOCK = "synthetic.lock"
-# Images at a time: few enough for a steady progress bar, enough that a process draws its cameras' scenes rarely.
+# Images of a task: few enough for a steady progress bar, enough that drawing the scenes costs little.
 _CHUNK = 400
 
 
@@ -31,17 +31,17 @@ def render(
     workers: int = 1,
     tick: Callable[[int], None] | None = None,
 ) -> Path:
-    """Renders the set into a folder, unless it is there already.
+    """Renders the set into a folder, unless the folder has it already.
 
-    Each image is a function of the seed and of its identity, camera and frame: the bytes are the same whatever the
-    order, the number of processes or the other images (with the same versions of NumPy and Pillow on the same machine).
-    An interrupted call is completed by the next one. Several processes may call at once: one renders, the others wait.
+    The bytes of an image depend only on the settings and on its identity, camera and frame, not on the order or the
+    number of processes (with the same versions of NumPy and Pillow on the same machine). An interrupted call is
+    completed by the next. Several processes may call at once: one renders, the others wait.
 
     Args:
         root: the folder; it gets `bounding_box_train`, `query`, `bounding_box_test` and `gt_bbox`.
-        config: which set.
-        workers: processes; 1 renders in this one. With more, scripts need `if __name__ == "__main__"` around it.
-        tick: told the number of images that are done after each few hundred, for a progress bar.
+        config: the settings of the set.
+        workers: processes; 1 renders in this one. With more, scripts need `if __name__ == "__main__"` around the call.
+        tick: called with the number of new images after each few hundred, for a progress bar.
 
     Returns:
         root.
@@ -55,7 +55,7 @@ def render(
     if workers < 1:
         raise ValueError(f"sn_ops.reid: synthetic: workers: expected at least 1, got {workers}")
     images = plan(config)
-    # Only what does not change while another process renders is looked at without the lock.
+    # Without the lock, check only what does not change while another process renders.
     if (root / MANIFEST).is_file() and not _missing(root, config, images):
         return root
     if root.exists():
@@ -76,7 +76,7 @@ def render(
 
 
 def _missing(root: Path, config: SyntheticConfig, images: Sequence[Image]) -> list[Image]:
-    """The images that the folder lacks, after a check that what it has is of this set."""
+    """The images that the folder lacks; raises if it has those of another set."""
     found = next((root / name for name in (MANIFEST, _STARTED) if (root / name).exists()), None)
     if found is None:
         _refuse_strangers(root, {path.name for path in root.iterdir()} - {_LOCK})
@@ -87,7 +87,7 @@ def _missing(root: Path, config: SyntheticConfig, images: Sequence[Image]) -> li
 
 
 def _refuse_strangers(root: Path, names: set[str]) -> None:
-    """Raises if a folder with these names in it was not begun by `render`, which writes its lock first."""
+    """Raises if a folder with these names was not made by `render`, which writes its lock first."""
     if names and not names & {_LOCK, MANIFEST, _STARTED}:
         raise FileExistsError(
             f"sn_ops.reid: synthetic: expected a new or empty folder, or one rendered before, got {root}, "
@@ -116,7 +116,7 @@ def _compare(manifest: Path, config: SyntheticConfig) -> None:
 
 
 def _names(folder: Path) -> frozenset[str]:
-    """Files that are not empty: a power cut can leave an empty one under its final name."""
+    """The names of files that are not empty: a power cut can leave empty ones."""
     if not folder.is_dir():
         return frozenset()
     with os.scandir(folder) as entries:
@@ -125,21 +125,21 @@ def _names(folder: Path) -> frozenset[str]:
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """One process at a time; the lock ends with the process, however it ends."""
+    """Holds the folder's lock, which the system releases when the process ends."""
     with (root / _LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _write_images(root: Path, config: SyntheticConfig, images: Sequence[Image], workers: int) -> Iterator[int]:
-    """Renders; yields how many more are done."""
+    """Renders, and yields the number of images of each finished task."""
     chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
     if workers == 1:
         renderer = Renderer(config)
         for chunk in chunks:
             yield _write_chunk(root, config, chunk, renderer)
         return
-    # Not fork: the caller may have threads, as PyTorch has.
+    # Not fork: the caller may have threads, as with PyTorch.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for future in as_completed([pool.submit(_write_chunk, root, config, chunk) for chunk in chunks]):
             yield future.result()
@@ -157,6 +157,6 @@ def _write_json(file: Path, config: SyntheticConfig) -> None:
 
 
 def _replace(file: Path, content: bytes) -> None:
-    """Not flushed, which takes longer than an image: `_names` leaves out what a power cut emptied."""
+    """Without a flush, which takes longer than an image: `_names` ignores files that a power cut emptied."""
     with replacing(file, flush=False) as unfinished:
         unfinished.write_bytes(content)

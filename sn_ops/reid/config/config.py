@@ -187,7 +187,11 @@ class Config:
         return from_dict(values)
 
     def fingerprint(self) -> str:
-        """A SHA-256, in hexadecimal, over the fields that decide what is trained: not where it runs or what it logs."""
+        """A hash of the fields that decide what is trained, not of where it runs or what it logs.
+
+        Returns:
+            A SHA-256 in hexadecimal digits.
+        """
         text = json.dumps(training_values(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from .layout import Origin, people
+from .layout import MARKET_FOLDERS, Origin, people
 from .records import Split
 
 ORIGIN = Origin(
@@ -29,23 +29,19 @@ def load(root: str | os.PathLike[str], *, check_counts: bool = True) -> Split:
         FileNotFoundError: a folder is missing; the message names it and where to get it.
         ValueError: names, numbers or identities that are not the set's.
     """
-    place = ORIGIN.locate(root, FOLDER, ("bounding_box_train", "query", "bounding_box_test"))
-    train = ORIGIN.named_images(place / "bounding_box_train", CAMERAS)
-    query = ORIGIN.named_images(place / "query", CAMERAS)
-    gallery = ORIGIN.named_images(place / "bounding_box_test", CAMERAS)
+    place = ORIGIN.locate(root, FOLDER, MARKET_FOLDERS)
+    train, query, gallery = (ORIGIN.named_images(place / folder, CAMERAS) for folder in MARKET_FOLDERS)
     for sample in gallery:
         if sample.pid < 1:
             raise ORIGIN.wrong("identities from 1 in bounding_box_test", f"{sample.pid} in {sample.path}")
     if check_counts:
         ORIGIN.check_numbers(
             {
-                "images in bounding_box_train": (16522, len(train)),
-                "images in query": (2228, len(query)),
+                "images in bounding_box_train": (16522, len(train)), "images in query": (2228, len(query)),
                 "images in bounding_box_test": (17661, len(gallery)),
-                "identities in bounding_box_train": (702, people(train)),
-                "identities in query": (702, people(query)),
+                "identities in bounding_box_train": (702, people(train)), "identities in query": (702, people(query)),
                 "identities in bounding_box_test": (1110, people(gallery)),
             }
-        )
+        )  # fmt: skip
     ORIGIN.check_identities(train, query, gallery)
     return Split(ORIGIN.name, train, query, gallery)

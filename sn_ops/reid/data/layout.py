@@ -11,6 +11,8 @@ from pathlib import Path
 from .images import SUFFIXES
 from .records import JUNK, Sample
 
+MARKET_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
+"""Folders of training, query and gallery images in Market-1501's layout."""
 _SUFFIXES = tuple(SUFFIXES)
 _NAME = re.compile(r"(-1|\d+)_c(\d+)(?!\d)")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .layout import Origin, image_names, of_queries, people, without_junk
+from .layout import MARKET_FOLDERS, Origin, image_names, of_queries, people, without_junk
 from .records import DISTRACTOR, Sample, Split
 
 ORIGIN = Origin(
@@ -35,25 +35,21 @@ def load(
         FileNotFoundError: a folder is missing; the message names it and where to get it.
         ValueError: names, numbers or identities that are not the set's.
     """
-    place = ORIGIN.locate(root, FOLDER, ("bounding_box_train", "query", "bounding_box_test"))
+    place = ORIGIN.locate(root, FOLDER, MARKET_FOLDERS)
     cameras = CAMERAS if check_counts else None
-    train = ORIGIN.named_images(place / "bounding_box_train", cameras)
-    query = ORIGIN.named_images(place / "query", cameras)
-    everything = ORIGIN.named_images(place / "bounding_box_test", cameras)
+    train, query, everything = (ORIGIN.named_images(place / folder, cameras) for folder in MARKET_FOLDERS)
     gallery = without_junk(everything)
     drawn = ORIGIN.named_images(place / "gt_bbox", cameras) if (place / "gt_bbox").is_dir() else ()
     if check_counts:
         ORIGIN.check_numbers(
             {
-                "images in bounding_box_train": (12936, len(train)),
-                "images in query": (3368, len(query)),
+                "images in bounding_box_train": (12936, len(train)), "images in query": (3368, len(query)),
                 "images in bounding_box_test": (19732, len(everything)),
                 "images of people or distractors in bounding_box_test": (15913, len(gallery)),
-                "identities in bounding_box_train": (751, people(train)),
-                "identities in query": (750, people(query)),
+                "identities in bounding_box_train": (751, people(train)), "identities in query": (750, people(query)),
                 "identities in bounding_box_test": (750, people(gallery)),
             }
-        )
+        )  # fmt: skip
         if drawn:
             ORIGIN.check_numbers({"images in gt_bbox": (25259, len(drawn))})
     ORIGIN.check_identities(train, query, gallery)

@@ -166,22 +166,14 @@ class FeatureDistances:
         self.query, self.query_norms = prepare("query", query, metric)
         self.gallery, self.gallery_norms = prepare("gallery", gallery, metric)
         check_pair(self.query, self.gallery)
+        self.shape = (len(query), len(gallery))
+        self.device = query.device
         self.metric = metric
         zeros = (self.query_norms == 0, self.gallery_norms == 0) if metric == "cosine" else ()
         if metric == "cosine":
             self.query_norms, self.gallery_norms = square_norms(self.query), square_norms(self.gallery)
         self.zeros = zeros if any(bool(zero.any()) for zero in zeros) else ()
         """Rows of zeros, bool `[Q]` and `[G]`; empty where there are none, or where the metric is Euclidean."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(Q, G)."""
-        return self.query.shape[0], self.gallery.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        """The features' device."""
-        return self.query.device
 
     def rows_at_once(self, chunk: int) -> int:
         """As `Distances.rows_at_once`: as many rows as columns, since the product of a square tile reads least."""
@@ -240,16 +232,8 @@ class MatrixDistances:
             got = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
             raise TypeError(f"sn_ops.reid: distances: expected a floating point tensor [Q, G], got {got}")
         self.matrix = matrix.detach()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(Q, G)."""
-        return self.matrix.shape[0], self.matrix.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """The matrix's device."""
-        return self.matrix.device
+        self.shape = (matrix.shape[0], matrix.shape[1])
+        self.device = matrix.device
 
     def rows_at_once(self, chunk: int) -> int:
         """As `Distances.rows_at_once`: whole rows, as they lie in memory."""

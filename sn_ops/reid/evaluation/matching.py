@@ -40,12 +40,12 @@ class Protocol:
     ) -> None:
         if (query_cameras is None) != (gallery_cameras is None):
             raise ValueError("sn_ops.reid: cameras: expected them for query and gallery or for neither, got one")
-        self.query_ids = _integers("query_ids", query_ids, None, device)
-        self.gallery_ids = _integers("gallery_ids", gallery_ids, None, device)
+        self.query_ids = integer_vector("query_ids", query_ids, None, device)
+        self.gallery_ids = integer_vector("gallery_ids", gallery_ids, None, device)
         self.query_cameras = self.gallery_cameras = None
         if query_cameras is not None and gallery_cameras is not None:
-            self.query_cameras = _integers("query_cameras", query_cameras, len(self.query_ids), device)
-            self.gallery_cameras = _integers("gallery_cameras", gallery_cameras, len(self.gallery_ids), device)
+            self.query_cameras = integer_vector("query_cameras", query_cameras, len(self.query_ids), device)
+            self.gallery_cameras = integer_vector("gallery_cameras", gallery_cameras, len(self.gallery_ids), device)
         if bool((self.query_ids < 0).any()):
             raise ValueError(
                 f"sn_ops.reid: query_ids: expected none below 0 (junk), got {int((self.query_ids < 0).sum())}"
@@ -97,7 +97,13 @@ class Protocol:
             yield start, len(same)
 
 
-def _integers(name: str, values: Tensor, length: int | None, device: torch.device) -> Tensor:
+def integer_vector(name: str, values: Tensor, length: int | None, device: torch.device) -> Tensor:
+    """The values as int64 on the device.
+
+    Raises:
+        TypeError: not a 1-D integer tensor.
+        ValueError: another length than `length`, if that is given.
+    """
     if not isinstance(values, Tensor) or values.is_floating_point() or values.is_complex() or values.ndim != 1:
         got = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"sn_ops.reid: {name}: expected a 1-D integer tensor, got {got}")

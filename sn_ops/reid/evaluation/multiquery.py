@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .matching import _integers
+from .matching import integer_vector
 
 
 def multi_query_features(
@@ -36,15 +36,15 @@ def multi_query_features(
     device = images.device
     wanted = torch.stack(
         [
-            _integers("query_ids", query_ids, None, device),
-            _integers("query_cameras", query_cameras, len(query_ids), device),
+            integer_vector("query_ids", query_ids, None, device),
+            integer_vector("query_cameras", query_cameras, len(query_ids), device),
         ],
         1,
     )
     given = torch.stack(
         [
-            _integers("image_ids", image_ids, len(images), device),
-            _integers("image_cameras", image_cameras, len(images), device),
+            integer_vector("image_ids", image_ids, len(images), device),
+            integer_vector("image_cameras", image_cameras, len(images), device),
         ],
         1,
     )

@@ -97,20 +97,11 @@ class RerankedDistances:
         features = torch.cat([part.to(dtype) for part in parts])
         self._rerank = rerank
         self._features = FeatureDistances(features[: len(query)], features[len(query) :])
+        self.shape, self.device = self._features.shape, self._features.device
         lists, self._largest = _neighbours(features, max(rerank.k1, rerank.k2 - 1), backend)
         encoding = _encode(features, lists, self._largest, rerank)
         self._query_rows = encoding[: len(query)]
         self._gallery_columns = encoding[len(query) :].tocsc()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(Q, G)."""
-        return self._features.shape
-
-    @property
-    def device(self) -> torch.device:
-        """The features' device."""
-        return self._features.device
 
     def rows_at_once(self, chunk: int) -> int:
         """As `Distances.rows_at_once`: whole rows."""

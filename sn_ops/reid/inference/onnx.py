@@ -90,8 +90,8 @@ def check_onnx(
     *,
     height: int = 256,
     width: int = 128,
-    normalize: bool = True,
     batches: Sequence[int] = (1, 2, 5),
+    normalize: bool = True,
     tolerance: float = 1e-4,
 ) -> float:
     """The largest difference of an entry between embeddings of onnxruntime on a CPU and PyTorch, on random images.
@@ -101,8 +101,8 @@ def check_onnx(
         path: the ONNX file.
         height: of the images, pixels.
         width: of the images, pixels.
-        normalize: as `export_onnx`.
         batches: batch sizes to try.
+        normalize: as `export_onnx`.
         tolerance: the largest difference, relative to the largest entry.
 
     Raises:

@@ -38,14 +38,15 @@ SHOES = ("black", "white", "brown", "red")
 
 @dataclass(frozen=True)
 class Appearance:
-    """One person. Colours are keys of CLOTH and HAIR, skin an index of SKIN."""
+    """One person.
+
+    `tall` and `girth` are height and width of the body relative to the average person's, `legs` is the height of the
+    hip as a fraction of the person's. Colours are keys of CLOTH and HAIR, skin is an index of SKIN.
+    """
 
     tall: float
-    """Height relative to the average person's."""
     girth: float
-    """Width of the body relative to the average person's."""
     legs: float
-    """Height of the hip as a fraction of the person's."""
     skin: int
     hair: str
     hair_colour: str

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, get_type_hints
 
 import pytest
 
-MODULES = ("sn_ops", "sn_ops.distributed", "sn_ops.metric_learning", "sn_ops.reid.evaluation")
+MODULES = ("sn_ops", "sn_ops.distributed", "sn_ops.metric_learning", "sn_ops.reid", "sn_ops.reid.evaluation")
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises")
 
 

@@ -59,6 +59,7 @@ def export_onnx(
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing.
         ValueError: onnxruntime's embeddings differ from PyTorch's.
+        RuntimeError: PyTorch cannot export the network.
         OSError: the file cannot be written.
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):

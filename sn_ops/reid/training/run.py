@@ -69,7 +69,9 @@ def train(
         The run's folder.
 
     Raises:
-        ValueError: an invalid configuration, a corrupt checkpoint or one of another run, or a folder that has a run.
+        ConfigError: an invalid configuration, or a folder that has a run; a ValueError.
+        CheckpointError: a corrupt checkpoint, or one of another run; a ValueError.
+        ValueError: a data set that is not as expected, or options that a part refuses.
         FileNotFoundError: data or a checkpoint is missing.
         StoppedError: a signal stopped the run; the checkpoint is written. Its `exit_status` is `EXIT_STOPPED`.
         NonFiniteLossError: the loss is NaN or infinite; nonfinite.json describes the batch. Its `exit_status` is

@@ -14,7 +14,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import pytest
 
@@ -44,21 +44,22 @@ def never_returns(function: object) -> bool:
         return False
 
 
-def raised_by(function: Callable[..., Any]) -> tuple[set[str], bool]:
+def raised_by(function: Callable[..., Any]) -> tuple[set[type], bool]:
     """The exceptions that a function's own code raises by name, and whether it raises at all."""
     plain = inspect.unwrap(function)
     tree = ast.parse(textwrap.dedent(inspect.getsource(plain)))
-    names, raises = set(), False
+    kinds: set[type] = set()
+    raises = False
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise):
             raises = True
             if isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
                 kind = plain.__globals__.get(node.exc.func.id, getattr(builtins, node.exc.func.id, None))
                 if isinstance(kind, type):  # not a function that makes an exception
-                    names.add(kind.__name__)
+                    kinds.add(kind)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             raises |= never_returns(plain.__globals__.get(node.func.id))
-    return names, raises
+    return kinds, raises
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Subject:
     parameters: frozenset[str] = frozenset()
     returns: bool = False
     raises: bool = False
-    raised: frozenset[str] = frozenset()
+    raised: frozenset[type] = frozenset()
 
     def faults(self) -> Iterator[str]:
         if not self.text.strip():
@@ -84,10 +85,13 @@ class Subject:
             yield f"{self.name}: Args names {', '.join(sorted(unknown))}, which it does not take"
         if self.returns and self.parameters and not {"Returns", "Yields"} & sections.keys():
             yield f"{self.name}: no section Returns"
-        if self.raises and not sections.get("Raises"):
+        named = sections.get("Raises", set())
+        if self.raises and not named:
             yield f"{self.name}: it raises, and has no section Raises"
-        elif silent := self.raised - sections.get("Raises", set()):
-            yield f"{self.name}: Raises does not name {', '.join(sorted(silent))}"
+            return
+        for kind in self.raised:
+            if not named & {base.__name__ for base in kind.__mro__}:
+                yield f"{self.name}: Raises does not name {kind.__name__}"
 
 
 def of_function(name: str, function: Callable[..., Any]) -> Subject:
@@ -152,6 +156,83 @@ def subjects_of(module: str) -> Iterator[Subject]:
             yield from of_class(f"{module}.{name}", value, protocols)
         elif callable(value):
             yield of_function(f"{module}.{name}", value)
+
+
+def bare(rows: int) -> int:
+    return rows
+
+
+def incomplete(rows: int, *more: int, **options: int) -> int:
+    """A sum.
+
+    Args:
+        rows: one number.
+        columns: another.
+    """
+    if rows < 0:
+        raise ValueError("too few")
+    return rows + len(more) + len(options)
+
+
+def wrong_error(rows: int) -> int:
+    """Rows.
+
+    Args:
+        rows: one number.
+
+    Returns:
+        The same.
+
+    Raises:
+        TypeError: never.
+    """
+    if rows < 0:
+        raise OverflowError("too few")
+    return rows
+
+
+def complete(*rows: int) -> int:
+    """Rows.
+
+    Args:
+        *rows: numbers.
+
+    Returns:
+        How many.
+
+    Raises:
+        ArithmeticError: none.
+    """
+    if not rows:
+        raise OverflowError("too few")
+    return len(rows)
+
+
+class Pair(NamedTuple):
+    """Two numbers."""
+
+    left: int
+    """One."""
+    right: int
+
+
+def test_faults_are_found() -> None:
+    """The rules, on functions and a class that break each of them, and on one that does not."""
+
+    def faults(subject: Subject) -> list[str]:
+        return list(subject.faults())
+
+    assert faults(of_function("f", bare)) == ["f: no docstring"]
+    assert faults(of_function("f", incomplete)) == [
+        "f: Args does not name more, options",
+        "f: Args names columns, which it does not take",
+        "f: no section Returns",
+        "f: it raises, and has no section Raises",
+    ]
+    assert faults(of_function("f", wrong_error)) == ["f: Raises does not name OverflowError"]
+    assert faults(of_function("f", complete)) == []
+    (pair,) = of_class("Pair", Pair, ())
+    assert faults(pair) == ["Pair: Args does not name right"]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -61,6 +61,7 @@ def export_onnx(
         ValueError: onnxruntime's embeddings differ from PyTorch's.
         RuntimeError: PyTorch cannot export the network.
         OSError: the file cannot be written.
+        RuntimeError: PyTorch's exporter returned no program.
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         need(module)

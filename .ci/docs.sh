@@ -8,4 +8,5 @@ trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/python" .ci/requirements.py docs >"$work/requirements.txt"
 "$work/venv/bin/pip" install -q --disable-pip-version-check -r "$work/requirements.txt"
+# Not --quiet: mkdocs then counts no warnings, and a strict build passes whatever is wrong.
 "$work/venv/bin/mkdocs" build --strict --site-dir "${1:-$work/site}"

@@ -130,8 +130,9 @@ def test_every_shell_block_is_run_or_says_why_not() -> None:
 
 def test_how_many_are_not_run() -> None:
     """One more is a decision: its page is named here."""
-    counts = Counter(block.page for block in NOT_RUN if block.page != "CONTRIBUTING.md")
+    counts = Counter(block.page for block in NOT_RUN)
     assert counts == {
+        "CONTRIBUTING.md": 1,
         "README.md": 2,
         "docs/backends.md": 1,
         "docs/distributed.md": 1,

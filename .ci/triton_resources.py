@@ -190,7 +190,7 @@ def main() -> int:
     failures = [f"{name}: no regime launches it" for name in sorted(every - {launch.kernel for launch in launches})]
 
     print(f"triton {triton.__version__}: {len(launches)} variants of {len(every)} kernels")
-    print(f"{'kernel':18}{'target':8}{'registers':>10}{'shared':>8}{'spills':>8}  variant")
+    print(f"{'kernel':22}{'target':8}{'registers':>10}{'shared':>8}{'spills':>8}  variant")
     with tempfile.TemporaryDirectory() as folder:
         for launch, kernel in sorted(launches.items(), key=lambda item: item[0].kernel):
             if chosen.kernels and launch.kernel not in chosen.kernels.split(","):
@@ -198,7 +198,7 @@ def main() -> int:
             for name in chosen.architectures:
                 architecture = int(name.removeprefix("sm_"))
                 registers, shared, spills = compile_for(launch, kernel, architecture, Path(folder))
-                print(f"{launch.kernel:18}{name:8}{registers:10}{shared:8}{spills:8}  {told(launch)}", flush=True)
+                print(f"{launch.kernel:22}{name:8}{registers:10}{shared:8}{spills:8}  {told(launch)}", flush=True)
                 if spills and launch.kernel in HOT:
                     failures.append(f"{launch.kernel} has {spills} spill instructions on {name}: {told(launch)}")
                 if shared > SHARED[architecture]:

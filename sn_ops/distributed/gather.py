@@ -38,27 +38,27 @@ def _gathered(rows: Tensor, plan: Plan) -> Tensor:
 
 
 def all_gather_rows(rows: Tensor, group: Any) -> tuple[Tensor, int]:
-    """The rows of all ranks of a process group on every rank, differentiable, for a loss over the whole batch.
+    """The rows of all ranks of a process group on every rank, differentiable: for losses over the whole batch.
 
-    Every rank of the group calls it, and `backward()` runs on every rank or on none. With the gathered rows every rank
-    can compute the loss of the whole batch, or of its own rows against all of them; as each rank's gradient is the sum
-    over all ranks, a mean over the whole batch needs the factor that the ranks' averaging takes out again.
+    Every rank of the group calls it, and backward() runs on every rank or on none. A rank's gradient is the sum of what
+    all ranks give to its rows. So DistributedDataParallel, which averages over ranks, gets the gradients of one process
+    with the whole batch if every rank computes the loss of the whole batch, or, with batches of one size, the mean loss
+    of its own rows against all rows.
 
     Args:
         rows: `[n, ...]`, any dtype; n may differ between ranks and may be 0, the other sizes and the dtype may not.
         group: a `torch.distributed` process group that this process is a member of.
 
     Returns:
-        The pair (everyone, start). `everyone` is `[sum of n, ...]`, the ranks' rows in rank order; rows start to
-        start + n are this rank's. Floating rows that require a gradient get one: the sum over all ranks of the
-        gradients of this rank's rows, in the dtype of rows and added in rank order where gloo serves the device. A
-        second derivative raises a RuntimeError.
+        The pair (everyone, start): everyone is `[sum of n, ...]`, the ranks' rows in rank order, and this rank's begin
+            at start. Floating rows that require a gradient get it in their dtype; with gloo it is added in rank order.
 
     Raises:
         TypeError: rows is not a tensor, or group not a process group.
         ValueError: rows has no dimension, torch.distributed is not initialised, or this process is not a member.
+        RuntimeError: a second derivative is asked for.
 
-    Each call agrees on the number of rows first, which waits for the host if the group serves no CPU tensors.
+    Each call first gathers the number of rows, which waits for the GPU if the group serves no CPU tensors.
     """
     if not isinstance(rows, Tensor):
         raise TypeError(f"sn_ops: rows: expected a tensor, got {type(rows).__name__}")

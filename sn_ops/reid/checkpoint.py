@@ -82,7 +82,7 @@ def load_checkpoint(path: Path, map_location: str | torch.device = "cpu") -> dic
     """
     if not path.is_file():
         raise FileNotFoundError(f"sn_ops.reid: checkpoint: expected a file, got nothing at {path}")
-    with path.open("rb") as stream:  # an OSError from here means no damage
+    with path.open("rb") as stream:  # outside the try: an OSError here is no damage
         try:
             with zipfile.ZipFile(stream) as archive:
                 damaged = archive.testzip()

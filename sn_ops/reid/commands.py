@@ -49,7 +49,7 @@ def configuration(options: argparse.Namespace) -> Config:
 def _assigned(config: Config, options: argparse.Namespace) -> Config:
     assignments = []
     if options.data is not None:
-        if options.data != config.data.name:  # folder and loader options belong to the other data set
+        if options.data != config.data.name:  # the old folder and loader options do not apply to it
             root = DataConfig().root if options.data == DataConfig().name else "data"
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=root, options={}))
         assignments.append(f"data.name={options.data}")

@@ -34,7 +34,7 @@ from .ranking import CHUNK, tile_edges
 
 _ANCHORS = 8192  # anchors of one neighbour search
 _ENTRIES = 1 << 22  # entries that one step over neighbour lists or V compares
-_CHUNKS = 8  # of distances in a block: each one reads the whole gallery, and larger ones do so less often
+_CHUNKS = 8  # a block holds so many chunks: each block reads the whole gallery, so large ones read less
 
 
 @dataclass(frozen=True)

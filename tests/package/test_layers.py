@@ -1,4 +1,4 @@
-"""The layers of sn_ops.reid: imports point down, in the order of the package's docstring, and form no circle.
+"""The layers of sn_ops and sn_ops.reid: imports point down, in the order of their docstrings, and form no circle.
 
 Modules are parsed, not imported: imports inside functions and those for type checkers count too.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -39,13 +40,14 @@ def imported(name: str, source: str, known: Mapping[str, object]) -> set[str]:
     return {module for module in whole if module in known}
 
 
-def layers() -> list[str]:
-    text = ast.get_docstring(ast.parse(SOURCES["sn_ops.reid.__init__"].read_text(encoding="utf-8"))) or ""
+def layers(package: str) -> list[str]:
+    text = ast.get_docstring(ast.parse(SOURCES[f"{package}.__init__"].read_text(encoding="utf-8"))) or ""
     named = re.search(r"^Layers, from the bottom up; [^:]*:(.*?)\.$", text, re.MULTILINE | re.DOTALL)
     assert named is not None
     return named[1].replace("\n", " ").strip().split(", ")
 
 
+@cache
 def edges() -> dict[str, set[str]]:
     return {name: imported(name, file.read_text(encoding="utf-8"), SOURCES) for name, file in SOURCES.items()}
 
@@ -66,23 +68,25 @@ def test_imports_are_found() -> None:
     assert imported("a.e", "import a\nfrom a.b import c, x\n", known) == {"a.__init__", "a.b.__init__", "a.b.c"}
 
 
-def test_imports_point_down() -> None:
-    order = layers()
+@pytest.mark.parametrize("package", ["sn_ops", "sn_ops.reid"])
+def test_imports_point_down(package: str) -> None:
+    order = layers(package)
     apart = {"__init__", "__main__"}
-    assert {name.split(".")[2] for name in SOURCES if name.startswith("sn_ops.reid.")} - apart == set(order)
+    depth = package.count(".") + 1
+    assert {name.split(".")[depth] for name in SOURCES if name.startswith(f"{package}.")} - apart == set(order)
     upwards = [
         f"{name} imports {target}"
         for name, targets in edges().items()
         for target in targets
-        if name.startswith("sn_ops.reid.") and target.startswith("sn_ops.reid.")
-        and (layer := name.split(".")[2]) not in apart
-        and ((below := target.split(".")[2]) in apart or order.index(below) > order.index(layer))
+        if name.startswith(f"{package}.") and target.startswith(f"{package}.")
+        and (layer := name.split(".")[depth]) not in apart | {"reid"}
+        and ((below := target.split(".")[depth]) in apart or order.index(below) > order.index(layer))
     ]  # fmt: skip
     assert upwards == []
 
 
 def test_no_circle() -> None:
-    graph = {name: targets for name, targets in edges().items() if name.startswith("sn_ops.reid.")}
+    graph = edges()
     # The package's __init__ names everything, for type checkers; at run time it imports nothing before it is asked.
     del graph["sn_ops.reid.__init__"]
     TopologicalSorter(graph).prepare()

@@ -47,7 +47,7 @@ PROGRAMS = {
     "fails": "say(cases=[1]); print('the last words'); protocol.fail('it is wrong')",
     "raises": "raise ValueError('unexpected')",
     "lacks": "protocol.not_run('no such tool')",
-    "hangs": "say(cases=[1, 2]); import time; time.sleep(600)",
+    "hangs": "say(cases=[1, 2]); print('it hangs'); import time; time.sleep(600)",
     "hangs with a child": "import subprocess, time; subprocess.Popen(LEFT_BEHIND); time.sleep(600)",
     "ignores": "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); say(cases=[3]); time.sleep(600)",
     "dies": "say(cases=[4]); import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
@@ -214,11 +214,11 @@ def stopped(stage: Stage) -> None:
     """The runner itself is told to end: the record says what ran then."""
     out = stage.folder / "stopped"
     process = subprocess.Popen([sys.executable, __file__, "--stopped", str(out)], stdout=subprocess.DEVNULL)
-    for _ in range(100):
+    log = out / "prove.log"
+    for _ in range(300):  # until the second step has reported its cases
         time.sleep(0.1)
-        if (out / "prove.json").is_file() and '"running"' in (out / "prove.json").read_text():
+        if log.is_file() and "it hangs" in log.read_text():
             break
-    time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
     status = process.wait(20)
     record = stage.read(out, "prove")

@@ -14,6 +14,14 @@ constexpr std::int64_t accumulator_bytes(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : 4;
 }
 
+// Of values that are not negative.
+constexpr std::int64_t divide_up(std::int64_t value, std::int64_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return divide_up(value, multiple) * multiple;
+}
+
 enum class Squeeze : std::int32_t { kSpan = 0, kSupport = 1, kNearest = 2, kNone = 3 };
 enum class Reduction : std::int32_t { kMean = 0, kSum = 1, kNone = 2 };
 

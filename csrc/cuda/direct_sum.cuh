@@ -19,7 +19,6 @@
 //
 // API
 //   kChunk, kSpanChunks, kSpan                 the order's constants (plan_types.h)
-//   Acc<T>, kExponentMask<T>                   float or double; smallest magnitude bits that are not finite
 //   no_nan(d2)                                 the last step
 //   chunk_sum_step(s, x, z)                    s = fma(x - z, x - z, s)
 //   class WarpSums<T>                          one warp, one anchor, batches of up to 32 candidates:
@@ -46,46 +45,9 @@ namespace sn::cuda {
 
 static_assert(kSpanChunks == kWarpSize, "a butterfly over a warp is the tree of a span");
 
-// ---- traits ---------------------------------------------------------------------------------------------------------
-
-template <class T>
-struct SumTraits;
-template <>
-struct SumTraits<float> {
-  using Acc = float;
-  static constexpr std::uint32_t kExponent = 0x7f800000u;
-};
-template <>
-struct SumTraits<double> {
-  using Acc = double;
-  static constexpr std::uint64_t kExponent = 0x7ff0000000000000u;
-};
-template <>
-struct SumTraits<Half> {
-  using Acc = float;
-  static constexpr std::uint16_t kExponent = 0x7c00u;
-};
-template <>
-struct SumTraits<BFloat16> {
-  using Acc = float;
-  static constexpr std::uint16_t kExponent = 0x7f80u;
-};
-
-template <class T>
-using Acc = typename SumTraits<T>::Acc;
-// |x| as an integer is at least this exactly where x is NaN or infinite.
-template <class T>
-inline constexpr auto kExponentMask = SumTraits<T>::kExponent;
-
-__device__ __forceinline__ float infinity_of(float) {
-  return float_from_bits(kExponentMask<float>);
-}
-__device__ __forceinline__ double infinity_of(double) {
-  return double_from_bits(kExponentMask<double>);
-}
 template <class A>
 __device__ __forceinline__ A no_nan(A d2) {
-  return is_nan(d2) ? infinity_of(A()) : d2;
+  return is_nan(d2) ? infinity<A>() : d2;
 }
 template <class A>
 __device__ __forceinline__ A chunk_sum_step(A sum, A x, A z) {
@@ -134,7 +96,7 @@ class WarpSums {
   }
 
   __device__ __forceinline__ A sums(std::int32_t candidate, int count) {
-    return run<false>(candidate, count, infinity_of(A()));
+    return run<false>(candidate, count, infinity<A>());
   }
   __device__ __forceinline__ A sums_within(std::int32_t candidate, int count, A bound) {
     return run<true>(candidate, count, bound);
@@ -312,7 +274,7 @@ class WarpSums {
       async_wait<0>();
     }
     const A rResult = no_nan(rTotal);
-    return candidate < 0 || (kBounded && !(rResult <= bound)) ? infinity_of(A()) : rResult;
+    return candidate < 0 || (kBounded && !(rResult <= bound)) ? infinity<A>() : rResult;
   }
 
   Shared<T> sStages_;  // [kStages][kWarpSize][kStepPitch]

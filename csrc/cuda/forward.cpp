@@ -22,10 +22,6 @@ class Steps {
   cudaError_t error_ = cudaSuccess;
 };
 
-std::int64_t columns_of(std::int64_t M, std::int64_t stride) {
-  return (M + stride - 1) / stride;
-}
-
 // Tiles of direct sums, then selection, a wave of anchors at a time. Empty sides have a wave, too.
 cudaError_t run_direct(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
   for (std::int64_t number = 0; number < plan.waves; ++number) {
@@ -73,7 +69,7 @@ cudaError_t run_screened(const ForwardArgs& args, const ForwardPlan& plan, char*
       then(enqueue_sample_thresholds);
       if (large) then(enqueue_far_thresholds);
       if (plan.second_stride > 0) {
-        scores(ScoreMode::kAppend, columns_of(M, plan.second_stride), plan.second_stride);
+        scores(ScoreMode::kAppend, divide_up(M, plan.second_stride), plan.second_stride);
         then(enqueue_entry_thresholds);
       }
       scores(ScoreMode::kAppend, M, 1);

@@ -6,6 +6,7 @@
 //   make_key(d2, index)                nearer neighbours first, ties to the lower index
 //   far_key(d2, index)                 farther first, ties to the lower index
 //   before(a, b), last_key<Key>()      strict order; a key behind every real one
+//   near_of<A>(key), far_of<A>(key)   Positive<A> of the least make_key (far_key) of the positives, index -1 for none
 //   index_of(key), d2_of(key)          the parts of make_key; d2_of_far(key) of far_key
 //   positive_of(key), mark_positive(key)   one bit of the index that finishing uses
 //   key_at(keys, i), set_key(keys, i, key) keys: Shared<Key> or Key* (global memory)
@@ -19,9 +20,9 @@
 
 #include <cstdint>
 
-#include "cuda/direct_sum.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/warp.cuh"
 #include "sn_math.h"
 
 namespace sn::cuda {
@@ -120,6 +121,16 @@ __device__ __forceinline__ std::uint64_t exchange(std::uint64_t key, int mask) {
 }
 __device__ __forceinline__ WideKey exchange(const WideKey& key, int mask) {
   return {shuffle_xor(key.bits, mask), shuffle_xor(key.index, mask)};
+}
+
+// near_i (far_i) from the least of its keys; an anchor without a positive has none.
+template <class A>
+__device__ __forceinline__ Positive<A> near_of(const Key<A>& key) {
+  return is_last(key) ? Positive<A>{-1, A(0)} : Positive<A>{index_of(key), d2_of(key)};
+}
+template <class A>
+__device__ __forceinline__ Positive<A> far_of(const Key<A>& key) {
+  return is_last(key) ? Positive<A>{-1, A(0)} : Positive<A>{index_of(key), d2_of_far(key)};
 }
 
 template <class AnyKey>
@@ -286,11 +297,7 @@ __device__ void block_select(const Source& source, std::int64_t wanted, Keys key
       constexpr int kOfLane = kDigits / kWarpSize;
       std::uint32_t sum = 0;
       for (int i = 0; i < kOfLane; ++i) sum += sCounts.get(lane_id() * kOfLane + i);
-      std::uint32_t upto = sum;
-      for (int distance = 1; distance < kWarpSize; distance *= 2) {
-        const std::uint32_t other = shuffle_up(upto, distance);
-        if (lane_id() >= distance) upto += other;
-      }
+      const std::uint32_t upto = prefix_sum(sum);
       std::uint32_t below = upto - sum;
       if (below < rank && rank <= upto) {
         int value = lane_id() * kOfLane;

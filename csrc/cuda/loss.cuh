@@ -76,7 +76,7 @@ __device__ AnchorRecord finish_anchor(const ForwardArgs& args, std::int64_t anch
 
   for (std::int64_t e = lane_id(); e < K; e += kWarpSize) {
     std::int32_t index = -1;
-    A d2 = infinity_of(A());
+    A d2 = infinity<A>();
     if (e < found) {
       const auto key = key_at(keys, e);
       index = index_of(key);
@@ -92,8 +92,8 @@ __device__ AnchorRecord finish_anchor(const ForwardArgs& args, std::int64_t anch
   const AnchorTerms terms =
       anchor_terms<A>(WarpGroup(), args.options, K, support, near, far, gIndices + K, gCoefficients);
   if (gSquared != nullptr) {  // the lanes that own the last two edges have written their indices
-    if (K % kWarpSize == lane_id()) gSquared[K] = gIndices[K] >= 0 ? near.d2 : infinity_of(A());
-    if ((K + 1) % kWarpSize == lane_id()) gSquared[K + 1] = gIndices[K + 1] >= 0 ? far.d2 : infinity_of(A());
+    if (K % kWarpSize == lane_id()) gSquared[K] = gIndices[K] >= 0 ? near.d2 : infinity<A>();
+    if ((K + 1) % kWarpSize == lane_id()) gSquared[K + 1] = gIndices[K + 1] >= 0 ? far.d2 : infinity<A>();
   }
   if (lane_id() == 0) {
     args.nearest_positive[anchor] = near.index;
@@ -143,24 +143,13 @@ struct GlobalRecords {
   }
 };
 
-template <class A>
-__device__ __forceinline__ A not_a_number();
-template <>
-__device__ __forceinline__ float not_a_number<float>() {
-  return float_from_bits(0x7fc00000u);
-}
-template <>
-__device__ __forceinline__ double not_a_number<double>() {
-  return double_from_bits(0x7ff8000000000000u);
-}
-
 // An input value was not finite: no selection is meaningful, and nothing finite may come out.
 template <class A>
 __device__ void poison_outputs(const ForwardArgs& args) {
   const std::int64_t N = args.anchors.rows;
   const std::int64_t M = args.candidates.rows;
   const std::int64_t K = args.options.k < M ? args.options.k : M;
-  const A nan = not_a_number<A>();
+  const A nan = quiet_nan<A>();
   for (std::int64_t i = thread_id(); i < N * (K + kExtraEdges); i += thread_count()) {
     args.indices[i] = -1;
     static_cast<A*>(args.coefficients)[i] = A(0);
@@ -172,7 +161,7 @@ __device__ void poison_outputs(const ForwardArgs& args) {
   }
   const std::int64_t losses = args.options.reduction == Reduction::kNone ? N : 1;
   for (std::int64_t i = thread_id(); i < losses; i += thread_count()) static_cast<A*>(args.loss)[i] = nan;
-  for (int i = thread_id(); i < kStatsSize; i += thread_count()) args.stats[i] = not_a_number<double>();
+  for (int i = thread_id(); i < kStatsSize; i += thread_count()) args.stats[i] = quiet_nan<double>();
 }
 
 template <class A, class Records>

@@ -11,12 +11,6 @@
 namespace sn::cuda {
 namespace {
 
-constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-constexpr std::int64_t divide_up(std::int64_t value, std::int64_t divisor) {
-  return (value + divisor - 1) / divisor;
-}
 // No scratch of N x M beyond this many entries: larger problems go in waves of anchors.
 constexpr std::int64_t kScratchEntries = std::int64_t{1} << 22;
 // Candidate buffers of one wave of the screening: 65536 anchors with 384 + 256 entries of 8 bytes are 320 MiB.

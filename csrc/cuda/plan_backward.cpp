@@ -28,13 +28,6 @@ constexpr std::int64_t kSmallestPart = 256;
 constexpr std::int64_t kMostParts = 1024;
 constexpr std::int64_t kPartsMultiple = 8;
 
-constexpr std::int64_t divide_up(std::int64_t value, std::int64_t divisor) {
-  return (value + divisor - 1) / divisor;
-}
-constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return divide_up(value, multiple) * multiple;
-}
-
 void choose_slices(const BackwardProblem& problem, const DeviceFacts& device, std::int64_t groups, BackwardPlan* plan) {
   const std::int64_t pack_elements = kPack / element_bytes(problem.dtype);
   const std::int64_t packs = std::max<std::int64_t>(1, divide_up(problem.D, pack_elements));

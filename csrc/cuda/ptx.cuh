@@ -373,4 +373,27 @@ __device__ __forceinline__ bool is_nan(double value) {
   return (bits_of(value) & 0x7fffffffffffffffu) > 0x7ff0000000000000u;
 }
 
+// Sums of elements of type T are of this type.
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class A>
+__device__ __forceinline__ A infinity() {
+  if constexpr (std::is_same_v<A, double>) {
+    return double_from_bits(0x7ff0000000000000u);
+  } else {
+    static_assert(std::is_same_v<A, float>);
+    return float_from_bits(0x7f800000u);
+  }
+}
+template <class A>
+__device__ __forceinline__ A quiet_nan() {
+  if constexpr (std::is_same_v<A, double>) {
+    return double_from_bits(0x7ff8000000000000u);
+  } else {
+    static_assert(std::is_same_v<A, float>);
+    return float_from_bits(0x7fc00000u);
+  }
+}
+
 }  // namespace sn::cuda

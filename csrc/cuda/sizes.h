@@ -39,12 +39,12 @@ struct DirectShape {
   bool triangular;
 };
 constexpr std::int64_t direct_slices(std::int64_t D, std::int64_t slice_elements) {
-  return D <= slice_elements ? 1 : (D + slice_elements - 1) / slice_elements;
+  return D <= slice_elements ? 1 : divide_up(D, slice_elements);
 }
 // Tiles of one wave; never none, so that a matrix without a counterpart is still looked at for NaN and Inf.
 constexpr std::int64_t direct_tiles(std::int64_t wave_rows, std::int64_t M, bool triangular) {
-  const std::int64_t down = std::max<std::int64_t>(1, (wave_rows + kDirectTile - 1) / kDirectTile);
-  const std::int64_t across = std::max<std::int64_t>(1, (M + kDirectTile - 1) / kDirectTile);
+  const std::int64_t down = std::max<std::int64_t>(1, divide_up(wave_rows, kDirectTile));
+  const std::int64_t across = std::max<std::int64_t>(1, divide_up(M, kDirectTile));
   return triangular ? down * (down + 1) / 2 : down * across;
 }
 constexpr DirectShape direct_shape(const Problem& problem, const DeviceFacts& device, std::int64_t scratch_entries) {
@@ -56,7 +56,7 @@ constexpr DirectShape direct_shape(const Problem& problem, const DeviceFacts& de
   shape.d_slices = direct_slices(problem.D, shape.slice_elements);
   shape.wave_rows = std::min(N, std::max<std::int64_t>(1, scratch_entries / shape.d_slices / M));
   if (shape.wave_rows > kDirectTile && shape.wave_rows < N) shape.wave_rows -= shape.wave_rows % kDirectTile;
-  shape.waves = (N + shape.wave_rows - 1) / shape.wave_rows;
+  shape.waves = divide_up(N, shape.wave_rows);
   shape.triangular = problem.symmetric && shape.waves == 1;
   const std::int64_t tiles = direct_tiles(shape.wave_rows, M, shape.triangular);
   while (shape.slice_elements > kChunk && tiles * shape.d_slices < device.multiprocessors &&
@@ -99,7 +99,7 @@ inline constexpr int kClusterMajor = 9;
 inline constexpr std::int64_t kClusterPitch = 72;
 inline constexpr std::int64_t kClusterOther = 76 * 1024;  // bytes of shared memory beside the planes, an upper bound
 constexpr std::int64_t cluster_planes(const ForwardPlan& plan) {
-  return (plan.d_slices + plan.cluster - 1) / plan.cluster;
+  return divide_up(plan.d_slices, plan.cluster);
 }
 constexpr std::int64_t cluster_shared_bytes(std::int64_t planes) {
   return kClusterOther + planes * kClusterRows * kClusterPitch * 4;

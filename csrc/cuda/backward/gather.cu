@@ -73,18 +73,9 @@ struct GatherArgs {
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-template <typename Acc>
-__device__ __forceinline__ Acc quiet_nan() {
-  if constexpr (sizeof(Acc) == 8) {
-    return double_from_bits(0x7ff8000000000000u);
-  } else {
-    return float_from_bits(0x7fc00000u);
-  }
-}
-
 template <typename T, int kPacks>
 constexpr int gather_shared_bytes() {
-  using Acc = typename BackwardTraits<T>::Acc;
+  using Acc = sn::cuda::Acc<T>;
   constexpr int kSums = kWarps * kWarpSize * kPacks * Pack<T>::kElements;
   static_assert(shared_bytes<Acc>(kSums) >= shared_bytes<std::uint16_t>(kWindow), "matches lie where chunk sums will");
   return shared_bytes<std::uint16_t>(kSorted) + 2 * shared_bytes<int>(kWarps) +
@@ -330,7 +321,7 @@ BackwardSide side_of(const FeatureView& own, const FeatureView& other, void* out
           .other_stride = other.row_stride,
           .rows = own.rows,
           .other_rows = other.rows,
-          .groups = out == nullptr ? 0 : (own.rows + kBackwardGroup - 1) / kBackwardGroup,
+          .groups = out == nullptr ? 0 : divide_up(own.rows, kBackwardGroup),
           .out = out,
           .takes_own = takes_own,
           .takes_incoming = takes_incoming};

@@ -10,15 +10,6 @@
 
 namespace sn::cuda {
 
-template <typename T>
-struct BackwardTraits {
-  using Acc = float;
-};
-template <>
-struct BackwardTraits<double> {
-  using Acc = double;
-};
-
 struct Graph {
   std::int64_t dims;
   std::int64_t targets;  // M

@@ -5,6 +5,7 @@
 #include "cuda/memory.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/stages.h"
+#include "cuda/warp.cuh"
 
 namespace sn::cuda {
 namespace {
@@ -34,12 +35,7 @@ __global__ void __launch_bounds__(kPartThreads)
   const int end = begin + each < count ? begin + each : count;
   std::uint32_t rSum = 0;
   for (int bucket = begin; bucket < end; ++bucket) rSum += load(buckets.totals + bucket);
-  std::uint32_t rUpTo = rSum;
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const std::uint32_t below = shuffle_up(rUpTo, distance);
-    if (lane_id() >= distance) rUpTo += below;
-  }
+  const std::uint32_t rUpTo = prefix_sum(rSum);
   if (lane_id() == kWarpSize - 1) sSums.set(warp_id(), rUpTo);
   sync_block();
   std::uint32_t rBegin = rUpTo - rSum;

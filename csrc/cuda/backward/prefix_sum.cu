@@ -4,6 +4,7 @@
 #include "cuda/memory.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/stages.h"
+#include "cuda/warp.cuh"
 
 namespace sn::cuda {
 namespace {
@@ -37,12 +38,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(__grid_constant__ const 
       rPack.elements[e] = rLane;
       rLane += edges;
     }
-    std::uint32_t rUpTo = rLane;
-#pragma unroll
-    for (int distance = 1; distance < kWarpSize; distance *= 2) {
-      const std::uint32_t below = shuffle_up(rUpTo, distance);
-      if (lane_id() >= distance) rUpTo += below;
-    }
+    const std::uint32_t rUpTo = prefix_sum(rLane);
 #pragma unroll
     for (int e = 0; e < kScanPack; ++e) rPack.elements[e] += rBefore + rUpTo - rLane;
     if (at < buckets.parts) store_pack(gRow + at, rPack);
@@ -57,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(__grid_constant__ const 
 
 cudaError_t enqueue_bucket_prefix_sums(const BackwardPlan& plan, char* workspace, cudaStream_t stream) {
   if (plan.parts % kScanPack != 0) return cudaErrorInvalidValue;
-  const LaunchShape shape{(plan.buckets + kWarps - 1) / kWarps, kThreads, 0};
+  const LaunchShape shape{divide_up(plan.buckets, kWarps), kThreads, 0};
   return launch(scan_kernel, shape, stream, buckets_of(plan, workspace));
 }
 

@@ -18,7 +18,7 @@ inline constexpr int kRowRegisters = sizeof(T) == 2 ? 20 : (sizeof(T) == 4 ? 32 
 // is loaded from the beginning of the strip, or of the row, so that loads need no conditions, and never stored.
 template <typename T, int kPacks, bool kVector>
 struct Strip {
-  using Acc = typename BackwardTraits<T>::Acc;
+  using Acc = sn::cuda::Acc<T>;
   static constexpr int kPack = Pack<T>::kElements;
   static constexpr int kValues = kPacks * kPack;
   static constexpr int kRegisters = kVector ? 4 * kPacks : kValues * (sizeof(T) > 4 ? 2 : 1);
@@ -92,11 +92,10 @@ struct EdgeList {
 
 // kRows edges from `first` on, of each group of lanes. kFull: all of them exist.
 template <bool kFull, typename T, int kPacks, bool kVector>
-__device__ __forceinline__ void gather_rows(const Strip<T, kPacks, kVector>& strip,
-                                            const EdgeList<typename BackwardTraits<T>::Acc>& list, int count, int first,
-                                            int groups, const T* other, std::int64_t stride,
-                                            const typename BackwardTraits<T>::Acc (&rOwn)[kPacks * Pack<T>::kElements],
-                                            typename BackwardTraits<T>::Acc (&rSum)[kPacks * Pack<T>::kElements]) {
+__device__ __forceinline__ void gather_rows(const Strip<T, kPacks, kVector>& strip, const EdgeList<Acc<T>>& list,
+                                            int count, int first, int groups, const T* other, std::int64_t stride,
+                                            const Acc<T> (&rOwn)[kPacks * Pack<T>::kElements],
+                                            Acc<T> (&rSum)[kPacks * Pack<T>::kElements]) {
   using Lane = Strip<T, kPacks, kVector>;
   Pack<T> rRows[Lane::kRows][kPacks];
 #pragma unroll
@@ -126,9 +125,8 @@ __device__ __forceinline__ void gather_rows(const Strip<T, kPacks, kVector>& str
 // Adds the edges of the list to rSum. The list is complete when this is called, and free when it returns.
 template <typename T, int kPacks, bool kVector>
 __device__ __forceinline__ void gather_list(const Strip<T, kPacks, kVector>& strip, int row_shift,
-                                            const EdgeList<typename BackwardTraits<T>::Acc>& list, int count,
-                                            const T* own, const T* other, std::int64_t stride,
-                                            typename BackwardTraits<T>::Acc (&rSum)[kPacks * Pack<T>::kElements]) {
+                                            const EdgeList<Acc<T>>& list, int count, const T* own, const T* other,
+                                            std::int64_t stride, Acc<T> (&rSum)[kPacks * Pack<T>::kElements]) {
   using Lane = Strip<T, kPacks, kVector>;
   using Acc = typename Lane::Acc;
   sync_warp();

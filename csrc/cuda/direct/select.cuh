@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "cuda/direct_sum.cuh"
 #include "cuda/keys.cuh"
 #include "cuda/loss.cuh"
 #include "cuda/memory.cuh"
@@ -79,15 +80,6 @@ struct PlaneSums {
   __device__ __forceinline__ void keep(std::int64_t j, A d2) const { gRow[j] = d2; }
   __device__ __forceinline__ A at(std::int64_t j) const { return gRow[j]; }
 };
-
-template <class A>
-__device__ __forceinline__ Positive<A> near_of(const Key<A>& key) {
-  return is_last(key) ? Positive<A>{-1, A(0)} : Positive<A>{index_of(key), d2_of(key)};
-}
-template <class A>
-__device__ __forceinline__ Positive<A> far_of(const Key<A>& key) {
-  return is_last(key) ? Positive<A>{-1, A(0)} : Positive<A>{index_of(key), d2_of_far(key)};
-}
 
 // ---- short rows -----------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@
 #include "cuda/screen/bound.cuh"
 #include "cuda/screen/prepare.h"
 #include "cuda/sizes.h"
+#include "cuda/stages.h"
 #include "sn_types.h"
 
 namespace sn::cuda {
@@ -56,8 +57,7 @@ struct RefineArgs {
 };
 
 // certificate.cuh derives the constants.
-inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, std::int64_t row_begin,
-                              std::int64_t rows) {
+inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave) {
   const ScreenSide anchors = anchor_side(args, plan, workspace);
   const ScreenSide candidates = candidate_side(args, plan, workspace);
   auto* counts = piece<std::uint32_t>(workspace, plan.counts);
@@ -71,8 +71,8 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
           .aligned = rows_aligned(args.anchors, args.dtype) && rows_aligned(args.candidates, args.dtype),
           .many_rows = plan.path == ForwardPath::kScreen,
           .dense = plan.path == ForwardPath::kDense,
-          .row_begin = row_begin,
-          .rows = rows,
+          .row_begin = wave.begin,
+          .rows = wave.rows,
           .gAnchorN = anchors.n,
           .gAnchorRho = anchors.rho,
           .gCandidateN = candidates.n,
@@ -93,7 +93,7 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
           .gQueue = piece<std::int32_t>(workspace, plan.queue),
           .gControl = piece<Control>(workspace, plan.control),
           .gRecords = piece<AnchorRecord>(workspace, plan.records),
-          .last_wave = row_begin + rows == args.anchors.rows,
+          .last_wave = wave.begin + wave.rows == args.anchors.rows,
           .eta = screening_error(plan.padded_dims),
           .stretch = up(1.0 + 2.0 * gamma),
           .shrink = down(1.0 - 2.0 * gamma),

@@ -152,18 +152,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
   const Shared<Half> sAnchors = arena.take<Half>(kBankStages * Tile::kRows * kStageWidth);
   const Shared<float> sWide = arena.take<float>(kBankStages * Tile::kColumns * kStageWidth);
   const Shared<Half> sCopies = arena.take<Half>(kBankCopies * Tile::kColumns * kStageWidth);
-  float rProducts[Tile::kFragmentsDown][Tile::kFragmentsAcross][4];
-#pragma unroll
-  for (int m = 0; m < Tile::kFragmentsDown; ++m) {
-#pragma unroll
-    for (int n = 0; n < Tile::kFragmentsAcross; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) rProducts[m][n][e] = 0.0f;
-    }
-  }
+  Products<Tile> rProducts;
+  clear<Tile>(rProducts);
   RowSums<Tile> sums{};
-  const int warp_row = warp_id() / Tile::kWarpsAcross * Tile::kWarpRows;
-  const int warp_column = warp_id() % Tile::kWarpsAcross * Tile::kWarpColumns;
   {
     const int copy_row = thread_id() / kRowChunks;
     const int element = thread_id() % kRowChunks * kChunkElements;
@@ -203,8 +194,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
       sync_block();  // group stage + 1 has arrived, copy `stage` is made; what the last round read is free
       copy_group(stage + 3);
       multiply_stage<Half, Tile>(rProducts, sAnchors.offset(stage % kBankStages * Tile::kRows * kStageWidth),
-                                 sCopies.offset(stage % kBankCopies * Tile::kColumns * kStageWidth), warp_row,
-                                 warp_column);
+                                 sCopies.offset(stage % kBankCopies * Tile::kColumns * kStageWidth));
       if (stage + 1 < score.stages) convert(stage + 1);
     }
     async_wait<0>();
@@ -212,12 +202,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
 
   // 2. The rings are free: facts.
   sync_block();
-  SharedArena second;
-  const Shared<float> sFacts = second.take<float>(kFacts * (Tile::kRows + Tile::kColumns));
-  const Shared<std::uint32_t> sLabels = second.take<std::uint32_t>(Tile::kRows + Tile::kColumns);
-  const Shared<std::uint32_t> sFar = second.take<std::uint32_t>(Tile::kWarps);
-  const Shared<std::uint32_t> sCounters = second.take<std::uint32_t>(Tile::kWarps * (Tile::kCounters + 1));
-  const Shared<std::uint64_t> sHits = second.take<std::uint64_t>(Tile::kWarps * Tile::kHits);
+  const EpilogueMemory<Tile> memory;
 #pragma unroll
   for (int mask = 1; mask < kRowChunks; mask *= 2) {
 #pragma unroll
@@ -239,10 +224,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
       const float rho = fits ? bound : kInfinity;
       const std::int64_t candidate = (column + row) * score.candidates.step;
       const bool skipped = is_null(norm, rho) && candidate > load(&score.control->last_null);
-      sFacts.set(fact_place<Tile>(kNorm, Tile::kRows + row), norm);
-      sFacts.set(fact_place<Tile>(kBias, Tile::kRows + row),
-                 exists && !skipped ? support_bias(norm, rho, score.eta) : kInfinity);
-      sFacts.set(fact_place<Tile>(kRho, Tile::kRows + row), multiply_up(rho, kRhoMargin));
+      memory.set(kNorm, Tile::kRows + row, norm);
+      memory.set(kBias, Tile::kRows + row, exists && !skipped ? support_bias(norm, rho, score.eta) : kInfinity);
+      memory.set(kRho, Tile::kRows + row, multiply_up(rho, kRhoMargin));
       if (exists) {
         args.n[candidate] = norm;
         args.rho[candidate] = rho;
@@ -253,38 +237,27 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
   const std::int64_t anchor = score.anchors.first + thread_id();
   const bool is_anchor = thread_id() < score.anchors.count;
   if constexpr (kMode == ScoreMode::kAppend) {
-    sFacts.set(fact_place<Tile>(kLimit, thread_id()), is_anchor ? load(score.thresholds.T + anchor) : -kInfinity);
-    sFacts.set(fact_place<Tile>(kReach, thread_id()), is_anchor ? load(score.thresholds.u + anchor) : 0.0f);
+    memory.set(kLimit, thread_id(), is_anchor ? load(score.thresholds.T + anchor) : -kInfinity);
+    memory.set(kReach, thread_id(), is_anchor ? load(score.thresholds.u + anchor) : 0.0f);
     const bool wants_far = score.far && is_anchor && load(score.thresholds.G + anchor) < kInfinity;
-    const bool warp_far = any_lane(wants_far);
-    if (lane_id() == 0) sFar.set(warp_id(), warp_far ? 1 : 0);
+    memory.vote_for_far(wants_far);
   }
   sync_block();
 
   // 3. Scores.
-  Epilogue<Half, Tile> epilogue{score,
-                                sFacts,
-                                sLabels,
-                                sCounters.offset(warp_id() * (Tile::kCounters + 1)),
-                                sHits.offset(warp_id() * Tile::kHits),
-                                warp_row,
-                                column + warp_column,
-                                warp_row,
-                                warp_column};
+  Epilogue<Half, Tile> epilogue(score, memory, 0, column);
   if constexpr (kMode == ScoreMode::kDense) {
     epilogue.dense(rProducts);
   } else {
     epilogue.clear();
     epilogue.template support<true>(rProducts);
     if (!score.far) return;
-    std::uint32_t far = 0;
-#pragma unroll
-    for (int warp = 0; warp < Tile::kWarps; ++warp) far |= sFar.get(warp);
-    if (far == 0) return;  // the whole block
+    if (!memory.wants_far()) return;  // the whole block
     for (int i = thread_id(); i < Tile::kRows + Tile::kColumns; i += Tile::kThreads) {
       const MatrixArgs<Half>& matrix = i < Tile::kRows ? score.anchors : score.candidates;
       const std::int64_t number = i < Tile::kRows ? i : column + i - Tile::kRows;
-      sLabels.set(i, number < matrix.count ? fold_label(load(matrix.labels + matrix.first + number * matrix.step)) : 0);
+      memory.sLabels.set(
+          i, number < matrix.count ? fold_label(load(matrix.labels + matrix.first + number * matrix.step)) : 0);
     }
     sync_block();
     epilogue.template far<true>(rProducts);
@@ -315,11 +288,11 @@ cudaError_t enqueue_bank_scores(const ForwardArgs& args, const ForwardPlan& plan
       .control = piece<Control>(workspace, plan.control),
   };
   if (request.mode == ScoreMode::kDense) {
-    const LaunchShape shape{tiles_of(request.columns, BankDenseTile::kColumns), BankDenseTile::kThreads,
+    const LaunchShape shape{divide_up(request.columns, BankDenseTile::kColumns), BankDenseTile::kThreads,
                             BankDenseTile::kSharedBytes};
     return launch(bank_kernel<BankDenseTile, ScoreMode::kDense>, shape, stream, bank);
   }
-  const LaunchShape shape{tiles_of(request.columns, BankAppendTile::kColumns), BankAppendTile::kThreads,
+  const LaunchShape shape{divide_up(request.columns, BankAppendTile::kColumns), BankAppendTile::kThreads,
                           BankAppendTile::kSharedBytes};
   return launch(bank_kernel<BankAppendTile, ScoreMode::kAppend>, shape, stream, bank);
 }

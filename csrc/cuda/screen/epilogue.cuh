@@ -33,17 +33,66 @@ __device__ __forceinline__ float finite_score(float score) {
   return is_finite(score) ? score : 0.0f;
 }
 
+// The block's shared memory once the products are done: it lies where the operands were, behind a barrier.
+template <class Tile>
+struct EpilogueMemory {
+  Shared<float> sFacts;             // at fact_place
+  Shared<std::uint32_t> sLabels;    // of rows, then columns, folded to 32 bits; set where the far test runs
+  Shared<std::uint32_t> sFarVotes;  // [kWarps]
+  Shared<std::uint32_t> sCounters;  // [kWarps][kCounters + 1]
+  Shared<std::uint64_t> sHits;      // [kWarps][kHits]
+
+  __device__ __forceinline__ EpilogueMemory() {
+    SharedArena arena;
+    sFacts = arena.take<float>(kFacts * (Tile::kRows + Tile::kColumns));
+    sLabels = arena.take<std::uint32_t>(Tile::kRows + Tile::kColumns);
+    sFarVotes = arena.take<std::uint32_t>(Tile::kWarps);
+    sCounters = arena.take<std::uint32_t>(Tile::kWarps * (Tile::kCounters + 1));
+    sHits = arena.take<std::uint64_t>(Tile::kWarps * Tile::kHits);
+  }
+
+  // Of the tile's row `number`, or of its column `number` - kRows.
+  __device__ __forceinline__ void set(Fact fact, int number, float value) const {
+    sFacts.set(fact_place<Tile>(fact, number), value);
+  }
+
+  // Whether an anchor that this thread brings wants the far test. Read behind a barrier.
+  __device__ __forceinline__ void vote_for_far(bool wants) const {
+    const bool any = any_lane(wants);
+    if (lane_id() == 0) sFarVotes.set(warp_id(), any ? 1 : 0);
+  }
+  __device__ __forceinline__ bool wants_far() const {
+    std::uint32_t votes = 0;
+#pragma unroll
+    for (int warp = 0; warp < Tile::kWarps; ++warp) votes |= sFarVotes.get(warp);
+    return votes != 0;
+  }
+};
+
 template <class T16, class Tile>
 struct Epilogue {
   const ScoreArgs<T16>& args;
   Shared<float> sFacts;
-  Shared<std::uint32_t> sLabels;    // folded to 32 bits; set where the far test runs
+  Shared<std::uint32_t> sLabels;
   Shared<std::uint32_t> sCounters;  // of this warp: hits of each anchor of its tile, then the length of sHits
-  Shared<std::uint64_t> sHits;
-  std::int64_t row;  // numbers of the first row and column of the warp's tile
-  std::int64_t column;
-  int warp_row;  // the same in the block's tile
+  Shared<std::uint64_t> sHits;      // of this warp
+  int warp_row;                     // the first row and column of the warp's tile in the block's
   int warp_column;
+  std::int64_t row;  // their numbers
+  std::int64_t column;
+
+  // tile_row, tile_column: numbers of the first row and column of the block's tile.
+  __device__ __forceinline__ Epilogue(const ScoreArgs<T16>& score_args, const EpilogueMemory<Tile>& memory,
+                                      std::int64_t tile_row, std::int64_t tile_column)
+      : args(score_args),
+        sFacts(memory.sFacts),
+        sLabels(memory.sLabels),
+        sCounters(memory.sCounters.offset(warp_id() * (Tile::kCounters + 1))),
+        sHits(memory.sHits.offset(warp_id() * Tile::kHits)),
+        warp_row(warp_row_of<Tile>()),
+        warp_column(warp_column_of<Tile>()),
+        row(tile_row + warp_row),
+        column(tile_column + warp_column) {}
 
   // Row (column) of element e of a fragment, in the warp's tile.
   __device__ __forceinline__ static int row_of(int m, int e) { return m * 16 + lane_id() / 4 + e / 2 * 8; }
@@ -87,7 +136,7 @@ struct Epilogue {
   // Moves the warp's hits to the buffers of their anchors, if there are more than `limit`. Anchors are the tile's rows
   // (kRows false: its columns), candidates the others.
   template <bool kRows, bool kFar>
-  __device__ __forceinline__ void settle(int limit) {
+  __device__ __forceinline__ void flush_hits(int limit) {
     sync_warp();
     const auto hits = static_cast<int>(sCounters.get(Tile::kCounters));
     sync_warp();  // nobody notes more before all have read it
@@ -146,14 +195,14 @@ struct Epilogue {
   // After the fragments of row m: half of the tile always fits the list; what the first half left may not leave room
   // for the second.
   template <bool kRows, bool kFar>
-  __device__ __forceinline__ void settle_after(int m) {
-    if (m == Tile::kFragmentsDown / 2 - 1) settle<kRows, kFar>(Tile::kHits - Tile::kWarpPairs / 2);
-    if (m == Tile::kFragmentsDown - 1) settle<kRows, kFar>(0);
+  __device__ __forceinline__ void flush_after(int m) {
+    if (m == Tile::kFragmentsDown / 2 - 1) flush_hits<kRows, kFar>(Tile::kHits - Tile::kWarpPairs / 2);
+    if (m == Tile::kFragmentsDown - 1) flush_hits<kRows, kFar>(0);
   }
 
   // The support test. The facts of columns are read again for each row of fragments: registers are what is short here.
   template <bool kRows>
-  __device__ __forceinline__ void support(const float (&rProducts)[Tile::kFragmentsDown][Tile::kFragmentsAcross][4]) {
+  __device__ __forceinline__ void support(const Products<Tile>& rProducts) {
     constexpr bool kHasRho = std::is_same_v<T16, Half>;
     constexpr int kRowFact = kRows ? kLimit : kBias;  // and the one beside it
     constexpr int kColumnFact = kRows ? kBias : kLimit;
@@ -184,13 +233,13 @@ struct Epilogue {
         }
         note(rHits, rProducts[m][n], m, n);
       }
-      settle_after<kRows, false>(m);
+      flush_after<kRows, false>(m);
     }
   }
 
-  // The far test is for pairs of one label: those whose folded labels agree are looked at again in settle().
+  // The far test is for pairs of one label: those whose folded labels agree are looked at again in flush_hits().
   template <bool kRows>
-  __device__ __forceinline__ void far(const float (&rProducts)[Tile::kFragmentsDown][Tile::kFragmentsAcross][4]) {
+  __device__ __forceinline__ void far(const Products<Tile>& rProducts) {
 #pragma unroll
     for (int m = 0; m < Tile::kFragmentsDown; ++m) {
       const std::uint32_t rRowLabels[2] = {sLabels.get(warp_row + row_of(m, 0)), sLabels.get(warp_row + row_of(m, 2))};
@@ -203,11 +252,11 @@ struct Epilogue {
         for (int e = 0; e < 4; ++e) rHits[e] = rRowLabels[e / 2] == rColumnLabels[e % 2];
         note(rHits, rProducts[m][n], m, n);
       }
-      settle_after<kRows, true>(m);
+      flush_after<kRows, true>(m);
     }
   }
 
-  __device__ __forceinline__ void dense(const float (&rProducts)[Tile::kFragmentsDown][Tile::kFragmentsAcross][4]) {
+  __device__ __forceinline__ void dense(const Products<Tile>& rProducts) {
     const int rows_left = left(args.anchors.count - row, Tile::kWarpRows);
     const int columns_left = left(args.candidates.count - column, Tile::kWarpColumns);
     float* gFirst = args.scores + row * args.candidates.count + column;

@@ -172,27 +172,22 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
 template <class T>
+FactsSide<T> facts_side(const FeatureView& view, const ScreenSide& side, void* cast) {
+  return {static_cast<const T*>(view.data), side.count, view.row_stride, cast, side.n, side.rho};
+}
+
+template <class T>
 cudaError_t launch_facts(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
-  const ScreenSide anchors = anchor_side(args, plan, workspace);
-  const ScreenSide candidates = candidate_side(args, plan, workspace);
   const bool two_sides = !args.symmetric && plan.path != ForwardPath::kBank;
   constexpr bool kWide = std::is_same_v<T, float>;
   auto* mean = piece<float>(workspace, plan.mean);
 
   FactsArgs<T> facts{};
-  facts.anchors = {static_cast<const T*>(args.anchors.data),
-                   anchors.count,
-                   args.anchors.row_stride,
-                   plan.cast_anchors ? workspace + plan.anchor_cast.offset : nullptr,
-                   anchors.n,
-                   anchors.rho};
+  facts.anchors = facts_side<T>(args.anchors, anchor_side(args, plan, workspace),
+                                plan.cast_anchors ? workspace + plan.anchor_cast.offset : nullptr);
   if (two_sides) {
-    facts.candidates = {static_cast<const T*>(args.candidates.data),
-                        candidates.count,
-                        args.candidates.row_stride,
-                        plan.cast_candidates ? workspace + plan.candidate_cast.offset : nullptr,
-                        candidates.n,
-                        candidates.rho};
+    facts.candidates = facts_side<T>(args.candidates, candidate_side(args, plan, workspace),
+                                     plan.cast_candidates ? workspace + plan.candidate_cast.offset : nullptr);
   }
   facts.dims = args.dims;
   facts.padded_dims = plan.padded_dims;
@@ -202,7 +197,7 @@ cudaError_t launch_facts(const ForwardArgs& args, const ForwardPlan& plan, char*
   facts.control = piece<Control>(workspace, plan.control);
 
   const std::int64_t rows = facts.anchors.count + facts.candidates.count;
-  const LaunchShape shape{(rows + kWarpsPerBlock - 1) / kWarpsPerBlock, kThreads, 0};
+  const LaunchShape shape{divide_up(rows, kWarpsPerBlock), kThreads, 0};
   const bool aligned =
       rows_aligned(args.anchors, args.dtype) && (!two_sides || rows_aligned(args.candidates, args.dtype));
   return launch(aligned ? facts_kernel<T, true> : facts_kernel<T, false>, shape, stream, facts);

@@ -106,8 +106,8 @@ cudaError_t launch_ladder(const RefineArgs& args, cudaStream_t stream) {
 
 cudaError_t enqueue_ladder(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
                            cudaStream_t stream) {
-  const RefineArgs kernel_args = refine_args(args, plan, workspace, wave.begin, wave.rows);
-  return for_narrow_type(args.dtype, [&]<class T>() { return launch_ladder<T>(kernel_args, stream); });
+  return for_narrow_type(args.dtype,
+                         [&]<class T>() { return launch_ladder<T>(refine_args(args, plan, workspace, wave), stream); });
 }
 
 }  // namespace sn::cuda

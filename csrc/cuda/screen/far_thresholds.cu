@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kFarThreads, 2) far_thresholds_kernel(const __
 
 template <class T>
 cudaError_t launch_far(const RefineArgs& args, cudaStream_t stream) {
-  const std::int64_t blocks = (args.rows + kFarWarps - 1) / kFarWarps;
+  const std::int64_t blocks = divide_up(args.rows, kFarWarps);
   const LaunchShape shape{blocks < kFarBlocks ? blocks : kFarBlocks, kFarThreads,
                           shared_bytes<T>(kFarWarps * WarpSums<T>::elements(args.forward.dims))};
   return launch(far_thresholds_kernel<T>, shape, stream, args);
@@ -69,8 +69,8 @@ cudaError_t launch_far(const RefineArgs& args, cudaStream_t stream) {
 
 cudaError_t enqueue_far_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
                                    cudaStream_t stream) {
-  const RefineArgs kernel_args = refine_args(args, plan, workspace, wave.begin, wave.rows);
-  return for_narrow_type(args.dtype, [&]<class T>() { return launch_far<T>(kernel_args, stream); });
+  return for_narrow_type(args.dtype,
+                         [&]<class T>() { return launch_far<T>(refine_args(args, plan, workspace, wave), stream); });
 }
 
 }  // namespace sn::cuda

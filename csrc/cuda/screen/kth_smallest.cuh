@@ -6,6 +6,7 @@
 #include "cuda/memory.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/screen/bound.cuh"
+#include "cuda/warp.cuh"
 
 namespace sn::cuda {
 
@@ -55,12 +56,7 @@ __device__ __forceinline__ float kth_smallest(Shared<std::uint32_t> sBins, std::
       rBins[b] = sBins.get(lane_id() * kLaneBins + b);
       rMine += rBins[b];
     }
-    std::uint32_t rUpTo = rMine;
-#pragma unroll
-    for (int step = 1; step < kWarpSize; step *= 2) {
-      const std::uint32_t other = shuffle_up(rUpTo, step);
-      if (lane_id() >= step) rUpTo += other;
-    }
+    const std::uint32_t rUpTo = prefix_sum(rMine);
     const std::uint32_t reached = ballot(rUpTo >= left);
     if (reached == 0) {
       sync_block();

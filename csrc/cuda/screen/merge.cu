@@ -6,7 +6,6 @@
 #include "cuda/memory.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/screen/args.cuh"
-#include "cuda/screen/nearest.cuh"
 #include "cuda/stages.h"
 
 namespace sn::cuda {
@@ -70,7 +69,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) merge_kernel(const __grid_co
       const std::uint64_t near = best_of(gLists + kLadderSegments * args.K, (entry & kNeedNear) != 0);
       const std::uint64_t far = best_of(gLists + kLadderSegments * (args.K + 1), (entry & kNeedFar) != 0);
       const AnchorRecord record =
-          finish_anchor<float>(args.forward, anchor, args.K, found, sKeys, positive_from(near), positive_from_far(far));
+          finish_anchor<float>(args.forward, anchor, args.K, found, sKeys, near_of<float>(near), far_of<float>(far));
       if (lane_id() == 0) args.gRecords[anchor] = record;
     }
   }
@@ -99,7 +98,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) merge_kernel(const __grid_co
 cudaError_t enqueue_merge(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
                           cudaStream_t stream) {
   const LaunchShape shape{wave.rows < kMergeBlocks ? wave.rows : kMergeBlocks, kMergeThreads, merge_bytes(plan.K)};
-  return launch(merge_kernel, shape, stream, refine_args(args, plan, workspace, wave.begin, wave.rows));
+  return launch(merge_kernel, shape, stream, refine_args(args, plan, workspace, wave));
 }
 
 }  // namespace sn::cuda

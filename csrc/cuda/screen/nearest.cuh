@@ -39,13 +39,6 @@ __device__ __forceinline__ std::uint64_t smaller(std::uint64_t a, std::uint64_t 
   return a < b ? a : b;
 }
 
-__device__ __forceinline__ Positive<float> positive_from(std::uint64_t key) {
-  return key == kNoKey ? Positive<float>{-1, 0.0f} : Positive<float>{index_of(key), d2_of(key)};
-}
-__device__ __forceinline__ Positive<float> positive_from_far(std::uint64_t key) {
-  return key == kNoKey ? Positive<float>{-1, 0.0f} : Positive<float>{index_of(key), d2_of_far(key)};
-}
-
 // ---- the scan -------------------------------------------------------------------------------------------------------
 
 template <class T, int kWarps>

@@ -195,7 +195,7 @@ cudaError_t enqueue_positives(const ForwardArgs& args, const ForwardPlan& plan, 
                                   .gCount = piece<std::int32_t>(workspace, plan.positive_count),
                                   .gList = piece<std::int32_t>(workspace, plan.positive_list),
                                   .gControl = piece<Control>(workspace, plan.control)};
-  const LaunchShape shape{(N + block_anchors - 1) / block_anchors, kThreads, positives_bytes(block_anchors)};
+  const LaunchShape shape{divide_up(N, block_anchors), kThreads, positives_bytes(block_anchors)};
   return launch(positives_kernel, shape, stream, kernel_args);
 }
 

@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
     sync_block();  // everybody has read the keys that finishing marks
     if (warp_id() != 0) return;
     const AnchorRecord record = finish_anchor<float>(forward, anchor, args.K, facts.wanted, scan.sKeys,
-                                                     positive_from(scan.near), positive_from_far(scan.far));
+                                                     near_of<float>(scan.near), far_of<float>(scan.far));
     if (lane_id() == 0) args.gRecords[anchor] = record;
     return;
   }
@@ -257,8 +257,8 @@ cudaError_t launch_refine(const RefineArgs& args, cudaStream_t stream) {
 
 cudaError_t enqueue_refine(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
                            cudaStream_t stream) {
-  const RefineArgs kernel_args = refine_args(args, plan, workspace, wave.begin, wave.rows);
-  return for_narrow_type(args.dtype, [&]<class T>() { return launch_refine<T>(kernel_args, stream); });
+  return for_narrow_type(args.dtype,
+                         [&]<class T>() { return launch_refine<T>(refine_args(args, plan, workspace, wave), stream); });
 }
 
 }  // namespace sn::cuda

@@ -177,7 +177,7 @@ cudaError_t enqueue_sample(const ForwardArgs& args, const ForwardPlan& plan, cha
   sample.counts = piece<std::uint32_t>(workspace, plan.counts);
   sample.count_words = 2 * plan.wave_rows;
   sample.control = piece<std::uint32_t>(workspace, plan.control);
-  const std::int64_t zeroing = (sample.count_words + kThreads - 1) / kThreads;
+  const std::int64_t zeroing = divide_up(sample.count_words, kThreads);
   const LaunchShape shape{
       wide ? sample_blocks(plan.padded_dims) : zeroing, kThreads,
       wide ? shared_bytes<float>(kSampleRows * kWarpSize) + shared_bytes<std::uint32_t>(kSampleRows * kWarpSize) : 0};

@@ -55,7 +55,7 @@ struct TileShape {
       std::min(kWarpPairs, (kBytes - kFactBytes - kLabelBytes - kFlagBytes - kCounterBytes) / (8 * kWarps));
 
   static_assert(kRows % kWarpRows == 0 && kColumns % kWarpColumns == 0);
-  static_assert(kWarpRows % 32 == 0, "the list of hits is settled after half of the rows of fragments");
+  static_assert(kWarpRows % 32 == 0, "the list of hits is flushed after half of the rows of fragments");
   static_assert(kWarpColumns % 16 == 0, "ldmatrix brings the operands of two fragments across");
   static_assert(kRows % kCopyRows == 0 && kColumns % kCopyRows == 0);
   static_assert(kCopyRows % 8 == 0, "rows that a thread copies have the same swizzle");
@@ -112,14 +112,39 @@ __device__ __forceinline__ void copy_operand(const Shared<T16>& sOperand, const 
   }
 }
 
+// Of a warp's tile, in the fragments of mma_m16n8k16.
+template <class Tile>
+using Products = float[Tile::kFragmentsDown][Tile::kFragmentsAcross][4];
+
+template <class Tile>
+__device__ __forceinline__ void clear(Products<Tile>& rProducts) {
+#pragma unroll
+  for (int m = 0; m < Tile::kFragmentsDown; ++m) {
+#pragma unroll
+    for (int n = 0; n < Tile::kFragmentsAcross; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) rProducts[m][n][e] = 0.0f;
+    }
+  }
+}
+
+// Where the warp's tile begins in the block's.
+template <class Tile>
+__device__ __forceinline__ int warp_row_of() {
+  return warp_id() / Tile::kWarpsAcross * Tile::kWarpRows;
+}
+template <class Tile>
+__device__ __forceinline__ int warp_column_of() {
+  return warp_id() % Tile::kWarpsAcross * Tile::kWarpColumns;
+}
+
 template <class T16, class Tile>
-__device__ __forceinline__ void multiply_stage(float (&rScores)[Tile::kFragmentsDown][Tile::kFragmentsAcross][4],
-                                               const Shared<T16>& sRows, const Shared<T16>& sColumns, int warp_row,
-                                               int warp_column) {
+__device__ __forceinline__ void multiply_stage(Products<Tile>& rProducts, const Shared<T16>& sRows,
+                                               const Shared<T16>& sColumns) {
   // Element of the 16-byte chunk that this lane addresses at depth 0; depth d toggles bits of the chunk's place.
   const int row_place =
-      (warp_row + lane_id() % 16) * kStageWidth + ((lane_id() / 16) ^ (lane_id() % 8)) * kChunkElements;
-  const int column_place = (warp_column + lane_id() / 16 * 8 + lane_id() % 8) * kStageWidth +
+      (warp_row_of<Tile>() + lane_id() % 16) * kStageWidth + ((lane_id() / 16) ^ (lane_id() % 8)) * kChunkElements;
+  const int column_place = (warp_column_of<Tile>() + lane_id() / 16 * 8 + lane_id() % 8) * kStageWidth +
                            ((lane_id() / 8 % 2) ^ (lane_id() % 8)) * kChunkElements;
 #pragma unroll
   for (int depth = 0; depth < kStageWidth; depth += kMmaDepth) {
@@ -138,17 +163,13 @@ __device__ __forceinline__ void multiply_stage(float (&rScores)[Tile::kFragments
 #pragma unroll
       for (int n = 0; n < Tile::kFragmentsAcross; ++n) {
         const std::uint32_t rOperand[2] = {rColumns[n / 2][n % 2 * 2], rColumns[n / 2][n % 2 * 2 + 1]};
-        mma_m16n8k16<T16>(rScores[m][n], rRows[m], rOperand);
+        mma_m16n8k16<T16>(rProducts[m][n], rRows[m], rOperand);
       }
     }
   }
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------
-
-inline std::int64_t tiles_of(std::int64_t count, std::int64_t tile) {
-  return (count + tile - 1) / tile;
-}
 
 inline constexpr std::int64_t kLargestDims = std::int64_t{1} << 30;  // columns are numbered by int
 

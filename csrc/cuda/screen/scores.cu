@@ -131,17 +131,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   // 1. Products.
   SharedArena arena;
   const Shared<T16> sRing = arena.take<T16>(Tile::kStages * Tile::kStageElements);
-  float rProducts[Tile::kFragmentsDown][Tile::kFragmentsAcross][4];
-#pragma unroll
-  for (int m = 0; m < Tile::kFragmentsDown; ++m) {
-#pragma unroll
-    for (int n = 0; n < Tile::kFragmentsAcross; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) rProducts[m][n][e] = 0.0f;
-    }
-  }
-  const int warp_row = warp_id() / Tile::kWarpsAcross * Tile::kWarpRows;
-  const int warp_column = warp_id() % Tile::kWarpsAcross * Tile::kWarpColumns;
+  Products<Tile> rProducts;
+  clear<Tile>(rProducts);
   {
     const int copy_row = thread_id() / kRowChunks;
     int element = thread_id() % kRowChunks * kChunkElements;  // of the next stage to be copied
@@ -185,7 +176,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
       sync_block();  // the stage has arrived, and the slot that is overwritten next has been read by all
       copy_stage(slot == 0 ? Tile::kStages - 1 : slot - 1);
       const Shared<T16> sStage = sRing.offset(slot * Tile::kStageElements);
-      multiply_stage<T16, Tile>(rProducts, sStage, sStage.offset(Tile::kRows * kStageWidth), warp_row, warp_column);
+      multiply_stage<T16, Tile>(rProducts, sStage, sStage.offset(Tile::kRows * kStageWidth));
       slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
     }
     async_wait<0>();
@@ -193,37 +184,22 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 
   // 2. The ring is free: facts.
   sync_block();
-  SharedArena second;
-  const Shared<float> sFacts = second.take<float>(kFacts * (Tile::kRows + Tile::kColumns));
-  const Shared<std::uint32_t> sLabels = second.take<std::uint32_t>(Tile::kRows + Tile::kColumns);
-  const Shared<std::uint32_t> sFar = second.take<std::uint32_t>(Tile::kWarps);
-  const Shared<std::uint32_t> sCounters = second.take<std::uint32_t>(Tile::kWarps * (Tile::kCounters + 1));
-  const Shared<std::uint64_t> sHits = second.take<std::uint64_t>(Tile::kWarps * Tile::kHits);
-  sFacts.set(fact_place<Tile>(kNorm, thread_id()), norm);
+  const EpilogueMemory<Tile> memory;
+  memory.set(kNorm, thread_id(), norm);
   if constexpr (kMode == ScoreMode::kAppend) {
     const bool skipped = is_null(norm, rho) && static_cast<std::uint32_t>(matrix_row) > load(&args.control->last_null);
-    sFacts.set(fact_place<Tile>(kBias, thread_id()),
-               matrix_row >= 0 && !skipped ? support_bias(norm, rho, args.eta) : kInfinity);
-    sFacts.set(fact_place<Tile>(kRho, thread_id()), multiply_up(rho, kRhoMargin));
-    sFacts.set(fact_place<Tile>(kLimit, thread_id()), limit);
-    sFacts.set(fact_place<Tile>(kReach, thread_id()), reach);
+    memory.set(kBias, thread_id(), matrix_row >= 0 && !skipped ? support_bias(norm, rho, args.eta) : kInfinity);
+    memory.set(kRho, thread_id(), multiply_up(rho, kRhoMargin));
+    memory.set(kLimit, thread_id(), limit);
+    memory.set(kReach, thread_id(), reach);
     const bool wants_far =
         args.far && matrix_row >= 0 && (is_row || both) && load(args.thresholds.G + matrix_row) < kInfinity;
-    const bool warp_far = any_lane(wants_far);
-    if (lane_id() == 0) sFar.set(warp_id(), warp_far ? 1 : 0);
+    memory.vote_for_far(wants_far);
   }
   sync_block();
 
   // 3. Scores.
-  Epilogue<T16, Tile> epilogue{args,
-                               sFacts,
-                               sLabels,
-                               sCounters.offset(warp_id() * (Tile::kCounters + 1)),
-                               sHits.offset(warp_id() * Tile::kHits),
-                               row + warp_row,
-                               column + warp_column,
-                               warp_row,
-                               warp_column};
+  Epilogue<T16, Tile> epilogue(args, memory, row, column);
   if constexpr (kMode == ScoreMode::kDense) {
     epilogue.dense(rProducts);
   } else {
@@ -233,11 +209,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
       if (both) epilogue.template support<false>(rProducts);
     }
     if (!args.far) return;
-    std::uint32_t far = 0;
-#pragma unroll
-    for (int warp = 0; warp < Tile::kWarps; ++warp) far |= sFar.get(warp);
-    if (far == 0) return;  // the whole block
-    sLabels.set(thread_id(), matrix_row >= 0 ? fold_label(load(matrix.labels + matrix_row)) : 0);
+    if (!memory.wants_far()) return;  // the whole block
+    memory.sLabels.set(thread_id(), matrix_row >= 0 ? fold_label(load(matrix.labels + matrix_row)) : 0);
     sync_block();
     epilogue.template far<true>(rProducts);
     if constexpr (kSymmetric) {
@@ -254,8 +227,8 @@ std::int64_t blocks_of(std::int64_t rows, std::int64_t columns, bool symmetric) 
 
 template <class T16, class Tile>
 cudaError_t launch_scores(ScoreArgs<T16> args, const ScoreRequest& request, cudaStream_t stream) {
-  const std::int64_t rows = tiles_of(args.anchors.count, Tile::kRows);
-  const std::int64_t columns = tiles_of(args.candidates.count, Tile::kColumns);
+  const std::int64_t rows = divide_up(args.anchors.count, Tile::kRows);
+  const std::int64_t columns = divide_up(args.candidates.count, Tile::kColumns);
   args.tile_rows = static_cast<std::uint32_t>(rows);
   args.tile_columns = static_cast<std::uint32_t>(columns);
   const LaunchShape shape{blocks_of(rows, columns, request.symmetric), Tile::kThreads, Tile::kSharedBytes};
@@ -274,8 +247,8 @@ template <class T16>
 cudaError_t launch_of_size(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
                            const ScoreRequest& request, cudaStream_t stream) {
   const ScoreArgs<T16> score = score_args<T16>(args, plan, workspace, request);
-  const std::int64_t rows = tiles_of(request.rows, LargeTile::kRows);
-  const std::int64_t columns = tiles_of(request.columns, LargeTile::kColumns);
+  const std::int64_t rows = divide_up(request.rows, LargeTile::kRows);
+  const std::int64_t columns = divide_up(request.columns, LargeTile::kColumns);
   const bool large = plan.score_tile == 0 ? blocks_of(rows, columns, request.symmetric) >= kFewTiles
                                           : plan.score_tile == LargeTile::kRows;
   return large ? launch_scores<T16, LargeTile>(score, request, stream)

@@ -95,13 +95,13 @@ __global__ void __launch_bounds__(kThresholdThreads, 8) thresholds_kernel(const 
 cudaError_t enqueue_sample_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
                                       const Wave& wave, cudaStream_t stream) {
   const LaunchShape shape{wave.rows + 1, kThresholdThreads, kThresholdBytes};
-  return launch(thresholds_kernel<true>, shape, stream, refine_args(args, plan, workspace, wave.begin, wave.rows));
+  return launch(thresholds_kernel<true>, shape, stream, refine_args(args, plan, workspace, wave));
 }
 
 cudaError_t enqueue_entry_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
                                      const Wave& wave, cudaStream_t stream) {
   const LaunchShape shape{wave.rows + 1, kThresholdThreads, kThresholdBytes};
-  return launch(thresholds_kernel<false>, shape, stream, refine_args(args, plan, workspace, wave.begin, wave.rows));
+  return launch(thresholds_kernel<false>, shape, stream, refine_args(args, plan, workspace, wave));
 }
 
 }  // namespace sn::cuda

@@ -88,207 +88,262 @@ static_assert(kMinBlocks * (gather_shared_bytes<float, 2>() + 1024) <= 100 * 102
 static_assert(gather_shared_bytes<double, 2>() <= kPlainSharedBytes);
 
 template <typename T, int kPacks, bool kVector>
-__global__ void __launch_bounds__(kThreads, kVector ? kMinBlocks : kMinBlocksUnaligned)
-    gather_kernel(__grid_constant__ const GatherArgs args) {
+struct GatherMemory {
+  using Acc = sn::cuda::Acc<T>;
+  using Sums = LaneSums<Acc, Strip<T, kPacks, kVector>::kValues>;
+
+  Shared<std::uint16_t> sSorted;  // edges target by target: in the window, or in the tail
+  Shared<int> sMatchCounts;
+  Shared<int> sLengths;          // edges of a target that wait
+  Shared<std::uint32_t> sTails;  // their positions, less than a chunk
+  Shared<std::int32_t> sOwnIndices;
+  Shared<std::int32_t> sSources;
+  Shared<Acc> sWeights;
+  Shared<Acc> sMerged;  // of a chunk: weights that belong to own edges
+  Shared<Acc> sTotals;
+  Shared<Acc> sPartials;  // chunk sums
+  Shared<double> sUpstream;
+  // Edges of the window that hit the group, warp by warp; done with before there are chunk sums.
+  Shared<std::uint16_t> sMatches;
+
+  __device__ __forceinline__ GatherMemory() {
+    SharedArena arena;
+    sSorted = arena.take<std::uint16_t>(kSorted);
+    sMatchCounts = arena.take<int>(kWarps);
+    sLengths = arena.take<int>(kWarps);
+    sTails = arena.take<std::uint32_t>(kWarps * kEdgeChunk);
+    sOwnIndices = arena.take<std::int32_t>(kWarps * kMergedSlots);
+    sSources = arena.take<std::int32_t>(kWarps * kList);
+    sWeights = arena.take<Acc>(kWarps * kList);
+    sMerged = arena.take<Acc>(kWarps * kMergedSlots);
+    sTotals = arena.take<Acc>(kWarps * Sums::kWarpElements);
+    sPartials = arena.take<Acc>(kWarps * Sums::kWarpElements);
+    sUpstream = arena.take<double>(1);
+    sMatches = sPartials.template view<std::uint16_t>();
+  }
+};
+
+// Targets of the group that begins with `first`.
+__device__ __forceinline__ int targets_of(const BackwardSide& side, std::uint32_t first) {
+  const std::int64_t rest = side.rows - first;
+  return static_cast<int>(rest < kBackwardGroup ? rest : kBackwardGroup);
+}
+
+// The edges that a block looks through for those of its targets: all of the graph's, or its bucket.
+struct ScanRange {
+  const std::int32_t* gTargets;
+  std::uint32_t begin = 0;
+  std::uint32_t count = 0;
+
+  __device__ __forceinline__ ScanRange(const GatherArgs& args, const BackwardSide& side, std::uint32_t first)
+      : gTargets(args.graph.indices) {
+    if (!side.takes_incoming) return;
+    count = args.graph.all_edges;
+    if (args.buckets.placed_targets == nullptr) return;
+    const std::uint32_t* gBegins = args.buckets.begins + (first >> args.buckets.shift);
+    begin = load(gBegins);
+    count = load(gBegins + 1) - begin;
+    gTargets = args.buckets.placed_targets + begin;
+  }
+};
+
+// Puts into shared memory what lanes and warps ask each other for: a warp the own edges of its target, one a lane, and
+// the first warp the upstream gradient.
+template <typename T, int kPacks, bool kVector>
+__device__ __forceinline__ void bring_own_edges(const Graph& graph, const BackwardSide& side,
+                                                const GatherMemory<T, kPacks, kVector>& memory, std::uint32_t first) {
+  const std::uint32_t target = first + static_cast<std::uint32_t>(warp_id());
+  const bool holds = side.takes_own && warp_id() < targets_of(side, first) && graph.edges <= kMergedSlots &&
+                     static_cast<std::uint32_t>(lane_id()) < graph.edges;
+  std::int32_t rIndex = holds ? load(graph.indices + target * graph.edges + lane_id()) : -1;
+  if (rIndex >= side.other_rows) rIndex = -1;
+  memory.sOwnIndices.set(warp_id() * kMergedSlots + lane_id(), rIndex);
+  if (warp_id() == 0) {
+    const double upstream = shared_upstream<Acc<T>>(graph);
+    if (lane_id() == 0) memory.sUpstream.set(0, upstream);
+  }
+}
+
+// What has been found of a warp's target so far.
+template <typename Acc>
+struct TargetState {
+  Acc rMerged = 0;      // of own edge `lane`: weights of incoming edges that have it as their reverse
+  int waiting = 0;      // edges in the tail
+  bool summed = false;  // chunks have been added to the total
+};
+
+// A warp of the block, and its target.
+template <typename T, int kPacks, bool kVector>
+struct GatherWarp {
   using Lane = Strip<T, kPacks, kVector>;
   using Acc = typename Lane::Acc;
   using Sums = LaneSums<Acc, Lane::kValues>;
 
-  SharedArena arena;
-  const auto sSorted = arena.take<std::uint16_t>(kSorted);  // edges target by target: in the window, or in the tail
-  const auto sMatchCounts = arena.take<int>(kWarps);
-  const auto sLengths = arena.take<int>(kWarps);                       // edges of a target that wait
-  const auto sTails = arena.take<std::uint32_t>(kWarps * kEdgeChunk);  // their positions, less than a chunk
-  const auto sOwnIndices = arena.take<std::int32_t>(kWarps * kMergedSlots);
-  const auto sSources = arena.take<std::int32_t>(kWarps * kList);
-  const auto sWeights = arena.take<Acc>(kWarps * kList);
-  const auto sMerged = arena.take<Acc>(kWarps * kMergedSlots);  // of a chunk: weights that belong to own edges
-  const auto sTotals = arena.take<Acc>(kWarps * Sums::kWarpElements);
-  const auto sPartials = arena.take<Acc>(kWarps * Sums::kWarpElements);  // chunk sums
-  // Edges of the window that hit the group, warp by warp; done with before there are chunk sums.
-  const auto sMatches = sPartials.template view<std::uint16_t>();
-  const auto sUpstream = arena.take<double>(1);
+  const GatherArgs& args;
+  const BackwardSide& side;
+  const GatherMemory<T, kPacks, kVector>& memory;
+  const std::uint32_t first;   // target of the group
+  const int targets;           // of the group
+  const std::uint32_t target;  // this warp's
+  const bool takes_own;
+  const bool held;  // own edges one a lane
+  const Lane strip;
+  const T* const gOwn;
+  const T* const gOther;
+  const EdgeList<Acc> list;
+  const IncomingEdges<Acc> incoming;
+  const WindowMatches matches;
 
-  const Graph& graph = args.graph;
-  const int warp = warp_id();
-  const int lane = lane_id();
+  __device__ __forceinline__ GatherWarp(const GatherArgs& gather_args, const BackwardSide& gather_side,
+                                        const GatherMemory<T, kPacks, kVector>& gather_memory,
+                                        std::uint32_t first_target, std::uint32_t slice, std::uint32_t scan_begin)
+      : args(gather_args),
+        side(gather_side),
+        memory(gather_memory),
+        first(first_target),
+        targets(targets_of(side, first)),
+        target(first + static_cast<std::uint32_t>(warp_id())),
+        takes_own(side.takes_own && warp_id() < targets),
+        held(args.graph.edges <= kMergedSlots),
+        strip(args.graph.dims, slice * args.slice_elements, args.row_shift),
+        gOwn(static_cast<const T*>(side.own) + strip.begin),
+        gOther(static_cast<const T*>(side.other) + strip.begin),
+        list{memory.sSources.offset(warp_id() * kList), memory.sWeights.offset(warp_id() * kList)},
+        incoming{args.graph,       args.buckets, memory.sOwnIndices,
+                 memory.sUpstream, scan_begin,   args.buckets.placed_targets != nullptr,
+                 args.merge},
+        matches{memory.sMatches, memory.sMatchCounts} {}
 
-  const bool second = block_id() >= args.first_blocks;
-  const BackwardSide& side = args.sides[second ? 1 : 0];
-  const std::uint32_t block = static_cast<std::uint32_t>(block_id() - (second ? args.first_blocks : 0));
-  const std::uint32_t slice = block / static_cast<std::uint32_t>(side.groups);
-  const std::uint32_t first = (block - slice * static_cast<std::uint32_t>(side.groups)) * kWarps;
-  const std::int64_t rest = side.rows - first;
-  const int targets = static_cast<int>(rest < kBackwardGroup ? rest : kBackwardGroup);
-  const bool takes_own = side.takes_own && warp < targets;
-  const bool held = graph.edges <= kMergedSlots;  // own edges one a lane
-
-  const Lane strip(graph.dims, slice * args.slice_elements, args.row_shift);
-  const T* gOwn = static_cast<const T*>(side.own) + strip.begin;
-  const T* gOther = static_cast<const T*>(side.other) + strip.begin;
-
-  std::uint32_t scan_begin = 0;
-  std::uint32_t scan_count = 0;
-  const bool placed = args.buckets.placed_targets != nullptr;
-  const std::int32_t* gTargets = graph.indices;
-  if (side.takes_incoming) {
-    scan_count = graph.all_edges;
-    if (placed) {
-      const std::uint32_t* gBegins = args.buckets.begins + (first >> args.buckets.shift);
-      scan_begin = load(gBegins);
-      scan_count = load(gBegins + 1) - scan_begin;
-      gTargets = args.buckets.placed_targets + scan_begin;
-    }
-  }
-
-  // All first loads are under way before the first one is waited for.
-  WindowTargets rWindow;
-  rWindow.read(gTargets, 0, scan_count);
-  const std::uint32_t target = first + static_cast<std::uint32_t>(warp);  // this warp's
-  const bool holds = takes_own && held && static_cast<std::uint32_t>(lane) < graph.edges;
-  {
-    std::int32_t rIndex = holds ? load(graph.indices + target * graph.edges + lane) : -1;
-    if (rIndex >= side.other_rows) rIndex = -1;
-    sOwnIndices.set(warp * kMergedSlots + lane, rIndex);
-  }
-  if (warp == 0) {
-    const double upstream = shared_upstream<Acc>(graph);
-    if (lane == 0) sUpstream.set(0, upstream);
-  }
-
-  const EdgeList<Acc> list{sSources.offset(warp * kList), sWeights.offset(warp * kList)};
-  const IncomingEdges<Acc> incoming{graph, args.buckets, sOwnIndices, sUpstream, scan_begin, placed, args.merge};
-  const WindowMatches matches{sMatches, sMatchCounts};
-  Acc rMerged = 0;  // of own edge `lane`: weights of incoming edges that have it as their reverse
-
-  int waiting = 0;      // edges in this warp's tail
-  bool summed = false;  // chunks of this warp's target have been added to its total
-
-  for (std::uint32_t window = 0; window < scan_count;) {
-    // 1. What hits the group. The next window is under way while this one's matches are sorted out.
-    matches.list(rWindow, first, targets);
-    const std::uint32_t next = scan_count - window > kWindow ? window + kWindow : scan_count;
-    sync_block();
-    rWindow.read(gTargets, next, scan_count);
-
-    // 2. What hits this warp's target.
+  // Appends the edges of the window that hit this warp's target to its tail. Returns how many then wait, of which the
+  // tail holds less than a chunk.
+  __device__ __forceinline__ int find_matches(std::uint32_t window, int waiting) const {
+    const Shared<std::uint32_t> sTails = memory.sTails;
     const int found = matches.walk([&](int rank, int place) {
       if (waiting + rank < kEdgeChunk) {
-        sTails.set(warp * kEdgeChunk + waiting + rank, window + static_cast<std::uint32_t>(place));
+        sTails.set(warp_id() * kEdgeChunk + waiting + rank, window + static_cast<std::uint32_t>(place));
       }
     });
     const int length = waiting + found;
-    if (lane == 0) sLengths.set(warp, length);
-    sync_block();
-    if (!any_lane(lane < kWarps && sLengths.get(lane % kWarps) >= kEdgeChunk)) {
-      waiting = length;
-      window = next;
-      continue;
-    }
+    if (lane_id() == 0) memory.sLengths.set(warp_id(), length);
+    return length;
+  }
 
-    // 3. Chunks. The tail is what it was up to `waiting`; what was appended above is listed again.
+  // Lists the edges that wait, target by target: the tails are what they were up to `waiting`, what find_matches has
+  // appended is listed again. Returns all targets' full chunks.
+  __device__ __forceinline__ int sort_edges(int waiting, int& sorted_begin) const {
     int chunks = 0;
-    int sorted_begin = 0;
+    sorted_begin = 0;
     for (int of = 0; of < kWarps; ++of) {
-      const int edges = sLengths.get(of);
+      const int edges = memory.sLengths.get(of);
       chunks += edges / kEdgeChunk;
-      sorted_begin += of < warp ? edges : 0;
+      sorted_begin += of < warp_id() ? edges : 0;
     }
-    for (int at = lane; at < waiting; at += kWarpSize) {
-      sSorted.set(sorted_begin + at, static_cast<std::uint16_t>(kWindow + at));
+    for (int at = lane_id(); at < waiting; at += kWarpSize) {
+      memory.sSorted.set(sorted_begin + at, static_cast<std::uint16_t>(kWindow + at));
     }
-    matches.walk(
-        [&](int rank, int place) { sSorted.set(sorted_begin + waiting + rank, static_cast<std::uint16_t>(place)); });
-    const SortedEdges sorted{sSorted, sTails, window};
+    const int begin = sorted_begin + waiting;
+    matches.walk([&](int rank, int place) { memory.sSorted.set(begin + rank, static_cast<std::uint16_t>(place)); });
+    return chunks;
+  }
+
+  // Sums the chunk of this number, which is some target's, into this warp's partial sums.
+  __device__ __forceinline__ void sum_chunk(int chunk, const SortedEdges& sorted) const {
+    int of = 0;
+    int begin = 0;
+    for (; of < kWarps; ++of) {
+      const int edges = memory.sLengths.get(of);
+      if (chunk < edges / kEdgeChunk) break;
+      chunk -= edges / kEdgeChunk;
+      begin += edges;
+    }
+    if (of == kWarps) return;
+    int count = 0;
+    Acc merged = 0;
+    for (int at = lane_id(); at < kEdgeChunk; at += kWarpSize) {
+      incoming.append(list, count, of, true, sorted.position(of, begin + chunk * kEdgeChunk + at), merged);
+    }
+    memory.sMerged.set(warp_id() * kMergedSlots + lane_id(), merged);
+    Acc rSum[Lane::kValues] = {};
+    gather_list(strip, args.row_shift, list, count,
+                gOwn + std::int64_t{first + static_cast<std::uint32_t>(of)} * side.own_stride, gOther,
+                side.other_stride, rSum);
+    Sums::store(memory.sPartials, warp_id(), rSum);
+  }
+
+  // Adds the chunks of this warp's target that the warps have summed in this round, in order.
+  __device__ __forceinline__ void add_chunks(int round, int length, TargetState<Acc>& state) const {
+    int chunk = 0;
+    for (int before = 0; before < warp_id(); ++before) chunk += memory.sLengths.get(before) / kEdgeChunk;
+    const int end = chunk + length / kEdgeChunk;
+    for (int by = 0; by < kWarps; ++by) {
+      if (round + by < chunk || round + by >= end) continue;
+      Acc rSum[Lane::kValues] = {};
+      Sums::add_to(memory.sPartials, by, rSum);
+      if (state.summed) Sums::add_to(memory.sTotals, warp_id(), rSum);
+      Sums::store(memory.sTotals, warp_id(), rSum);
+      state.rMerged = add(state.rMerged, memory.sMerged.get(by * kMergedSlots + lane_id()));
+      state.summed = true;
+    }
+  }
+
+  // All full chunks of all targets, a warp each in turn. What is left of this warp's edges is its tail.
+  __device__ __forceinline__ void serve_chunks(std::uint32_t window, int length, TargetState<Acc>& state) const {
+    int sorted_begin;
+    const int chunks = sort_edges(state.waiting, sorted_begin);
+    const SortedEdges sorted{memory.sSorted, memory.sTails, window};
     sync_block();
     for (int round = 0; round < chunks; round += kWarps) {
-      // Chunk round + warp is some target's.
-      {
-        int chunk = round + warp;
-        int of = 0;
-        int begin = 0;
-        for (; of < kWarps; ++of) {
-          const int edges = sLengths.get(of);
-          if (chunk < edges / kEdgeChunk) break;
-          chunk -= edges / kEdgeChunk;
-          begin += edges;
-        }
-        if (of < kWarps) {
-          int count = 0;
-          Acc merged = 0;
-          for (int at = lane; at < kEdgeChunk; at += kWarpSize) {
-            incoming.append(list, count, of, true, sorted.position(of, begin + chunk * kEdgeChunk + at), merged);
-          }
-          sMerged.set(warp * kMergedSlots + lane, merged);
-          Acc rSum[Lane::kValues] = {};
-          gather_list(strip, args.row_shift, list, count,
-                      gOwn + std::int64_t{first + static_cast<std::uint32_t>(of)} * side.own_stride, gOther,
-                      side.other_stride, rSum);
-          Sums::store(sPartials, warp, rSum);
-        }
-      }
+      sum_chunk(round + warp_id(), sorted);
       sync_block();
-      {
-        int chunk = 0;
-        for (int before = 0; before < warp; ++before) chunk += sLengths.get(before) / kEdgeChunk;
-        const int end = chunk + length / kEdgeChunk;
-        for (int by = 0; by < kWarps; ++by) {
-          if (round + by < chunk || round + by >= end) continue;
-          Acc rSum[Lane::kValues] = {};
-          Sums::add_to(sPartials, by, rSum);
-          if (summed) Sums::add_to(sTotals, warp, rSum);
-          Sums::store(sTotals, warp, rSum);
-          rMerged = add(rMerged, sMerged.get(by * kMergedSlots + lane));
-          summed = true;
-        }
-      }
+      add_chunks(round, length, state);
       sync_block();
     }
-    waiting = length % kEdgeChunk;
-    if (length >= kEdgeChunk) {  // else the tail is right: what was appended above belongs there
-      for (int at = lane; at < waiting; at += kWarpSize) {
-        sTails.set(warp * kEdgeChunk + at, sorted.position(warp, sorted_begin + length - waiting + at));
-      }
+    state.waiting = length % kEdgeChunk;
+    if (length < kEdgeChunk) return;  // the tail is right: what find_matches appended belongs there
+    for (int at = lane_id(); at < state.waiting; at += kWarpSize) {
+      memory.sTails.set(warp_id() * kEdgeChunk + at,
+                        sorted.position(warp_id(), sorted_begin + length - state.waiting + at));
     }
-    window = next;
-    rWindow.read(gTargets, window, scan_count);  // once more, rather than in registers all the while
   }
-  sync_block();
 
-  // The rest of the incoming edges, then the own ones.
-  if (warp >= targets) return;
-  const double poison = load(graph.stats + kPoison);
-  Acc rSum[Lane::kValues] = {};
-  int count = 0;
-  for (int base = 0; base < waiting; base += kWarpSize) {
-    const int at = base + lane;
-    const bool valid = at < waiting;
-    incoming.append(list, count, warp, valid, valid ? sTails.get(warp * kEdgeChunk + at) : 0, rMerged);
-  }
-  if (takes_own && held) {
-    const std::int32_t index = sOwnIndices.get(warp * kMergedSlots + lane);
-    Acc weight = 0;
-    if (index >= 0) {
-      const std::uint32_t edge = target * graph.edges + static_cast<std::uint32_t>(lane);
-      weight = add(edge_weight<Acc>(graph, sUpstream.get(0), target, edge), rMerged);
+  // The edges that wait, then own edges held one a lane.
+  __device__ __forceinline__ void sum_rest(Acc (&rSum)[Lane::kValues], TargetState<Acc>& state) const {
+    const Graph& graph = args.graph;
+    int count = 0;
+    for (int base = 0; base < state.waiting; base += kWarpSize) {
+      const int at = base + lane_id();
+      const bool valid = at < state.waiting;
+      incoming.append(list, count, warp_id(), valid, valid ? memory.sTails.get(warp_id() * kEdgeChunk + at) : 0,
+                      state.rMerged);
     }
-    list.append(count, weight != Acc(0), index, weight);
+    if (takes_own && held) {
+      const std::int32_t index = memory.sOwnIndices.get(warp_id() * kMergedSlots + lane_id());
+      Acc weight = 0;
+      if (index >= 0) {
+        const std::uint32_t edge = target * graph.edges + static_cast<std::uint32_t>(lane_id());
+        weight = add(edge_weight<Acc>(graph, memory.sUpstream.get(0), target, edge), state.rMerged);
+      }
+      list.append(count, weight != Acc(0), index, weight);
+    }
+    gather_list(strip, args.row_shift, list, count, gOwn + std::int64_t{target} * side.own_stride, gOther,
+                side.other_stride, rSum);
   }
-  gather_list(strip, args.row_shift, list, count, gOwn + std::int64_t{target} * side.own_stride, gOther,
-              side.other_stride, rSum);
-  if (takes_own && !held) {
+
+  // Own edges too many for a warp's lanes: chunks as well.
+  __device__ __forceinline__ void sum_own_chunks(Acc (&rSum)[Lane::kValues], TargetState<Acc>& state) const {
+    const Graph& graph = args.graph;
     for (std::uint32_t slots = 0; slots < graph.edges; slots += kEdgeChunk) {
-      if (summed) Sums::add_to(sTotals, warp, rSum);
-      Sums::store(sTotals, warp, rSum);
-      summed = true;
-      count = 0;
-      for (std::uint32_t at = static_cast<unsigned>(lane); at < kEdgeChunk; at += kWarpSize) {
+      if (state.summed) Sums::add_to(memory.sTotals, warp_id(), rSum);
+      Sums::store(memory.sTotals, warp_id(), rSum);
+      state.summed = true;
+      int count = 0;
+      for (std::uint32_t at = static_cast<unsigned>(lane_id()); at < kEdgeChunk; at += kWarpSize) {
         std::int32_t index = -1;
         Acc weight = 0;
         if (slots + at < graph.edges) {
           const std::uint32_t edge = target * graph.edges + slots + at;
           index = load(graph.indices + edge);
-          weight = edge_weight<Acc>(graph, sUpstream.get(0), target, edge);
+          weight = edge_weight<Acc>(graph, memory.sUpstream.get(0), target, edge);
         }
         list.append(count, index >= 0 && index < side.other_rows && weight != Acc(0), index, weight);
       }
@@ -298,18 +353,70 @@ __global__ void __launch_bounds__(kThreads, kVector ? kMinBlocks : kMinBlocksUna
                   side.other_stride, rSum);
     }
   }
-  if (summed) Sums::add_to(sTotals, warp, rSum);
-  for (int mask = 1 << args.row_shift; mask < kWarpSize; mask *= 2) {
+
+  // Joins the total and the groups of lanes that shared the rest, and rounds.
+  __device__ __forceinline__ void store(Acc (&rSum)[Lane::kValues], bool summed, double poison) const {
+    if (summed) Sums::add_to(memory.sTotals, warp_id(), rSum);
+    for (int mask = 1 << args.row_shift; mask < kWarpSize; mask *= 2) {
 #pragma unroll
-    for (int v = 0; v < Lane::kValues; ++v) rSum[v] = add(rSum[v], shuffle_xor(rSum[v], mask));
-  }
-  if (is_nan(poison)) {
+      for (int v = 0; v < Lane::kValues; ++v) rSum[v] = add(rSum[v], shuffle_xor(rSum[v], mask));
+    }
+    if (is_nan(poison)) {
 #pragma unroll
-    for (int v = 0; v < Lane::kValues; ++v) rSum[v] = quiet_nan<Acc>();
+      for (int v = 0; v < Lane::kValues; ++v) rSum[v] = quiet_nan<Acc>();
+    }
+    if (lane_id() >> args.row_shift == 0) {
+      strip.store_row(static_cast<T*>(side.out) + target * args.graph.dims + strip.begin, rSum);
+    }
   }
-  if (lane >> args.row_shift == 0) {
-    strip.store_row(static_cast<T*>(side.out) + target * graph.dims + strip.begin, rSum);
+};
+
+template <typename T, int kPacks, bool kVector>
+__global__ void __launch_bounds__(kThreads, kVector ? kMinBlocks : kMinBlocksUnaligned)
+    gather_kernel(__grid_constant__ const GatherArgs args) {
+  using Warp = GatherWarp<T, kPacks, kVector>;
+  const GatherMemory<T, kPacks, kVector> memory;
+  const bool second = block_id() >= args.first_blocks;
+  const BackwardSide& side = args.sides[second ? 1 : 0];
+  const std::uint32_t block = static_cast<std::uint32_t>(block_id() - (second ? args.first_blocks : 0));
+  const std::uint32_t slice = block / static_cast<std::uint32_t>(side.groups);
+  const std::uint32_t first = (block - slice * static_cast<std::uint32_t>(side.groups)) * kWarps;
+  const ScanRange range(args, side, first);
+
+  // All first loads are under way before the first one is waited for.
+  WindowTargets rWindow;
+  rWindow.read(range.gTargets, 0, range.count);
+  bring_own_edges(args.graph, side, memory, first);
+  const Warp warp(args, side, memory, first, slice, range.begin);
+  TargetState<typename Warp::Acc> state;
+
+  for (std::uint32_t window = 0; window < range.count;) {
+    // 1. What hits the group. The next window is under way while this one's matches are sorted out.
+    warp.matches.list(rWindow, first, warp.targets);
+    const std::uint32_t next = range.count - window > kWindow ? window + kWindow : range.count;
+    sync_block();
+    rWindow.read(range.gTargets, next, range.count);
+    // 2. What hits this warp's target.
+    const int length = warp.find_matches(window, state.waiting);
+    sync_block();
+    if (!any_lane(lane_id() < kWarps && memory.sLengths.get(lane_id() % kWarps) >= kEdgeChunk)) {
+      state.waiting = length;
+      window = next;
+      continue;
+    }
+    // 3. Chunks.
+    warp.serve_chunks(window, length, state);
+    window = next;
+    rWindow.read(range.gTargets, window, range.count);  // once more, rather than in registers all the while
   }
+  sync_block();
+
+  if (warp_id() >= warp.targets) return;
+  const double poison = load(args.graph.stats + kPoison);
+  typename Warp::Acc rSum[Warp::Lane::kValues] = {};
+  warp.sum_rest(rSum, state);
+  if (warp.takes_own && !warp.held) warp.sum_own_chunks(rSum, state);
+  warp.store(rSum, state.summed, poison);
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------

@@ -134,8 +134,8 @@ pybind11::dict cuda_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::in
   facts["path"] = name_of(kCudaPaths, plan.path);
   facts["launches"] = plan.launches;
   facts["workspace_bytes"] = plan.workspace_bytes;
-  facts["wave_rows"] = plan.wave_rows;
-  facts["waves"] = plan.waves;
+  facts["strip_rows"] = plan.strip_rows;
+  facts["strips"] = plan.strips;
   facts["d_slices"] = plan.d_slices;
   facts["slice_elements"] = plan.slice_elements;
   facts["triangular"] = plan.triangular;
@@ -196,7 +196,7 @@ PYBIND11_MODULE(_C, module) {
       shared_bytes, py::arg("largest_cluster") = sn::cuda::DeviceFacts{}.largest_cluster,
       py::arg("cluster_planes") = sn::cuda::DeviceFacts{}.cluster_planes,
       "How the CUDA forward would run on a device with these facts (default: an H200's): path, launches, "
-      "workspace_bytes, waves and tiles. largest_cluster, cluster_planes: blocks of the largest cluster that the "
+      "workspace_bytes, strips and tiles. largest_cluster, cluster_planes: blocks of the largest cluster that the "
       "device holds, and planes of sums a block of it may keep. ValueError where a forced path cannot serve.");
   module.def("cuda_backward_plan", &cuda_backward_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"),
              py::arg("dtype"), py::arg("symmetric"), capability, multiprocessors, shared_bytes,

@@ -1,4 +1,4 @@
-// The squared distance of two rows, in the one order in which this backend ever adds it up.
+// The squared distance of two rows, in the one order in which this backend adds it up.
 //
 // d2(x, z), in the accumulation type Acc (fp32; fp64 for fp64; half inputs are widened first):
 //   a chunk is 64 consecutive elements; its sum is s = fma(t, t, s) over t = x - z (rounded) in increasing order, from
@@ -8,14 +8,17 @@
 //   spans are added one after the other, from the first.
 // A NaN, which only inputs that are not finite can give, counts as +inf.
 //
-// What follows from it, and every path relies on:
-//   * D may be cut at spans, and inside a span at aligned groups of 2^p chunks: whoever has the parts can finish the
-//     tree.
-//   * x + 0 = x for the sums here, which are never -0: a tree over 2^p chunks of which some are absent is the same
-//     whatever p covers the present ones, and zero padding changes nothing (fma(0, 0, s) = s).
-//   * Every operation is monotone and every term is >= 0: a partial result, completed by zeros, never exceeds the final
-//     one. A candidate may be abandoned as soon as it is above a bound.
-//   * d2(x, z) and d2(z, x) have the same bits.
+// Every path relies on what follows from this order:
+//
+// * D may be cut at spans, and inside a span at aligned groups of 2^p chunks: whoever has the parts can finish the sum.
+//
+// * x + 0 = x for the sums here, which are never -0: a tree over 2^p chunks of which some are absent is the same
+//   whatever p covers the present ones, and zero padding changes nothing (fma(0, 0, s) = s).
+//
+// * Every operation is monotone and every term is >= 0: a partial result, completed by zeros, never exceeds the final
+//   one. A candidate may be abandoned as soon as its partial sum is above a bound.
+//
+// * d2(x, z) and d2(z, x) have the same bits.
 //
 // API
 //   kChunk, kSpanChunks, kSpan                 the order's constants (plan_types.h)
@@ -28,8 +31,7 @@
 //                                              the warp's own elements(dims)
 //     set_anchor(gAnchor)                      pointer to the anchor's row; the same for all lanes
 //     Acc sums(candidate, count)               lane i < count: its candidate's row number, or -1 for none; count is the
-//                                              same in all lanes, at most 32. Lane i gets d2 of its candidate, +inf for
-//                                              none.
+//                                              same in all lanes, at most 32. Lane i gets d2 of its candidate, or +inf
 //     Acc sums_within(candidate, count, bound) the same, but whatever exceeds the bound may be abandoned: d2 where
 //                                              d2 <= bound, +inf elsewhere. The bound is the same in all lanes.
 //   All lanes of the warp call all members together.
@@ -57,10 +59,10 @@ __device__ __forceinline__ A chunk_sum_step(A sum, A x, A z) {
 
 // ---- one warp, one anchor, many candidates --------------------------------------------------------------------------
 
-// A lane owns one chunk of one candidate at a time: with P = chunks of the span rounded up to a power of two, lane l
+// A lane owns one chunk of one candidate at a time. With P = chunks of the span rounded up to a power of two, lane l
 // has chunk l mod P of the candidate l / P of a group of 32 / P, and a butterfly over P lanes is the tree. Rows arrive
-// in steps of 64 bytes per chunk, so that a warp reads whole sectors whatever P is, through a ring of stages in shared
-// memory that is filled by asynchronous copies two steps ahead. A stage's rows and the anchor's chunks lie at odd
+// in steps of 64 bytes a chunk, so a warp reads whole sectors whatever P is. They pass through a ring of stages in
+// shared memory, which asynchronous copies fill two steps ahead. A stage's rows and the anchor's chunks lie at odd
 // multiples of 16 bytes: eight lanes that read 16 bytes each hit all banks once.
 template <class T>
 class WarpSums {
@@ -160,7 +162,7 @@ class WarpSums {
     staged_span_ = shape.span;
   }
 
-  // The first group from `first` on that still has a candidate; count or more if none has.
+  // The first group from `first` on that has a candidate left; count or more if none has.
   __device__ __forceinline__ static int next_group(int first, int count, const Shape& shape, std::int32_t candidate) {
     const std::uint32_t alive = ballot(candidate >= 0);
     const std::uint32_t group = kFullWarp >> (kWarpSize - shape.at_once);
@@ -228,7 +230,7 @@ class WarpSums {
       A rSum = 0;  // of this lane's chunk
       while (first < count) {
         async_wait<kStages - 2>();
-        sync_warp();  // everybody's copies are here, and everybody is done with the stage that is filled next
+        sync_warp();  // all copies are here, and all lanes are done with the stage that is filled next
         issue(cursor, stage == 0 ? kStages - 1 : stage - 1, count, shape, candidate);
         if (!kBounded || !abandoned) {
           const Shared<T> sZ = sStages_.offset(stage * kStageElements + lane_id() * kStepPitch);
@@ -253,11 +255,12 @@ class WarpSums {
           const A rSoFar = span == 0 ? rSpan : add(rTotal, rSpan);
           if (mine && step == shape.steps) rTotal = rSoFar;
           if (kBounded) {
-            // Who is out stays out, for later spans as well. Groups ahead are not touched: the cursor has seen them.
+            // An abandoned candidate stays out of later spans. The cursor is past the groups ahead: they are
+            // not touched.
             if (mine && !(rSoFar <= bound)) candidate = -1;
             abandoned = !any_lane(mine && candidate >= 0);
             if (abandoned && cursor.first == first) {
-              // The steps on their way are waited for, unread; those behind them are not asked for.
+              // Steps on their way are waited for, unread; later ones are not requested.
               last_step = cursor.step;
               seek(cursor, first + shape.at_once, count, shape, candidate);
             }

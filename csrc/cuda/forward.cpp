@@ -22,13 +22,13 @@ class Steps {
   cudaError_t error_ = cudaSuccess;
 };
 
-// Tiles of direct sums, then selection, a wave of anchors at a time. Empty sides have a wave, too.
+// Tiles of direct sums, then selection, a strip of anchors at a time. Empty sides have a strip, too.
 cudaError_t run_direct(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
-  for (std::int64_t number = 0; number < plan.waves; ++number) {
-    const std::int64_t begin = number * plan.wave_rows;
-    const Wave wave{begin, std::max<std::int64_t>(0, std::min(plan.wave_rows, args.anchors.rows - begin))};
-    cudaError_t error = enqueue_tiles(args, plan, workspace, wave, stream);
-    if (error == cudaSuccess) error = enqueue_select(args, plan, workspace, wave, stream);
+  for (std::int64_t number = 0; number < plan.strips; ++number) {
+    const std::int64_t begin = number * plan.strip_rows;
+    const Strip strip{begin, std::max<std::int64_t>(0, std::min(plan.strip_rows, args.anchors.rows - begin))};
+    cudaError_t error = enqueue_tiles(args, plan, workspace, strip, stream);
+    if (error == cudaSuccess) error = enqueue_select(args, plan, workspace, strip, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -45,24 +45,24 @@ cudaError_t run_screened(const ForwardArgs& args, const ForwardPlan& plan, char*
   steps.take(enqueue_sample(args, plan, workspace, stream));
   if (steps.going()) steps.take(enqueue_facts(args, plan, workspace, stream));
   if (steps.going()) steps.take(enqueue_positives(args, plan, workspace, stream));
-  for (std::int64_t begin = 0; begin < N && steps.going(); begin += plan.wave_rows) {
-    const Wave wave{begin, std::min(plan.wave_rows, N - begin)};
+  for (std::int64_t begin = 0; begin < N && steps.going(); begin += plan.strip_rows) {
+    const Strip strip{begin, std::min(plan.strip_rows, N - begin)};
     const auto scores = [&](ScoreMode mode, std::int64_t columns, std::int64_t stride) {
       ScoreRequest request;
       request.mode = mode;
-      request.row_begin = wave.begin;
-      request.rows = wave.rows;
+      request.row_begin = strip.begin;
+      request.rows = strip.rows;
       request.columns = columns;
       request.column_stride = stride;
       // Tiles that serve both triangles need the thresholds of all rows at once.
-      request.symmetric = mode == ScoreMode::kAppend && columns == M && plan.triangular && wave.rows == N;
+      request.symmetric = mode == ScoreMode::kAppend && columns == M && plan.triangular && strip.rows == N;
       request.far = mode == ScoreMode::kAppend && columns == M && large;
       if (!steps.going()) return;
       steps.take(plan.path == ForwardPath::kBank ? enqueue_bank_scores(args, plan, workspace, request, stream)
                                                  : enqueue_scores(args, plan, workspace, request, stream));
     };
     const auto then = [&](auto enqueue) {
-      if (steps.going()) steps.take(enqueue(args, plan, workspace, wave, stream));
+      if (steps.going()) steps.take(enqueue(args, plan, workspace, strip, stream));
     };
     scores(ScoreMode::kDense, plan.sample_columns, plan.sample_stride);
     if (plan.path != ForwardPath::kDense) {

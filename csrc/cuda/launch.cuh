@@ -1,5 +1,4 @@
-// The one way a kernel is launched: with the shared memory and the clusters that it asks for, in the type that the
-// features have.
+// The one way to launch a kernel, with shared memory and clusters, in the type that the features have.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// From one anchor's selection to its outputs, and from all anchors' records to the loss.
+// From one anchor's selection to its outputs, and from the records of all anchors to the loss.
 //
 // API (A = float or double, Key<A>: keys.cuh)
 //   finish_anchor<A>(args, anchor, K, found, keys, near, far)      one warp
@@ -6,7 +6,7 @@
 //     before a barrier that covers the warp; they are marked here. near, far: the same in all lanes, index -1 for none.
 //     Writes every output of the anchor and returns its record, in all lanes.
 //   final_reduction<A>(args, records, poison, memory)              one block, after all records
-//     records: an accessor like GlobalRecords. The same bits for any number of threads.
+//     records: an accessor like GlobalRecords. The bits are the same for any number of threads.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Wrappers of the instructions that read and write memory: global, shared, and from the one to the other. ptx.cuh says
-// what a wrapper promises.
+// Wrappers of the instructions that read and write memory: global, shared, and from global to shared. ptx.cuh says what
+// a wrapper promises.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,5 @@
-// The one place where a problem meets its kernels. Thresholds between paths are set from the times of forced paths on an
-// NVIDIA H200 (benchmarks/results/nvidia-h200, steps "paths"; CUDA graphs, K = 10): what they say of other devices is a
-// guess.
+// The one place where a problem meets its kernels. The thresholds between paths come from times of forced paths on an
+// NVIDIA H200 (benchmarks/results/nvidia-h200, steps "paths"; CUDA graphs, K = 10). For other devices they are a guess.
 #include "cuda/plan.h"
 
 #include <algorithm>
@@ -11,45 +10,48 @@
 namespace sn::cuda {
 namespace {
 
-// No scratch of N x M beyond this many entries: larger problems go in waves of anchors.
+// No scratch of N x M beyond this many entries: larger problems go in strips of anchors.
 constexpr std::int64_t kScratchEntries = std::int64_t{1} << 22;
-// Candidate buffers of one wave of the screening: 65536 anchors with 384 + 256 entries of 8 bytes are 320 MiB.
+// Candidate buffers of one strip of the screening: 65536 anchors with 384 + 256 entries of 8 bytes are 320 MiB.
 constexpr std::int64_t kBufferBytes = std::int64_t{320} << 20;
-// Products up to which tiles of direct sums beat the longer chains of kernels: 640 x 2048 takes 78 us against 111, half
-// of 1024 x 1024 x 512 takes 79 against 94. Beyond one wave the tiles serve no second triangle and the time doubles.
+// Up to so many products, tiles of direct sums beat the longer chains of kernels: 640 x 2048 takes 78 us against
+// 111, half of 1024 x 1024 x 512 takes 79 against 94. Beyond one strip the tiles serve no second triangle and the
+// time doubles.
 constexpr std::int64_t kDirectProducts = std::int64_t{1} << 29;
 // Against few candidates of their own the chains cost more than they save: 16384 x 128 x 512 takes 226 us against 367,
 // 16384 x 256 x 512 takes 378 against 396 (16384 x 512 x 512: 697 against 447).
 constexpr std::int64_t kTinyRow = 256;
 constexpr std::int64_t kTinyProducts = std::int64_t{1} << 31;
 // Rows of more candidates are selected from by a radix search, which is slow for many anchors: 1536 x 128 takes 122 us
-// against 87. Few anchors and not too many candidates: 256 x 4096 x 128 takes 54 against 86, 64 x 16384 x 128 ties.
+// against 87. It pays for few anchors and not too many candidates: 256 x 4096 x 128 takes 54 against 86, 64 x 16384 x
+// 128 ties.
 constexpr std::int64_t kShortRow = 1024;
 constexpr std::int64_t kFewAnchors = 256;
 constexpr std::int64_t kLongRow = 8192;
-// Dense scores beat the screening below so many pairs, 768 x 2048 by 123 us to 143 (1024 x 2048: 159 to 155), with few
-// anchors at them too (256 x 4096 x 2048: 149 to 207), as long as rows are not so long that refining each takes longest.
+// Dense scores beat the screening below so many pairs: 768 x 2048 takes 123 us against 143 (1024 x 2048: 159 against
+// 155). With few anchors they do at this number, too (256 x 4096 x 2048: 149 against 207), unless rows are so long that
+// refining each takes longest.
 constexpr std::int64_t kDensePairs = std::int64_t{1} << 20;
 constexpr std::int64_t kDenseRow = 4096;
-// Reading a bank once pays while converting it is most of the work: 256 x 16384 x 128 takes 96 us against the screening's
-// 107, 256 x 65536 x 2048 takes 758 against 619.
+// Reading a bank once pays while most of the work is converting it: 256 x 16384 x 128 takes 96 us against the
+// screening's 107, 256 x 65536 x 2048 takes 758 against 619.
 constexpr std::int64_t kBankDims = 128;
-// One cluster ties with tiles in two launches (15 us) where every warp has one anchor and every block one slice; with
-// 8 anchors a warp it takes 64.
+// One cluster ties with tiles in two launches (15 us) where every warp has one anchor and every block one slice. With 8
+// anchors a warp it takes 64 us.
 constexpr std::int64_t kClusterAnchors = 32;
 constexpr std::int64_t kClusterWarps = 8;  // of a block
 
-// A sample of one in r leaves about r K candidates to look at, distributed as r times a Gamma(K) variable: this many
-// hold all of them but for about one row in 10^6 (r = 16, K = 10: 493).
+// A sample of one in r leaves about r K candidates to look at, distributed as r times a Gamma(K) variable. So many
+// entries hold all of them but for about one row in 10^6 (r = 16, K = 10: 493).
 constexpr std::int64_t kSampleRatio = 16;
 std::int64_t expected_entries(std::int64_t K, std::int64_t ratio) {
   const double k = static_cast<double>(K);
   return ratio * static_cast<std::int64_t>(std::ceil(k + 5.0 * std::sqrt(k) + 5.0));
 }
 constexpr std::int64_t kSmallestBuffer = 512;
-// Very many anchors: a quarter less memory for a larger second sample. Errors of the scores leave a fifth more entries
-// at D = 2048, so that of 32 r entries one row in 10^4 has more; with one in 16 it is one in 200, by estimate, and
-// the ladder that served them took two thirds of the forward.
+// Very many anchors get a quarter less memory for a larger second sample. Errors of the scores leave a fifth more
+// entries at D = 2048, so one row in 10^4 has more than 32 r entries. With a sample of one in 16 it would be one row in
+// 200, by estimate; the ladder that served those rows took two thirds of the forward.
 constexpr std::int64_t kLeanRatio = 12;
 constexpr std::int64_t kLeanEntries = 32;  // times the ratio: room for up to 10 neighbours
 constexpr std::int64_t kLeanNeighbours = 10;
@@ -79,8 +81,8 @@ void plan_cluster(ForwardPlan& plan, const Problem& problem) {
   }
   plan.d_slices = direct_slices(problem.D, plan.slice_elements);
   while (plan.cluster / 2 >= plan.d_slices) plan.cluster /= 2;
-  plan.wave_rows = problem.N;
-  plan.waves = 1;
+  plan.strip_rows = problem.N;
+  plan.strips = 1;
   plan.launches = 1;
   plan.workspace_bytes = 0;
 }
@@ -89,8 +91,8 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
   const DirectShape shape = direct_shape(problem, device, kScratchEntries);
   plan.slice_elements = shape.slice_elements;
   plan.d_slices = shape.d_slices;
-  plan.wave_rows = shape.wave_rows;
-  plan.waves = shape.waves;
+  plan.strip_rows = shape.strip_rows;
+  plan.strips = shape.strips;
   plan.triangular = shape.triangular;
 
   Workspace workspace;
@@ -119,8 +121,8 @@ void plan_screened(ForwardPlan& plan, const Problem& problem) {
     plan.sample_stride = 1;
     plan.buffer_capacity = ladder_entries(K);
     plan.far_capacity = 0;
-    plan.wave_rows = std::min({N, std::max<std::int64_t>(1, kScratchEntries / M),
-                               std::max<std::int64_t>(1, kBufferBytes / (8 * plan.buffer_capacity))});
+    plan.strip_rows = std::min({N, std::max<std::int64_t>(1, kScratchEntries / M),
+                                std::max<std::int64_t>(1, kBufferBytes / (8 * plan.buffer_capacity))});
   } else {
     // Two samplings of ratio sqrt(M / sample) each serve more candidates than one of ratio kSampleRatio can.
     const bool lean = N >= kLeanFrom && K <= kLeanNeighbours;
@@ -141,10 +143,11 @@ void plan_screened(ForwardPlan& plan, const Problem& problem) {
     const std::int64_t enough = lean ? kLeanEntries * ratio : expected_entries(K, ratio);
     plan.buffer_capacity = std::max({smallest, ladder_entries(K), round_up(enough, kSampleMultiple)});
     plan.far_capacity = kFarCapacity;
-    plan.wave_rows = std::min(N, std::max<std::int64_t>(1, kBufferBytes / (8 * (plan.buffer_capacity + kFarCapacity))));
+    plan.strip_rows =
+        std::min(N, std::max<std::int64_t>(1, kBufferBytes / (8 * (plan.buffer_capacity + kFarCapacity))));
   }
-  plan.waves = divide_up(N, plan.wave_rows);
-  plan.triangular = problem.symmetric && plan.waves == 1;
+  plan.strips = divide_up(N, plan.strip_rows);
+  plan.triangular = problem.symmetric && plan.strips == 1;
 
   Workspace workspace;
   plan.control = workspace.take(sizeof(Control));
@@ -156,10 +159,10 @@ void plan_screened(ForwardPlan& plan, const Problem& problem) {
   plan.candidate_facts = workspace.take(problem.symmetric ? 0 : M * 2 * 4);
   plan.positive_count = workspace.take(N * 4);
   plan.positive_list = workspace.take(N * kListedPositives * 4);
-  plan.counts = workspace.take(plan.wave_rows * 2 * 4);
-  plan.buffer = workspace.take(plan.wave_rows * std::max(plan.buffer_capacity * 8, plan.sample_columns * 4));
-  plan.far_buffer = workspace.take(plan.wave_rows * plan.far_capacity * 8);
-  plan.queue = workspace.take(plan.wave_rows * 4);
+  plan.counts = workspace.take(plan.strip_rows * 2 * 4);
+  plan.buffer = workspace.take(plan.strip_rows * std::max(plan.buffer_capacity * 8, plan.sample_columns * 4));
+  plan.far_buffer = workspace.take(plan.strip_rows * plan.far_capacity * 8);
+  plan.queue = workspace.take(plan.strip_rows * 4);
   plan.launches = screened_launches(plan, problem);
   plan.workspace_bytes = workspace.bytes();
 }
@@ -169,7 +172,7 @@ bool direct_pays(const Problem& problem, const DeviceFacts& device) {
   if (!problem.symmetric && problem.M <= kTinyRow) return pairs <= kTinyProducts / std::max<std::int64_t>(1, problem.D);
   if (pairs > kDirectProducts || (problem.symmetric ? pairs / 2 : pairs) * problem.D > kDirectProducts) return false;
   if (problem.M > kShortRow && (problem.N > kFewAnchors || problem.M > kLongRow)) return false;
-  return direct_shape(problem, device, kScratchEntries).waves == 1;
+  return direct_shape(problem, device, kScratchEntries).strips == 1;
 }
 
 bool dense_pays(const Problem& problem) {

@@ -1,5 +1,5 @@
-// The plan of the backward. Traffic decides: figures below are bytes through the second-level cache, which is what the
-// gather is bound by.
+// The plan of the backward. Traffic decides it: the figures below are bytes through the second-level cache, which
+// bounds the gather.
 #include <algorithm>
 
 #include "cuda/plan.h"
@@ -10,20 +10,20 @@ namespace {
 constexpr std::int64_t kWarp = 32;
 constexpr std::int64_t kPack = 16;  // bytes of the widest load
 
-// Without buckets every block scans all edges. The three kernels that make buckets cost about 7 us, in which the
-// second-level cache of an H200 delivers some 40 MB; and a block that scans more than 16 windows of 2048 edges waits
+// Without buckets every block searches all edges. The three kernels that make buckets cost about 7 us, in which the
+// second-level cache of an H200 delivers some 40 MB. And a block that searches more than 16 windows of 2048 edges waits
 // longer for them than that, however many blocks there are.
-constexpr std::int64_t kScanBytes = std::int64_t{48} << 20;
-constexpr std::int64_t kScanEdges = std::int64_t{1} << 15;
+constexpr std::int64_t kSearchBytes = std::int64_t{48} << 20;
+constexpr std::int64_t kSearchEdges = std::int64_t{1} << 15;
 
-// A group of 8 targets scans its bucket: with 64 targets a bucket that is 8 (K + 2) entries of 4 bytes for some
-// 2 (K + 2) rows of up to 1 KB, below 3 %. Counters of a bucket lie in shared memory, so there are not too many.
+// A group of 8 targets searches its bucket: with 64 targets a bucket these are 8 (K + 2) entries of 4 bytes for some 2
+// (K + 2) rows of up to 1 KB, below 3 %. Counters of a bucket lie in shared memory, so their number is limited.
 constexpr int kBucketShift = 6;
 constexpr std::int64_t kMostBuckets = 4096;
 static_assert((1 << kBucketShift) % kBackwardGroup == 0, "a group of targets lies in one bucket");
 
-// A warp counts and places a part. Parts are few enough that the histogram stays below 16 MB, and a multiple of the
-// warps of a block.
+// A warp counts and places a part. There are few enough parts that the histogram stays below 16 MB, and a multiple of
+// the warps of a block.
 constexpr std::int64_t kSmallestPart = 256;
 constexpr std::int64_t kMostParts = 1024;
 constexpr std::int64_t kPartsMultiple = 8;
@@ -34,8 +34,8 @@ void choose_slices(const BackwardProblem& problem, const DeviceFacts& device, st
   plan->packs_per_lane = 1;
   plan->row_lanes = 1;
   while (plan->row_lanes < kWarp && plan->row_lanes < packs) plan->row_lanes *= 2;
-  // Two packs a lane halve the scans and the walks over edge lists; half inputs have 8 elements in one pack already.
-  // Small problems take one: twice as many blocks fill the device.
+  // Two packs a lane halve the searches and the walks over edge lists; half inputs have 8 elements in one pack already.
+  // Small problems take one pack: twice as many blocks fill the device.
   constexpr std::int64_t kBlocksEach = 2;
   if (element_bytes(problem.dtype) > 2 && packs > kWarp &&
       groups * divide_up(packs, 2 * kWarp) >= kBlocksEach * device.multiprocessors) {
@@ -56,12 +56,13 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const DeviceFacts& de
   if ((anchor_groups + candidate_groups) * plan.slices == 0) return plan;
   plan.launches = 1;
 
-  // Own edges are found by their anchor; only incoming ones are looked for.
-  const std::int64_t scanning = (problem.symmetric ? anchor_groups : candidate_groups) * plan.slices;
+  // Own edges are found by their anchor; only incoming ones have to be searched.
+  const std::int64_t searching = (problem.symmetric ? anchor_groups : candidate_groups) * plan.slices;
   const std::int64_t edges = problem.N * problem.edges;
-  if (scanning == 0 || edges == 0 || problem.partition == Partition::kNever) return plan;
-  const double scan_bytes = 4.0 * static_cast<double>(scanning) * static_cast<double>(edges);
-  if (problem.partition == Partition::kAuto && edges <= kScanEdges && scan_bytes <= static_cast<double>(kScanBytes)) {
+  if (searching == 0 || edges == 0 || problem.partition == Partition::kNever) return plan;
+  const double search_bytes = 4.0 * static_cast<double>(searching) * static_cast<double>(edges);
+  if (problem.partition == Partition::kAuto && edges <= kSearchEdges &&
+      search_bytes <= static_cast<double>(kSearchBytes)) {
     return plan;
   }
 

@@ -1,5 +1,5 @@
-// What a plan is made of: facts of the device, the problem, and the kernels, tiles, launches and workspace that serve it.
-// The kernels know these types, and nothing of how a plan is chosen.
+// What a plan is made of: facts of the device, the problem, and the kernels, tiles, launches and workspace that serve
+// it. Kernels know these types; how a plan is chosen they do not know.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@
 
 namespace sn::cuda {
 
-// What the plan asks of a device.
+// What the plan needs to know of a device.
 struct DeviceFacts {
   int major = 9;
   int minor = 0;
   int multiprocessors = 132;
   int shared_bytes = 232448;  // a block may use at most, opted in
-  // Clusters of the kernel of kCluster that the device really holds (cluster_limits in stages.h): fewer than its
+  // Clusters of kCluster's kernel that the device really holds (cluster_limits in stages.h): fewer than its
   // architecture allows where parts of it are switched off or given to others. 0: none.
   int largest_cluster = 8;  // blocks
   int cluster_planes = 8;   // planes of sums that a block of the largest may keep
@@ -30,7 +30,7 @@ enum class ForwardPath : std::int32_t {
   kAuto = 0,     // only asked for, never planned
   kCluster = 1,  // one launch of one thread-block cluster, direct sums
   kDirect = 2,   // tiles of direct sums, then selection: any type, any K
-  kDense = 3,    // tensor-core scores of every pair in a scratch of at most 2^22 entries (or a wave of rows), refined
+  kDense = 3,    // tensor-core scores of every pair in a scratch of at most 2^22 entries (or a strip of rows), refined
   kScreen = 4,   // thresholds from a sample, tensor-core screening into candidate buffers, refined
   kBank = 5      // kScreen for few anchors and many fp32 candidates, which are converted as they are read, once
 };
@@ -67,10 +67,10 @@ struct AnchorRecord {
   std::int32_t flags;  // bit 0: valid, bit 1: its nearest neighbour is a positive
 };
 
-// Counters and facts of one call that kernels hand to each other. Zeroed by the first kernel of a path.
+// Counters and facts of one call that kernels pass to each other. The first kernel of a path zeroes them.
 struct Control {
   std::uint32_t nonfinite;         // 1: a value of the input is NaN or Inf
-  std::uint32_t ticket;            // blocks that have finished, for the last one to know that it is
+  std::uint32_t ticket;            // blocks that have finished: the last one knows itself by it
   std::uint32_t queued;            // rows waiting for the ladder
   std::uint32_t unscreenable;      // 1: the input's scale defeats the screening, every row goes to the ladder
   std::uint32_t largest;           // bits of the largest finite |x - mean| of the rows that give the scale
@@ -83,8 +83,8 @@ struct Control {
 };
 static_assert(sizeof(Control) == 64);
 
-// At most this many positives of an anchor are listed and summed exactly; of larger identities a sample bounds the
-// farthest, the screening finds it.
+// At most this many positives of an anchor are listed and summed exactly. For larger identities a sample bounds the
+// farthest, and the screening finds it.
 inline constexpr std::int64_t kListedPositives = 128;
 inline constexpr std::int64_t kFastNeighbours = 128;  // larger K takes the direct path
 inline constexpr std::int64_t kLadderSegments = 16;   // buffers hold at least this many lists of K keys
@@ -92,8 +92,8 @@ inline constexpr std::int64_t kLadderSegments = 16;   // buffers hold at least t
 struct ForwardPlan {
   ForwardPath path = ForwardPath::kDirect;
   std::int64_t K = 0;
-  std::int64_t wave_rows = 0;  // anchors served at once
-  std::int64_t waves = 0;
+  std::int64_t strip_rows = 0;  // anchors served at once
+  std::int64_t strips = 0;
   std::int64_t launches = 0;  // kernels enqueued
   std::int64_t workspace_bytes = 0;
 
@@ -117,7 +117,7 @@ struct ForwardPlan {
   Piece control;          // Control
   Piece flags;            // direct: uint32 per block of the tile kernel
   Piece records;          // AnchorRecord [N]
-  Piece partials;         // direct: acc [d_slices][wave_rows][M]
+  Piece partials;         // direct: acc [d_slices][strip_rows][M]
   Piece sort_keys;        // direct: rows of keys too many for shared memory
   Piece mean;             // float [padded_dims]
   Piece anchor_cast;      // half [N][padded_dims]
@@ -126,11 +126,11 @@ struct ForwardPlan {
   Piece candidate_facts;  // float [2][M]: n, rho
   Piece positive_count;   // int32 [N]
   Piece positive_list;    // int32 [N][kListedPositives]
-  Piece counts;           // uint32 [2][wave_rows]: entries in the buffer, in the far buffer
-  Piece
-      buffer;  // uint64 [wave_rows][buffer_capacity]; dense scores float [wave_rows][sample_columns] lie in the same place
-  Piece far_buffer;  // uint64 [wave_rows][far_capacity]
-  Piece queue;       // int32 [wave_rows]
+  Piece counts;           // uint32 [2][strip_rows]: entries in the buffer, in the far buffer
+  // uint64 [strip_rows][buffer_capacity]; dense scores, float [strip_rows][sample_columns], lie in the same place.
+  Piece buffer;
+  Piece far_buffer;  // uint64 [strip_rows][far_capacity]
+  Piece queue;       // int32 [strip_rows]
 };
 
 // Whether the backward first puts the edges in buckets of targets. The gradients do not depend on it, bit for bit.

@@ -1,5 +1,5 @@
-// The names of the CUDA runtime that host code of this backend uses: from the toolkit, or, with SN_SIMT, from the host
-// harness (tests/simt), which runs the kernels on a CPU. Host headers include this file, never the toolkit's.
+// The names of the CUDA runtime that host code of this backend uses: from the toolkit or, with SN_SIMT defined, from
+// the host harness (tests/simt), which runs the kernels on a CPU. Host headers include this file, never the toolkit's.
 #pragma once
 
 #if defined(SN_SIMT)

@@ -1,14 +1,18 @@
-// Every intrinsic and PTX instruction the kernels use, one wrapper each: of a thread and its warp here, of memory in
-// memory.cuh, of the tensor cores in tensor_core.cuh; launch.cuh has the one way a kernel is launched. Kernels call
-// nothing else from the toolkit, so that the same sources also compile for the host harness (tests/simt), which checks
-// indices, tails, barriers and races on a machine without a GPU. With SN_SIMT the names below come from there.
+// Every intrinsic and PTX instruction that the kernels use has one wrapper: those of a thread and its warp stand here,
+// memory.cuh has memory, tensor_core.cuh the tensor cores. Kernels call nothing else of the toolkit, so the same
+// sources also compile for the host harness (tests/simt), which checks indices, tails, barriers and races on a machine
+// without a GPU. With SN_SIMT defined, the names below come from the harness.
 //
-// What a wrapper promises is what both sides keep:
-//   - what exchanges values within a warp is called by all 32 lanes together;
-//   - a shuffle, vote or reduction orders no memory: data in shared memory passes between lanes of a warp behind
-//     sync_warp(), between warps behind sync_block(), between blocks of a cluster behind sync_cluster();
-//   - shared memory is reached through Shared<T> alone, carved from a SharedArena;
-//   - global memory that another block of the same launch writes is read with atomic_load.
+// What a wrapper promises holds on both sides:
+//
+// - What exchanges values within a warp is called by all 32 lanes together.
+//
+// - A shuffle, vote or reduction orders no memory. Data in shared memory passes between lanes of a warp behind
+//   sync_warp(), between warps behind sync_block(), between blocks of a cluster behind sync_cluster().
+//
+// - Shared memory is reached through Shared<T> alone, taken from a SharedArena.
+//
+// - Global memory that another block of the same launch writes is read with atomic_load.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// Sizes that the plan and the kernels share: no toolkit, no kernels.
+// Sizes that the plan and the kernels share. No toolkit, no kernels.
 #pragma once
 
 #include <algorithm>
@@ -34,16 +34,16 @@ constexpr std::int64_t direct_sort_keys(std::int64_t K) {
 struct DirectShape {
   std::int64_t slice_elements;
   std::int64_t d_slices;
-  std::int64_t wave_rows;
-  std::int64_t waves;
+  std::int64_t strip_rows;
+  std::int64_t strips;
   bool triangular;
 };
 constexpr std::int64_t direct_slices(std::int64_t D, std::int64_t slice_elements) {
   return D <= slice_elements ? 1 : divide_up(D, slice_elements);
 }
-// Tiles of one wave; never none, so that a matrix without a counterpart is still looked at for NaN and Inf.
-constexpr std::int64_t direct_tiles(std::int64_t wave_rows, std::int64_t M, bool triangular) {
-  const std::int64_t down = std::max<std::int64_t>(1, divide_up(wave_rows, kDirectTile));
+// Tiles of one strip; never none, so that a matrix without a counterpart is still looked at for NaN and Inf.
+constexpr std::int64_t direct_tiles(std::int64_t strip_rows, std::int64_t M, bool triangular) {
+  const std::int64_t down = std::max<std::int64_t>(1, divide_up(strip_rows, kDirectTile));
   const std::int64_t across = std::max<std::int64_t>(1, divide_up(M, kDirectTile));
   return triangular ? down * (down + 1) / 2 : down * across;
 }
@@ -54,13 +54,13 @@ constexpr DirectShape direct_shape(const Problem& problem, const DeviceFacts& de
   shape.slice_elements = kChunk;
   while (shape.slice_elements < problem.D && shape.slice_elements < kLargestSlice) shape.slice_elements *= 2;
   shape.d_slices = direct_slices(problem.D, shape.slice_elements);
-  shape.wave_rows = std::min(N, std::max<std::int64_t>(1, scratch_entries / shape.d_slices / M));
-  if (shape.wave_rows > kDirectTile && shape.wave_rows < N) shape.wave_rows -= shape.wave_rows % kDirectTile;
-  shape.waves = divide_up(N, shape.wave_rows);
-  shape.triangular = problem.symmetric && shape.waves == 1;
-  const std::int64_t tiles = direct_tiles(shape.wave_rows, M, shape.triangular);
+  shape.strip_rows = std::min(N, std::max<std::int64_t>(1, scratch_entries / shape.d_slices / M));
+  if (shape.strip_rows > kDirectTile && shape.strip_rows < N) shape.strip_rows -= shape.strip_rows % kDirectTile;
+  shape.strips = divide_up(N, shape.strip_rows);
+  shape.triangular = problem.symmetric && shape.strips == 1;
+  const std::int64_t tiles = direct_tiles(shape.strip_rows, M, shape.triangular);
   while (shape.slice_elements > kChunk && tiles * shape.d_slices < device.multiprocessors &&
-         direct_slices(problem.D, shape.slice_elements / 2) <= scratch_entries / shape.wave_rows / M) {
+         direct_slices(problem.D, shape.slice_elements / 2) <= scratch_entries / shape.strip_rows / M) {
     shape.slice_elements /= 2;
     shape.d_slices = direct_slices(problem.D, shape.slice_elements);
   }
@@ -76,17 +76,17 @@ inline bool rows_aligned(const FeatureView& view, DType dtype) {
 
 // Bytes of the pieces of the workspace, once the plan's shape is set.
 constexpr std::int64_t direct_partial_bytes(const ForwardPlan& plan, const Problem& problem) {
-  return plan.d_slices * plan.wave_rows * problem.M * accumulator_bytes(problem.dtype);
+  return plan.d_slices * plan.strip_rows * problem.M * accumulator_bytes(problem.dtype);
 }
 constexpr std::int64_t direct_flag_bytes(const ForwardPlan& plan, const Problem& problem) {
-  return direct_tiles(plan.wave_rows, problem.M, plan.triangular) * plan.d_slices * 4;
+  return direct_tiles(plan.strip_rows, problem.M, plan.triangular) * plan.d_slices * 4;
 }
 constexpr std::int64_t direct_sort_key_bytes(const ForwardPlan& plan, const Problem& problem) {
   const std::int64_t bytes = direct_sort_keys(plan.K) * direct_key_bytes(problem.dtype);
-  return bytes <= kSharedSortBytes ? 0 : plan.wave_rows * bytes;
+  return bytes <= kSharedSortBytes ? 0 : plan.strip_rows * bytes;
 }
 constexpr std::int64_t direct_launches(const ForwardPlan& plan) {
-  return 2 * plan.waves;
+  return 2 * plan.strips;
 }
 
 // ---- the path of one cluster ----------------------------------------------------------------------------------------
@@ -143,27 +143,26 @@ inline constexpr std::int64_t kPrepareLaunches = 2;
 
 // The bank's kernel holds all anchors of a call against one tile of candidates.
 inline constexpr std::int64_t kBankAnchorRows = 256;
-// Shared memory of a block that it asks for: a plan takes ForwardPath::kBank only where DeviceFacts::shared_bytes
-// allows.
+// Shared memory that a block asks for. A plan takes ForwardPath::kBank only where DeviceFacts::shared_bytes allows it.
 inline constexpr std::int64_t kBankSharedBytes = 224 * 1024;
 
 // ---- the refinement and the ladder ----------------------------------------------------------------------------------
 
 // What the ladder leaves of a row, in the row's place of the buffer: a sorted list of K keys of each segment, then the
-// nearest and the farthest positive of each segment. ForwardPlan::buffer_capacity is at least this, on every path.
+// nearest and the farthest positive of each segment. ForwardPlan::buffer_capacity is at least this on every path.
 constexpr std::int64_t ladder_entries(std::int64_t K) {
   return kLadderSegments * (K + 2);
 }
 
-// A queued row is one int32: its number in the wave above these bits, and what it still needs.
+// A queued row is one int32: its number in the strip above these bits, and what it still needs.
 inline constexpr int kNeedBits = 3;
 enum Need : std::int32_t { kNeedSupport = 1, kNeedNear = 2, kNeedFar = 4, kNeedAll = 7 };
 static_assert(kNeedAll < (1 << kNeedBits));
-inline constexpr std::int64_t kLargestWave = std::int64_t{1} << (31 - kNeedBits);
+inline constexpr std::int64_t kLargestStrip = std::int64_t{1} << (31 - kNeedBits);
 
 // The refinement needs this of a plan.
 constexpr bool refinable(const ForwardPlan& plan) {
-  return plan.K >= 1 && plan.K <= kFastNeighbours && plan.wave_rows <= kLargestWave &&
+  return plan.K >= 1 && plan.K <= kFastNeighbours && plan.strip_rows <= kLargestStrip &&
          plan.buffer_capacity >= ladder_entries(plan.K);
 }
 
@@ -172,16 +171,17 @@ constexpr bool may_have_large_identities(std::int64_t M) {
   return M > kListedPositives;
 }
 
-// Kernels of run_screened: preparation and positives once, then for each wave
+// Kernels of run_screened: preparation and positives once, then for each strip
+//
 //   kDense           scores, refinement, ladder, merge
-//   kScreen, kBank   sample, thresholds, [thresholds of large identities], [second sample, thresholds], scores, refinement,
-//                    ladder, merge.
+//   kScreen, kBank   sample, thresholds, [thresholds of large identities], [second sample, thresholds], scores,
+//                    refinement, ladder, merge.
 constexpr std::int64_t screened_launches(const ForwardPlan& plan, const Problem& problem) {
-  std::int64_t wave = 4;
+  std::int64_t per_strip = 4;
   if (plan.path != ForwardPath::kDense) {
-    wave += 2 + (may_have_large_identities(problem.M) ? 1 : 0) + (plan.second_stride > 0 ? 2 : 0);
+    per_strip += 2 + (may_have_large_identities(problem.M) ? 1 : 0) + (plan.second_stride > 0 ? 2 : 0);
   }
-  return kPrepareLaunches + 1 + plan.waves * wave;
+  return kPrepareLaunches + 1 + plan.strips * per_strip;
 }
 
 }  // namespace sn::cuda

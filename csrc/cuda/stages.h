@@ -1,4 +1,4 @@
-// The kernels as the host sees them: each enqueues its work on a stream, which belongs to the current device.
+// The kernels as the host sees them. Each function enqueues one kernel on a stream of the current device.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace sn::cuda {
 
-// A wave of anchors [begin, begin + rows).
-struct Wave {
+// A strip of anchors [begin, begin + rows).
+struct Strip {
   std::int64_t begin;
   std::int64_t rows;
 };
@@ -18,25 +18,25 @@ struct Wave {
 // ---- direct sums ----------------------------------------------------------------------------------------------------
 
 // The universal exact path: every squared distance in the one summation order, then selection. Any type, N, M, D and K.
-// One kernel each; the plan's path is kDirect and its sizes come from sizes.h.
-cudaError_t enqueue_tiles(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+// The plan's path is kDirect; sizes.h has its sizes.
+cudaError_t enqueue_tiles(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                           cudaStream_t stream);
-cudaError_t enqueue_select(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+cudaError_t enqueue_select(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                            cudaStream_t stream);
 
-// At most 64 anchors and 64 candidates: the whole forward in one launch of one thread-block cluster.
-// On a device of compute capability 9.0 or above; the plan's path is kCluster, and needs no workspace.
+// At most 64 anchors and 64 candidates: the whole forward in one launch of one thread-block cluster. The device is of
+// compute capability 9.0 or above, the plan's path is kCluster and needs no workspace.
 cudaError_t enqueue_cluster(const ForwardArgs& args, const ForwardPlan& plan, cudaStream_t stream);
 
-// The compute capability, as 10 * major + minor, that the current device's copy of this library's code was compiled
-// for. It is below the device's own where the driver made that copy from PTX of an older architecture, such as one
+// The compute capability, as 10 * major + minor, for which the current device's copy of this library's code was
+// compiled. It is below the device's own where the driver made that copy from PTX of an older architecture, such as one
 // without clusters.
 cudaError_t compiled_capability(int* capability);
 
-// What the current device holds of this kernel's clusters, in every type that it serves, for DeviceFacts: a GPU that is
-// cut down, or a slice of one, may have no group of multiprocessors left that is large enough. Asked of the driver, on
-// the host; nothing is enqueued, so it may be asked while a stream is captured. A question that fails counts as a no and
-// leaves no error behind. The device and its copy of the code are of capability 9.0 or above.
+// What the current device holds of this kernel's clusters, in every type that it serves, for DeviceFacts. A GPU that is
+// cut down, or a slice of one, may have no group of multiprocessors left that is large enough. The driver is asked, on
+// the host: nothing is enqueued, so it may be asked while a stream is captured. A question that fails counts as a no
+// and leaves no error behind. The device and its copy of the code are of capability 9.0 or above.
 struct ClusterLimits {
   int blocks;  // of the largest cluster, 0: none
   int planes;  // that each block of it may keep
@@ -45,39 +45,46 @@ ClusterLimits cluster_limits(int shared_bytes);
 
 // ---- screening ------------------------------------------------------------------------------------------------------
 
-// What prepare.h says of the workspace, kPrepareLaunches kernels. N, M and D are at least 1, the path is kDense, kScreen
-// or kBank.
+// The two kernels that bring about what prepare.h says of the workspace. N, M and D are at least 1; the path is kDense,
+// kScreen or kBank.
 cudaError_t enqueue_sample(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
 cudaError_t enqueue_facts(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
 
 // The positives of each anchor: how many candidates have its label, its own row left out, and which.
+//
 // positive_count [N]; positive_list [N][kListedPositives]: in increasing order all positives where they fit, else
-// kListedPositives of them (which ones may depend on the schedule). Sets Control.large_identities where they do not fit,
-// which the first kernel of the call must have zeroed. One kernel. N and M are at least 1.
+// kListedPositives of them (which ones may depend on the schedule). Sets Control.large_identities where they do not
+// fit; the first kernel of the call must have zeroed it. N and M are at least 1.
 cudaError_t enqueue_positives(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
 
-// Tensor-core scores of anchors against candidates: written out (dense) or tested against thresholds as they fall out
-// of the accumulators (append). The score of a pair is s_ij = n_j - 2 h_i . h_j; bound.cuh says what it proves.
+// Tensor-core scores of anchors against candidates: written out (dense), or tested against thresholds as they leave the
+// accumulators (append). The score of a pair is s_ij = n_j - 2 h_i . h_j; bound.cuh says what it proves. The consumer
+// may rely on this:
 //
-// What the consumer may rely on
-//   * Every pair of the requested range is scored once for its anchor, self pairs included: whoever reads the entries
-//     drops an anchor's own row (by SelfMap). Candidates of a subset are c * column_stride for c in [0, columns).
-//   * kAppend: gCount[i - row_begin] counts ALL hits of anchor i, gBuffer[i - row_begin][0 .. min(count, capacity)) has
-//     entries (bits of s) << 32 | j, in any order. Entries beyond the capacity are dropped, the count goes on.
-//   * The far test appends positives only (labels compared as 64-bit integers), to gFarCount and gFarBuffer likewise.
-//   * A pair with rho_i or rho_j = +inf has a score of no meaning (finite, never NaN). A candidate with rho_j = +inf is
-//     appended for every anchor (and, where G_i is not +inf and it is a positive, to the far buffer).
-//   * Null rows (bound.cuh) beyond Control.last_null are not appended by the support test.
-//   * Control.unscreenable: nothing is written, but kBank notes what is not finite when it appends from all candidates.
+// * Every pair of the requested range is scored once for its anchor, self pairs included: whoever reads the entries
+//   drops an anchor's own row (by SelfMap). Candidates of a subset are c * column_stride for c in [0, columns).
+//
+// * kAppend: gCount[i - row_begin] counts ALL hits of anchor i, gBuffer[i - row_begin][0 .. min(count, capacity)) has
+//   entries (bits of s) << 32 | j, in any order. Entries beyond the capacity are dropped; the count goes on.
+//
+// * The far test appends positives only (labels compared as 64-bit integers), to gFarCount and gFarBuffer likewise.
+//
+// * A pair with rho_i or rho_j = +inf has a score without meaning (finite, never NaN). A candidate with rho_j = +inf is
+//   appended for every anchor (and, where G_i is not +inf and it is a positive, to the far buffer).
+//
+// * Null rows (bound.cuh) beyond Control.last_null are not appended by the support test.
+//
+// * Control.unscreenable: nothing is written, but kBank notes what is not finite when it appends from all candidates.
 enum class ScoreMode : std::int32_t {
-  kDense = 0,   // gScores[i - row_begin][c] for all anchors of the wave and all requested columns c, at plan.buffer
-  kAppend = 1,  // support test, and far test where `far`; into plan.buffer, plan.far_buffer, plan.counts [2][wave_rows]
+  kDense = 0,  // gScores[i - row_begin][c] for all anchors of the strip and all requested columns c, at plan.buffer
+  kAppend =
+      1,  // support test, and far test where `far`; into plan.buffer, plan.far_buffer, plan.counts [2][strip_rows]
 };
 
 struct ScoreRequest {
   ScoreMode mode = ScoreMode::kDense;
-  std::int64_t row_begin = 0;      // first anchor of the wave
-  std::int64_t rows = 0;           // anchors of the wave, at most plan.wave_rows
+  std::int64_t row_begin = 0;      // first anchor of the strip
+  std::int64_t rows = 0;           // anchors of the strip, at most plan.strip_rows
   std::int64_t columns = 0;        // candidates taken
   std::int64_t column_stride = 1;  // column c is candidate c * column_stride < M
   // kAppend, self case, all rows and all candidates: half of the tiles serve both triangles. Needs plan.triangular.
@@ -85,7 +92,7 @@ struct ScoreRequest {
   bool far = false;  // kAppend: G and g2 are set and far_buffer is there; false: they are not touched
 };
 
-// One kernel: of kDense and kScreen, of kBank. Dense scores: row pitch is request.columns.
+// Of kDense and kScreen, and of kBank. Dense scores: the row pitch is request.columns.
 cudaError_t enqueue_scores(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
                            const ScoreRequest& request, cudaStream_t stream);
 cudaError_t enqueue_bank_scores(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
@@ -93,31 +100,31 @@ cudaError_t enqueue_bank_scores(const ForwardArgs& args, const ForwardPlan& plan
 
 // Behind the screening: thresholds from a sample, exact keys of what the screening could not rule out, the certificate.
 
-// Sets T and u of the wave's anchors from the dense scores of the sample, and G to "never"; zeroes the counts.
+// Sets T and u of the strip's anchors from the dense scores of the sample, and G to "never"; zeroes the counts.
 cudaError_t enqueue_sample_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
-                                      const Wave& wave, cudaStream_t stream);
+                                      const Strip& strip, cudaStream_t stream);
 // Tightens T and u by the entries that a screening of a subset has left in the buffers; zeroes the counts.
 cudaError_t enqueue_entry_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
-                                     const Wave& wave, cudaStream_t stream);
+                                     const Strip& strip, cudaStream_t stream);
 // Sets G and g2 of anchors that have more positives than are listed. Only needed where may_have_large_identities(M).
-cudaError_t enqueue_far_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
-                                   cudaStream_t stream);
-// From the dense scores (kDense) or the buffers to every output of the wave's anchors; those that cannot be certified are
-// queued for the ladder. Zeroes the counts.
-cudaError_t enqueue_refine(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+cudaError_t enqueue_far_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
+                                   const Strip& strip, cudaStream_t stream);
+// From the dense scores (kDense) or the buffers to every output of the strip's anchors. Those that cannot be certified
+// are queued for the ladder. Zeroes the counts.
+cudaError_t enqueue_refine(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                            cudaStream_t stream);
 
-// The exact scan for anchors that the refinement could not certify, and the sum over all anchors. Two kernels of fixed
-// grids: segments of the queued rows, then their lists merged. After the last wave the last block of the second writes
-// the loss and the statistics; after others it empties the queue.
-cudaError_t enqueue_ladder(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+// The exact search for anchors that the refinement could not certify, and the sum over all anchors. Both kernels have
+// fixed grids: segments of the queued rows, then their lists merged. After the last strip the last block of the second
+// writes the loss and the statistics; after other strips it empties the queue.
+cudaError_t enqueue_ladder(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                            cudaStream_t stream);
-cudaError_t enqueue_merge(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+cudaError_t enqueue_merge(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                           cudaStream_t stream);
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// Edges in buckets of targets, where the plan wants that: three kernels (buckets.cuh).
+// Sort edges into buckets of targets, where the plan wants that (buckets.cuh).
 cudaError_t enqueue_bucket_counts(const BackwardArgs& args, const BackwardPlan& plan, char* workspace,
                                   cudaStream_t stream);
 cudaError_t enqueue_bucket_prefix_sums(const BackwardPlan& plan, char* workspace, cudaStream_t stream);

@@ -49,17 +49,17 @@ def test_workspace_is_bounded(core: ModuleType, device: str, dtype: int) -> None
         padded = (d + 63) // 64 * 64
         copy = 2 * padded * (n + m) if facts["path"] in ("dense", "screen", "bank") else 0
         linear = 1024 * (n + m) + 16 * 1024
-        # Scratch of the direct path, or dense scores, or candidate buffers of one wave.
+        # Scratch of the direct path, or dense scores, or candidate buffers of one strip.
         fixed = max(8 * SCRATCH, 320 * 2**20) + 16 * max(m, 1) * 2
         assert facts["workspace_bytes"] <= copy + linear + fixed, (n, m, d, k, facts)
-        assert facts["waves"] * facts["wave_rows"] >= n
+        assert facts["strips"] * facts["strip_rows"] >= n
 
 
 def test_large_batch_at_the_size_of_the_goals(core: ModuleType) -> None:
     """65536 x 2048 in float32: peak memory beyond inputs and gradients within 1.25 times the features."""
     facts = plan(core, 65536, 65536, 2048)
     graph = 65536 * 12 * 8
-    assert facts["path"] == "screen" and facts["waves"] == 1 and facts["triangular"]
+    assert facts["path"] == "screen" and facts["strips"] == 1 and facts["triangular"]
     assert facts["workspace_bytes"] + graph <= 1.25 * 65536 * 2048 * 4
 
 
@@ -84,7 +84,7 @@ def test_slices_fill_the_device_and_follow_the_order_of_sums(core: ModuleType) -
         slices, width = facts["d_slices"], facts["slice_elements"]
         assert slices * width >= d and (slices - 1) * width < d
         assert width in (64, 128, 256, 512)
-        assert slices * facts["wave_rows"] * n <= SCRATCH
+        assert slices * facts["strip_rows"] * n <= SCRATCH
     assert plan(core, 128, 128, 2048, path="direct")["d_slices"] >= 32
 
 
@@ -100,14 +100,14 @@ def test_slices_fill_the_device_and_follow_the_order_of_sums(core: ModuleType) -
         (32, 32, 513, {}, "direct"),
         (32, 32, 512, {"device": "sm_80"}, "direct"),
         (32, 32, 512, {"dtype": F64}, "direct"),
-        # Direct sums in one wave, up to 2^29 products.
+        # Direct sums in one strip, up to 2^29 products.
         (64, 64, 2048, {}, "direct"),
         (256, 256, 2048, {}, "direct"),
         (640, 640, 2048, {}, "direct"),
         (1024, 1024, 512, {}, "direct"),
         (64, 4096, 2048, {}, "direct"),
         (256, 4096, 128, {}, "direct"),
-        # Rows too long for many anchors, more than one wave, more products.
+        # Rows too long for many anchors, more than one strip, more products.
         (1280, 1280, 128, {}, "screen"),
         (768, 768, 2048, {}, "dense"),
         (257, 4096, 128, {}, "screen"),

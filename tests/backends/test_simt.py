@@ -176,20 +176,20 @@ def test_the_ladder_serves_what_the_screening_cannot(name: str) -> None:
 @pytest.mark.parametrize(
     "cut",
     [
-        {"path": "direct", "wave_rows": 64},
+        {"path": "direct", "strip_rows": 64},
         {"path": "direct", "slice_elements": 128},
-        {"path": "dense", "wave_rows": 40},
+        {"path": "dense", "strip_rows": 40},
         {"path": "dense", "score_tile": 128},
-        {"path": "screen", "wave_rows": 70},
+        {"path": "screen", "strip_rows": 70},
         {"path": "screen", "score_tile": 128},
-        {"path": "screen", "score_tile": 128, "wave_rows": 150},
+        {"path": "screen", "score_tile": 128, "strip_rows": 150},
         {"path": "screen", "sample_stride": 8, "second_stride": 3},
         {"path": "screen", "far_capacity": 1},
     ],
     ids=str,
 )
 def test_however_the_work_is_cut(cut: dict[str, Any]) -> None:
-    """Waves, tiles, slices and samples that only large problems are planned with; one identity is too large to list."""
+    """Strips, tiles, slices and samples of large problems; one identity is too large to list."""
     case = problems.self_case(301, 130, 12, seed=8)
     labels = torch.where(torch.arange(301) % 2 == 0, 0, case.labels)
     case = Case(case.feats, labels, k=10)
@@ -224,7 +224,7 @@ def test_a_bank_is_certified_as_it_is_read() -> None:
         {"path": "bank"},
         {"path": "bank", "sample_stride": 60, "second_stride": 7},
         {"path": "screen", "sample_stride": 60, "second_stride": 7},
-        {"path": "screen", "sample_stride": 60, "second_stride": 7, "wave_rows": 9},
+        {"path": "screen", "sample_stride": 60, "second_stride": 7, "strip_rows": 9},
         {"path": "screen", "score_tile": 128},
     ],
     ids=str,

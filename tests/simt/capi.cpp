@@ -118,10 +118,10 @@ std::vector<Piece*> pieces_of(sn::cuda::BackwardPlan& plan) {
 void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const sn_simt_settings& settings) {
   using sn::cuda::ForwardPath;
   if (plan.path == ForwardPath::kCluster || problem.N == 0 || problem.M == 0) return;
-  if (settings.wave_rows > 0 && settings.wave_rows < plan.wave_rows) {
-    plan.wave_rows = settings.wave_rows;
-    plan.waves = (problem.N + plan.wave_rows - 1) / plan.wave_rows;
-    plan.triangular = problem.symmetric && plan.waves == 1;
+  if (settings.strip_rows > 0 && settings.strip_rows < plan.strip_rows) {
+    plan.strip_rows = settings.strip_rows;
+    plan.strips = (problem.N + plan.strip_rows - 1) / plan.strip_rows;
+    plan.triangular = problem.symmetric && plan.strips == 1;
   }
   if (plan.path == ForwardPath::kDirect) {
     if (settings.slice_elements > 0) {
@@ -143,10 +143,10 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
     if (enough(settings.second_stride)) plan.second_stride = settings.second_stride;
     if (settings.far_capacity > 0) plan.far_capacity = settings.far_capacity;
   }
-  plan.counts.bytes = plan.wave_rows * 2 * 4;
-  plan.buffer.bytes = plan.wave_rows * std::max(plan.buffer_capacity * 8, plan.sample_columns * 4);
-  plan.far_buffer.bytes = plan.wave_rows * plan.far_capacity * 8;
-  plan.queue.bytes = plan.wave_rows * 4;
+  plan.counts.bytes = plan.strip_rows * 2 * 4;
+  plan.buffer.bytes = plan.strip_rows * std::max(plan.buffer_capacity * 8, plan.sample_columns * 4);
+  plan.far_buffer.bytes = plan.strip_rows * plan.far_capacity * 8;
+  plan.queue.bytes = plan.strip_rows * 4;
   plan.launches = sn::cuda::screened_launches(plan, problem);
 }
 

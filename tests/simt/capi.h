@@ -24,7 +24,7 @@ struct sn_simt_settings {
 
   // Changes to the plan, so that small problems reach what only large ones are planned with; 0: as planned. Sizes of
   // the workspace follow. What a path has no use for is ignored.
-  std::int32_t wave_rows;       // of every path but the cluster's
+  std::int32_t strip_rows;      // of every path but the cluster's
   std::int32_t slice_elements;  // direct: 64, 128 or 256
   std::int32_t score_tile;      // dense, screen, bank: 64 or 128
   std::int32_t sample_stride;   // screen, bank

@@ -262,7 +262,7 @@ sn_simt_settings settings_for(std::uint64_t seed, sn::simt::MmaError error, Forw
           .multiprocessors = seed % 2 == 0 ? 4 : 132,
           .shared_bytes = 232448,
           .max_cluster = 8,
-          .wave_rows = 0,
+          .strip_rows = 0,
           .slice_elements = 0,
           .score_tile = 0,
           .sample_stride = 0,
@@ -271,9 +271,9 @@ sn_simt_settings settings_for(std::uint64_t seed, sn::simt::MmaError error, Forw
           .mma_model = 0};
 }
 
-// The plan of a larger problem: several waves, both tiles of scores, a second sample, buffers that overflow.
+// The plan of a larger problem: several strips, both tiles of scores, a second sample, buffers that overflow.
 void vary(sn_simt_settings& settings, std::uint64_t word) {
-  settings.wave_rows = word % 2 == 0 ? 0 : static_cast<std::int32_t>(17 + word / 2 % 40);
+  settings.strip_rows = word % 2 == 0 ? 0 : static_cast<std::int32_t>(17 + word / 2 % 40);
   settings.slice_elements = 64 << word % 3;
   settings.score_tile = word / 3 % 2 == 0 ? 64 : 128;
   settings.sample_stride = word / 5 % 2 == 0 ? 0 : 2;
@@ -640,7 +640,7 @@ void for_runs(const Problem& p, const std::function<void(const Result&, const sn
       sn_simt_settings settings = settings_for(seed, error, path);
       if (run > 0) vary(settings, seed * 2654435761u >> 7);
       where = p.name + ", path " + kPathNames[static_cast<int>(path)] + ", seed " + std::to_string(seed) + ", error " +
-              std::to_string(settings.mma_error) + ", waves of " + std::to_string(settings.wave_rows) + ", slice " +
+              std::to_string(settings.mma_error) + ", strips of " + std::to_string(settings.strip_rows) + ", slice " +
               std::to_string(settings.slice_elements) + ", tile " + std::to_string(settings.score_tile) + ", strides " +
               std::to_string(settings.sample_stride) + " and " + std::to_string(settings.second_stride) + ", far " +
               std::to_string(settings.far_capacity);

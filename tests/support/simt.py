@@ -59,7 +59,7 @@ class Settings:
     multiprocessors: int = 132
     shared_bytes: int = 232448
     max_cluster: int = 8
-    wave_rows: int = 0
+    strip_rows: int = 0
     slice_elements: int = 0
     score_tile: int = 0
     sample_stride: int = 0
@@ -169,7 +169,7 @@ class _Settings(ctypes.Structure):
         ("multiprocessors", ctypes.c_int32),
         ("shared_bytes", ctypes.c_int32),
         ("max_cluster", ctypes.c_int32),
-        ("wave_rows", ctypes.c_int32),
+        ("strip_rows", ctypes.c_int32),
         ("slice_elements", ctypes.c_int32),
         ("score_tile", ctypes.c_int32),
         ("sample_stride", ctypes.c_int32),

@@ -1,6 +1,6 @@
-// Edges in buckets of targets: a stable counting sort in three kernels, so that edges stay in ascending order. count.cu
-// counts the edges of each bucket in each part of the graph, prefix_sum.cu turns the counts into places, place.cu puts
-// the edges there. A block of the gather then reads its bucket instead of everything.
+// Edges sorted into buckets of targets, so that a block of the gather reads its bucket instead of every edge. It is a
+// stable counting sort: edges keep their order within a bucket. count.cu counts the edges of each bucket in each part
+// of the graph, prefix_sum.cu turns counts into places, place.cu writes the edges there.
 #pragma once
 
 #include <cstdint>

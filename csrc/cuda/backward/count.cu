@@ -1,4 +1,4 @@
-// First of the three kernels that put edges in buckets (buckets.cuh).
+// Counts edges: the first of three kernels that sort edges into buckets (buckets.cuh).
 #include "cuda/backward/buckets.cuh"
 #include "cuda/backward/graph.cuh"
 #include "cuda/launch.cuh"

@@ -1,4 +1,4 @@
-// Edges of a group of targets: which of a window hit the group, in which order, with which weights.
+// Edges of a group of targets: which edges of a window belong to the group, in which order, and their weights.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ namespace sn::cuda {
 inline constexpr int kWarps = static_cast<int>(kBackwardGroup);  // of a gather block: one a target
 inline constexpr int kThreads = kWarps * kWarpSize;
 
-inline constexpr int kScanLoads = 8;  // of a lane, at once
-inline constexpr int kWarpWindow = kScanLoads * kWarpSize;
+inline constexpr int kWindowLoads = 8;  // of a lane, at once
+inline constexpr int kWarpWindow = kWindowLoads * kWarpSize;
 inline constexpr int kWindow = kWarps * kWarpWindow;
 inline constexpr int kGroupBits = 3;  // of a listed edge: which of the targets; the rest: where in the window
 static_assert((1 << kGroupBits) == kBackwardGroup);
@@ -35,19 +35,19 @@ struct IncomingEdges {
   const Buckets& buckets;
   Shared<std::int32_t> sOwnIndices;
   Shared<double> sUpstream;
-  std::uint32_t scan_begin;
+  std::uint32_t range_begin;
   bool placed;
   bool merge;
 
-  // Puts the edge at `position` of the scan, one a lane, on the list if it counts and has no reverse among the own edges
-  // of `target`; else adds its weight to `merged` of the lane that holds the reverse.
+  // Appends the edge at `position` of the range, one a lane, to the list if it counts and has no reverse among the own
+  // edges of `target`. Otherwise adds its weight to `merged` of the lane that holds the reverse.
   __device__ __forceinline__ void append(const EdgeList<Acc>& list, int& count, int target, bool valid,
                                          std::uint32_t position, Acc& merged) const {
     std::int32_t source = 0;
     Acc weight = 0;
     if (valid) {
       if (placed) {
-        const std::int64_t at = std::int64_t{scan_begin} + position;
+        const std::int64_t at = std::int64_t{range_begin} + position;
         source = load(buckets.placed_sources + at);
         weight = load(static_cast<const Acc*>(buckets.placed_weights) + at);
       } else {
@@ -73,17 +73,17 @@ struct IncomingEdges {
   }
 };
 
-// Targets of the edges of a window that this lane looks at. The warps share the window, so that their lists are equally
-// long; the last window may be short.
+// Targets of the edges of a window that this lane looks at. The warps share the window equally, so their lists are
+// equally long; the last window may be short.
 struct WindowTargets {
   int share = 0;  // edges of a warp
-  std::uint32_t targets[kScanLoads];
+  std::uint32_t targets[kWindowLoads];
 
-  __device__ __forceinline__ void read(const std::int32_t* gTargets, std::uint32_t window, std::uint32_t scan_count) {
-    const std::uint32_t here = scan_count - window < kWindow ? scan_count - window : kWindow;
+  __device__ __forceinline__ void read(const std::int32_t* gTargets, std::uint32_t window, std::uint32_t range_count) {
+    const std::uint32_t here = range_count - window < kWindow ? range_count - window : kWindow;
     share = static_cast<int>((here + kThreads - 1) / kThreads) * kWarpSize;
 #pragma unroll
-    for (int l = 0; l < kScanLoads; ++l) {
+    for (int l = 0; l < kWindowLoads; ++l) {
       const std::uint32_t at = static_cast<std::uint32_t>(warp_id() * share + l * kWarpSize + lane_id());
       const bool exists = l * kWarpSize < share && at < here;
       targets[l] = exists ? static_cast<std::uint32_t>(load(gTargets + window + at)) : 0xffffffffu;
@@ -100,7 +100,7 @@ struct WindowMatches {
   __device__ __forceinline__ void list(const WindowTargets& window, std::uint32_t first, int targets) const {
     int count = 0;
 #pragma unroll
-    for (int l = 0; l < kScanLoads; ++l) {
+    for (int l = 0; l < kWindowLoads; ++l) {
       if (l * kWarpSize >= window.share) break;
       const std::uint32_t target = window.targets[l] - first;
       const bool hit = target < static_cast<std::uint32_t>(targets);

@@ -1,30 +1,36 @@
-// Backward: a sparse gather by target row, without atomics on numbers.
+// Gradients of features: a sparse gather by target row, without atomics on floating-point numbers.
 //
 //   out_t = sum over the edges e of target t of  w_e (x_t - other_e),     w_e = acc(upstream * coefficient_e)
 //
-// Difference first: the factored form (sum w) x_t - sum w other cancels for near neighbours. The edges of a target are
-// its incoming ones (an anchor that selected it; ascending edge id) and its own (in slot order); a side of the problem
-// has one kind, the symmetric case both. There, an incoming edge whose reverse is an own edge is the same vector: its
-// weight is added to the own edge's, and the row is fetched once. Edges without an index or with weight 0 do not count.
+// The difference comes first: the factored form (sum w) x_t - sum w other cancels for near neighbours. A target has
+// incoming edges (from anchors that selected it, by ascending edge id) and own edges (in slot order). A side of the
+// problem has one kind; in the symmetric case it has both. There, an incoming edge whose reverse is an own edge is the
+// same vector: its weight is added to the own edge's weight, and the row is fetched once. Edges without an index or
+// with weight 0 do not count.
 //
-// ONE order of summation, whatever the plan, the schedule and the other rows:
-//   the incoming edges of a target, those that do not count included, are cut into chunks of kEdgeChunk;
-//   a full chunk is summed from zero by fused multiply-adds in order, and chunk sums are added in order to the total;
-//   the rest is summed in the same way, then the own edges go on with that sum (more than kMergedSlots own edges: each
-//   kEdgeChunk of them are a chunk as well); it is added to the total last, and rounded once.
-//   Where a row of the slice needs only L < 32 lanes, 32 / L groups of lanes share the list, group g taking edges
-//   g, g + 32 / L, ..., and meet in a butterfly before the rounding. L depends on D and the type alone.
+// ONE order of summation, whatever the plan, the schedule and the other rows are:
+//   1. The incoming edges of a target, those that do not count included, are cut into chunks of kEdgeChunk.
+//   2. A full chunk is summed from zero by fused multiply-adds in order; chunk sums are added in order to the total.
+//   3. The rest is summed in the same way, and the own edges continue that sum (of more than kMergedSlots own edges,
+//      each kEdgeChunk are a chunk as well). This sum is added to the total last, and the result is rounded once.
+//   4. Where a row of the slice needs only L < 32 lanes, 32 / L groups of lanes share the list: group g takes the edges
+//      g, g + 32 / L, ..., and the groups meet in a butterfly before the rounding. L depends on D and the type alone.
 //
-// gather_kernel: a block of 8 warps serves 8 targets, a warp each, in a slice of D. Blocks of one slice are neighbours in
-// the grid, so that the slice of all rows stays in the second-level cache while they run. Window by window of 2048 edges,
-//   1. each warp reads an eighth of the window, and lists in shared memory those that hit one of the 8 targets;
-//   2. each warp walks the 8 lists and appends its own target's edges to the tail of that target;
-//   3. if a tail has reached a chunk (a hub, or many neighbours): the edges are listed target by target, all warps take
-//      chunks of all targets in turn, and the targets' warps add the chunk sums in order. Nothing waits for one warp.
-// At the end each warp serves its tail and its own edges. Rows are fetched several at a time: 80 to 128 bytes a lane.
+// A block of 8 warps serves 8 targets, a warp each, in a slice of D. Blocks of one slice are neighbours in the grid, so
+// the slice of all rows stays in the second-level cache while they run. For every window of 2048 edges:
 //
-// Larger problems first put the edges in buckets of targets (buckets.cuh), and a block reads its bucket instead of
-// everything. Positions in a bucket order a target's edges as positions in the graph do: results are the same, bit for bit.
+// 1. Each warp reads an eighth of the window and lists, in shared memory, the edges that belong to one of the
+//    8 targets.
+//
+// 2. Each warp walks the 8 lists and appends the edges of its own target to that target's tail.
+//
+// 3. Once a tail holds a chunk (a hub, or many neighbours), the edges are listed target by target. All warps sum chunks
+//    of all targets in turn, and the warp of a target adds its chunk sums in order. No block waits for a single warp.
+//
+// At the end each warp sums its tail and its own edges. It fetches several rows at a time: 80 to 128 bytes a lane.
+//
+// Larger problems first sort the edges into buckets (buckets.cuh), and a block reads its bucket instead of every edge.
+// A bucket keeps the order of a target's edges, so the results are the same, bit for bit.
 #include <cstdint>
 
 #include "cuda/backward/buckets.cuh"
@@ -83,14 +89,15 @@ constexpr int gather_shared_bytes() {
          shared_bytes<std::int32_t>(kWarps * kList) + shared_bytes<Acc>(kWarps * kList) +
          shared_bytes<Acc>(kWarps * kMergedSlots) + 2 * shared_bytes<Acc>(kSums) + shared_bytes<double>(1);
 }
-// Three blocks of float fit the 100 KB of the smallest multiprocessors, of which a block costs 1 KB more than it asks for.
+// Three blocks of float fit the 100 KB of the smallest multiprocessors, of which a block costs 1 KB more than it
+// asks for.
 static_assert(kMinBlocks * (gather_shared_bytes<float, 2>() + 1024) <= 100 * 1024);
 static_assert(gather_shared_bytes<double, 2>() <= kPlainSharedBytes);
 
 template <typename T, int kPacks, bool kVector>
 struct GatherMemory {
   using Acc = sn::cuda::Acc<T>;
-  using Sums = LaneSums<Acc, Strip<T, kPacks, kVector>::kValues>;
+  using Sums = LaneSums<Acc, RowStrip<T, kPacks, kVector>::kValues>;
 
   Shared<std::uint16_t> sSorted;  // edges target by target: in the window, or in the tail
   Shared<int> sMatchCounts;
@@ -130,12 +137,12 @@ __device__ __forceinline__ int targets_of(const BackwardSide& side, std::uint32_
 }
 
 // The edges that a block looks through for those of its targets: all of the graph's, or its bucket.
-struct ScanRange {
+struct EdgeRange {
   const std::int32_t* gTargets;
   std::uint32_t begin = 0;
   std::uint32_t count = 0;
 
-  __device__ __forceinline__ ScanRange(const GatherArgs& args, const BackwardSide& side, std::uint32_t first)
+  __device__ __forceinline__ EdgeRange(const GatherArgs& args, const BackwardSide& side, std::uint32_t first)
       : gTargets(args.graph.indices) {
     if (!side.takes_incoming) return;
     count = args.graph.all_edges;
@@ -175,9 +182,9 @@ struct TargetState {
 // A warp of the block, and its target.
 template <typename T, int kPacks, bool kVector>
 struct GatherWarp {
-  using Lane = Strip<T, kPacks, kVector>;
-  using Acc = typename Lane::Acc;
-  using Sums = LaneSums<Acc, Lane::kValues>;
+  using Row = RowStrip<T, kPacks, kVector>;
+  using Acc = typename Row::Acc;
+  using Sums = LaneSums<Acc, Row::kValues>;
 
   const GatherArgs& args;
   const BackwardSide& side;
@@ -187,7 +194,7 @@ struct GatherWarp {
   const std::uint32_t target;  // this warp's
   const bool takes_own;
   const bool held;  // own edges one a lane
-  const Lane strip;
+  const Row strip;
   const T* const gOwn;
   const T* const gOther;
   const EdgeList<Acc> list;
@@ -196,7 +203,7 @@ struct GatherWarp {
 
   __device__ __forceinline__ GatherWarp(const GatherArgs& gather_args, const BackwardSide& gather_side,
                                         const GatherMemory<T, kPacks, kVector>& gather_memory,
-                                        std::uint32_t first_target, std::uint32_t slice, std::uint32_t scan_begin)
+                                        std::uint32_t first_target, std::uint32_t slice, std::uint32_t range_begin)
       : args(gather_args),
         side(gather_side),
         memory(gather_memory),
@@ -210,7 +217,7 @@ struct GatherWarp {
         gOther(static_cast<const T*>(side.other) + strip.begin),
         list{memory.sSources.offset(warp_id() * kList), memory.sWeights.offset(warp_id() * kList)},
         incoming{args.graph,       args.buckets, memory.sOwnIndices,
-                 memory.sUpstream, scan_begin,   args.buckets.placed_targets != nullptr,
+                 memory.sUpstream, range_begin,  args.buckets.placed_targets != nullptr,
                  args.merge},
         matches{memory.sMatches, memory.sMatchCounts} {}
 
@@ -263,7 +270,7 @@ struct GatherWarp {
       incoming.append(list, count, of, true, sorted.position(of, begin + chunk * kEdgeChunk + at), merged);
     }
     memory.sMerged.set(warp_id() * kMergedSlots + lane_id(), merged);
-    Acc rSum[Lane::kValues] = {};
+    Acc rSum[Row::kValues] = {};
     gather_list(strip, args.row_shift, list, count,
                 gOwn + std::int64_t{first + static_cast<std::uint32_t>(of)} * side.own_stride, gOther,
                 side.other_stride, rSum);
@@ -277,7 +284,7 @@ struct GatherWarp {
     const int end = chunk + length / kEdgeChunk;
     for (int by = 0; by < kWarps; ++by) {
       if (round + by < chunk || round + by >= end) continue;
-      Acc rSum[Lane::kValues] = {};
+      Acc rSum[Row::kValues] = {};
       Sums::add_to(memory.sPartials, by, rSum);
       if (state.summed) Sums::add_to(memory.sTotals, warp_id(), rSum);
       Sums::store(memory.sTotals, warp_id(), rSum);
@@ -307,7 +314,7 @@ struct GatherWarp {
   }
 
   // The edges that wait, then own edges held one a lane.
-  __device__ __forceinline__ void sum_rest(Acc (&rSum)[Lane::kValues], TargetState<Acc>& state) const {
+  __device__ __forceinline__ void sum_rest(Acc (&rSum)[Row::kValues], TargetState<Acc>& state) const {
     const Graph& graph = args.graph;
     int count = 0;
     for (int base = 0; base < state.waiting; base += kWarpSize) {
@@ -330,7 +337,7 @@ struct GatherWarp {
   }
 
   // Own edges too many for a warp's lanes: chunks as well.
-  __device__ __forceinline__ void sum_own_chunks(Acc (&rSum)[Lane::kValues], TargetState<Acc>& state) const {
+  __device__ __forceinline__ void sum_own_chunks(Acc (&rSum)[Row::kValues], TargetState<Acc>& state) const {
     const Graph& graph = args.graph;
     for (std::uint32_t slots = 0; slots < graph.edges; slots += kEdgeChunk) {
       if (state.summed) Sums::add_to(memory.sTotals, warp_id(), rSum);
@@ -348,22 +355,22 @@ struct GatherWarp {
         list.append(count, index >= 0 && index < side.other_rows && weight != Acc(0), index, weight);
       }
 #pragma unroll
-      for (int v = 0; v < Lane::kValues; ++v) rSum[v] = 0;
+      for (int v = 0; v < Row::kValues; ++v) rSum[v] = 0;
       gather_list(strip, args.row_shift, list, count, gOwn + std::int64_t{target} * side.own_stride, gOther,
                   side.other_stride, rSum);
     }
   }
 
   // Joins the total and the groups of lanes that shared the rest, and rounds.
-  __device__ __forceinline__ void store(Acc (&rSum)[Lane::kValues], bool summed, double poison) const {
+  __device__ __forceinline__ void store(Acc (&rSum)[Row::kValues], bool summed, double poison) const {
     if (summed) Sums::add_to(memory.sTotals, warp_id(), rSum);
     for (int mask = 1 << args.row_shift; mask < kWarpSize; mask *= 2) {
 #pragma unroll
-      for (int v = 0; v < Lane::kValues; ++v) rSum[v] = add(rSum[v], shuffle_xor(rSum[v], mask));
+      for (int v = 0; v < Row::kValues; ++v) rSum[v] = add(rSum[v], shuffle_xor(rSum[v], mask));
     }
     if (is_nan(poison)) {
 #pragma unroll
-      for (int v = 0; v < Lane::kValues; ++v) rSum[v] = quiet_nan<Acc>();
+      for (int v = 0; v < Row::kValues; ++v) rSum[v] = quiet_nan<Acc>();
     }
     if (lane_id() >> args.row_shift == 0) {
       strip.store_row(static_cast<T*>(side.out) + target * args.graph.dims + strip.begin, rSum);
@@ -381,7 +388,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? kMinBlocks : kMinBlocksUna
   const std::uint32_t block = static_cast<std::uint32_t>(block_id() - (second ? args.first_blocks : 0));
   const std::uint32_t slice = block / static_cast<std::uint32_t>(side.groups);
   const std::uint32_t first = (block - slice * static_cast<std::uint32_t>(side.groups)) * kWarps;
-  const ScanRange range(args, side, first);
+  const EdgeRange range(args, side, first);
 
   // All first loads are under way before the first one is waited for.
   WindowTargets rWindow;
@@ -391,7 +398,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? kMinBlocks : kMinBlocksUna
   TargetState<typename Warp::Acc> state;
 
   for (std::uint32_t window = 0; window < range.count;) {
-    // 1. What hits the group. The next window is under way while this one's matches are sorted out.
+    // 1. Which edges belong to the group. The next window is under way while this one's matches are sorted out.
     warp.matches.list(rWindow, first, warp.targets);
     const std::uint32_t next = range.count - window > kWindow ? window + kWindow : range.count;
     sync_block();
@@ -413,7 +420,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? kMinBlocks : kMinBlocksUna
 
   if (warp_id() >= warp.targets) return;
   const double poison = load(args.graph.stats + kPoison);
-  typename Warp::Acc rSum[Warp::Lane::kValues] = {};
+  typename Warp::Acc rSum[Warp::Row::kValues] = {};
   warp.sum_rest(rSum, state);
   if (warp.takes_own && !warp.held) warp.sum_own_chunks(rSum, state);
   warp.store(rSum, state.summed, poison);

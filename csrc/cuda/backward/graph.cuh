@@ -1,4 +1,4 @@
-// The support graph as the backward's kernels see it, and the weight of an edge.
+// The support graph as the kernels of the backward see it, and the weight of an edge.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,8 @@ __device__ __forceinline__ double shared_upstream(const Graph& graph) {
   return valid > 0.0 ? upstream / valid : 0.0;
 }
 
-// Weight of edge `edge` of the graph, whose anchor is `anchor`. A coefficient of 0 stays 0 whatever comes from upstream.
+// Weight of edge `edge` of the graph, whose anchor is `anchor`. A coefficient of 0 stays 0 whatever the upstream
+// gradient is.
 template <typename Acc>
 __device__ __forceinline__ Acc edge_weight(const Graph& graph, double upstream, std::uint32_t anchor,
                                            std::uint32_t edge) {

@@ -1,4 +1,4 @@
-// Last of the three kernels that put edges in buckets (buckets.cuh).
+// Writes edges to their places: the last of three kernels that sort edges into buckets (buckets.cuh).
 #include "cuda/backward/buckets.cuh"
 #include "cuda/backward/graph.cuh"
 #include "cuda/launch.cuh"

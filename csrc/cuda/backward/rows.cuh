@@ -17,7 +17,7 @@ inline constexpr int kRowRegisters = sizeof(T) == 2 ? 20 : (sizeof(T) == 4 ? 32 
 // whole or beyond D. Otherwise the same number of single elements, neighbouring lanes side by side. What lies beyond D
 // is loaded from the beginning of the strip, or of the row, so that loads need no conditions, and never stored.
 template <typename T, int kPacks, bool kVector>
-struct Strip {
+struct RowStrip {
   using Acc = sn::cuda::Acc<T>;
   static constexpr int kPack = Pack<T>::kElements;
   static constexpr int kValues = kPacks * kPack;
@@ -29,7 +29,7 @@ struct Strip {
   int step;            // between packs, or elements
   int left;            // elements from `begin` to D; not more than 0: nothing to do
 
-  __device__ __forceinline__ Strip(std::int64_t dims, std::int64_t slice_begin, int row_shift) {
+  __device__ __forceinline__ RowStrip(std::int64_t dims, std::int64_t slice_begin, int row_shift) {
     const int sub = lane_id() & ((1 << row_shift) - 1);
     begin = slice_begin + (kVector ? sub * kPack : sub);
     step = (kVector ? kPack : 1) << row_shift;
@@ -92,14 +92,14 @@ struct EdgeList {
 
 // kRows edges from `first` on, of each group of lanes. kFull: all of them exist.
 template <bool kFull, typename T, int kPacks, bool kVector>
-__device__ __forceinline__ void gather_rows(const Strip<T, kPacks, kVector>& strip, const EdgeList<Acc<T>>& list,
+__device__ __forceinline__ void gather_rows(const RowStrip<T, kPacks, kVector>& strip, const EdgeList<Acc<T>>& list,
                                             int count, int first, int groups, const T* other, std::int64_t stride,
                                             const Acc<T> (&rOwn)[kPacks * Pack<T>::kElements],
                                             Acc<T> (&rSum)[kPacks * Pack<T>::kElements]) {
-  using Lane = Strip<T, kPacks, kVector>;
-  Pack<T> rRows[Lane::kRows][kPacks];
+  using Row = RowStrip<T, kPacks, kVector>;
+  Pack<T> rRows[Row::kRows][kPacks];
 #pragma unroll
-  for (int r = 0; r < Lane::kRows; ++r) {
+  for (int r = 0; r < Row::kRows; ++r) {
     const int edge = first + r * groups;
     if (kFull || edge < count) {
       strip.load_row(rRows[r], other + list.sources.get(edge) * stride);
@@ -109,13 +109,13 @@ __device__ __forceinline__ void gather_rows(const Strip<T, kPacks, kVector>& str
     }
   }
 #pragma unroll
-  for (int r = 0; r < Lane::kRows; ++r) {
+  for (int r = 0; r < Row::kRows; ++r) {
     const int edge = first + r * groups;
     if (kFull || edge < count) {
       const auto weight = list.weights.get(edge);
 #pragma unroll
-      for (int v = 0; v < Lane::kValues; ++v) {
-        const auto value = widen(rRows[r][v / Lane::kPack].elements[v % Lane::kPack]);
+      for (int v = 0; v < Row::kValues; ++v) {
+        const auto value = widen(rRows[r][v / Row::kPack].elements[v % Row::kPack]);
         rSum[v] = fused_multiply_add(weight, subtract(rOwn[v], value), rSum[v]);
       }
     }
@@ -124,24 +124,24 @@ __device__ __forceinline__ void gather_rows(const Strip<T, kPacks, kVector>& str
 
 // Adds the edges of the list to rSum. The list is complete when this is called, and free when it returns.
 template <typename T, int kPacks, bool kVector>
-__device__ __forceinline__ void gather_list(const Strip<T, kPacks, kVector>& strip, int row_shift,
+__device__ __forceinline__ void gather_list(const RowStrip<T, kPacks, kVector>& strip, int row_shift,
                                             const EdgeList<Acc<T>>& list, int count, const T* own, const T* other,
                                             std::int64_t stride, Acc<T> (&rSum)[kPacks * Pack<T>::kElements]) {
-  using Lane = Strip<T, kPacks, kVector>;
-  using Acc = typename Lane::Acc;
+  using Row = RowStrip<T, kPacks, kVector>;
+  using Acc = typename Row::Acc;
   sync_warp();
   if (count > 0) {
-    Acc rOwn[Lane::kValues];
+    Acc rOwn[Row::kValues];
     {
       Pack<T> rRow[kPacks];
       strip.load_row(rRow, own);
 #pragma unroll
-      for (int v = 0; v < Lane::kValues; ++v) rOwn[v] = widen(rRow[v / Lane::kPack].elements[v % Lane::kPack]);
+      for (int v = 0; v < Row::kValues; ++v) rOwn[v] = widen(rRow[v / Row::kPack].elements[v % Row::kPack]);
     }
     const int groups = kWarpSize >> row_shift;
     const int group = lane_id() >> row_shift;
     int first = 0;
-    for (; first + Lane::kRows * groups <= count; first += Lane::kRows * groups) {
+    for (; first + Row::kRows * groups <= count; first += Row::kRows * groups) {
       gather_rows<true>(strip, list, count, first + group, groups, other, stride, rOwn, rSum);
     }
     if (first < count) gather_rows<false>(strip, list, count, first + group, groups, other, stride, rOwn, rSum);

@@ -1,10 +1,10 @@
-// One launch, one thread-block cluster. Blocks share out the slices of D: slice s is block s mod C's, which keeps its
-// partial sums of the 64 x 64 pairs, a plane, in its shared memory. Behind a cluster barrier the warps of all blocks
-// share out the anchors: a warp reads the partial sums of an anchor's row from all blocks, adds them up in the one
-// order, selects and finishes. Behind a second barrier the first block sums over the anchors; a third keeps the others'
-// shared memory alive until it has read it.
+// A small batch in one launch of one thread-block cluster. The blocks share the slices of D: block s mod C sums slice s
+// and keeps the 64 x 64 partial sums, a plane, in its shared memory. Behind a cluster barrier the warps of all blocks
+// share the anchors: a warp reads an anchor's partial sums from all blocks, adds them up in the one order, selects and
+// finishes. Behind a second barrier the first block sums over the anchors. A third barrier keeps the shared memory of
+// the others alive until the first block has read it.
 //
-// The sums, the keys and the anchor's arithmetic are those of the direct path, bit by bit.
+// The sums, the keys and the arithmetic of an anchor are those of the direct path, bit for bit.
 #include "cuda/direct/select.cuh"
 #include "cuda/direct/tile.cuh"
 #include "cuda/launch.cuh"

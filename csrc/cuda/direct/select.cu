@@ -1,6 +1,6 @@
-// From partial sums to every output of a wave's anchors: a block per anchor adds up its slices in the one order, selects
-// (select.cuh), and finishes the anchor (loss.cuh). The block that finishes last looks at the flags of the tiles and, in
-// the last wave, sums over the anchors.
+// From partial sums to every output of a strip's anchors. A block takes an anchor: it adds up the slices in the one
+// order, selects the neighbours (select.cuh) and finishes the anchor (loss.cuh). The block that finishes last reads the
+// flags of the tiles and, in the last strip, sums over all anchors.
 #include <algorithm>
 
 #include "cuda/direct/select.cuh"
@@ -20,12 +20,12 @@ namespace {
 struct SelectArgs {
   ForwardArgs forward;
   std::int64_t K;
-  std::int64_t first_row;  // of the wave
-  std::int64_t rows;       // of the wave
+  std::int64_t first_row;  // of the strip
+  std::int64_t rows;       // of the strip
   std::int64_t plane;
   int slices;
   int span_slices;  // slices of one span
-  bool last_wave;
+  bool last_strip;
   const std::uint32_t* gFlags;  // [flags]
   std::int64_t flags;
   Control* gControl;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kSelectThreads<kPerLane>, kSelectBlocks<kPerLa
   if (rFlag != 0) sLast.atomic_or(1, 1u);
   sync_block();
   const bool poison = sLast.get(1) != 0;
-  if (args.last_wave) {
+  if (args.last_strip) {
     final_reduction<A>(args.forward, GlobalRecords{args.gRecords}, poison, reduction);
   } else if (poison && thread_id() == 0) {
     args.gControl->nonfinite = 1;
@@ -103,20 +103,20 @@ cudaError_t dispatch_select(const SelectArgs& args, cudaStream_t stream) {
 
 // ---- dispatch -------------------------------------------------------------------------------------------------------
 
-cudaError_t enqueue_select(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+cudaError_t enqueue_select(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                            cudaStream_t stream) {
   const std::int64_t M = args.candidates.rows;
   const SelectArgs select_args{
       .forward = args,
       .K = plan.K,
-      .first_row = wave.begin,
-      .rows = wave.rows,
-      .plane = plan.wave_rows * M,
+      .first_row = strip.begin,
+      .rows = strip.rows,
+      .plane = plan.strip_rows * M,
       .slices = static_cast<int>(plan.d_slices),
       .span_slices = static_cast<int>(kSpan / plan.slice_elements),
-      .last_wave = wave.begin + wave.rows == args.anchors.rows,
+      .last_strip = strip.begin + strip.rows == args.anchors.rows,
       .gFlags = piece<std::uint32_t>(workspace, plan.flags),
-      .flags = direct_tiles(wave.rows, M, plan.triangular) * plan.d_slices,
+      .flags = direct_tiles(strip.rows, M, plan.triangular) * plan.d_slices,
       .gControl = piece<Control>(workspace, plan.control),
       .gRecords = piece<AnchorRecord>(workspace, plan.records),
       .gPartials = workspace + plan.partials.offset,

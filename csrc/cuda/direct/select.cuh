@@ -1,10 +1,10 @@
-// A block selects one anchor's neighbours from its row of partial sums and finishes the anchor. Shared by the direct
-// path and the cluster path.
+// A block selects the neighbours of one anchor from its row of partial sums and finishes the anchor. The direct path
+// and the cluster path share it.
 //
-// Short rows (at most 32 kPerLane candidates, K <= 32): the block adds the slices up into shared memory; then one warp
-// holds the row in registers and extracts the least key K times, two reductions each, while another looks for near and
-// far. Long rows, or larger K: all threads look for near and far as they add up; a radix selection (keys.cuh) and a
-// sort follow. Either way the first warp finishes.
+// Short rows (at most 32 kPerLane candidates, K <= 32): the block adds the slices up into shared memory. Then one warp
+// holds the row in registers and extracts the least key K times, with two reductions each, while another warp finds
+// near and far. Long rows, or larger K: all threads look for near and far as they add up; a radix selection (keys.cuh)
+// and a sort follow. Either way the first warp finishes the anchor.
 #pragma once
 
 #include <cstdint>

@@ -1,17 +1,17 @@
-// A block computes the partial sums, over one slice of D, of a tile of 64 anchors against 64 candidates. Shared by the
-// direct path and the cluster path.
+// A block computes partial sums, over one slice of D, of a tile of 64 anchors against 64 candidates. The direct path
+// and the cluster path share it.
 //
-// 256 threads of 4 x 4 pairs. A warp covers 4 x 8 threads: a read of 16 bytes along D touches 8 candidates (all banks
-// once, rows lie at odd multiples of 16 bytes) or 4 anchors (each read by 8 lanes at once), 8 reads for 64 pairs'
-// products. Rows of a thread are 16 apart, so that neighbouring lanes have neighbouring rows.
+// 256 threads have 4 x 4 pairs each. A warp covers 4 x 8 threads: a read of 16 bytes along D touches 8 candidates (all
+// banks once, since rows lie at odd multiples of 16 bytes) or 4 anchors (each read by 8 lanes at once), so 8 reads
+// serve the products of 64 pairs. Rows of a thread are 16 apart, so neighbouring lanes have neighbouring rows.
 //
-// A slice has at most 4 chunks. A chunk's sums are finished one after the other, so the tree over them needs one open
-// subtree a level, as a binary counter does: chunk c closes the subtrees of the trailing ones of c. Two levels of 16
-// sums stay in registers; a third would not leave room for two blocks on a multiprocessor.
+// A slice has at most 4 chunks, and their sums are finished one after the other. The tree over them therefore needs one
+// open subtree a level, as a binary counter does: chunk c closes the subtrees of the trailing ones of c. Two levels of
+// 16 sums stay in registers; a third level would leave no room for two blocks on a multiprocessor.
 //
 // NaN and Inf are looked for where they show: the sum of a chunk is finite unless an element is not, or a difference
-// overflowed. Only then are the thread's elements looked at one by one. Every element of both tiles meets some element
-// of the other, if only a zero of the padding, so nothing is missed whatever N and M are.
+// overflowed. Only then does a thread check its elements one by one. Every element of both tiles meets some element of
+// the other, if only a zero of the padding, so nothing is missed whatever N and M are.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,7 @@
-// Partial sums of a wave of anchors: a block per tile of 64 x 64 pairs and slice of D (tile.cuh) writes gPartials
-// [slice][row of the wave][M]. In the self case with everything in one wave only tiles on and above the diagonal are
-// computed: d2(i, j) and d2(j, i) have the same bits. Each block says whether it saw a NaN or Inf.
+// Partial sums of squared distances for a strip of anchors. A block takes a tile of 64 x 64 pairs and a slice of D
+// (tile.cuh) and writes gPartials [slice][row of the strip][M]. In the self case with all anchors in one strip, only
+// tiles on and above the diagonal are computed: d2(i, j) and d2(j, i) have the same bits. Each block reports whether it
+// saw a NaN or Inf.
 #include <algorithm>
 
 #include "cuda/direct/tile.cuh"
@@ -21,7 +22,7 @@ inline constexpr int kTileBlocks = sizeof(T) == sizeof(double) ? 1 : 2;
 
 template <class T>
 struct TileArgs {
-  TileRows<T> anchors;     // of the wave
+  TileRows<T> anchors;     // of the strip
   TileRows<T> candidates;  // all
   std::int64_t dims;
   std::int64_t slice_elements;
@@ -29,7 +30,7 @@ struct TileArgs {
   std::int64_t tiles_across;
   bool triangular;
   bool aligned;
-  bool first_wave;
+  bool first_strip;
   std::int64_t plane;  // partial sums of a slice: [plane / M rows][M]
   Acc<T>* gPartials;
   std::uint32_t* gFlags;  // [blocks]
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(Tile<T>::kThreads, kTileBlocks<T>) tile_kernel
     sFlag.set(0, 0u);
     if (block_id() == 0) {
       args.gControl->ticket = 0;
-      if (args.first_wave) args.gControl->nonfinite = 0;
+      if (args.first_strip) args.gControl->nonfinite = 0;
     }
   }
 
@@ -106,12 +107,12 @@ TileRows<T> rows_of(const FeatureView& view, std::int64_t first, std::int64_t ro
 }
 
 template <class T>
-cudaError_t launch_tiles(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+cudaError_t launch_tiles(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                          cudaStream_t stream) {
   const std::int64_t M = args.candidates.rows;
-  const std::int64_t tiles = direct_tiles(wave.rows, M, plan.triangular);
+  const std::int64_t tiles = direct_tiles(strip.rows, M, plan.triangular);
   const TileArgs<T> tile_args{
-      .anchors = rows_of<T>(args.anchors, wave.begin, wave.rows),
+      .anchors = rows_of<T>(args.anchors, strip.begin, strip.rows),
       .candidates = rows_of<T>(args.candidates, 0, M),
       .dims = args.dims,
       .slice_elements = plan.slice_elements,
@@ -119,8 +120,8 @@ cudaError_t launch_tiles(const ForwardArgs& args, const ForwardPlan& plan, char*
       .tiles_across = direct_tiles(1, M, false),
       .triangular = plan.triangular,
       .aligned = rows_aligned(args.anchors, args.dtype) && rows_aligned(args.candidates, args.dtype),
-      .first_wave = wave.begin == 0,
-      .plane = plan.wave_rows * M,
+      .first_strip = strip.begin == 0,
+      .plane = plan.strip_rows * M,
       .gPartials = piece<Acc<T>>(workspace, plan.partials),
       .gFlags = piece<std::uint32_t>(workspace, plan.flags),
       .gControl = piece<Control>(workspace, plan.control),
@@ -134,10 +135,10 @@ cudaError_t launch_tiles(const ForwardArgs& args, const ForwardPlan& plan, char*
 
 // ---- dispatch -------------------------------------------------------------------------------------------------------
 
-cudaError_t enqueue_tiles(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+cudaError_t enqueue_tiles(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                           cudaStream_t stream) {
   if (plan.slice_elements > kLargestSlice || kSpan % plan.slice_elements != 0) return cudaErrorInvalidValue;
-  return for_type(args.dtype, [&]<class T>() { return launch_tiles<T>(args, plan, workspace, wave, stream); });
+  return for_type(args.dtype, [&]<class T>() { return launch_tiles<T>(args, plan, workspace, strip, stream); });
 }
 
 }  // namespace sn::cuda

@@ -1,4 +1,4 @@
-// What the kernels behind the screening are told: the problem, the pieces of the workspace, the constants of the bounds.
+// Arguments of the kernels behind the screening: the problem, pieces of the workspace, constants of the bounds.
 #pragma once
 
 #include <cmath>
@@ -20,7 +20,7 @@ struct RefineArgs {
   bool many_rows;  // rows alone fill the machine
   bool dense;      // entries are the scores of all candidates; there are no thresholds and no far buffer
 
-  // The wave.
+  // The strip.
   std::int64_t row_begin;
   std::int64_t rows;
 
@@ -36,17 +36,17 @@ struct RefineArgs {
   std::int64_t columns;
   std::int64_t column_stride;
   std::int64_t second_stride;
-  std::uint32_t* gCounts;     // [wave_rows]
-  std::uint32_t* gFarCounts;  // [wave_rows]
-  std::uint64_t* gBuffer;     // [wave_rows][capacity]
+  std::uint32_t* gCounts;     // [strip_rows]
+  std::uint32_t* gFarCounts;  // [strip_rows]
+  std::uint64_t* gBuffer;     // [strip_rows][capacity]
   std::int64_t capacity;
-  std::uint64_t* gFarBuffer;  // [wave_rows][far_capacity]
+  std::uint64_t* gFarBuffer;  // [strip_rows][far_capacity]
   std::int64_t far_capacity;
 
-  std::int32_t* gQueue;  // [wave_rows]
+  std::int32_t* gQueue;  // [strip_rows]
   Control* gControl;
   AnchorRecord* gRecords;  // [N]
-  bool last_wave;
+  bool last_strip;
 
   // Constants of the bounds (certificate.cuh).
   float eta;
@@ -57,7 +57,7 @@ struct RefineArgs {
 };
 
 // certificate.cuh derives the constants.
-inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave) {
+inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip) {
   const ScreenSide anchors = anchor_side(args, plan, workspace);
   const ScreenSide candidates = candidate_side(args, plan, workspace);
   auto* counts = piece<std::uint32_t>(workspace, plan.counts);
@@ -71,8 +71,8 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
           .aligned = rows_aligned(args.anchors, args.dtype) && rows_aligned(args.candidates, args.dtype),
           .many_rows = plan.path == ForwardPath::kScreen,
           .dense = plan.path == ForwardPath::kDense,
-          .row_begin = wave.begin,
-          .rows = wave.rows,
+          .row_begin = strip.begin,
+          .rows = strip.rows,
           .gAnchorN = anchors.n,
           .gAnchorRho = anchors.rho,
           .gCandidateN = candidates.n,
@@ -85,7 +85,7 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
           .column_stride = plan.sample_stride,
           .second_stride = plan.second_stride,
           .gCounts = counts,
-          .gFarCounts = counts + plan.wave_rows,
+          .gFarCounts = counts + plan.strip_rows,
           .gBuffer = piece<std::uint64_t>(workspace, plan.buffer),
           .capacity = plan.buffer_capacity,
           .gFarBuffer = piece<std::uint64_t>(workspace, plan.far_buffer),
@@ -93,7 +93,7 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
           .gQueue = piece<std::int32_t>(workspace, plan.queue),
           .gControl = piece<Control>(workspace, plan.control),
           .gRecords = piece<AnchorRecord>(workspace, plan.records),
-          .last_wave = wave.begin + wave.rows == args.anchors.rows,
+          .last_strip = strip.begin + strip.rows == args.anchors.rows,
           .eta = screening_error(plan.padded_dims),
           .stretch = up(1.0 + 2.0 * gamma),
           .shrink = down(1.0 - 2.0 * gamma),

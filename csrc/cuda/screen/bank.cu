@@ -1,5 +1,5 @@
-// The score kernel of ForwardPath::kBank: a block reads some candidates in fp32, once, converts them as they arrive, finds
-// their norms and residuals, and scores them against all anchors of the call.
+// The score kernel of ForwardPath::kBank. A block reads some candidates in fp32 once, converts them as they arrive,
+// finds their norms and residuals, and scores them against all anchors of the call.
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/ptx.cuh"
@@ -154,6 +154,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
   const Shared<Half> sCopies = arena.take<Half>(kBankCopies * Tile::kColumns * kStageWidth);
   Products<Tile> rProducts;
   clear<Tile>(rProducts);
+  const WarpPlace<Tile> warp;
   RowSums<Tile> sums{};
   {
     const int copy_row = thread_id() / kRowChunks;
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
       sync_block();  // group stage + 1 has arrived, copy `stage` is made; what the last round read is free
       copy_group(stage + 3);
       multiply_stage<Half, Tile>(rProducts, sAnchors.offset(stage % kBankStages * Tile::kRows * kStageWidth),
-                                 sCopies.offset(stage % kBankCopies * Tile::kColumns * kStageWidth));
+                                 sCopies.offset(stage % kBankCopies * Tile::kColumns * kStageWidth), warp);
       if (stage + 1 < score.stages) convert(stage + 1);
     }
     async_wait<0>();
@@ -245,7 +246,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
   sync_block();
 
   // 3. Scores.
-  Epilogue<Half, Tile> epilogue(score, memory, 0, column);
+  Epilogue<Half, Tile> epilogue(score, memory, warp, 0, column);
   if constexpr (kMode == ScoreMode::kDense) {
     epilogue.dense(rProducts);
   } else {

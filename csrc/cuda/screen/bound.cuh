@@ -1,30 +1,32 @@
-// What a score proves about the true distance of two rows, and the thresholds that follow. The only copy of these
-// formulas; the score kernels (scores.cu) and the refinement use them.
+// What a score proves about the true distance of two rows, and the thresholds that follow. This is the only copy of
+// these formulas; the score kernels and the refinement use them.
 //
-// For rows i and j: v the centred and scaled row (exact), h its half-precision copy, n and rho as in prepare.h, dot the
-// tensor core's h_i . h_j, s = n_j - 2 dot as a float, D_ij = |v_i - v_j| the true distance in units of the cast, and
-// A_ij = |h_i - h_j|. With u = 2^-24 the unit roundoff of fp32 and Dp = padded_dims:
-//   n       = |h|^2 (1 + d), |d| <= (Dp/32 + 16) u: every product of 11-bit numbers is exact, a lane adds at most
-//             Dp/32 + 8 squares, all >= 0, and five more additions join the lanes.
-//   dot     PTX leaves order and rounding inside an mma open. Claimed (benchmarks/gpu/programs/probe.cu asks a device,
-//             an H200 kept within a quarter of it; the host harness injects errors up to it): each step takes a group of
-//             g >= 8 products and the accumulator, aligns them to the largest of their exponents, E, cuts each off
-//             below 2^(E - 23), and cuts their exact sum off to 24 bits. The exponent of a product is the sum of its operands' exponents, and that of a subnormal, or
-//             of 0, is the least there is, e0 = -14 (bf16: -126), however small the number. So what a step loses,
-//               (g + 1) 2^(E - 23) + 2^-23 |sum|,
-//             is no multiple of 2^-23 |h_i||h_j|: products of a row of subnormals have far larger exponents than
-//             values. With S = (|h_i|^2 + |h_j|^2) / 2 it is at most (g + 2) 2^-23 S, or of no account. E is that
-//               of the accumulator, c: 2^E <= |c|, and |c|, like |sum|, is a part of h_i . h_j, at most S, and what was
-//                 lost before, a second-order term;
-//               of two normal numbers: 2^E <= |a||b| <= (a^2 + b^2) / 2 <= S;
-//               of one with an exponent e > e0 and one at e0: 2^E = 2^(e + e0) <= 2^(2 e - 1) <= S;
-//               of two at e0. fp16: E = -28; products, and what sums of them were cut to, are multiples of 2^-48, which
-//                 is a multiple of 2^(E - 23) = 2^-51: aligning loses nothing. bf16: 2^(E - 23) = 2^-275.
-//             bf16 products below 2^-126 may be lost altogether: D 2^-126, where n >= 2^-60 (facts.cu).
-//             There are Dp/g steps, and (g + 2) / g <= 1.25:
-//               2 |dot - h_i . h_j| <= 1.25 Dp 2^-23 (|h_i|^2 + |h_j|^2).
-//             Larger groups cut off later, as on newer architectures, lose less: a quarter with g = 16 and 2^(E - 25).
-//   s       one more rounding: <= u (2 |dot| + n_j) <= u (n_i + 2 n_j).
+// For rows i and j: v is the centred and scaled row (exact), h its half-precision copy, n and rho as in prepare.h, dot
+// the tensor core's h_i . h_j, s = n_j - 2 dot as a float, D_ij = |v_i - v_j| the true distance in units of the cast,
+// and A_ij = |h_i - h_j|. With u = 2^-24 the unit roundoff of fp32 and Dp = padded_dims:
+//
+//   n    = |h|^2 (1 + d), |d| <= (Dp/32 + 16) u: every product of 11-bit numbers is exact, a lane adds at most
+//        Dp/32 + 8 squares, all >= 0, and five more additions join the lanes.
+//   dot  PTX leaves order and rounding inside an mma open. Claimed (benchmarks/gpu asks a device with its probe, and an
+//        H200 kept within a quarter of it; the host harness injects errors up to it): each step takes a group of
+//        g >= 8 products and the accumulator, aligns them to the largest of their exponents, E, cuts each off below
+//        2^(E - 23), and cuts their exact sum off to 24 bits. The exponent of a product is the sum of its operands'
+//        exponents, and that of a subnormal, or of 0, is the least there is, e0 = -14 (bf16: -126), however small the
+//        number. So what a step loses,
+//          (g + 1) 2^(E - 23) + 2^-23 |sum|,
+//        is no multiple of 2^-23 |h_i||h_j|: products of a row of subnormals have far larger exponents than values.
+//        With S = (|h_i|^2 + |h_j|^2) / 2 it is at most (g + 2) 2^-23 S, or of no account. E is that
+//          of the accumulator, c: 2^E <= |c|, and |c|, like |sum|, is a part of h_i . h_j, at most S, and what was lost
+//            before, a second-order term;
+//          of two normal numbers: 2^E <= |a||b| <= (a^2 + b^2) / 2 <= S;
+//          of one with an exponent e > e0 and one at e0: 2^E = 2^(e + e0) <= 2^(2 e - 1) <= S;
+//          of two at e0. fp16: E = -28; products, and what sums of them were cut to, are multiples of 2^-48, which is a
+//            multiple of 2^(E - 23) = 2^-51: aligning loses nothing. bf16: 2^(E - 23) = 2^-275.
+//        bf16 products below 2^-126 may be lost altogether: D 2^-126, where n >= 2^-60 (facts.cu).
+//        There are Dp/g steps, and (g + 2) / g <= 1.25:
+//          2 |dot - h_i . h_j| <= 1.25 Dp 2^-23 (|h_i|^2 + |h_j|^2).
+//        Larger groups cut off later, as on newer architectures, lose less: a quarter with g = 16 and 2^(E - 25).
+//   s    one more rounding: <= u (2 |dot| + n_j) <= u (n_i + 2 n_j).
 // So everything is bounded by a multiple of n_i + n_j, and of nothing smaller:
 //   |(n_i + s) - A^2| <= (n_i + n_j) (1.25 Dp 2^-23 + (Dp/64 + 10) 2^-23)
 // and with
@@ -33,30 +35,30 @@
 // to 8 of size n_i + n_j) and for second-order terms. So
 //   (n_i + s) - eta (n_i + n_j) <= A^2 <= (n_i + s) + eta (n_i + n_j),   |D - A| <= rho_i + rho_j.
 //
-// Support. Let t* be a true distance, in these units, that no member of anchor i's true support exceeds, t = t* +
-// rho_i. A member j has A <= t + rho_j, so
+// Support. Let t* be a true distance, in these units, that no member of anchor i's true support exceeds, and
+// t = t* + rho_i. A member j has A <= t + rho_j, so
 //   n_j (1 - eta) - rho_j^2 - 2 t rho_j - 2 dot <= t^2 - n_i (1 - eta) =: T.
-// The left side is evaluated as fma(-u', rho_j, fma(-2, dot, P_j)), u' = 2 t, P_j = n_j (1 - eta) - rho_j^2: its two
+// The left side is evaluated as fma(-u', rho_j, fma(-2, dot, P_j)), u' = 2 t, P_j = n_j (1 - eta) - rho_j^2. Its two
 // roundings are at most u (2 n_i + 4 n_j) + 2 u rho_j^2 + u u' rho_j. The first is in eta's margin. For the others the
 // score kernels take rho_j (1 + 2^-20) for rho_j, which adds 2^-19 rho_j^2 + 2^-20 u' rho_j. P_j is rounded down, T and
 // u' up.
 //
-// Far. Let f be a true distance that the farthest positive of i reaches or exceeds, g = f - rho_i. It has A >= g -
-// rho_j. If g <= 0 nothing follows and every positive is kept (G = -inf). Otherwise, also where rho_j > g since A^2 >=
-// 0,
+// Far. Let f be a true distance that the farthest positive of i reaches or exceeds, and g = f - rho_i. That positive has
+// A >= g - rho_j. If g <= 0 nothing follows and every positive is kept (G = -inf). Otherwise, also where rho_j > g since
+// A^2 >= 0,
 //   n_j (1 + eta) + 2 g rho_j - 2 dot >= g^2 - n_i (1 + eta) =: G.
-// Q_j = n_j (1 + eta) and rho_j (1 + 2^-20) are rounded up, G and g2 = 2 g down: lowering g weakens the test, for (n_i
-// + n_j)(1 + eta) - 2 dot >= A^2 >= (g - rho_j)^2 holds for every smaller g >= rho_j too, and below that the left side
-// is at least 2 g rho_j >= g^2.
+// Q_j = n_j (1 + eta) and rho_j (1 + 2^-20) are rounded up, G and g2 = 2 g down. Lowering g weakens the test:
+// (n_i + n_j)(1 + eta) - 2 dot >= A^2 >= (g - rho_j)^2 holds for every smaller g >= rho_j too, and below that the left
+// side is at least 2 g rho_j >= g^2.
 //
-// A row with rho = +inf: P = -inf, Q = +inf. Tests are written as "not greater", "not less", so that NaN keeps.
+// A row with rho = +inf has P = -inf and Q = +inf. Tests are written as "not greater" and "not less", so NaN is kept.
 //
-// Null rows. Where x = m in every column v is 0, and exactly then rho is 0 next to n = 0 (of half inputs: the rows of
-// zeros; x = -0 where m = 0 makes no difference). All of them are one point, however many: every anchor is at the same
-// distance from each, with the same key, so that their order is that of their indices. Behind the first K + 1 of them,
-// of which one may be the anchor itself, none is in any support set: a bank of zeros, or of one and the same row, which
-// no threshold could tell apart, is as good as K + 1 rows of it. An index that K + 1 of them do not exceed, in
-// Control.last_null, is found in the sample.
+// Null rows. Where x = m in every column v is 0, and exactly then rho is 0 next to n = 0 (for half inputs: the rows of
+// zeros; x = -0 where m = 0 makes no difference). All null rows are one point, however many there are: every anchor is
+// at the same distance from each, with the same key, so the index orders them. Behind the first K + 1 of them, of which
+// one may be the anchor itself, none is in any support set. No threshold could tell the rows of a bank of zeros apart;
+// K + 1 of them are as good as the bank. Control.last_null, found in the sample, is an index that K + 1 null rows do
+// not exceed.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,10 @@
-// From scores to certified neighbours. bound.cuh says what a score proves about the true distance D_ij of a pair, in units
-// of the cast (2^e times the input's); here is what true distances say about keys, and the reverse.
+// From scores to certified neighbours. bound.cuh says what a score proves about the true distance D_ij of a pair, in
+// units of the cast (2^e times the input's). This file says what true distances prove about keys, and the reverse.
 //
 // Keys. The key of a pair is the fp32 direct sum of direct_sum.cuh. With D the true distance in the input's units and
 // u = 2^-24: a difference is rounded once and squared, 2 u; then at most 64 roundings in the chunk, 5 in the tree, one for
-// each span but the first. Near zero a product may round by 2^-150 more, once for each of D_dims elements; differences and
-// sums are exact there. So, unless the sum overflows,
+// each span but the first. Near zero a product may round by 2^-150 more, once for each of D_dims elements; differences
+// and sums are exact there. So, unless the sum overflows,
 //   D^2 (1 - gamma) - w <= key <= D^2 (1 + gamma) + w,   gamma = (64 + 5 + spans + 4) u,   w = D_dims 2^-150,
 // where the spare 3 u hold the second-order terms (they are below (200 u)^2). A sum overflows only if D^2 (1 + gamma)
 // reaches 2^128: bounds below kSaneKey exclude it.
@@ -15,21 +15,21 @@
 //   D <= U sqrt((1 + gamma) / (1 - gamma)) + sqrt(2 w / (1 - gamma)) <= U stretch + underflow =: reach,
 //   stretch = 1 + 2 gamma, underflow = sqrt(2 D_dims) 2^-74 2^e.
 // Candidates whose lower bound is above reach are out, all others get exact keys: the selection among those is the
-// selection among all. U is best from the K smallest upper bounds; rounding it up, or taking it from a sample, from
+// selection among all. U is best from the K smallest upper bounds. Rounding it up, or taking it from a sample, from
 // whatever a buffer holds, or from a pass whose buffer overflowed, only loosens it.
 //
-// The buffer holds every candidate that a proven reach does not exclude (bound.cuh), unless it overflowed; then the row is
-// not certified. Dense scores hold everything.
+// The buffer holds every candidate that a proven reach does not exclude (bound.cuh), unless it overflowed; then the row
+// is not certified. Dense scores hold everything.
 //
 // Farthest positive. Let F be the largest lower bound of some positives: a key is at least F^2 (1 - gamma) - w, so the
 // farthest one has D^2 (1 + gamma) + w >= F^2 (1 - gamma) - w, and
 //   D >= F sqrt((1 - gamma) / (1 + gamma)) - sqrt(2 w / (1 + gamma)) >= F shrink - underflow,   shrink = 1 - 2 gamma.
 // From an exact key instead of F: D >= sqrt(key / (1 + gamma)) - sqrt(w) >= sqrt(key) shrink - underflow. If the farthest
 // key found is finite, a positive whose sum overflows would have been looked at too: its D^2 (1 + gamma) is above every
-// finite key. If it is +inf the lowest index wins, of which bounds say nothing: the ladder decides.
+// finite key. If the farthest key is +inf the lowest index wins, of which bounds say nothing: the ladder decides.
 //
-// Duplicates. If the K lowest indices (self left out) are all at d2 == 0, they are the support set: nothing comes before
-// them. A collapsed batch, which overflows every buffer, is done at this.
+// Duplicates. If the K lowest indices (without the anchor's own row) are all at d2 == 0, they are the support set:
+// nothing comes before them. This finishes a collapsed batch, which overflows every buffer.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// From a warp's products to scores, written out or kept where they pass a threshold.
+// From a warp's products to scores: written out, or kept where they pass a threshold.
 #pragma once
 
 #include <cstdint>
@@ -83,14 +83,14 @@ struct Epilogue {
 
   // tile_row, tile_column: numbers of the first row and column of the block's tile.
   __device__ __forceinline__ Epilogue(const ScoreArgs<T16>& score_args, const EpilogueMemory<Tile>& memory,
-                                      std::int64_t tile_row, std::int64_t tile_column)
+                                      const WarpPlace<Tile>& warp, std::int64_t tile_row, std::int64_t tile_column)
       : args(score_args),
         sFacts(memory.sFacts),
         sLabels(memory.sLabels),
         sCounters(memory.sCounters.offset(warp_id() * (Tile::kCounters + 1))),
         sHits(memory.sHits.offset(warp_id() * Tile::kHits)),
-        warp_row(warp_row_of<Tile>()),
-        warp_column(warp_column_of<Tile>()),
+        warp_row(warp.row),
+        warp_column(warp.column),
         row(tile_row + warp_row),
         column(tile_column + warp_column) {}
 

@@ -1,5 +1,5 @@
-// What the screening knows of each row, a warp a row: flags, n, rho and the half-precision copy (prepare.h). How rho
-// follows from what the copy leaves stands at residual_bound in bound.cuh.
+// What the screening knows of each row: flags, n, rho and the half-precision copy (prepare.h). A warp takes a row.
+// residual_bound in bound.cuh derives rho from what the copy loses.
 #include <type_traits>
 
 #include "cuda/launch.cuh"

@@ -1,18 +1,22 @@
-// Rows that the screening could not certify: clusters tighter than its bound and larger than a buffer, many duplicates,
-// scales outside of its range. Their neighbours come from direct sums alone.
+// The ladder: rows that the screening could not certify, such as clusters tighter than its bound and larger than a
+// buffer, many duplicates, or scales outside of its range. Their neighbours come from direct sums alone.
 //
-// Every row is cut into kLadderSegments stretches of candidates; a pair of row and stretch is one piece of work, and a
-// grid of fixed size takes them in turn, so that one queued row keeps as many multiprocessors busy as stretches, and
-// thousands keep all. The host never learns how many there are.
+// Every row is cut into kLadderSegments stretches of candidates. A pair of row and stretch is one piece of work, and a
+// grid of fixed size takes them in turn: one queued row keeps as many multiprocessors busy as it has stretches,
+// thousands of rows keep all busy. The host never learns how many rows there are.
 //
-// Within a stretch candidates come in order of index, and three things spare most of their sums:
-//   * whatever exceeds a bound is abandoned on the way. The bound of a row starts where the refinement left it and lives in
-//     the row's T: the K-th key of any stretch is at least the row's, so all stretches lower it together, by an integer
-//     minimum. When that happens depends on the schedule, what comes out does not: only what is strictly above a bound on
-//     the K-th key is ever dropped.
-//   * once the K-th key is before (0, next index), nothing behind can come in: duplicates end the stretch.
-//   * near and far are wanted of the positives only, which are summed in full, first.
-// merge.cu joins the lists of the stretches. What the refinement had settled stands in the place of stretch 0.
+// Within a stretch candidates come in order of index, and three things save most of their sums:
+//
+// * Whatever exceeds a bound is abandoned on the way. The bound of a row starts where the refinement left it and lives
+//   in the row's T. The K-th key of any stretch is at least the row's, so all stretches lower it together, by an
+//   integer minimum. When that happens depends on the schedule; the result does not, since only what is strictly above
+//   a bound on the K-th key is ever dropped.
+//
+// * Once the K-th key is before (0, next index), nothing later can come in: duplicates end the stretch.
+//
+// * near and far are wanted of the positives only, which are summed in full, first.
+//
+// merge.cu joins the lists of the stretches. What the refinement has already resolved stands in the place of stretch 0.
 #include "cuda/keys.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/loss.cuh"
@@ -41,7 +45,7 @@ __global__ void __launch_bounds__(kLadderThreads, 3) ladder_kernel(const __grid_
   if (block_id() >= works) return;
   SharedArena arena;
   const ForwardArgs& forward = args.forward;
-  Scan<T, kLadderWarps> scan(arena, forward.candidates, forward.dims, args.aligned, args.K);
+  NearestK<T, kLadderWarps> nearest(arena, forward.candidates, forward.dims, args.aligned, args.K);
   const std::int64_t M = forward.candidates.rows;
   const std::int64_t stretch = (M + kLadderSegments - 1) / kLadderSegments;
 
@@ -59,7 +63,7 @@ __global__ void __launch_bounds__(kLadderThreads, 3) ladder_kernel(const __grid_
     const std::int64_t label = load(forward.anchor_labels + anchor);
     auto* gBound = reinterpret_cast<std::uint32_t*>(args.thresholds.T + anchor);
 
-    scan.begin(static_cast<const T*>(forward.anchors.data) + anchor * forward.anchors.row_stride, kInfinity);
+    nearest.begin(static_cast<const T*>(forward.anchors.data) + anchor * forward.anchors.row_stride, kInfinity);
     // First the positives, tracked; then all others, which only compete for the K places.
     const int passes = need_support ? 2 : 1;
     for (int pass = 0; pass < passes; ++pass) {
@@ -69,45 +73,41 @@ __global__ void __launch_bounds__(kLadderThreads, 3) ladder_kernel(const __grid_
         const bool present =
             candidate < end && candidate != self &&
             (load(forward.candidate_labels + (candidate < end ? candidate : begin)) == label) == positives;
-        scan.offer(present, static_cast<std::int32_t>(candidate), positives);
-        if (!scan.full() && first + kLadderThreads < end) continue;
+        nearest.offer(present, static_cast<std::int32_t>(candidate), positives);
+        if (!nearest.full() && first + kLadderThreads < end) continue;
         const float before_flush = float_from_bits(shuffle(atomic_load(gBound), 0));
-        scan.tighten(before_flush);
-        scan.flush(need_support);
-        if (need_support && thread_id() == 0 && scan.bound < before_flush) atomic_min(gBound, bits_of(scan.bound));
+        nearest.tighten(before_flush);
+        nearest.flush(need_support);
+        if (need_support && thread_id() == 0 && nearest.bound < before_flush)
+          atomic_min(gBound, bits_of(nearest.bound));
         // Nothing from here on can come before the last of the K.
-        if (!positives && scan.worst_key() < static_cast<std::uint64_t>(first + kLadderThreads)) break;
+        if (!positives && nearest.worst_key() < static_cast<std::uint64_t>(first + kLadderThreads)) break;
       }
     }
     std::uint64_t* gLists = args.gBuffer + row * args.capacity;
     if (need_support) {
-      for (int e = thread_id(); e < args.K; e += kLadderThreads) gLists[segment * args.K + e] = scan.sKeys.get(e);
+      for (int e = thread_id(); e < args.K; e += kLadderThreads) gLists[segment * args.K + e] = nearest.sKeys.get(e);
     }
     if (thread_id() == 0) {
-      if (need_near) gLists[kLadderSegments * args.K + segment] = scan.near;
-      if (need_far) gLists[kLadderSegments * (args.K + 1) + segment] = scan.far;
+      if (need_near) gLists[kLadderSegments * args.K + segment] = nearest.near;
+      if (need_far) gLists[kLadderSegments * (args.K + 1) + segment] = nearest.far;
     }
   }
 }
 
-// ---- launch ---------------------------------------------------------------------------------------------------------
-
-template <class T>
-cudaError_t launch_ladder(const RefineArgs& args, cudaStream_t stream) {
-  const std::int64_t works = args.rows * kLadderSegments;
-  const LaunchShape shape{works < kLadderBlocks ? works : kLadderBlocks, kLadderThreads,
-                          Scan<T, kLadderWarps>::scan_bytes(args.forward.dims)};
-  return launch(ladder_kernel<T>, shape, stream, args);
-}
-
 }  // namespace
 
-// ---- dispatch -------------------------------------------------------------------------------------------------------
+// ---- launch ---------------------------------------------------------------------------------------------------------
 
-cudaError_t enqueue_ladder(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+cudaError_t enqueue_ladder(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                            cudaStream_t stream) {
-  return for_narrow_type(args.dtype,
-                         [&]<class T>() { return launch_ladder<T>(refine_args(args, plan, workspace, wave), stream); });
+  const std::int64_t works = strip.rows * kLadderSegments;
+  const std::int64_t blocks = works < kLadderBlocks ? works : kLadderBlocks;
+  const RefineArgs kernel_args = refine_args(args, plan, workspace, strip);
+  return for_narrow_type(args.dtype, [&]<class T>() {
+    const LaunchShape shape{blocks, kLadderThreads, NearestK<T, kLadderWarps>::bytes(args.dims)};
+    return launch(ladder_kernel<T>, shape, stream, kernel_args);
+  });
 }
 
 }  // namespace sn::cuda

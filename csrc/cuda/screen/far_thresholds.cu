@@ -1,5 +1,5 @@
-// Thresholds of the far test, for anchors that have more positives than are listed: exact sums of a sample of the listed
-// ones. certificate.cuh derives them.
+// Thresholds of the far test, for anchors with more positives than are listed, from exact sums of a sample of the
+// listed ones. certificate.cuh derives them.
 #include "cuda/direct_sum.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
@@ -67,10 +67,10 @@ cudaError_t launch_far(const RefineArgs& args, cudaStream_t stream) {
 
 // ---- dispatch -------------------------------------------------------------------------------------------------------
 
-cudaError_t enqueue_far_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
-                                   cudaStream_t stream) {
+cudaError_t enqueue_far_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
+                                   const Strip& strip, cudaStream_t stream) {
   return for_narrow_type(args.dtype,
-                         [&]<class T>() { return launch_far<T>(refine_args(args, plan, workspace, wave), stream); });
+                         [&]<class T>() { return launch_far<T>(refine_args(args, plan, workspace, strip), stream); });
 }
 
 }  // namespace sn::cuda

@@ -1,4 +1,4 @@
-// The k-th smallest of many values by a radix search, a block at a time.
+// The k-th smallest of many values, by a radix search of the whole block.
 #pragma once
 
 #include <cstdint>
@@ -17,9 +17,9 @@ inline constexpr int kRadixLow = 31 - kRadixPasses * kRadixBits;  // bits of a n
 inline constexpr std::uint32_t kNoBits = 0xffffffffu;             // no value
 inline constexpr std::uint32_t kInfinityBits = 0x7f800000u;
 
-// An upper bound, within a relative 2^-16, of the k-th smallest of the values bits_at(0 .. count - 1), bits of floats >= 0 or
-// kNoBits; +inf if there are fewer than k >= 1. By the whole block, the same in all threads. Starts and ends such that
-// sBins may be used by others right before and after.
+// An upper bound, within a relative 2^-16, of the k-th smallest of the values bits_at(0 .. count - 1), bits of floats
+// >= 0 or kNoBits; +inf if there are fewer than k >= 1. The whole block calls it and gets the same value. Others may
+// use sBins right before and after.
 template <class BitsAt>
 __device__ __forceinline__ float kth_smallest(Shared<std::uint32_t> sBins, std::int64_t count, std::int64_t k,
                                               const BitsAt& bits_at) {

@@ -1,5 +1,6 @@
-// The last kernel of a wave of the screened paths joins the lists that the ladder (fallback.cu) has made for each queued
-// row. The block that finishes last writes the loss and the statistics behind the last wave, and empties the queue.
+// The last kernel of a strip on the screened paths. It joins the lists that the ladder (fallback.cu) has made
+// for each queued row. The block that finishes last empties the queue and, in the last strip, writes the loss
+// and the statistics.
 #include "cuda/keys.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/loss.cuh"
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(kMergeThreads, 2) merge_kernel(const __grid_co
     sync_block();
     if (many) sort_keys(BlockTeam(), sKeys, count);
     if (warp_id() == 0) {
-      // As many as there are: all but the anchor's own row, at most K. Counted, not computed: should a device's tensor cores
-      // ever break the claimed bound, a result may be wrong, but no index may be.
+      // As many as there are: all but the anchor's own row, at most K. They are counted, not computed: should the
+      // tensor cores of a device ever break the claimed bound, a result may be wrong, but no index may be.
       int found = 0;
       for (std::int64_t e = 0; e < args.K; e += kWarpSize) {
         const bool real = e + lane_id() < args.K && sKeys.get(static_cast<int>(e) + lane_id()) != kNoKey;
@@ -88,17 +89,17 @@ __global__ void __launch_bounds__(kMergeThreads, 2) merge_kernel(const __grid_co
     atomic_store(&args.gControl->ticket, 0u);
     atomic_store(&args.gControl->queued, 0u);
   }
-  if (args.last_wave) final_reduction<float>(args.forward, GlobalRecords{args.gRecords}, poison, memory);
+  if (args.last_strip) final_reduction<float>(args.forward, GlobalRecords{args.gRecords}, poison, memory);
 }
 
 }  // namespace
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
-cudaError_t enqueue_merge(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+cudaError_t enqueue_merge(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                           cudaStream_t stream) {
-  const LaunchShape shape{wave.rows < kMergeBlocks ? wave.rows : kMergeBlocks, kMergeThreads, merge_bytes(plan.K)};
-  return launch(merge_kernel, shape, stream, refine_args(args, plan, workspace, wave));
+  const LaunchShape shape{strip.rows < kMergeBlocks ? strip.rows : kMergeBlocks, kMergeThreads, merge_bytes(plan.K)};
+  return launch(merge_kernel, shape, stream, refine_args(args, plan, workspace, strip));
 }
 
 }  // namespace sn::cuda

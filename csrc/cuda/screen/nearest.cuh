@@ -1,9 +1,9 @@
-// One block, one anchor: the K nearest of the candidates that it is offered, by exact keys, and the nearest and farthest of
-// those that are told to be positives. The refinement offers what the screening could not rule out, the ladder whole
+// One block, one anchor: the K nearest of the candidates that are offered, by exact keys, and the nearest and farthest
+// of those offered as positives. The refinement offers what the screening could not rule out; the ladder offers whole
 // stretches of candidates.
 //
-// The result depends on the set of offered candidates alone: keys are exact and distinct, so neither the order in which
-// they come nor what is abandoned on the way can show. A candidate is abandoned once its partial sum is strictly above
+// The result depends on the set of offered candidates alone. Keys are exact and distinct, so neither the order of
+// offers nor what is abandoned on the way can show. A candidate is abandoned once its partial sum is strictly above
 // `bound`, and bound is never below the key of the K-th nearest: it starts at a proven bound (or +inf) and falls to the
 // K-th of the keys seen so far. A key that ties with the K-th in d2 is never abandoned: ties are decided by index.
 #pragma once
@@ -22,10 +22,10 @@ namespace sn::cuda {
 
 // ---- traits ---------------------------------------------------------------------------------------------------------
 
-// Keys sorted at once, by a block of so many warps: the K best so far and the ones pending. A few warps per anchor finish an
-// anchor soonest; one warp per anchor keeps most anchors under way, and waits for no other warp.
+// Keys that a block of so many warps sorts at once: the K best so far and the pending ones. A few warps an anchor
+// finish it soonest; one warp an anchor keeps most anchors under way and waits for no other warp.
 template <int kWarps>
-struct ScanShape {
+struct NearestShape {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kKeys = kWarps == 1 ? 256 : 512;
   static constexpr int kPending = kKeys - static_cast<int>(kFastNeighbours);
@@ -42,18 +42,18 @@ __device__ __forceinline__ std::uint64_t smaller(std::uint64_t a, std::uint64_t 
 // ---- the scan -------------------------------------------------------------------------------------------------------
 
 template <class T, int kWarps>
-class Scan {
+class NearestK {
  public:
   using Sums = WarpSums<T>;
-  using Shape = ScanShape<kWarps>;
-  static constexpr int scan_bytes(std::int64_t dims) {
+  using Shape = NearestShape<kWarps>;
+  static constexpr int bytes(std::int64_t dims) {
     return shared_bytes<T>(kWarps * Sums::elements(dims)) + shared_bytes<std::uint64_t>(Shape::kKeys) +
            shared_bytes<std::int32_t>(Shape::kPending) + shared_bytes<std::uint32_t>(kRadixBins) +
            shared_bytes<std::uint32_t>(Shape::kVoteWords);
   }
 
-  __device__ __forceinline__ Scan(SharedArena& arena, const FeatureView& candidates, std::int64_t dims, bool aligned,
-                                  std::int64_t K)
+  __device__ __forceinline__ NearestK(SharedArena& arena, const FeatureView& candidates, std::int64_t dims,
+                                      bool aligned, std::int64_t K)
       : sums_(arena.take<T>(kWarps * Sums::elements(dims)).offset(warp_id() * Sums::elements(dims)),
               static_cast<const T*>(candidates.data), candidates.row_stride, dims, aligned),
         sKeys(arena.take<std::uint64_t>(Shape::kKeys)),
@@ -79,13 +79,14 @@ class Scan {
     sync_block();
   }
 
-  // A candidate for each thread that is `present`, by the whole block. Positives that are to be tracked come before all
-  // others of the same flush. Deterministic: in the order of threads.
+  // A candidate for each thread that is `present`; the whole block calls it. Positives that are to be tracked come
+  // before all others of the same flush. Deterministic: candidates are pending in the order of threads.
   __device__ __forceinline__ void offer(bool present, std::int32_t candidate, bool tracked) {
     const std::uint32_t votes = ballot(present);
     const int slot = parity_ * kWarps;
     parity_ ^= 1;
-    // Two sets of words: whoever still reads these has not passed the next offer's barrier, so nobody is two offers ahead.
+    // There are two sets of words: whoever still reads these has not passed the next offer's barrier, so nobody is two
+    // offers ahead.
     if (lane_id() == 0) sVotes_.set(slot + warp_id(), static_cast<std::uint32_t>(popcount(votes)));
     sync_block();
     int place = pending_ + popcount(votes & lanes_below());
@@ -103,7 +104,8 @@ class Scan {
   __device__ __forceinline__ bool full() const { return pending_ > Shape::kPending - Shape::kThreads; }
   __device__ __forceinline__ int pending() const { return pending_; }
 
-  // Exact keys of what is pending. `insert`: they compete for the K places; else only near and far follow the tracked ones.
+  // Exact keys of the pending candidates. `insert`: they compete for the K places; otherwise only near and far follow
+  // the tracked ones.
   __device__ __forceinline__ void flush(bool insert) {
     if (pending_ == 0) return;
     sync_block();  // the pending ones are all written

@@ -1,9 +1,9 @@
-// Who is a positive of whom costs N x M comparisons of 64-bit labels, or one look-up a candidate: a block puts the labels of
-// its anchors into a hash table in shared memory and streams all candidates past it, each thread a candidate at a time.
-// Anchors of one label share a list, kept by the first of them (the leader): candidates are appended by an atomic, and at
-// the end each anchor takes its copy in increasing order, its own row left out. That order is by value, so it does not
-// depend on the schedule; only which ones of an identity too large for the list are noted does, and those only make a
-// bound (certificate.cuh), never a result.
+// Finding positives takes N x M comparisons of 64-bit labels, or one look-up a candidate. A block puts the labels of
+// its anchors into a hash table in shared memory and streams all candidates past it, one a thread at a time. Anchors
+// with the same label share a list, kept by the first of them, the leader. Candidates are appended by an atomic; at the
+// end each anchor takes its copy in increasing order, without its own row. That order is by value, so it does not
+// depend on the schedule. Only which members of an identity too large for the list are noted does, and those only make
+// a bound (certificate.cuh), never a result.
 #include "cuda/launch.cuh"
 #include "cuda/loss.cuh"
 #include "cuda/memory.cuh"

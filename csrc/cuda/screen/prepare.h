@@ -1,19 +1,21 @@
-// First step of the screened paths: what the screening knows of each row, and the half-precision copy it multiplies.
+// What the screening knows of each row, and the half-precision copy that it multiplies.
 //
 // After enqueue_sample and enqueue_facts
 //   Control      zeroed, then: nonfinite, unscreenable, largest, exponent, last_null (no limit) set
-//   counts       zeroed, all 2 * wave_rows of them (later waves and passes: whoever sets the thresholds zeroes again)
+//   counts       zeroed, all 2 * strip_rows of them (later strips and passes: whoever sets the thresholds zeroes again)
 //   anchors, candidates (ScreenSide below): rows, n, rho. kBank: only the anchors; the score kernel finds n and rho of
 //                the candidates that it reads, and notes what is not finite in them.
 //
-// Units. Everything is in units of the cast: a row x stands for v = (x - m) 2^e with one vector m and one exponent e
-// for the whole call (half-precision inputs: m = 0, e = 0), h is v rounded to half precision (half inputs: the row
-// itself).
+// Units. Everything is in units of the cast: a row x stands for v = (x - m) 2^e with one vector m and one exponent
+// e for the whole call (half-precision inputs: m = 0, e = 0), and h is v rounded to half precision (half inputs:
+// the row).
+//
 //   n    |h|^2, off by at most a relative (Dpad / 32 + 16) 2^-24
 //   rho  >= |v - h|; 0 for half inputs and where v = 0; +inf for a row of which the copy says nothing, because it is
-//        out of the range of the copy or of the products. Such a row has n = 0 (and h = 0 unless it serves in place);
-//        it is appended to the candidates of every anchor, whatever its score, and as an anchor nothing can be
-//        certified for it: its place is the ladder. A row with a NaN or Inf is such a row and sets Control.nonfinite.
+//        out of the range of the copy or of the products. Such a row has n = 0 (and h = 0 unless it serves in place).
+//        It is appended to the candidates of every anchor, whatever its score; as an anchor nothing can be certified
+//        for it, so the ladder serves it. A row with a NaN or Inf is such a row and sets Control.nonfinite.
+//
 // Control.unscreenable: e would be outside of +-60, or all rows of the sample and all anchors that were looked at are
 // equal. Then no cast is worth anything: rho is +inf and n is 0 for all rows, the score kernels write NOTHING (no
 // scores, no entries, no facts of bank rows) but Control.nonfinite, and every row goes to the ladder.
@@ -47,7 +49,7 @@ struct ScreenSide {
 };
 
 // What anchors keep candidates by; set between passes (bound.cuh tells how), read by the score kernels. [N] each, by
-// the anchor's number (not its number in the wave).
+// the anchor's number (not its number in the strip).
 struct Thresholds {
   float* T;   // T of the support test; -inf: keeps nothing (but candidates with rho = +inf), +inf: keeps everything
   float* u;   // 2 t >= 0

@@ -1,5 +1,5 @@
-// Exact keys of what the screening could not rule out, a block an anchor: the support set, near and far, and every output
-// of the anchors that certificate.cuh can vouch for. The others are queued for the ladder (fallback.cu).
+// Exact keys of what the screening could not rule out, a block an anchor: the support set, near and far, and every
+// output of the anchors that can be certified (certificate.cuh). The others are queued for the ladder (fallback.cu).
 #include "cuda/keys.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/loss.cuh"
@@ -15,8 +15,8 @@ namespace {
 
 // ---- traits ---------------------------------------------------------------------------------------------------------
 
-// Warps of a block that refines one anchor. Where rows alone fill the machine, a row is cheapest if its warp waits for no
-// other (kScreen: thousands of anchors); elsewhere a row's sums are shared out.
+// Warps of a block that refines one anchor. Where rows alone fill the machine, a row is cheapest if its warp waits for
+// no other (kScreen: thousands of anchors). Elsewhere warps share a row's sums.
 constexpr int kManyRowsWarps = 1;
 constexpr int kFewRowsWarps = 4;
 constexpr int kBlockWarps = 12;  // warps of all its blocks that a multiprocessor shall hold: 168 registers a thread
@@ -34,8 +34,8 @@ __device__ __forceinline__ std::uint32_t block_max(Shared<std::uint32_t> sWord, 
   return sWord.get(0);
 }
 
-// What the bounds of the positives among the entries say about the farthest (nearest) of them: it is at least (at most) so
-// far. By the whole block.
+// What the bounds of the positives among the entries say about the farthest (nearest) of them: it is at least (at most)
+// so far. The whole block calls it.
 __device__ __forceinline__ float positive_reach(const RefineArgs& args, const AnchorFacts& facts,
                                                 const Entries& entries, std::int64_t label, bool farthest,
                                                 Shared<std::uint32_t> sWord) {
@@ -52,8 +52,8 @@ __device__ __forceinline__ float positive_reach(const RefineArgs& args, const An
   return farthest ? far_reach_of(args, facts, float_from_bits(best)) : reach_of(args, facts, float_from_bits(~best));
 }
 
-// What a row offers to its scan, one phase after the other. One loop serves them all: exact sums and sorting are inlined
-// once, and the kernel keeps its registers.
+// What a row offers to NearestK, one phase after the other. One loop serves all phases: exact sums and sorting are
+// inlined once, and the kernel keeps its registers.
 enum class Phase : std::int32_t {
   kScreened,  // listed positives, then every entry that the bounds do not exclude
   kZeros,     // the K lowest indices, at d2 == 0 only
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
   constexpr int kThreads = kWarps * kWarpSize;
   SharedArena arena;
   const ForwardArgs& forward = args.forward;
-  Scan<T, kWarps> scan(arena, forward.candidates, forward.dims, args.aligned, args.K);
+  NearestK<T, kWarps> nearest(arena, forward.candidates, forward.dims, args.aligned, args.K);
   const std::int64_t row = block_id();
   const std::int64_t anchor = args.row_begin + row;
   const AnchorFacts facts = anchor_facts(args, anchor);
@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
   float reach = 0.0f;
   float known_bound = facts.blind ? kInfinity : args.underflow_key;  // no member of the support set has a larger key
   if (!facts.blind && facts.wanted > 0) {
-    const Shared<std::uint32_t> sStage = scan.sKeys.template view<std::uint32_t>();
-    const float U = wanted_upper(args, facts, entries, sStage, ScanShape<kWarps>::kStagedBounds, scan.sBins);
+    const Shared<std::uint32_t> sStage = nearest.sKeys.template view<std::uint32_t>();
+    const float U = wanted_upper(args, facts, entries, sStage, NearestShape<kWarps>::kStagedBounds, nearest.sBins);
     const float kappa = largest_key(args, facts, U);
     reach = reach_of(args, facts, U);
     known_bound = kappa < kSaneKey ? kappa : kInfinity;
@@ -127,16 +127,16 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
     if (phase == Phase::kScreened) {
       first = -listed;
       count = entries.count;
-      scan.begin(gAnchor, known_bound);
+      nearest.begin(gAnchor, known_bound);
     } else if (phase == Phase::kZeros) {
       count = facts.wanted;
-      scan.begin(gAnchor, 0.0f);
+      nearest.begin(gAnchor, 0.0f);
     } else if (phase != Phase::kListed) {
       count = far_entries.count;
       const bool farthest = phase == Phase::kFarthest;
-      reach = positive_reach(args, facts, far_entries, label, farthest, scan.sBins);
-      scan.near = kNoKey;
-      scan.far = kNoKey;
+      reach = positive_reach(args, facts, far_entries, label, farthest, nearest.sBins);
+      nearest.near = kNoKey;
+      nearest.far = kNoKey;
     }
     const bool insert = phase == Phase::kScreened || phase == Phase::kZeros;
     // Chosen once: a choice at every entry would put both lists into local memory.
@@ -170,13 +170,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
         }
       }
       const bool tracked = phase == Phase::kScreened ? first < 0 : phase != Phase::kZeros;
-      scan.offer(present, candidate, tracked);
-      if (scan.full() || first + kThreads >= count) scan.flush(insert);
+      nearest.offer(present, candidate, tracked);
+      if (nearest.full() || first + kThreads >= count) nearest.flush(insert);
     }
 
     if (insert) {
       // Only scores that break their promise leave places empty after a screening.
-      if (last_place >= 0 && scan.sKeys.get(last_place) == kNoKey) {
+      if (last_place >= 0 && nearest.sKeys.get(last_place) == kNoKey) {
         phase = phase == Phase::kScreened ? Phase::kZeros : Phase::kDone;
         continue;
       }
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
       // More positives than are listed: the first in the support set is the nearest of all.
       std::uint64_t rNear = kNoKey;
       for (int e = lane_id(); e <= last_place; e += kWarpSize) {
-        const std::uint64_t key = scan.sKeys.get(e);
+        const std::uint64_t key = nearest.sKeys.get(e);
         if (is_positive(index_of(key))) rNear = smaller(rNear, key);
       }
       near_found = least_key(rNear);
@@ -196,27 +196,27 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
       needs = (near_found == kNoKey && !dense ? kNeedNear : 0) | kNeedFar;
       phase = facts.blind ? Phase::kDone : (near_found == kNoKey && dense ? Phase::kNearest : Phase::kFarthest);
     } else if (phase == Phase::kNearest) {
-      near_found = scan.near;
+      near_found = nearest.near;
       phase = Phase::kFarthest;
     } else {
       if (phase == Phase::kFarthest) {
-        far_found = scan.far;
+        far_found = nearest.far;
         if (far_found != kNoKey && d2_of_far(far_found) < kInfinity) needs &= ~kNeedFar;
       }
       phase = Phase::kDone;
     }
   }
   if (!all_listed) {
-    scan.near = near_found;
-    scan.far = far_found;
+    nearest.near = near_found;
+    nearest.far = far_found;
   }
-  if (thread_id() == 0) atomic_add(&args.gControl->refined, scan.evaluated);
+  if (thread_id() == 0) atomic_add(&args.gControl->refined, nearest.evaluated);
 
   if (needs == 0) {
     sync_block();  // everybody has read the keys that finishing marks
     if (warp_id() != 0) return;
-    const AnchorRecord record = finish_anchor<float>(forward, anchor, args.K, facts.wanted, scan.sKeys,
-                                                     near_of<float>(scan.near), far_of<float>(scan.far));
+    const AnchorRecord record = finish_anchor<float>(forward, anchor, args.K, facts.wanted, nearest.sKeys,
+                                                     near_of<float>(nearest.near), far_of<float>(nearest.far));
     if (lane_id() == 0) args.gRecords[anchor] = record;
     return;
   }
@@ -224,10 +224,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
   if (args.dense) needs = kNeedAll;
   std::uint64_t* gLists = args.gBuffer + row * args.capacity;
   if ((needs & kNeedSupport) == 0) {
-    for (int e = thread_id(); e < args.K; e += kThreads) gLists[e] = scan.sKeys.get(e);
+    for (int e = thread_id(); e < args.K; e += kThreads) gLists[e] = nearest.sKeys.get(e);
     if (thread_id() == 0) {
-      if ((needs & kNeedNear) == 0) gLists[kLadderSegments * args.K] = scan.near;
-      if ((needs & kNeedFar) == 0) gLists[kLadderSegments * (args.K + 1)] = scan.far;
+      if ((needs & kNeedNear) == 0) gLists[kLadderSegments * args.K] = nearest.near;
+      if ((needs & kNeedFar) == 0) gLists[kLadderSegments * (args.K + 1)] = nearest.far;
     }
   }
   if (thread_id() == 0) {
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
 
 template <class T, int kWarps>
 cudaError_t launch_refine_warps(const RefineArgs& args, cudaStream_t stream) {
-  const LaunchShape shape{args.rows, kWarps * kWarpSize, Scan<T, kWarps>::scan_bytes(args.forward.dims)};
+  const LaunchShape shape{args.rows, kWarps * kWarpSize, NearestK<T, kWarps>::bytes(args.forward.dims)};
   return launch(refine_kernel<T, kWarps>, shape, stream, args);
 }
 template <class T>
@@ -255,10 +255,10 @@ cudaError_t launch_refine(const RefineArgs& args, cudaStream_t stream) {
 
 // ---- dispatch -------------------------------------------------------------------------------------------------------
 
-cudaError_t enqueue_refine(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Wave& wave,
+cudaError_t enqueue_refine(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                            cudaStream_t stream) {
-  return for_narrow_type(args.dtype,
-                         [&]<class T>() { return launch_refine<T>(refine_args(args, plan, workspace, wave), stream); });
+  return for_narrow_type(
+      args.dtype, [&]<class T>() { return launch_refine<T>(refine_args(args, plan, workspace, strip), stream); });
 }
 
 }  // namespace sn::cuda

@@ -1,17 +1,17 @@
-// The first kernel of the screened paths zeroes what later kernels count in, and for fp32 inputs finds the vector m that
-// is taken off every row and how large the rest gets. A block has kSampleColumns columns of kSampleRows sampled rows.
-// m_c is the mean of the middle half of the column's finite values: rows that are not finite or of outlying size drop
-// out column by column, without a pass over norms. (Any m is right, distances do not change; a good m keeps collapsed
-// features from drowning in their common part.) It is evaluated as median + mean of the differences from it, so that
-// equal rows give their very value and v = 0.
+// The first kernel of the screened paths zeroes the counters of later kernels. For fp32 inputs it also finds the vector
+// m that is subtracted from every row, and how large the rest gets. A block has kSampleColumns columns of kSampleRows
+// sampled rows. m_c is the mean of the middle half of the column's finite values: rows that are not finite or of
+// outlying size drop out column by column, without a pass over norms. Any m is right, since distances do not change; a
+// good m keeps collapsed features from drowning in their common part. It is computed as median + mean of the
+// differences from it, so equal rows give their very value and v = 0.
 //
-// The exponent e follows from the sample: fp16 spans 2^-14 (normal) to 2^16, the sample's largest |v| is put at 2^4. A
-// row that is larger by 2^11 does not fit; it gets rho = +inf (prepare.h). A pass over all rows for the true maximum
-// would cost one more reading of the input, and one row of extreme size would take the bits from all others.
+// The exponent e follows from the sample: fp16 spans 2^-14 (normal) to 2^16, and the sample's largest |v| is put at
+// 2^4. A row that is larger by 2^11 does not fit and gets rho = +inf (prepare.h). A pass over all rows for the true
+// maximum would cost one more read of the input, and one row of extreme size would take the bits from all others.
 //
-// Candidates that are all equal, such as a bank of zeros before the first step, or next to nothing, give no scale, and
-// the sample, which holds rows of either side by their number, may have no anchor in it. Then the anchors give the
-// scale, kSampleRows of them: they are what distances are made of. Any e is right, as any m is.
+// Candidates that are all equal or nearly so, such as a bank of zeros before the first step, give no scale, and the
+// sample, which takes rows of both sides by their number, may hold no anchor. Then kSampleRows anchors give the scale:
+// distances are made of them. Any e is right, as any m is.
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/ptx.cuh"
@@ -175,7 +175,7 @@ cudaError_t enqueue_sample(const ForwardArgs& args, const ForwardPlan& plan, cha
     sample.largest = reinterpret_cast<std::uint32_t*>(mean + plan.padded_dims);
   }
   sample.counts = piece<std::uint32_t>(workspace, plan.counts);
-  sample.count_words = 2 * plan.wave_rows;
+  sample.count_words = 2 * plan.strip_rows;
   sample.control = piece<std::uint32_t>(workspace, plan.control);
   const std::int64_t zeroing = divide_up(sample.count_words, kThreads);
   const LaunchShape shape{

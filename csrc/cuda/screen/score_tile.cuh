@@ -1,5 +1,5 @@
-// What the score kernels share: the shape of a block's tile of scores, their arguments, and the main loop's step. scores.cu
-// says how a tile is computed.
+// What the score kernels share: the shape of a block's tile of scores, the arguments, and the steps of the main loop.
+// scores.cu explains how a tile is computed.
 #pragma once
 
 #include <algorithm>
@@ -89,7 +89,7 @@ struct ScoreArgs {
   bool far;
   std::int64_t capacity;
   std::int64_t far_capacity;
-  std::uint32_t* counts;  // by number of the anchor in the wave
+  std::uint32_t* counts;  // by number of the anchor in the strip
   std::uint32_t* far_counts;
   std::uint64_t* buffer;
   std::uint64_t* far_buffer;
@@ -130,21 +130,18 @@ __device__ __forceinline__ void clear(Products<Tile>& rProducts) {
 
 // Where the warp's tile begins in the block's.
 template <class Tile>
-__device__ __forceinline__ int warp_row_of() {
-  return warp_id() / Tile::kWarpsAcross * Tile::kWarpRows;
-}
-template <class Tile>
-__device__ __forceinline__ int warp_column_of() {
-  return warp_id() % Tile::kWarpsAcross * Tile::kWarpColumns;
-}
+struct WarpPlace {
+  int row = warp_id() / Tile::kWarpsAcross * Tile::kWarpRows;
+  int column = warp_id() % Tile::kWarpsAcross * Tile::kWarpColumns;
+};
 
 template <class T16, class Tile>
 __device__ __forceinline__ void multiply_stage(Products<Tile>& rProducts, const Shared<T16>& sRows,
-                                               const Shared<T16>& sColumns) {
+                                               const Shared<T16>& sColumns, const WarpPlace<Tile>& warp) {
   // Element of the 16-byte chunk that this lane addresses at depth 0; depth d toggles bits of the chunk's place.
   const int row_place =
-      (warp_row_of<Tile>() + lane_id() % 16) * kStageWidth + ((lane_id() / 16) ^ (lane_id() % 8)) * kChunkElements;
-  const int column_place = (warp_column_of<Tile>() + lane_id() / 16 * 8 + lane_id() % 8) * kStageWidth +
+      (warp.row + lane_id() % 16) * kStageWidth + ((lane_id() / 16) ^ (lane_id() % 8)) * kChunkElements;
+  const int column_place = (warp.column + lane_id() / 16 * 8 + lane_id() % 8) * kStageWidth +
                            ((lane_id() / 8 % 2) ^ (lane_id() % 8)) * kChunkElements;
 #pragma unroll
   for (int depth = 0; depth < kStageWidth; depth += kMmaDepth) {
@@ -204,7 +201,7 @@ ScoreArgs<T16> score_args(const ForwardArgs& args, const ForwardPlan& plan, char
       .capacity = plan.buffer_capacity,
       .far_capacity = plan.far_capacity,
       .counts = counts,
-      .far_counts = counts + plan.wave_rows,
+      .far_counts = counts + plan.strip_rows,
       .buffer = piece<std::uint64_t>(workspace, plan.buffer),
       .far_buffer = piece<std::uint64_t>(workspace, plan.far_buffer),
       .scores = piece<float>(workspace, plan.buffer),

@@ -1,24 +1,28 @@
-// The score kernel: a block multiplies a tile of anchors with a tile of candidates on the tensor cores and writes the
+// The score kernel: a block multiplies a tile of anchors with a tile of candidates on the tensor cores, and writes the
 // scores out or keeps the few that pass a threshold. bound.cuh has the bound and the tests; this file evaluates them.
 //
-// 1. Main loop. D is walked in stages of 64 columns: 16-byte asynchronous copies into a ring of kStages buffers, one
-//    barrier a stage. A row of a stage is 128 bytes, all banks: its eight 16-byte chunks are stored at chunk ^ (row %
-//    8), so that the eight rows an ldmatrix phase reads lie in different banks, and so do the writes.
-// 2. Registers. A warp of the large tile owns 64 x 32 scores, 64 accumulators a lane; with 24 registers of operands
-//    and the addresses it stays within 128, two blocks a multiprocessor (2 x 96 KB where a multiprocessor has 228):
-//    while one is in its epilogue or waits for its first stages, the other multiplies. A 128 x 256 tile would save a
-//    quarter of the operand traffic, but its one block a multiprocessor leaves the tensor cores idle in every
-//    epilogue, which is what limits small D.
+// 1. Main loop. D is walked in stages of 64 columns: 16-byte asynchronous copies into a ring of kStages buffers, with
+//    one barrier a stage. A row of a stage is 128 bytes, all banks. Its eight 16-byte chunks are stored at chunk ^ (row
+//    % 8), so the eight rows that an ldmatrix phase reads lie in different banks, and so do the writes.
+//
+// 2. Registers. A warp of the large tile owns 64 x 32 scores, 64 accumulators a lane. With 24 registers of operands and
+//    the addresses it stays within 128, so two blocks share a multiprocessor (2 x 96 KB where it has 228): while one is
+//    in its epilogue or waits for its first stages, the other multiplies. A 128 x 256 tile would save a quarter of the
+//    operand traffic, but its one block a multiprocessor leaves the tensor cores idle in every epilogue, and the
+//    epilogue is what limits small D.
+//
 // 3. Facts. A thread loads what the epilogue needs of one row or column of the tile before the main loop, keeps it in
-//    registers and puts it in shared memory when the ring is free: neither latency nor shared memory is spent on it,
-//    and three stages fit the 99 KB of the smaller devices.
-// 4. Append. Two multiply-adds and a comparison a pair (one multiply-add where there is no rho), one branch for the
-//    four pairs of a lane's fragment. Hits go to a list of the warp in shared memory. When the tile is through, each
+//    registers, and puts it in shared memory when the ring is free. This costs neither latency nor shared memory, and
+//    three stages fit the 99 KB of the smaller devices.
+//
+// 4. Append. A pair takes two multiply-adds and a comparison (one multiply-add where there is no rho); the four pairs
+//    of a lane's fragment share one branch. Hits go to a list of the warp in shared memory. When the tile is done, each
 //    hit gets its rank among those of its anchor, one lane an anchor adds the anchor's number of hits to its global
-//    count, and the entries follow. Atomics on global memory are thus one a row and warp tile, issued together,
-//    whatever the number of hits.
-// 5. Order of tiles. Bands of kBand tile rows, columns of a band one after the other: the blocks that run at one time
-//    share few strips of either matrix. In the symmetric case bands of the upper triangle.
+//    count, and the entries follow. So there is one global atomic a row and warp tile, issued together, however many
+//    hits there are.
+//
+// 5. Order of tiles. The grid walks bands of kBand tile rows, and the columns of a band one after the other: blocks
+//    that run at one time share few rows and columns. In the symmetric case the bands are of the upper triangle.
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/ptx.cuh"
@@ -133,6 +137,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const Shared<T16> sRing = arena.take<T16>(Tile::kStages * Tile::kStageElements);
   Products<Tile> rProducts;
   clear<Tile>(rProducts);
+  const WarpPlace<Tile> warp;
   {
     const int copy_row = thread_id() / kRowChunks;
     int element = thread_id() % kRowChunks * kChunkElements;  // of the next stage to be copied
@@ -176,7 +181,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
       sync_block();  // the stage has arrived, and the slot that is overwritten next has been read by all
       copy_stage(slot == 0 ? Tile::kStages - 1 : slot - 1);
       const Shared<T16> sStage = sRing.offset(slot * Tile::kStageElements);
-      multiply_stage<T16, Tile>(rProducts, sStage, sStage.offset(Tile::kRows * kStageWidth));
+      multiply_stage<T16, Tile>(rProducts, sStage, sStage.offset(Tile::kRows * kStageWidth), warp);
       slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
     }
     async_wait<0>();
@@ -199,7 +204,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   sync_block();
 
   // 3. Scores.
-  Epilogue<T16, Tile> epilogue(args, memory, row, column);
+  Epilogue<T16, Tile> epilogue(args, memory, warp, row, column);
   if constexpr (kMode == ScoreMode::kDense) {
     epilogue.dense(rProducts);
   } else {

@@ -1,4 +1,4 @@
-// Thresholds of the support test: from the dense scores of a sample, or from the entries that the screening of a subset
+// Thresholds of the support test, from the dense scores of a sample or from the entries that the screening of a subset
 // has left in the buffers. certificate.cuh derives them.
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
@@ -20,8 +20,8 @@ constexpr int kThresholdBytes = shared_bytes<std::uint32_t>(kStagedSamples) + sh
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-// Sets or lowers Control.last_null (bound.cuh) from the candidates 0, stride, 2 stride, .. that a pass has scored, whose
-// facts are therefore there. One block.
+// Sets or lowers Control.last_null (bound.cuh) from the candidates 0, stride, 2 stride, .. that a pass has scored, so
+// their facts are there. One block.
 template <bool kSample>
 __device__ __forceinline__ void find_last_null(const RefineArgs& args, Shared<std::uint32_t> sBins) {
   const std::uint32_t known = atomic_load(&args.gControl->last_null);  // written below
@@ -93,15 +93,15 @@ __global__ void __launch_bounds__(kThresholdThreads, 8) thresholds_kernel(const 
 // ---- dispatch -------------------------------------------------------------------------------------------------------
 
 cudaError_t enqueue_sample_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
-                                      const Wave& wave, cudaStream_t stream) {
-  const LaunchShape shape{wave.rows + 1, kThresholdThreads, kThresholdBytes};
-  return launch(thresholds_kernel<true>, shape, stream, refine_args(args, plan, workspace, wave));
+                                      const Strip& strip, cudaStream_t stream) {
+  const LaunchShape shape{strip.rows + 1, kThresholdThreads, kThresholdBytes};
+  return launch(thresholds_kernel<true>, shape, stream, refine_args(args, plan, workspace, strip));
 }
 
 cudaError_t enqueue_entry_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
-                                     const Wave& wave, cudaStream_t stream) {
-  const LaunchShape shape{wave.rows + 1, kThresholdThreads, kThresholdBytes};
-  return launch(thresholds_kernel<false>, shape, stream, refine_args(args, plan, workspace, wave));
+                                     const Strip& strip, cudaStream_t stream) {
+  const LaunchShape shape{strip.rows + 1, kThresholdThreads, kThresholdBytes};
+  return launch(thresholds_kernel<false>, shape, stream, refine_args(args, plan, workspace, strip));
 }
 
 }  // namespace sn::cuda

@@ -1,5 +1,5 @@
 // Keys of neighbours, their order, sorting and selection. Everything here gives the same bits whatever the schedule:
-// keys of one anchor are distinct, so that a set of them has one order.
+// keys of one anchor are distinct, so a set of them has one order.
 //
 // API (kernels in fp32 use A = float, in fp64 A = double)
 //   Key<A>                             float: uint64 of pack_key (sn_math.h); double: WideKey
@@ -268,8 +268,8 @@ struct SelectMemory {
 // looked at; source.key(j) is slot j's key, last_key where there is none. At least `wanted` keys exist; wanted > 0.
 //
 // The key of rank `wanted` is found digit by digit: count the values of the next digit among the keys that agree with
-// it so far, step to the value in which the rank falls. It ends as soon as everything that agrees is wanted, so that
-// digits of the index are looked at only where ties in d2 are cut.
+// it so far, and step to the value in which the rank falls. It ends as soon as everything that agrees is wanted; digits
+// of the index are looked at only where ties in d2 are cut.
 template <class A, class Source, class Keys>
 __device__ void block_select(const Source& source, std::int64_t wanted, Keys keys, const SelectMemory& memory) {
   using AnyKey = Key<A>;
@@ -278,7 +278,7 @@ __device__ void block_select(const Source& source, std::int64_t wanted, Keys key
   AnyKey prefix = leading_digits(last_key<AnyKey>(), 0);
   std::uint32_t rank = static_cast<std::uint32_t>(wanted);  // among the keys that agree with the prefix, from 1
   int digits = 0;
-  for (bool settled = false; !settled && digits < kKeyDigits<A>; ++digits) {
+  for (bool complete = false; !complete && digits < kKeyDigits<A>; ++digits) {
     for (int i = thread_id(); i < kDigits; i += thread_count()) sCounts.set(i, 0u);
     sync_block();
     for (std::int64_t first = 0; first < length; first += thread_count()) {
@@ -309,7 +309,7 @@ __device__ void block_select(const Source& source, std::int64_t wanted, Keys key
     }
     sync_block();
     prefix = with_digit(prefix, digits, sCounts.get(kDigits));
-    settled = sCounts.get(kDigits + 2) == rank;
+    complete = sCounts.get(kDigits + 2) == rank;
     rank -= sCounts.get(kDigits + 1);
     sync_block();
   }

@@ -78,7 +78,7 @@ struct Control {
   std::uint32_t refined;           // statistics for tests and tuning: exact sums made by the refinement
   std::uint32_t laddered;          // rows that the ladder served
   std::uint32_t large_identities;  // 1: some anchor has more positives than are listed
-  std::uint32_t last_null;         // null rows (bound.cuh) with a larger index are in nobody's support set
+  std::uint32_t last_null;         // null rows (bound.cuh) with a larger index are in no support set
   std::uint32_t reserved[6];
 };
 static_assert(sizeof(Control) == 64);

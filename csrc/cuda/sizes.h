@@ -41,7 +41,7 @@ struct DirectShape {
 constexpr std::int64_t direct_slices(std::int64_t D, std::int64_t slice_elements) {
   return D <= slice_elements ? 1 : divide_up(D, slice_elements);
 }
-// Tiles of one strip; never none, so that a matrix without a counterpart is still looked at for NaN and Inf.
+// Tiles of one strip; at least one: a matrix without a counterpart is still checked for NaN and Inf.
 constexpr std::int64_t direct_tiles(std::int64_t strip_rows, std::int64_t M, bool triangular) {
   const std::int64_t down = std::max<std::int64_t>(1, divide_up(strip_rows, kDirectTile));
   const std::int64_t across = std::max<std::int64_t>(1, divide_up(M, kDirectTile));

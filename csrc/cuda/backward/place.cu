@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kPartThreads)
     const double upstream = shared_upstream<Acc>(graph);
     if (lane_id() == 0) sUpstream.set(0, upstream);
   }
-  // Every block adds up the buckets before a bucket for itself: a few thousand at most. A thread has neighbouring ones.
+  // Every block adds up the sizes of earlier buckets itself: a few thousand at most. A thread has neighbouring buckets.
   const int each = (count + thread_count() - 1) / thread_count();
   const int begin = thread_id() * each < count ? thread_id() * each : count;
   const int end = begin + each < count ? begin + each : count;

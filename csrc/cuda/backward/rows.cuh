@@ -13,9 +13,10 @@ namespace sn::cuda {
 template <typename T>
 inline constexpr int kRowRegisters = sizeof(T) == 2 ? 20 : (sizeof(T) == 4 ? 32 : 24);
 
-// The elements of the slice that a lane works on. kVector: packs of 16 bytes, neighbouring lanes side by side, each
-// whole or beyond D. Otherwise the same number of single elements, neighbouring lanes side by side. What lies beyond D
-// is loaded from the beginning of the strip, or of the row, so that loads need no conditions, and never stored.
+// The elements of a row's slice that a lane works on. kVector: packs of 16 bytes, neighbouring lanes side by side,
+// each whole or beyond D. Otherwise the same number of single elements, neighbouring lanes side by side. Elements
+// beyond D are loaded from the beginning of the lane's part, or of the row: loads need no conditions, and these values
+// are never stored.
 template <typename T, int kPacks, bool kVector>
 struct RowStrip {
   using Acc = sn::cuda::Acc<T>;
@@ -165,7 +166,7 @@ struct LaneSums {
       sums.set_pack(warp * kWarpElements + (p * kWarpSize + lane_id()) * kPack, pack);
     }
   }
-  // rSum = what is there + rSum.
+  // rSum = the stored sums + rSum.
   static __device__ __forceinline__ void add_to(const Shared<Acc>& sums, int warp, Acc (&rSum)[kValues]) {
 #pragma unroll
     for (int p = 0; p < kValues / kPack; ++p) {

@@ -37,7 +37,7 @@ struct BankTile : TileShape<static_cast<int>(kBankAnchorRows), kColumns, kWarpRo
   static_assert(Shape::kSharedBytes <= kBankSharedBytes);
 };
 using BankAppendTile = BankTile<128, 64, 64>;
-// A sample is a fraction of the bank: smaller tiles, so that all multiprocessors get one.
+// A sample is a fraction of the bank: smaller tiles give every multiprocessor one.
 using BankDenseTile = BankTile<32, 32, 32>;
 
 struct BankArgs {

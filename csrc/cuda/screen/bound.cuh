@@ -35,21 +35,21 @@
 // to 8 of size n_i + n_j) and for second-order terms. So
 //   (n_i + s) - eta (n_i + n_j) <= A^2 <= (n_i + s) + eta (n_i + n_j),   |D - A| <= rho_i + rho_j.
 //
-// Support. Let t* be a true distance, in these units, that no member of anchor i's true support exceeds, and
-// t = t* + rho_i. A member j has A <= t + rho_j, so
+// Support. Let t* be a true distance, in these units, that no member of anchor i's true support exceeds, and t = t* +
+// rho_i. A member j has A <= t + rho_j, so
 //   n_j (1 - eta) - rho_j^2 - 2 t rho_j - 2 dot <= t^2 - n_i (1 - eta) =: T.
 // The left side is evaluated as fma(-u', rho_j, fma(-2, dot, P_j)), u' = 2 t, P_j = n_j (1 - eta) - rho_j^2. Its two
 // roundings are at most u (2 n_i + 4 n_j) + 2 u rho_j^2 + u u' rho_j. The first is in eta's margin. For the others the
 // score kernels take rho_j (1 + 2^-20) for rho_j, which adds 2^-19 rho_j^2 + 2^-20 u' rho_j. P_j is rounded down, T and
 // u' up.
 //
-// Far. Let f be a true distance that the farthest positive of i reaches or exceeds, and g = f - rho_i. That positive has
-// A >= g - rho_j. If g <= 0 nothing follows and every positive is kept (G = -inf). Otherwise, also where rho_j > g since
-// A^2 >= 0,
+// Far. Let f be a true distance that the farthest positive of i reaches or exceeds, and g = f - rho_i. That positive
+// has A >= g - rho_j. If g <= 0 nothing follows and every positive is kept (G = -inf). Otherwise, also where rho_j > g
+// since A^2 >= 0,
 //   n_j (1 + eta) + 2 g rho_j - 2 dot >= g^2 - n_i (1 + eta) =: G.
-// Q_j = n_j (1 + eta) and rho_j (1 + 2^-20) are rounded up, G and g2 = 2 g down. Lowering g weakens the test:
-// (n_i + n_j)(1 + eta) - 2 dot >= A^2 >= (g - rho_j)^2 holds for every smaller g >= rho_j too, and below that the left
-// side is at least 2 g rho_j >= g^2.
+// Q_j = n_j (1 + eta) and rho_j (1 + 2^-20) are rounded up, G and g2 = 2 g down. Lowering g weakens the test: (n_i +
+// n_j)(1 + eta) - 2 dot >= A^2 >= (g - rho_j)^2 holds for every smaller g >= rho_j too, and below that the left side is
+// at least 2 g rho_j >= g^2.
 //
 // A row with rho = +inf has P = -inf and Q = +inf. Tests are written as "not greater" and "not less", so NaN is kept.
 //

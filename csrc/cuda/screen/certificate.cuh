@@ -1,17 +1,17 @@
 // From scores to certified neighbours. bound.cuh says what a score proves about the true distance D_ij of a pair, in
 // units of the cast (2^e times the input's). This file says what true distances prove about keys, and the reverse.
 //
-// Keys. The key of a pair is the fp32 direct sum of direct_sum.cuh. With D the true distance in the input's units and
-// u = 2^-24: a difference is rounded once and squared, 2 u; then at most 64 roundings in the chunk, 5 in the tree, one for
-// each span but the first. Near zero a product may round by 2^-150 more, once for each of D_dims elements; differences
-// and sums are exact there. So, unless the sum overflows,
+// Keys. The key of a pair is the fp32 direct sum of direct_sum.cuh. With D the true distance in the input's units and u
+// = 2^-24: a difference is rounded once and squared, 2 u; then at most 64 roundings in the chunk, 5 in the tree, one
+// for each span but the first. Near zero a product may round by 2^-150 more, once for each of D_dims elements;
+// differences and sums are exact there. So, unless the sum overflows,
 //   D^2 (1 - gamma) - w <= key <= D^2 (1 + gamma) + w,   gamma = (64 + 5 + spans + 4) u,   w = D_dims 2^-150,
 // where the spare 3 u hold the second-order terms (they are below (200 u)^2). A sum overflows only if D^2 (1 + gamma)
 // reaches 2^128: bounds below kSaneKey exclude it.
 //
-// Support. Take any K candidates (all of them, if fewer exist) and let U be the largest of their upper bounds: K keys are
-// at most kappa = U^2 (1 + gamma) + w, and so is every key of the true support set, ties with its last one included. A
-// member therefore has D^2 (1 - gamma) <= kappa + w, and
+// Support. Take any K candidates (all of them, if fewer exist) and let U be the largest of their upper bounds: K keys
+// are at most kappa = U^2 (1 + gamma) + w, and so is every key of the true support set, ties with its last one
+// included. A member therefore has D^2 (1 - gamma) <= kappa + w, and
 //   D <= U sqrt((1 + gamma) / (1 - gamma)) + sqrt(2 w / (1 - gamma)) <= U stretch + underflow =: reach,
 //   stretch = 1 + 2 gamma, underflow = sqrt(2 D_dims) 2^-74 2^e.
 // Candidates whose lower bound is above reach are out, all others get exact keys: the selection among those is the
@@ -24,9 +24,10 @@
 // Farthest positive. Let F be the largest lower bound of some positives: a key is at least F^2 (1 - gamma) - w, so the
 // farthest one has D^2 (1 + gamma) + w >= F^2 (1 - gamma) - w, and
 //   D >= F sqrt((1 - gamma) / (1 + gamma)) - sqrt(2 w / (1 + gamma)) >= F shrink - underflow,   shrink = 1 - 2 gamma.
-// From an exact key instead of F: D >= sqrt(key / (1 + gamma)) - sqrt(w) >= sqrt(key) shrink - underflow. If the farthest
-// key found is finite, a positive whose sum overflows would have been looked at too: its D^2 (1 + gamma) is above every
-// finite key. If the farthest key is +inf the lowest index wins, of which bounds say nothing: the ladder decides.
+// From an exact key instead of F: D >= sqrt(key / (1 + gamma)) - sqrt(w) >= sqrt(key) shrink - underflow. If the
+// farthest key found is finite, a positive whose sum overflows would have been looked at too: its D^2 (1 + gamma)
+// is above every finite key. If the farthest key is +inf the lowest index wins, of which bounds say nothing: the
+// ladder decides.
 //
 // Duplicates. If the K lowest indices (without the anchor's own row) are all at d2 == 0, they are the support set:
 // nothing comes before them. This finishes a collapsed batch, which overflows every buffer.

@@ -139,7 +139,7 @@ struct Epilogue {
   __device__ __forceinline__ void flush_hits(int limit) {
     sync_warp();
     const auto hits = static_cast<int>(sCounters.get(Tile::kCounters));
-    sync_warp();  // nobody notes more before all have read it
+    sync_warp();  // no lane notes more before all have read it
     if (hits <= limit) return;
     const std::int64_t first_anchor = kRows ? row : column;
     const std::int64_t capacity = kFar ? args.far_capacity : args.capacity;

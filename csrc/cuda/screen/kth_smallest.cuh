@@ -48,7 +48,7 @@ __device__ __forceinline__ float kth_smallest(Shared<std::uint32_t> sBins, std::
       }
     }
     sync_block();
-    // Every warp finds the bin for itself.
+    // Every warp finds the bin.
     std::uint32_t rBins[kLaneBins];
     std::uint32_t rMine = 0;
 #pragma unroll

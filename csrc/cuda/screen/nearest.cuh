@@ -85,8 +85,8 @@ class NearestK {
     const std::uint32_t votes = ballot(present);
     const int slot = parity_ * kWarps;
     parity_ ^= 1;
-    // There are two sets of words: whoever still reads these has not passed the next offer's barrier, so nobody is two
-    // offers ahead.
+    // There are two sets of words: a thread that still reads these has not passed the next offer's barrier, so no
+    // thread is two offers ahead.
     if (lane_id() == 0) sVotes_.set(slot + warp_id(), static_cast<std::uint32_t>(popcount(votes)));
     sync_block();
     int place = pending_ + popcount(votes & lanes_below());
@@ -114,7 +114,7 @@ class NearestK {
     sync_block();
     evaluated += static_cast<std::uint32_t>(pending_);
 
-    // Every warp looks at the new keys for itself.
+    // Every warp looks at all new keys.
     const std::uint64_t worst = sKeys.get(K_ - 1);
     bool better = false;
     std::uint64_t rNear = kNoKey;
@@ -147,7 +147,7 @@ class NearestK {
     sync_block();
   }
 
-  // Somebody else has proven a bound.
+  // A bound that was proven elsewhere.
   __device__ __forceinline__ void tighten(float proven) {
     if (proven < bound) bound = proven;
   }

@@ -18,8 +18,8 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kWarpSize;
-// Anchors of a block: few, so that few anchors still make several blocks, or many, so that the labels of the candidates
-// are read from memory less often.
+// Anchors of a block. Few: a small N still makes several blocks. Many: the labels of the candidates are read from
+// memory less often.
 constexpr int kFewAnchors = 64;
 constexpr int kManyAnchors = 256;
 constexpr std::int64_t kManyFrom = 16384;

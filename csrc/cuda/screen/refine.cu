@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
   if (thread_id() == 0) atomic_add(&args.gControl->refined, nearest.evaluated);
 
   if (needs == 0) {
-    sync_block();  // everybody has read the keys that finishing marks
+    sync_block();  // all threads have read the keys that finishing marks
     if (warp_id() != 0) return;
     const AnchorRecord record = finish_anchor<float>(forward, anchor, args.K, facts.wanted, nearest.sKeys,
                                                      near_of<float>(nearest.near), far_of<float>(nearest.far));

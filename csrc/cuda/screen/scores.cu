@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const std::int64_t column = static_cast<std::int64_t>(place.column) * Tile::kColumns;
   const bool both = kSymmetric && place.row != place.column;  // this tile serves its columns as anchors, too
 
-  // What this thread's row or column brings to the epilogue. Beyond the matrix: keeps nothing and is kept by nobody,
-  // unless a NaN is about, so that hits are checked again.
+  // What this thread's row or column brings to the epilogue. A place beyond the matrix keeps nothing and is kept by no
+  // anchor, unless a NaN is involved; therefore hits are checked again.
   const bool is_row = thread_id() < Tile::kRows;
   const MatrixArgs<T16>& matrix = is_row ? args.anchors : args.candidates;
   const std::int64_t number = (is_row ? row : column) + thread_id() % Tile::kRows;

@@ -67,14 +67,14 @@ __global__ void __launch_bounds__(kThresholdThreads, 8) thresholds_kernel(const 
     entries.gEntries = args.gBuffer + row * args.capacity;
     entries.count = count < args.capacity ? count : args.capacity;
   }
-  // Nobody asks for the scores of a blind anchor, and its place of the sample may never have been written.
+  // The scores of a blind anchor are never used, and its place of the sample may never have been written.
   SupportThreshold threshold{-kInfinity, 0.0f};
   if (!facts.blind && facts.wanted > 0) {
     const float U = wanted_upper(args, facts, entries, sStage, kStagedSamples, sBins);
     const bool sane = largest_key(args, facts, U) < kSaneKey;
     threshold = support_threshold(sane ? reach_of(args, facts, U) : kInfinity, facts.n, facts.rho, args.eta);
   }
-  sync_block();  // everybody has read the count
+  sync_block();  // all threads have read the count
   if (thread_id() != 0) return;
   if (kSample || threshold.T < args.thresholds.T[anchor]) {
     args.thresholds.T[anchor] = threshold.T;

@@ -1,13 +1,12 @@
-"""What each CUDA kernel takes of a multiprocessor, as a table: from ptxas' report and the launches of the host harness.
+"""A table of what each CUDA kernel needs of a multiprocessor, from ptxas' report and the host harness' launches.
 
     cuda_resources.py PTXAS_LOG LAUNCH_LOG [--write]
 
 PTXAS_LOG is the output of a build with SN_OPS_PTXAS_VERBOSE=ON. LAUNCH_LOG has a line "kernel<TAB>threads<TAB>shared
 bytes<TAB>cluster" for each kernel that the harness launched (SN_SIMT_LAUNCH_LOG). The table is compared with the
-committed one, csrc/cuda/resources.txt, which `--write` replaces; so a change of registers or occupancy shows. Fails on
-a spill or other local memory, on a missing architecture, on a kernel that no test of the harness launches, and on a
-difference (where the compiler is the one that made the committed table; another one's registers are not comparable, and
-only shown).
+committed one, csrc/cuda/resources.txt, which `--write` replaces. It fails on a spill or other local memory, on a
+missing architecture, on a kernel that no test of the harness launches, and on a difference. Registers of another
+compiler than the committed table's are not comparable: a difference is then only shown.
 """
 
 from __future__ import annotations

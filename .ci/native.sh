@@ -1,6 +1,6 @@
 # The steps of .ci/run that compile C++, CUDA and Triton, and run what needs no Python. Sourced; see steps.sh.
 
-# cmake and ninja, of their packages and out of the way of the environment that the README's commands make.
+# cmake and ninja from their Python packages, outside the environment that the README's commands fill.
 prepare_native() {
   python3 -m venv "$work/tools" && "$work/tools/bin/pip" install -q cmake ninja && mkdir "$work/bin" &&
     ln -s "$work/tools/bin/cmake" "$work/tools/bin/ninja" "$work/bin/" || return
@@ -34,7 +34,7 @@ configure_sanitized() { [ -f "$work/sanitize/build.ninja" ] || configure "$work/
 cpp_core() {
   configure_sanitized && cmake --build "$work/sanitize" --target sn_cpu_test && "$work/sanitize/sn_cpu_test"
 }
-# The kernels themselves, compiled for this CPU, on emulated threads: tests/simt/simt.h says what that proves.
+# The CUDA kernels compiled for this CPU, on emulated threads: tests/simt/simt.h says what that proves.
 kernels_on_the_host() {
   configure_sanitized &&
     cmake --build "$work/sanitize" --target sn_simt_test sn_simt_loss_test && "$work/sanitize/sn_simt_test" &&

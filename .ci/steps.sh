@@ -1,4 +1,4 @@
-# What a step of .ci/run is, and how a series of steps runs beside others. Sourced; $work is a folder of this run.
+# Runs a step of .ci/run and records its result, or a series of steps beside others. Sourced; $work is the run's folder.
 
 results=$work/results.txt # a line a step: passed, failed or skipped; seconds; name; reason
 lanes=()                  # processes that run a series of steps beside the others

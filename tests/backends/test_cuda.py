@@ -34,11 +34,6 @@ def everything(case: Case, backend: str, reduction: str = "mean") -> list[Tensor
     return [loss.detach(), *stats, *grads, *judge.neighbors_of(case, backend)]
 
 
-def assert_same(first: list[Tensor], second: list[Tensor]) -> None:
-    for position, (a, b) in enumerate(zip(first, second, strict=True)):
-        assert judge.same_bits(a.cpu(), b.cpu()), position
-
-
 @pytest.mark.parametrize("rows", [48, 300, 1500, 5000])
 def test_repeats_bit_for_bit(gpu_backend: str, rows: int) -> None:
     """Also while another stream keeps the device busy."""
@@ -50,7 +45,7 @@ def test_repeats_bit_for_bit(gpu_backend: str, rows: int) -> None:
         with torch.cuda.stream(busy):
             for _ in range(4):
                 noise @ noise
-        assert_same(first, everything(case, gpu_backend))
+        judge.assert_same_bits(first, everything(case, gpu_backend))
 
 
 @pytest.mark.parametrize("rows", [48, 300, 1500, 5000])
@@ -90,7 +85,7 @@ def test_cuda_graph(gpu_backend: str, rows: int) -> None:
         leaf = fresh.clone().requires_grad_()
         expected = sn_ops.sn_loss(leaf, case.labels, backend=gpu_backend)
         (expected_gradient,) = torch.autograd.grad(expected, leaf)
-        assert_same([loss.detach(), gradient], [expected.detach(), expected_gradient])
+        judge.assert_same_bits([loss.detach(), gradient], [expected.detach(), expected_gradient])
 
 
 def test_side_stream(gpu_backend: str) -> None:
@@ -106,7 +101,7 @@ def test_side_stream(gpu_backend: str) -> None:
         late = Case(case.feats + scratch[0, 0], case.labels, k=case.k)
         got = everything(late, gpu_backend)
     stream.synchronize()
-    assert_same(expected, got)
+    judge.assert_same_bits(expected, got)
 
 
 def test_other_device(gpu_backend: str) -> None:
@@ -116,7 +111,7 @@ def test_other_device(gpu_backend: str) -> None:
     case = large_case(500)
     moved = Case(case.feats.to("cuda:1"), case.labels.to("cuda:1"), k=case.k)
     assert torch.cuda.current_device() == 0
-    assert_same(everything(case.on(gpu_backend), gpu_backend), everything(moved, gpu_backend))
+    judge.assert_same_bits(everything(case.on(gpu_backend), gpu_backend), everything(moved, gpu_backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -129,7 +124,7 @@ def test_paths_select_the_same(name: str, rows: int, dtype: torch.dtype) -> None
         expected = [*judge.neighbors_of(case, "cuda")]
     for path in PATHS:
         with forced("cuda", path):
-            assert_same(expected, [*judge.neighbors_of(case, "cuda")])
+            judge.assert_same_bits(expected, [*judge.neighbors_of(case, "cuda")])
 
 
 def test_bank_path() -> None:
@@ -139,7 +134,7 @@ def test_bank_path() -> None:
         expected = [*judge.neighbors_of(case, "cuda")]
     for path in ("screen", "bank"):
         with forced("cuda", path):
-            assert_same(expected, [*judge.neighbors_of(case, "cuda")])
+            judge.assert_same_bits(expected, [*judge.neighbors_of(case, "cuda")])
 
 
 @pytest.mark.parametrize(("rows", "dims"), [(8192, 512), (16384, 128)])

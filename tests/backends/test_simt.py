@@ -25,18 +25,31 @@ from support import simt  # noqa: E402
 ADVERSARIAL = [name for name in problems.ADVERSARIAL if name not in ("random", "signs", "bf16-exact")]
 
 
-@cache
-def direct(name: str) -> list[torch.Tensor]:
-    """Neighbours of a case by direct sums alone."""
+def direct_sums(case: Case) -> sn_ops.SupportNeighbors:
+    """Neighbours by the direct path, which the suite of all backends holds against the oracle."""
     with simt.using(path="direct"):
-        return list(judge.neighbors_of(problems.CASES[name](), "simt"))
+        return judge.neighbors_of(case, "simt")
 
 
-def served(case: Case, path: str) -> bool:
-    """Whether the last call took the path; if it did not, asserts that the path cannot serve the case."""
+@cache
+def of_the_suite(name: str) -> tuple[Case, sn_ops.SupportNeighbors]:
+    """A case of the semantic suite, and its neighbours by direct sums."""
+    case = problems.CASES[name]()
+    return case, direct_sums(case)
+
+
+@cache
+def adversarial(name: str, rows: int, dims: int) -> tuple[Case, sn_ops.SupportNeighbors]:
+    """An adversarial batch, and its neighbours by direct sums."""
+    case = problems.adversarial_case(name, rows, dims)
+    return case, direct_sums(case)
+
+
+def check_path(case: Case, path: str) -> None:
+    """The last call took the path, unless the path cannot serve the case."""
     assert simt.last_report is not None
     if simt.last_report.path == path:
-        return True
+        return
     n, d = case.feats.shape
     m = n if case.candidates is None else case.candidates.shape[0]
     empty = min(n, m, d) == 0
@@ -44,19 +57,23 @@ def served(case: Case, path: str) -> bool:
     tall = path == "cluster" and (max(n, m) > 64 or case.feats.dtype == torch.float64)
     foreign = path == "bank" and (case.candidates is None or n > 256 or case.feats.dtype != torch.float32)
     assert empty or wide or tall or foreign, f"{path} did not serve {n} x {m} x {d}"
-    return False
+
+
+def check(case: Case, expected: sn_ops.SupportNeighbors, path: str, **settings: Any) -> simt.Report:
+    """The path takes the case if it can, and selects as direct sums do, bit for bit. What it counted is returned."""
+    with simt.using(path=path, **settings):
+        found = judge.neighbors_of(case, "simt")
+        check_path(case, path)
+    judge.assert_same_bits(found, expected)
+    assert simt.last_report is not None
+    return simt.last_report
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "direct"])
 @pytest.mark.parametrize("name", problems.CASES)
 def test_every_path_selects_what_direct_sums_do(name: str, path: str) -> None:
-    """All cases of the semantic suite; the direct path is held against the oracle by the suite itself."""
-    case = problems.CASES[name]()
-    with simt.using(path=path):
-        found = judge.neighbors_of(case, "simt")
-        if served(case, path):
-            for got, expected in zip(found, direct(name), strict=True):
-                assert judge.same_bits(got, expected)
+    """All cases of the semantic suite."""
+    check(*of_the_suite(name), path)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -74,14 +91,8 @@ def test_loss_on_every_path(name: str, squeeze: str, path: str) -> None:
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_no_error_within_the_bound_shows(name: str, path: str, mma_error: str) -> None:
     """Products as wrong as the bound allows, on inputs made to defeat it."""
-    case = problems.adversarial_case(name, 150, 70)
-    with simt.using(path="direct"):
-        expected = judge.neighbors_of(case, "simt")
-    with simt.using(path=path, mma_error=mma_error, seed=3, mma_seed=5):
-        found = judge.neighbors_of(case, "simt")
-        assert served(case, path)
-    for got, wanted in zip(found, expected, strict=True):
-        assert judge.same_bits(got, wanted)
+    report = check(*adversarial(name, 150, 70), path, mma_error=mma_error, seed=3, mma_seed=5)
+    assert report.path == path
 
 
 def faint(case: Case, dtype: torch.dtype) -> Case:
@@ -108,6 +119,7 @@ FAINT = {
         feats=(problems.embeddings(30, 40, problems.random_labels(30, 30, seed=10), seed=10) * 2.0**-18).half(),
     ),
 }
+faint_sums = cache(lambda name: direct_sums(FAINT[name]))
 ARITHMETIC = {
     "hopper": {"mma_model": "hopper"},
     "ampere": {"mma_model": "ampere"},
@@ -121,14 +133,7 @@ ARITHMETIC = {
 @pytest.mark.parametrize("name", FAINT)
 def test_subnormal_rows(name: str, path: str, arithmetic: str) -> None:
     """A tensor core aligns products of subnormal numbers by exponents larger than theirs: that may not show either."""
-    case = FAINT[name]
-    with simt.using(path="direct"):
-        expected = judge.neighbors_of(case, "simt")
-    with simt.using(path=path, seed=4, **ARITHMETIC[arithmetic]):
-        found = judge.neighbors_of(case, "simt")
-        served(case, path)
-    for got, wanted in zip(found, expected, strict=True):
-        assert judge.same_bits(got, wanted)
+    check(FAINT[name], faint_sums(name), path, seed=4, **ARITHMETIC[arithmetic])
 
 
 @pytest.mark.parametrize("model", ["hopper", "ampere"])
@@ -136,41 +141,33 @@ def test_subnormal_rows(name: str, path: str, arithmetic: str) -> None:
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_models_of_real_tensor_cores(name: str, path: str, model: str) -> None:
     """What the devices compute, as far as it is known, instead of injected errors."""
-    case = problems.adversarial_case(name, 150, 70)
-    with simt.using(path="direct"):
-        expected = judge.neighbors_of(case, "simt")
-    with simt.using(path=path, mma_model=model, seed=6):
-        found = judge.neighbors_of(case, "simt")
-        assert served(case, path)
-    for got, wanted in zip(found, expected, strict=True):
-        assert judge.same_bits(got, wanted)
+    assert check(*adversarial(name, 150, 70), path, mma_model=model, seed=6).path == path
 
 
 def test_large_batch_takes_the_screening() -> None:
     """Where a sample bounds what is kept, few candidates are summed exactly, and no row is left for the ladder."""
     case = problems.self_case(1300, 64, 325, seed=4)
-    with simt.using(path="direct"):
-        expected = judge.neighbors_of(case, "simt")
-    with simt.using(path="screen"):
-        found = judge.neighbors_of(case, "simt")
-        report = simt.last_report
-    assert report is not None and report.path == "screen"
+    report = check(case, direct_sums(case), "screen")
+    assert report.path == "screen"
     assert report.laddered == 0
     assert 1300 * 10 <= report.refined <= 1300 * 40
-    for got, wanted in zip(found, expected, strict=True):
-        assert judge.same_bits(got, wanted)
 
 
 @pytest.mark.parametrize("name", ["clusters-1e-6", "collapsed-to-rounding", "all-identical", "norms-overflowing"])
 def test_the_ladder_serves_what_the_screening_cannot(name: str) -> None:
     """Where the bound tells candidates of a row apart no more, the row is summed directly."""
-    case = problems.adversarial_case(name, 700, 40)
+    check(*adversarial(name, 700, 40), "screen")
+
+
+@cache
+def partly_listed() -> tuple[Case, sn_ops.SupportNeighbors]:
+    """A batch of which half is one identity, and its neighbours by direct sums, held against the oracle."""
+    case = problems.self_case(301, 130, 12, seed=8)
+    labels = torch.where(torch.arange(301) % 2 == 0, 0, case.labels)
+    case = Case(case.feats, labels, k=10)
     with simt.using(path="direct"):
-        expected = judge.neighbors_of(case, "simt")
-    with simt.using(path="screen"):
-        found = judge.neighbors_of(case, "simt")
-    for got, wanted in zip(found, expected, strict=True):
-        assert judge.same_bits(got, wanted)
+        judge.check_neighbors(case, "simt")
+    return case, direct_sums(case)
 
 
 @pytest.mark.parametrize(
@@ -190,32 +187,28 @@ def test_the_ladder_serves_what_the_screening_cannot(name: str) -> None:
 )
 def test_however_the_work_is_cut(cut: dict[str, Any]) -> None:
     """Strips, tiles, slices and samples of large problems; one identity is too large to list."""
-    case = problems.self_case(301, 130, 12, seed=8)
-    labels = torch.where(torch.arange(301) % 2 == 0, 0, case.labels)
-    case = Case(case.feats, labels, k=10)
-    with simt.using(path="direct"):
-        judge.check_neighbors(case, "simt")
-        expected = judge.neighbors_of(case, "simt")
-    with simt.using(**cut):
-        found = judge.neighbors_of(case, "simt")
-        assert served(case, cut["path"])
-    for got, wanted in zip(found, expected, strict=True):
-        assert judge.same_bits(got, wanted)
+    assert check(*partly_listed(), **cut).path == cut["path"]
 
 
 def test_a_bank_is_certified_as_it_is_read() -> None:
     """Few anchors against many candidates: no row is left for the ladder, few sums are exact."""
     case = problems.bank_case(20, 3000, 70, 300, self_kind="offset", seed=3)
-    with simt.using(path="direct"):
-        expected = judge.neighbors_of(case, "simt")
-    with simt.using(path="bank"):
-        found = judge.neighbors_of(case, "simt")
-        report = simt.last_report
-    assert report is not None and report.path == "bank"
+    report = check(case, direct_sums(case), "bank")
+    assert report.path == "bank"
     assert report.laddered == 0
     assert report.refined <= 20 * 60
-    for got, wanted in zip(found, expected, strict=True):
-        assert judge.same_bits(got, wanted)
+
+
+@cache
+def nearly_empty_bank(k: int) -> tuple[Case, sn_ops.SupportNeighbors]:
+    """A bank of zeros but for a few rows, anchors of zeros among others, and their neighbours by direct sums."""
+    case = problems.bank_case(20, 2600, 40, 30, k=k, seed=9)
+    assert case.candidates is not None and case.candidate_labels is not None
+    written = (torch.arange(2600) % 130 == 3)[:, None]
+    feats = torch.where((torch.arange(20) < 6)[:, None], 0.0, case.feats)
+    own = torch.where(torch.arange(20) < 12, torch.arange(20), -1)
+    case = Case(feats, case.labels, case.candidates * written, case.candidate_labels, own, k=k)
+    return case, direct_sums(case)
 
 
 @pytest.mark.parametrize(
@@ -232,20 +225,8 @@ def test_a_bank_is_certified_as_it_is_read() -> None:
 @pytest.mark.parametrize("k", [1, 10, 40])
 def test_rows_of_zeros_tie_by_thousands(k: int, cut: dict[str, Any]) -> None:
     """A bank of them but for a few rows: the first k + 1 stand for all, and one of those may be the anchor itself."""
-    case = problems.bank_case(20, 2600, 40, 30, k=k, seed=9)
-    assert case.candidates is not None and case.candidate_labels is not None
-    written = (torch.arange(2600) % 130 == 3)[:, None]
-    feats = torch.where((torch.arange(20) < 6)[:, None], 0.0, case.feats)
-    own = torch.where(torch.arange(20) < 12, torch.arange(20), -1)
-    case = Case(feats, case.labels, case.candidates * written, case.candidate_labels, own, k=k)
-    with simt.using(path="direct"):
-        expected = judge.neighbors_of(case, "simt")
-    with simt.using(**cut):
-        found = judge.neighbors_of(case, "simt")
-        assert served(case, cut["path"])
-        assert simt.last_report is not None and simt.last_report.laddered == 0
-    for got, wanted in zip(found, expected, strict=True):
-        assert judge.same_bits(got, wanted)
+    report = check(*nearly_empty_bank(k), **cut)
+    assert report.path == cut["path"] and report.laddered == 0
 
 
 @pytest.mark.parametrize("path", ["bank", "screen"])
@@ -256,14 +237,9 @@ def test_rows_that_only_underflow_to_zeros(path: str) -> None:
     feats = torch.where((torch.arange(20) < 6)[:, None], 0.0, case.feats * 2.0**40)
     bank = torch.where((torch.arange(2600) < 500)[:, None], 2.0**-60 * case.candidates.sign(), 0.0)
     case = Case(feats, case.labels, bank, case.candidate_labels, k=10)
-    with simt.using(path="direct"):
-        expected = judge.neighbors_of(case, "simt")
+    expected = direct_sums(case)
     assert (expected.indices[:6] >= 500).all()
-    with simt.using(path=path):
-        found = judge.neighbors_of(case, "simt")
-        assert served(case, path)
-    for got, wanted in zip(found, expected, strict=True):
-        assert judge.same_bits(got, wanted)
+    assert check(case, expected, path).path == path
 
 
 @pytest.mark.parametrize("score_tile", [64, 128])
@@ -273,14 +249,8 @@ def test_rows_of_zeros_among_the_anchors(dtype: torch.dtype, score_tile: int) ->
     case = problems.self_case(1100, 40, 200, seed=9)
     feats = case.feats * (torch.arange(1100) % 40 == 3)[:, None]
     case = Case(feats, case.labels, k=10).to(dtype)
-    with simt.using(path="direct"):
-        expected = judge.neighbors_of(case, "simt")
-    with simt.using(path="screen", score_tile=score_tile):
-        found = judge.neighbors_of(case, "simt")
-        assert served(case, "screen")
-        assert simt.last_report is not None and simt.last_report.laddered == 0
-    for got, wanted in zip(found, expected, strict=True):
-        assert judge.same_bits(got, wanted)
+    report = check(case, direct_sums(case), "screen", score_tile=score_tile)
+    assert report.path == "screen" and report.laddered == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -290,14 +260,12 @@ def test_rows_of_zeros_among_the_anchors(dtype: torch.dtype, score_tile: int) ->
 def test_a_device_cut_down(max_cluster: int, dims: int, path: str, dtype: torch.dtype) -> None:
     """A cluster that the device does not hold is never launched, asked for or not: the same bits on another path."""
     case = problems.self_case(30, dims, 8).to(dtype)
-    with simt.using(path="direct"):
-        expected = judge.neighbors_of(case, "simt")
+    expected = direct_sums(case)
     for asked in ("auto", "cluster"):
         with simt.using(max_cluster=max_cluster, path=asked):
             found = judge.neighbors_of(case, "simt")
         assert simt.last_report is not None and simt.last_report.path == path
-        for got, wanted in zip(found, expected, strict=True):
-            assert judge.same_bits(got, wanted)
+        judge.assert_same_bits(found, expected)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -312,8 +280,7 @@ def test_schedule_and_device_do_not_show(path: str) -> None:
             loss = sn_ops.sn_loss(**leaves.arguments(), backend="simt")
             seen.append([loss.detach(), *torch.autograd.grad(loss, leaves.inputs()), *neighbours])
     for other in seen[1:]:
-        for got, wanted in zip(other, seen[0], strict=True):
-            assert judge.same_bits(got, wanted)
+        judge.assert_same_bits(other, seen[0])
 
 
 @pytest.mark.parametrize("partition", ["never", "always"])
@@ -330,5 +297,4 @@ def test_backward_with_and_without_buckets(name: str, partition: str) -> None:
             loss = sn_ops.sn_loss(**leaves.arguments(), backend="simt")
             grads.append(torch.autograd.grad(loss, leaves.inputs()))
             assert simt.last_report is not None and simt.last_report.partitioned == (chosen == "always")
-    for got, wanted in zip(*grads, strict=True):
-        assert judge.same_bits(got, wanted)
+    judge.assert_same_bits(*grads)

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 import sn_ops
 from support import loss_on_ranks, problems
 from support.backends import FUSED, ON_HOST, forced
-from support.judge import check_loss, check_neighbors, neighbors_of, same_bits
+from support.judge import assert_same_bits, check_loss, check_neighbors, neighbors_of, same_bits
 from support.loss_on_ranks import Shard
 from support.problems import Case
 from support.ranks import RankError, Ranks
@@ -109,8 +109,7 @@ def test_a_bank_that_is_being_filled(kernels: str, written: str, path: str, dtyp
                 assert report is not None and report.path == path
                 assert report.laddered == 0
                 assert report.refined <= 16 * 300
-        for got, wanted in zip(found, expected, strict=True):
-            assert same_bits(got.cpu(), wanted.cpu())
+        assert_same_bits(found, expected)
 
 
 # ---- overwriting ---------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ NAMES = [each.name for each in BACKENDS]
 SHIPPED = [each.name for each in BACKENDS if each.register is None]
 FUSED = [each.name for each in BACKENDS if each.fused]
 FULL_SPEED = [each.name for each in BACKENDS if each.fused and not each.emulated]
+EMULATED = [each.name for each in BACKENDS if each.emulated]
 ON_HOST = [each.name for each in BACKENDS if each.device == "cpu" and not each.emulated and each.register is None]
 """Those that run at full speed on the CPU in any process, ranks included."""
 ON_GPU = [each.name for each in BACKENDS if each.on_gpu]

@@ -179,3 +179,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return a.contiguous().reshape(-1).view(torch.uint8).equal(b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def assert_same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Asserts that results agree bit for bit, wherever they live; the first that does not is named by its position."""
+    for position, (got, wanted) in enumerate(zip(found, expected, strict=True)):
+        assert same_bits(got.cpu(), wanted.cpu()), position

@@ -161,6 +161,7 @@ def check_selection(problem: Problem, k: int, selection: Selection, rows: Sequen
     rows = range(anchors) if rows is None else rows
     assert selection.support.shape == (len(rows), slots)
     group_of = _identical_groups(problem.candidates)
+    group_size = np.bincount(group_of)
     for row, i in enumerate(rows):
         lower, upper = rounding_interval(squared_distances(problem, i), dims, problem.accumulation)
         others, positives = _others(problem, i), positives_of(problem, i)
@@ -184,10 +185,10 @@ def check_selection(problem: Problem, k: int, selection: Selection, rows: Sequen
         if used:
             late = np.where(rest > previous, upper[rest] >= value, upper[rest] > value)
             assert late.all(), f"{where}: left out nearer candidates {rest[~late].tolist()}"
-        for j in chosen:
+        for position in np.flatnonzero(group_size[group_of[chosen]] > 1):
+            j = chosen[position]
             twins = others[(group_of[others] == group_of[j]) & (others < j)]
-            earlier = chosen[: int(np.flatnonzero(chosen == j)[0])]
-            assert np.isin(twins, earlier).all(), f"{where}: {j} before its identical twins {twins.tolist()}"
+            assert np.isin(twins, chosen[:position]).all(), f"{where}: {j} before its identical twins {twins.tolist()}"
 
         near, far = int(selection.nearest[row]), int(selection.farthest[row])
         where += f", nearest {near}, farthest {far}"

@@ -241,8 +241,8 @@ bool bound_errors(const ForwardArgs& args, const Kernels& kernels, const Layout&
 // positions; what ends up selected does not depend on the order of the tiles.
 void sweep(const ThreadPool& pool, const Kernels& kernels, const ScreenPlan& plan, const Layout& layout) {
   const Screen& screen = layout.screen;
-  const std::int64_t row_blocks = (screen.anchors.padded + plan.tile - 1) / plan.tile;
-  const std::int64_t column_blocks = (screen.candidates.padded + plan.tile - 1) / plan.tile;
+  const std::int64_t row_blocks = divide_up(screen.anchors.padded, plan.tile);
+  const std::int64_t column_blocks = divide_up(screen.candidates.padded, plan.tile);
   const std::int64_t tiles = screen.symmetric ? row_blocks * (row_blocks + 1) / 2 : row_blocks * column_blocks;
   const auto locks = std::make_unique<std::mutex[]>(static_cast<std::size_t>(row_blocks));
 
@@ -310,9 +310,9 @@ void refine(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kern
   float* candidate_buffers[2] = {reinterpret_cast<float*>(screen.candidates.packed), nullptr};
   buffers[1] = buffers[0] + N * kRefineColumns;
   candidate_buffers[1] = candidate_buffers[0] + args.candidates.rows * kRefineColumns;
-  const std::int64_t segments = (args.dims + kRefineColumns - 1) / kRefineColumns;
-  const std::int64_t anchor_items = (N + kRows - 1) / kRows;
-  const std::int64_t candidate_items = (M + kRows - 1) / kRows;
+  const std::int64_t segments = divide_up(args.dims, kRefineColumns);
+  const std::int64_t anchor_items = divide_up(N, kRows);
+  const std::int64_t candidate_items = divide_up(M, kRows);
   const auto gather = [&](std::int64_t segment, std::int64_t item, std::int64_t buffer) {
     const bool of_anchors = item < anchor_items;
     const ScreenSide& side = of_anchors ? screen.anchors : screen.candidates;

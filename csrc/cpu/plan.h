@@ -8,10 +8,6 @@
 
 namespace sn::cpu {
 
-inline std::int64_t round_up(std::int64_t value, std::int64_t grain) {
-  return (value + grain - 1) / grain * grain;
-}
-
 struct ScreenPlan {
   std::int64_t tile;           // rows and columns of a tile
   std::int64_t capacity;       // entries of an anchor's list

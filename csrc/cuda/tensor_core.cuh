@@ -12,24 +12,34 @@ namespace sn::cuda {
 
 // ---- tensor cores; every lane takes part ----------------------------------------------------------------------------
 
+namespace detail {
+template <bool kTransposed, typename T16>
+__device__ __forceinline__ void load_matrix_x4(std::uint32_t (&r)[4], const Shared<T16>& s, int i) {
+  static_assert(sizeof(T16) == 2);
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(s.address(i))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(s.address(i))
+                 : "memory");
+  }
+}
+}  // namespace detail
+
 // Four 8 x 8 matrices of 16-bit elements. Lane 8 m + r passes the element where row r of matrix m starts, 16 bytes at a
 // multiple of 16. r[m] of lane l: elements 2 (l % 4) and + 1 of row l / 4 of matrix m.
 template <typename T16>
 __device__ __forceinline__ void load_matrix_x4(std::uint32_t (&r)[4], const Shared<T16>& s, int i) {
-  static_assert(sizeof(T16) == 2);
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(s.address(i))
-               : "memory");
+  detail::load_matrix_x4<false>(r, s, i);
 }
 // The same of the transposed matrices: r[m] of lane l: rows 2 (l % 4) and + 1 of column l / 4.
 template <typename T16>
 __device__ __forceinline__ void load_matrix_x4_transposed(std::uint32_t (&r)[4], const Shared<T16>& s, int i) {
-  static_assert(sizeof(T16) == 2);
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(s.address(i))
-               : "memory");
+  detail::load_matrix_x4<true>(r, s, i);
 }
 
 // d += A B with A 16 x 16 and B 16 x 8 of T16 (Half or BFloat16), d 16 x 8 of float. With g = lane / 4, t = lane % 4,

@@ -16,6 +16,8 @@ FOLDERS = "|".join((r"\.ci", "benchmarks", "csrc", "docs", "sn_ops", "tests"))
 # Paths from the root of the repository: in backquotes, and in fenced blocks and drawings with their suffix.
 NAMED = re.compile(rf"`((?:{FOLDERS})/[\w./*-]*)")
 DRAWN = re.compile(rf"(?<![\w./])((?:{FOLDERS})/[\w./-]+\.(?:cpp|cu|cuh|h|json|md|py|sh))\b")
+# Native sources by the last part of their path, as pages of csrc name them.
+SOURCE = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:cpp|cu|cuh|h))`")
 # What appears only once something is built or run.
 MADE = ("benchmarks/gpu/built", "build/")
 
@@ -44,6 +46,9 @@ def missing_files(page: Path) -> Iterator[str]:
         path = posixpath.normpath(name.rstrip("."))
         if not path.startswith(MADE) and not any(ROOT.glob(path)):
             yield name
+    for name in SOURCE.findall(prose(page)):
+        if not name.startswith(tuple(FOLDERS.split("|"))) and not any(ROOT.glob(f"[bct]*/**/{name}")):
+            yield name
 
 
 @pytest.mark.parametrize("page", LINKED, ids=name_of)
@@ -59,8 +64,9 @@ def test_named_files_exist(page: Path) -> None:
 def test_what_is_missing_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "# One `thing`\n[a](page.md#one-thing) [b](nowhere.md) [c](#two) `csrc/cpu/nothing.cpp` `csrc/*`\n"
+        "# One `thing`\n[a](page.md#one-thing) [b](nowhere.md) [c](#two)\n"
+        "`csrc/cpu/nothing.cpp` `csrc/*` `no.cuh` `simd.h`\n"
         "```\npython tests/none.py\n```\n"
     )
     assert list(broken_links(page)) == ["nowhere.md: no such file", "#two: no such heading"]
-    assert list(missing_files(page)) == ["csrc/cpu/nothing.cpp", "tests/none.py"]
+    assert list(missing_files(page)) == ["csrc/cpu/nothing.cpp", "tests/none.py", "no.cuh"]

@@ -107,8 +107,7 @@ inline void expect_between(const char* op, const char* argument, std::int64_t go
   if (got < low || got > high) fail(op, argument, "expected ", low, " to ", high, ", got ", got);
 }
 
-// Every entry of an index array is -1 (none) or a row below `rows`. The loop has no branch, so that it
-// vectorises.
+// Every entry of an index array is -1 (none) or a row below `rows`. The loop has no branch, so that it vectorises.
 template <typename Index>
 inline void expect_indices(const char* op, const char* argument, const Index* values, std::int64_t count,
                            std::int64_t rows) {
@@ -126,8 +125,7 @@ inline void expect_indices(const char* op, const char* argument, const Index* va
   }
 }
 
-// Native code wants unit stride along the last dimension; rows may lie anywhere. Copies only when they do
-// not.
+// Native code wants unit stride along the last dimension; rows may lie anywhere. Copies only when they do not.
 inline Tensor unit_stride(const Tensor& tensor) {
   const std::int64_t last = tensor.dim() - 1;
   if (last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1) return tensor;

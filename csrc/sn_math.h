@@ -112,8 +112,7 @@ struct SupportArrays {
 // cheap, and exp(-alpha d) amplifies every rounding of d by alpha.
 //
 // With v = lse_N - lse_P (lse over -alpha d) and s = sigmoid(v):
-//   separation = softplus(v),   d separation / d d_j = alpha s softmax_P(j) on P,   -alpha s softmax_N(j) on
-//   N.
+//   separation = softplus(v),   d separation / d d_j = alpha s softmax_P(j) on P,   -alpha s softmax_N(j) on N.
 // Neither form subtracts nearly equal numbers, and neither overflows for any alpha d.
 //
 // Every lane of the group calls it with the same arguments and gets the same result. An edge belongs to one lane, which

@@ -25,12 +25,10 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
 enum class Squeeze : std::int32_t { kSpan = 0, kSupport = 1, kNearest = 2, kNone = 3 };
 enum class Reduction : std::int32_t { kMean = 0, kSum = 1, kNone = 2 };
 
-// Distances are clamped from below so that sqrt has a finite derivative; no gradient flows where the clamp
-// holds.
+// Distances are clamped from below so that sqrt has a finite derivative; no gradient flows where the clamp holds.
 inline constexpr double kSquaredDistanceFloor = 1e-12;
 
-// Entries of the statistics vector (float64), in order. kPoison is 0, or NaN when an input value was not
-// finite.
+// Entries of the statistics vector (float64), in order. kPoison is 0, or NaN when an input value was not finite.
 enum StatsEntry : std::int32_t {
   kValidAnchors = 0,
   kPositiveDistance = 1,
@@ -59,8 +57,7 @@ struct FeatureView {
   std::int64_t row_stride;  // in elements
 };
 
-// Which candidate an anchor is itself: none (offset < 0, index null), candidate offset + i, or index[i] (-1:
-// none).
+// Which candidate an anchor is itself: none (offset < 0, index null), candidate offset + i, or index[i] (-1: none).
 struct SelfMap {
   const std::int64_t* index;  // [N] or null
   std::int64_t offset;

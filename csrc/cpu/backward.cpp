@@ -170,8 +170,7 @@ class Adjacency {
   std::vector<std::int32_t> counts_;
 };
 
-// Cuts of the rows of a strip into parts with about equally many edges: a batch may have a hub that everybody
-// selects.
+// Cuts of the rows of a strip into parts with about equally many edges: a batch may have a hub that everybody selects.
 std::vector<std::int64_t> balanced_rows(const std::vector<std::int64_t>& begin, std::int64_t parts) {
   const std::int64_t rows = static_cast<std::int64_t>(begin.size()) - 1;
   const std::int64_t work = begin[rows] + rows;
@@ -249,8 +248,7 @@ void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& ker
   gather_and_use(pool, workers, blocks, own_items + other_items, parts, false, line_up, use);
 }
 
-// Entries of edge lists held at a time: 512 bytes a row and some megabytes. K = 10 never needs a second
-// strip.
+// Entries of edge lists held at a time: 512 bytes a row and some megabytes. K = 10 never needs a second strip.
 template <class Acc>
 std::int64_t most_entries(std::int64_t rows) {
   constexpr std::int64_t kFixed = std::int64_t{4} << 20;

@@ -57,8 +57,7 @@ const Kernels* at_load() {
   return best;
 }
 
-// Chosen at first use, so that a wrong SN_OPS_CPU_CAPABILITY is an error that can be caught, not a failed
-// load.
+// Chosen at first use, so that a wrong SN_OPS_CPU_CAPABILITY is an error that can be caught, not a failed load.
 std::atomic<const Kernels*> active{nullptr};
 
 }  // namespace

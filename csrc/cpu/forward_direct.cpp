@@ -72,8 +72,7 @@ void forward_direct(const ForwardArgs& args, const ThreadPool& pool, const Kerne
     }
   }
 
-  // A strip of anchors against all candidates at a time; the whole square, half of it mirrored, if that is
-  // small.
+  // A strip of anchors against all candidates at a time; the whole square, half of it mirrored, if that is small.
   const std::int64_t strip = direct_strip(N, M, static_cast<std::int64_t>(sizeof(Acc)));
   const bool mirrored = args.symmetric && strip >= N;
   Scratch scratch(static_cast<std::size_t>(strip) * static_cast<std::size_t>(M) * sizeof(Acc));

@@ -61,8 +61,7 @@ void find_positives(const ForwardArgs& args, const ThreadPool& pool, const Kerne
     const void* z[kDirectBlock];
     float d2[kDirectBlock * kDirectBlock];
     for (std::int64_t i = 0; i < np; ++i) x[i] = row_of(args.anchors, args.dtype, identities.anchor_order[p0 + i]);
-    // Offers to anchor p what value(n) and candidate(n) give for n in [begin, end): first and last of them by
-    // distance.
+    // Offers to anchor p what value(n) and candidate(n) give for n in [begin, end): first and last of them by distance.
     const auto offer = [&](std::int64_t p, std::int64_t begin, std::int64_t end, const auto& value,
                            const auto& candidate) {
       const std::int64_t anchor = identities.anchor_order[p];

@@ -1,6 +1,5 @@
 // What the orchestration (forward.cpp, backward.cpp; compiled once) asks of the hot loops (kernels/kernels.cpp;
-// compiled once per instruction set): a table of functions on plain types. Nothing here allocates, locks or
-// throws.
+// compiled once per instruction set): a table of functions on plain types. Nothing here allocates, locks or throws.
 #pragma once
 
 #include <cstdint>
@@ -121,8 +120,7 @@ struct Kernels {
   std::int64_t (*smallest)(const float* d2, std::int64_t count, std::int64_t self, std::int64_t wanted,
                            std::uint64_t* keys);
 
-  // Screening: a mean of sampled rows; the packed copy with norms and residuals; one tile's products; its
-  // epilogue.
+  // Screening: a mean of sampled rows; the packed copy with norms and residuals; one tile's products; its epilogue.
   void (*sampled_mean)(DType dtype, const FeatureView* sides, int side_count, std::int64_t dims, float* mean,
                        float* scratch);
   bool (*pack)(const Screen& screen, const ScreenSide& side, std::int64_t first_panel, std::int64_t last_panel);
@@ -131,8 +129,7 @@ struct Kernels {
   void (*tile_epilogue)(const Screen& screen, const Tile& tile, const float* products);
   // Leaves in the list of anchor `p` only what the bound cannot exclude.
   void (*prune)(const Screen& screen, std::int64_t p);
-  // Direct distances of a pruned list, from the rows themselves, or one segment of gathered columns at a
-  // time.
+  // Direct distances of a pruned list, from the rows themselves, or one segment of gathered columns at a time.
   void (*refine_rows)(const Screen& screen, std::int64_t p);
   void (*gather_columns)(DType dtype, const FeatureView& features, const std::int32_t* order, std::int64_t begin,
                          std::int64_t end, std::int64_t column, std::int64_t columns, std::int64_t pitch, float* out);

@@ -40,8 +40,7 @@ class DefaultFloatingPoint {
 #endif
 };
 
-// body(item) for every item, items handed out as workers get free. Nothing a body computes may depend on the
-// order.
+// body(item) for every item, items handed out as workers get free. Nothing a body computes may depend on the order.
 template <class Body>
 void for_each(const ThreadPool& pool, int workers, std::int64_t items, const Body& body) {
   struct Context {
@@ -161,8 +160,7 @@ void gather_and_use(const ThreadPool& pool, int workers, std::int64_t stages, st
   });
 }
 
-// Waking a pool costs some microseconds: work below this many elementary operations stays on the calling
-// thread.
+// Waking a pool costs some microseconds: work below this many elementary operations stays on the calling thread.
 inline constexpr double kWorthAThread = 4e5;
 inline int workers_for(const ThreadPool& pool, double operations) {
   const double useful = operations / kWorthAThread;

@@ -16,7 +16,8 @@
 //     one run finds a race that any schedule with the same accesses could show. Atomics race with plain accesses only;
 //   - reads and overwriting of bytes that cp.async still has under way; before its wait they hold poison or, at random,
 //     already the data;
-//   - more shared memory, threads or clusters than the device has; a block that leaves while its cluster still reads it;
+//   - more shared memory, threads or clusters than the device has; a block that leaves while its cluster still
+//     reads it;
 //   - with AddressSanitizer, whatever global memory is overrun: buffers of the tests have their exact size, and the
 //     pieces of a workspace have guards between them (capi.cpp, which looks at the guards without it too).
 //
@@ -54,8 +55,8 @@ enum class MmaError : std::int32_t {
 // What is known of real ones (arXiv 2511.10909, arXiv 2512.07004): the products of a group of columns and the
 // accumulator are aligned to the largest exponent among them, each cut off (towards zero) below `bits` fraction bits of
 // it, and added exactly; the sum is cut off to a float; groups follow one another. The exponent of a product is the sum
-// of its factors', before it is normalised; that of a subnormal is the format's least (-14 of Half, -126 of BFloat16 and
-// float). A product that is zero aligns nothing. Subnormal results are kept.
+// of its factors', before it is normalised; that of a subnormal is the format's least (-14 of Half, -126 of BFloat16
+// and float). A product that is zero aligns nothing. Subnormal results are kept.
 enum class MmaModel : std::int32_t {
   kNone = 0,           // exact products and MmaError
   kGroup16Bits25 = 1,  // H100, H200, B200, RTX Blackwell

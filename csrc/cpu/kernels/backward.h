@@ -28,8 +28,7 @@ SN_FORCE_INLINE void store_rounded(float* out, F16 value, int count) {
   }
 }
 
-// V vectors of columns of one row. In: type of the rows; Out: type of the gradient. kWhole: all V vectors are
-// whole.
+// V vectors of columns of one row. In: type of the rows; Out: type of the gradient. kWhole: all V vectors are whole.
 template <class In, class Out, int V, bool kWhole>
 SN_FORCE_INLINE void backward_strip(const In* own, const In* other, std::int64_t other_stride,
                                     const std::int32_t* neighbours, const float* weights, std::int64_t count,

@@ -157,8 +157,7 @@ void backward_columns_any(DType dtype, const float* own_columns, const float* ot
 const Kernels kTable = {
     SN_STRINGIFY(SN_CPU_CAPABILITY),
 #if defined(__AVX512BF16__)
-    // Two products a step, neither the order nor the intermediate rounding documented: twice the unit
-    // roundoff.
+    // Two products a step, neither the order nor the intermediate rounding documented: twice the unit roundoff.
     false,
     0x1p-23f,
 #else

@@ -46,8 +46,7 @@ SN_FORCE_INLINE float rank_bound(float* values, std::int64_t count, std::int64_t
   return hi;
 }
 
-// Hits between prunings: a stale threshold lets more candidates in, each a cache miss; a pruning costs some
-// fifteen.
+// Hits between prunings: a stale threshold lets more candidates in, each a cache miss; a pruning costs some fifteen.
 inline constexpr std::int32_t kPruneAfter = 32;
 
 // In the scale of w + E_q: the upper bound of a distance that is known.

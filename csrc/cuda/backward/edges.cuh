@@ -12,12 +12,12 @@
 
 namespace sn::cuda {
 
-inline constexpr int kWarps = static_cast<int>(kBackwardGroup);  // of a gather block: one a target
-inline constexpr int kThreads = kWarps * kWarpSize;
+inline constexpr int kGroupWarps = static_cast<int>(kBackwardGroup);  // of a gather block: one a target
+inline constexpr int kGroupThreads = kGroupWarps * kWarpSize;
 
 inline constexpr int kWindowLoads = 8;  // of a lane, at once
 inline constexpr int kWarpWindow = kWindowLoads * kWarpSize;
-inline constexpr int kWindow = kWarps * kWarpWindow;
+inline constexpr int kWindow = kGroupWarps * kWarpWindow;
 inline constexpr int kGroupBits = 3;  // of a listed edge: which of the targets; the rest: where in the window
 static_assert((1 << kGroupBits) == kBackwardGroup);
 static_assert(kWindow << kGroupBits <= 0x10000, "a listed edge has 16 bits");
@@ -25,7 +25,7 @@ static_assert(kWindow << kGroupBits <= 0x10000, "a listed edge has 16 bits");
 inline constexpr int kEdgeChunk = 64;
 inline constexpr int kMergedSlots = kWarpSize;           // own edges that a warp holds one a lane
 inline constexpr int kList = kEdgeChunk + kMergedSlots;  // edges that a warp gathers in one go
-inline constexpr int kSorted = kWindow + kWarps * kEdgeChunk;
+inline constexpr int kSorted = kWindow + kGroupWarps * kEdgeChunk;
 static_assert(kEdgeChunk % kWarpSize == 0);
 static_assert(kSorted <= 0x10000, "a sorted edge has 16 bits");
 
@@ -81,7 +81,7 @@ struct WindowTargets {
 
   __device__ __forceinline__ void read(const std::int32_t* gTargets, std::uint32_t window, std::uint32_t range_count) {
     const std::uint32_t here = range_count - window < kWindow ? range_count - window : kWindow;
-    share = static_cast<int>((here + kThreads - 1) / kThreads) * kWarpSize;
+    share = static_cast<int>((here + kGroupThreads - 1) / kGroupThreads) * kWarpSize;
 #pragma unroll
     for (int l = 0; l < kWindowLoads; ++l) {
       const std::uint32_t at = static_cast<std::uint32_t>(warp_id() * share + l * kWarpSize + lane_id());
@@ -121,19 +121,19 @@ struct WindowMatches {
     int found = 0;
     const auto take = [&](int from, int at, bool exists) {
       const int match = exists ? sMatches.get(from * kWarpWindow + at) : 0;
-      const bool mine = exists && (match & (kWarps - 1)) == warp_id();
+      const bool mine = exists && (match & (kGroupWarps - 1)) == warp_id();
       const std::uint32_t all = ballot(mine);
       if (mine) keep(found + popcount(all & lanes_below()), match >> kGroupBits);
       found += popcount(all);
     };
     const int longest = static_cast<int>(
-        reduce_max(lane_id() < kWarps ? static_cast<std::uint32_t>(sCounts.get(lane_id() % kWarps)) : 0u));
+        reduce_max(lane_id() < kGroupWarps ? static_cast<std::uint32_t>(sCounts.get(lane_id() % kGroupWarps)) : 0u));
     if (longest <= kWarpSize) {
       // The usual case, with all reads under way at once.
 #pragma unroll
-      for (int from = 0; from < kWarps; ++from) take(from, lane_id(), lane_id() < sCounts.get(from));
+      for (int from = 0; from < kGroupWarps; ++from) take(from, lane_id(), lane_id() < sCounts.get(from));
     } else {
-      for (int from = 0; from < kWarps; ++from) {
+      for (int from = 0; from < kGroupWarps; ++from) {
         const int count = sCounts.get(from);
         for (int base = 0; base < count; base += kWarpSize) take(from, base + lane_id(), base + lane_id() < count);
       }

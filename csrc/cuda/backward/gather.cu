@@ -82,12 +82,13 @@ struct GatherArgs {
 template <typename T, int kPacks>
 constexpr int gather_shared_bytes() {
   using Acc = sn::cuda::Acc<T>;
-  constexpr int kSums = kWarps * kWarpSize * kPacks * Pack<T>::kElements;
+  constexpr int kSums = kGroupWarps * kWarpSize * kPacks * Pack<T>::kElements;
   static_assert(shared_bytes<Acc>(kSums) >= shared_bytes<std::uint16_t>(kWindow), "matches lie where chunk sums will");
-  return shared_bytes<std::uint16_t>(kSorted) + 2 * shared_bytes<int>(kWarps) +
-         shared_bytes<std::uint32_t>(kWarps * kEdgeChunk) + shared_bytes<std::int32_t>(kWarps * kMergedSlots) +
-         shared_bytes<std::int32_t>(kWarps * kList) + shared_bytes<Acc>(kWarps * kList) +
-         shared_bytes<Acc>(kWarps * kMergedSlots) + 2 * shared_bytes<Acc>(kSums) + shared_bytes<double>(1);
+  return shared_bytes<std::uint16_t>(kSorted) + 2 * shared_bytes<int>(kGroupWarps) +
+         shared_bytes<std::uint32_t>(kGroupWarps * kEdgeChunk) +
+         shared_bytes<std::int32_t>(kGroupWarps * kMergedSlots) + shared_bytes<std::int32_t>(kGroupWarps * kList) +
+         shared_bytes<Acc>(kGroupWarps * kList) + shared_bytes<Acc>(kGroupWarps * kMergedSlots) +
+         2 * shared_bytes<Acc>(kSums) + shared_bytes<double>(1);
 }
 // Three blocks of float fit the 100 KB of the smallest multiprocessors, of which a block costs 1 KB more than it
 // asks for.
@@ -116,15 +117,15 @@ struct GatherMemory {
   __device__ __forceinline__ GatherMemory() {
     SharedArena arena;
     sSorted = arena.take<std::uint16_t>(kSorted);
-    sMatchCounts = arena.take<int>(kWarps);
-    sLengths = arena.take<int>(kWarps);
-    sTails = arena.take<std::uint32_t>(kWarps * kEdgeChunk);
-    sOwnIndices = arena.take<std::int32_t>(kWarps * kMergedSlots);
-    sSources = arena.take<std::int32_t>(kWarps * kList);
-    sWeights = arena.take<Acc>(kWarps * kList);
-    sMerged = arena.take<Acc>(kWarps * kMergedSlots);
-    sTotals = arena.take<Acc>(kWarps * Sums::kWarpElements);
-    sPartials = arena.take<Acc>(kWarps * Sums::kWarpElements);
+    sMatchCounts = arena.take<int>(kGroupWarps);
+    sLengths = arena.take<int>(kGroupWarps);
+    sTails = arena.take<std::uint32_t>(kGroupWarps * kEdgeChunk);
+    sOwnIndices = arena.take<std::int32_t>(kGroupWarps * kMergedSlots);
+    sSources = arena.take<std::int32_t>(kGroupWarps * kList);
+    sWeights = arena.take<Acc>(kGroupWarps * kList);
+    sMerged = arena.take<Acc>(kGroupWarps * kMergedSlots);
+    sTotals = arena.take<Acc>(kGroupWarps * Sums::kWarpElements);
+    sPartials = arena.take<Acc>(kGroupWarps * Sums::kWarpElements);
     sUpstream = arena.take<double>(1);
     sMatches = sPartials.template view<std::uint16_t>();
   }
@@ -240,7 +241,7 @@ struct GatherWarp {
   __device__ __forceinline__ int sort_edges(int waiting, int& sorted_begin) const {
     int chunks = 0;
     sorted_begin = 0;
-    for (int of = 0; of < kWarps; ++of) {
+    for (int of = 0; of < kGroupWarps; ++of) {
       const int edges = memory.sLengths.get(of);
       chunks += edges / kEdgeChunk;
       sorted_begin += of < warp_id() ? edges : 0;
@@ -257,13 +258,13 @@ struct GatherWarp {
   __device__ __forceinline__ void sum_chunk(int chunk, const SortedEdges& sorted) const {
     int of = 0;
     int begin = 0;
-    for (; of < kWarps; ++of) {
+    for (; of < kGroupWarps; ++of) {
       const int edges = memory.sLengths.get(of);
       if (chunk < edges / kEdgeChunk) break;
       chunk -= edges / kEdgeChunk;
       begin += edges;
     }
-    if (of == kWarps) return;
+    if (of == kGroupWarps) return;
     int count = 0;
     Acc merged = 0;
     for (int at = lane_id(); at < kEdgeChunk; at += kWarpSize) {
@@ -282,7 +283,7 @@ struct GatherWarp {
     int chunk = 0;
     for (int before = 0; before < warp_id(); ++before) chunk += memory.sLengths.get(before) / kEdgeChunk;
     const int end = chunk + length / kEdgeChunk;
-    for (int by = 0; by < kWarps; ++by) {
+    for (int by = 0; by < kGroupWarps; ++by) {
       if (round + by < chunk || round + by >= end) continue;
       Acc rSum[Row::kValues] = {};
       Sums::add_to(memory.sPartials, by, rSum);
@@ -299,7 +300,7 @@ struct GatherWarp {
     const int chunks = sort_edges(state.waiting, sorted_begin);
     const SortedEdges sorted{memory.sSorted, memory.sTails, window};
     sync_block();
-    for (int round = 0; round < chunks; round += kWarps) {
+    for (int round = 0; round < chunks; round += kGroupWarps) {
       sum_chunk(round + warp_id(), sorted);
       sync_block();
       add_chunks(round, length, state);
@@ -379,7 +380,7 @@ struct GatherWarp {
 };
 
 template <typename T, int kPacks, bool kVector>
-__global__ void __launch_bounds__(kThreads, kVector ? kMinBlocks : kMinBlocksUnaligned)
+__global__ void __launch_bounds__(kGroupThreads, kVector ? kMinBlocks : kMinBlocksUnaligned)
     gather_kernel(__grid_constant__ const GatherArgs args) {
   using Warp = GatherWarp<T, kPacks, kVector>;
   const GatherMemory<T, kPacks, kVector> memory;
@@ -387,7 +388,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? kMinBlocks : kMinBlocksUna
   const BackwardSide& side = args.sides[second ? 1 : 0];
   const std::uint32_t block = static_cast<std::uint32_t>(block_id() - (second ? args.first_blocks : 0));
   const std::uint32_t slice = block / static_cast<std::uint32_t>(side.groups);
-  const std::uint32_t first = (block - slice * static_cast<std::uint32_t>(side.groups)) * kWarps;
+  const std::uint32_t first = (block - slice * static_cast<std::uint32_t>(side.groups)) * kGroupWarps;
   const EdgeRange range(args, side, first);
 
   // All first loads are under way before the first one is waited for.
@@ -406,7 +407,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? kMinBlocks : kMinBlocksUna
     // 2. What hits this warp's target.
     const int length = warp.find_matches(window, state.waiting);
     sync_block();
-    if (!any_lane(lane_id() < kWarps && memory.sLengths.get(lane_id() % kWarps) >= kEdgeChunk)) {
+    if (!any_lane(lane_id() < kGroupWarps && memory.sLengths.get(lane_id() % kGroupWarps) >= kEdgeChunk)) {
       state.waiting = length;
       window = next;
       continue;
@@ -451,7 +452,7 @@ cudaError_t launch_gather(const BackwardArgs& args, const GatherArgs& gather, st
   }
   const std::int64_t blocks = (gather.sides[0].groups + gather.sides[1].groups) * slices;
   const auto kernel = vector ? gather_kernel<T, kPacks, true> : gather_kernel<T, kPacks, false>;
-  return launch(kernel, LaunchShape{blocks, kThreads, gather_shared_bytes<T, kPacks>()}, stream, gather);
+  return launch(kernel, LaunchShape{blocks, kGroupThreads, gather_shared_bytes<T, kPacks>()}, stream, gather);
 }
 
 template <typename T>

@@ -28,7 +28,7 @@ constexpr int kPerLane = kRows / kWarpSize;  // candidates
 static_assert(kClusterRows == kDirectTile, "one tile holds every pair");
 static_assert(kPitch % 32 == 8, "a warp stores 4 rows of 8 sums in different banks");
 
-using A = float;  // half inputs are added up in it too
+using A = float;  // sums of half inputs, too
 
 struct ClusterArgs {
   ForwardArgs forward;
@@ -69,7 +69,7 @@ struct ClusterRecords {
   }
 };
 
-// Slices of one pair, wherever they lie.
+// The slices of one pair, in whichever block they lie.
 struct RemoteSlices {
   Shared<A> sPlanes;
   int at;  // of the pair in a plane

@@ -55,8 +55,8 @@ struct BankArgs {
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-// A thread's chunks of one stage of the candidates. Chunk 2c goes to place c, chunk 2c + 1 to place 8 + c: who converts
-// reads two neighbouring chunks, and eight such threads then read 128 bytes in a row.
+// A thread's chunks of one stage of the candidates. Chunk 2c goes to place c, chunk 2c + 1 to place 8 + c: a converting
+// thread reads two neighbouring chunks, and eight such threads then read 128 bytes in a row.
 template <class Tile>
 __device__ __forceinline__ void copy_wide(const Shared<float>& sWide, const BankArgs& args, std::int64_t column,
                                           std::int64_t first) {
@@ -120,7 +120,8 @@ __device__ __forceinline__ void convert_stage(const Shared<float>& sWide, const 
   }
 }
 
-// Without a scale there is nothing to score; what is not finite in the block's candidates still has to be found.
+// Without a scale there is nothing to score, but values that are not finite still have to be found among the
+// block's candidates.
 template <class Tile>
 __device__ __forceinline__ void look_for_nonfinite(const BankArgs& args) {
   bool finite = true;
@@ -135,8 +136,8 @@ __device__ __forceinline__ void look_for_nonfinite(const BankArgs& args) {
 }
 
 // The candidates are read once, in fp32, by the one block that scores them against all anchors. In a round of the loop
-// the tensor cores multiply stage s while stage s + 1 of the candidates is converted into the other copy and two more
-// are under way from memory; 1 block of 224 KB a multiprocessor, up to 64 KB of it in flight.
+// the tensor cores multiply stage s, while stage s + 1 of the candidates is converted into the other copy and two more
+// stages are under way from memory. A multiprocessor holds one block of 224 KB, up to 64 KB of it in flight.
 template <class Tile, ScoreMode kMode>
 __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_constant__ BankArgs args) {
   const ScoreArgs<Half>& score = args.score;

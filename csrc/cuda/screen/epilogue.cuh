@@ -28,7 +28,7 @@ __device__ __forceinline__ std::uint32_t fold_label(std::int64_t label) {
   return static_cast<std::uint32_t>(bits) ^ static_cast<std::uint32_t>(bits >> 32) * 0x9e3779b9u;
 }
 
-// A score that means something is finite; rows without a meaningful copy may give anything.
+// A meaningful score is finite; rows without a meaningful copy may give any value.
 __device__ __forceinline__ float finite_score(float score) {
   return is_finite(score) ? score : 0.0f;
 }
@@ -103,7 +103,7 @@ struct Epilogue {
     sync_warp();
   }
 
-  // Notes a fragment's hits: product << 32 | row << 8 | column. Lanes come here apart; few do.
+  // Notes a fragment's hits: product << 32 | row << 8 | column. Lanes diverge here; few have a hit.
   __device__ __forceinline__ void note(const bool (&rHits)[4], const float (&rFragment)[4], int m, int n) {
     const std::uint32_t mine =
         (rHits[0] ? 1u : 0u) + (rHits[1] ? 1u : 0u) + (rHits[2] ? 1u : 0u) + (rHits[3] ? 1u : 0u);
@@ -192,15 +192,15 @@ struct Epilogue {
     clear();
   }
 
-  // After the fragments of row m: half of the tile always fits the list; what the first half left may not leave room
-  // for the second.
+  // After the fragments of row m. Half of the tile always fits the list; what is left of the first half may leave no
+  // room for the second.
   template <bool kRows, bool kFar>
   __device__ __forceinline__ void flush_after(int m) {
     if (m == Tile::kFragmentsDown / 2 - 1) flush_hits<kRows, kFar>(Tile::kHits - Tile::kWarpPairs / 2);
     if (m == Tile::kFragmentsDown - 1) flush_hits<kRows, kFar>(0);
   }
 
-  // The support test. The facts of columns are read again for each row of fragments: registers are what is short here.
+  // The support test. The facts of columns are read again for each row of fragments: registers are short here.
   template <bool kRows>
   __device__ __forceinline__ void support(const Products<Tile>& rProducts) {
     constexpr bool kHasRho = std::is_same_v<T16, Half>;
@@ -237,7 +237,7 @@ struct Epilogue {
     }
   }
 
-  // The far test is for pairs of one label: those whose folded labels agree are looked at again in flush_hits().
+  // The far test is for pairs of one label: those whose folded labels agree are checked again in flush_hits().
   template <bool kRows>
   __device__ __forceinline__ void far(const Products<Tile>& rProducts) {
 #pragma unroll
@@ -282,7 +282,7 @@ struct Epilogue {
   }
 
   __device__ __forceinline__ static int left(std::int64_t count, int most) {
-    return count < most ? static_cast<int>(count) : most;  // negative: nothing is
+    return count < most ? static_cast<int>(count) : most;  // negative: none is left
   }
 };
 

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) merge_kernel(const __grid_co
     }
   }
 
-  // The last block to come here knows that all records are written.
+  // The last block to arrive here knows that all records are written.
   fence_device();
   sync_block();
   if (thread_id() == 0) {

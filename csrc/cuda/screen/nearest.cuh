@@ -39,7 +39,7 @@ __device__ __forceinline__ std::uint64_t smaller(std::uint64_t a, std::uint64_t 
   return a < b ? a : b;
 }
 
-// ---- the scan -------------------------------------------------------------------------------------------------------
+// ---- the K nearest --------------------------------------------------------------------------------------------------
 
 template <class T, int kWarps>
 class NearestK {
@@ -108,7 +108,7 @@ class NearestK {
   // the tracked ones.
   __device__ __forceinline__ void flush(bool insert) {
     if (pending_ == 0) return;
-    sync_block();  // the pending ones are all written
+    sync_block();  // all pending candidates are written
     measure<false>(0, tracked_);
     measure<true>(tracked_, pending_);
     sync_block();

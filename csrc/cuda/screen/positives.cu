@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kThreads, 2) positives_kernel(const __grid_con
   const int anchors = left < args.block_anchors ? static_cast<int>(left) : args.block_anchors;
   const std::int64_t M = forward.candidates.rows;
 
-  // 1. The table, a warp after the other. Within a warp the lowest lane of a new label leads, and the new leaders of a
-  // bucket are chained up in one step.
+  // 1. The table, one warp after the other. Within a warp the lowest lane of a new label leads, and the new leaders of
+  //    a bucket are chained in one step.
   for (int bucket = thread_id(); bucket < kBuckets; bucket += kThreads) table.sHeads.set(bucket, -1);
   const int mine = thread_id();
   const std::int64_t label = mine < anchors ? load(forward.anchor_labels + first + mine) : 0;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2) positives_kernel(const __grid_con
   }
   sync_block();
 
-  // 3. Copies: first of those who do not lead, while the leaders' lists are whole. A warp an anchor.
+  // 3. Copies, a warp an anchor: first for anchors that do not lead, while the leaders' lists are whole.
   for (int turn = 0; turn < 2; ++turn) {
     for (int anchor = warp_id(); anchor < anchors; anchor += kWarps) {
       const int leader = table.sLeader.get(anchor);

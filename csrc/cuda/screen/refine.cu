@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
     }
 
     if (insert) {
-      // Only scores that break their promise leave places empty after a screening.
+      // Places stay empty after a screening only where scores broke their bound.
       if (last_place >= 0 && nearest.sKeys.get(last_place) == kNoKey) {
         phase = phase == Phase::kScreened ? Phase::kZeros : Phase::kDone;
         continue;
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
     }
   }
   if (thread_id() == 0) {
-    // T has served: the ladder keeps its bound there.
+    // T is no longer needed: the ladder keeps its bound there.
     args.thresholds.T[anchor] = known_bound;
     const std::uint32_t place = atomic_add(&args.gControl->queued, 1u);
     args.gQueue[place] = static_cast<std::int32_t>(row) << kNeedBits | needs;

@@ -23,7 +23,7 @@ def switch_on() -> None:
 
 
 def speed_up() -> None:
-    """Patch the language once a module and launch, look NumPy's types up in a table, and round to bfloat16."""
+    """Patch the language once a module and launch, and round to bfloat16."""
     # Without Triton, only the tests of its backend fail, and they say why.
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         return
@@ -39,17 +39,6 @@ def speed_up() -> None:
         return convert(values, source, target, rounding)
 
     interpreter._convert_float = convert_rounded
-
-    numpy_type = interpreter._get_np_dtype
-    numpy_types: dict[str, Any] = {}
-
-    def known_numpy_type(of: Any) -> Any:
-        # The interpreter builds a table of all types for every look-up.
-        if of.name not in numpy_types:
-            numpy_types[of.name] = numpy_type(of)
-        return numpy_types[of.name]
-
-    interpreter._get_np_dtype = known_numpy_type
     prepared: set[int] = set()
     turn = threading.Lock()
     launch, prepare = interpreter.GridExecutor.__call__, interpreter._patch_lang

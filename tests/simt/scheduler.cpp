@@ -1,0 +1,211 @@
+// The scheduler: which lane goes on, and where lanes wait for their warp, their block and their cluster.
+#include <bit>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "runtime.h"
+
+namespace sn::simt {
+
+void make_runnable(Warp& warp, std::uint32_t lanes) {
+  if (warp.runnable == 0 && lanes != 0) {
+    warp.place = static_cast<int>(rt.runnable.size());
+    rt.runnable.push_back(&warp);
+  }
+  warp.runnable |= lanes;
+}
+
+void make_waiting(Lane& lane) {
+  Warp& warp = *lane.warp;
+  warp.runnable &= ~(1u << lane.lane);
+  if (warp.runnable != 0) return;
+  Warp* moved = rt.runnable.back();
+  rt.runnable[static_cast<std::size_t>(warp.place)] = moved;
+  moved->place = warp.place;
+  rt.runnable.pop_back();
+  warp.place = -1;
+}
+
+Lane* pick() {
+  if (rt.runnable.empty()) return nullptr;
+  const std::uint64_t word = draw();
+  Warp* warp = rt.last;
+  if (warp == nullptr || warp->runnable == 0 || (word & 255) >= rt.stay) {
+    warp = rt.runnable[below(word, static_cast<std::uint32_t>(rt.runnable.size()))];
+    rt.last = warp;
+  }
+  const int turn = static_cast<int>(word >> 8 & 31);
+  const int lane = (std::countr_zero(std::rotr(warp->runnable, turn)) + turn) % kLanes;
+  return &warp->lanes[lane];
+}
+
+[[noreturn]] void leave(Outcome outcome) {
+  rt.outcome = outcome;
+  switch_to(rt.main, true);
+  std::abort();
+}
+
+namespace {
+
+// A kernel that waits for what never comes, with something else always able to go on.
+void expect_progress() {
+  if (rt.switches > rt.options.max_switches) {
+    throw Fault{kernel_text() + ": more than " + std::to_string(rt.options.max_switches) + " changes of threads"};
+  }
+}
+
+// The fiber that runs waits; it is not runnable any more.
+void wait() {
+  expect_progress();
+  Lane* next = pick();
+  if (next == nullptr) leave(Outcome::kStuck);
+  switch_to(*next);
+}
+
+}  // namespace
+
+// ---- meetings and barriers ------------------------------------------------------------------------------------------
+
+Meeting& arrive(Op op, Site site) {
+  Lane& lane = *current;
+  Warp& warp = *lane.warp;
+  Meeting& meeting = warp.meetings[lane.phase];
+  if (meeting.arrived == 0) {
+    meeting.op = op;
+    meeting.site = site;
+  } else if (meeting.op != op || meeting.site.line != site.line) {
+    lane.waits_for = op;
+    lane.site = site;
+    report("divergent warp collective: lane " + std::to_string(lane.lane) + " is at " + name_of(op) + ", others at " +
+               name_of(meeting.op) + " (" + text_of(meeting.site) + ")",
+           site);
+  }
+  if (warp.returned != 0) {
+    report(std::string("divergent warp collective: ") + name_of(op) + " with lanes " + hex(warp.returned) +
+               " of the warp returned",
+           site);
+  }
+  meeting.arrived |= 1u << lane.lane;
+  return meeting;
+}
+
+bool await_others(Meeting& meeting) {
+  Lane& lane = *current;
+  lane.phase ^= 1;
+  if (meeting.arrived == kAllLanes) return true;
+  lane.waits_for = meeting.op;
+  lane.site = meeting.site;
+  make_waiting(lane);
+  wait();
+  return false;
+}
+
+void release(Meeting& meeting) {
+  Warp& warp = *current->warp;
+  meeting.arrived = 0;
+  for (int l = 0; l < kLanes; ++l) warp.lanes[l].waits_for = Op::kNothing;
+  make_runnable(warp, kAllLanes);
+}
+
+namespace {
+
+// Lanes that wait at a collective of the warp while this one waits for more than the warp: neither can go on.
+void expect_no_meeting(const Warp& warp, Op op, Site site) {
+  for (const Meeting& meeting : warp.meetings) {
+    if (meeting.arrived == 0) continue;
+    report(std::string("divergent barrier: ") + name_of(op) + " while lanes " + hex(meeting.arrived) +
+               " of the warp wait at " + name_of(meeting.op) + " (" + text_of(meeting.site) + ")",
+           site);
+  }
+}
+
+void expect_together(Op op, int waiting, int returned, Site first, Site site) {
+  if (returned > 0) {
+    report(std::string("divergent barrier: ") + name_of(op) + " after " + std::to_string(returned) +
+               " threads have returned",
+           site);
+  }
+  if (waiting > 0 && (first.line != site.line || std::strcmp(first.file, site.file) != 0)) {
+    report(std::string("divergent barrier: others wait at the ") + name_of(op) + " of " + text_of(first), site);
+  }
+}
+
+}  // namespace
+
+Meeting& meet(Op op, std::uint64_t value, Site site) {
+  Meeting& meeting = arrive(op, site);
+  meeting.values[current->lane] = value;
+  if (await_others(meeting)) release(meeting);
+  return meeting;
+}
+
+void sync_warp(Site site) {
+  Meeting& meeting = arrive(Op::kSyncWarp, site);
+  if (await_others(meeting)) {
+    current->warp->sync[kOneWarp] = tick();
+    release(meeting);
+  }
+}
+
+namespace {
+
+void open_block(Block& block, std::uint32_t time, int scope) {
+  for (int w = 0; w < block.warp_count; ++w) {
+    Warp& warp = block.warps[static_cast<std::size_t>(w)];
+    for (int s = kOneWarp; s <= scope; ++s) warp.sync[s] = time;
+    for (int l = 0; l < kLanes; ++l) warp.lanes[l].waits_for = Op::kNothing;
+    make_runnable(warp, kAllLanes);
+  }
+}
+
+}  // namespace
+
+void sync_block(Site site) {
+  Lane& lane = *current;
+  Block& block = *lane.block;
+  lane.waits_for = Op::kSyncBlock;
+  lane.site = site;
+  expect_no_meeting(*lane.warp, Op::kSyncBlock, site);
+  expect_together(Op::kSyncBlock, block.waiting, block.returned, block.barrier, site);
+  block.barrier = site;
+  if (++block.waiting == grid.threads) {
+    block.waiting = 0;
+    open_block(block, tick(), kOneBlock);
+    return;
+  }
+  make_waiting(lane);
+  wait();
+}
+
+void sync_cluster(Site site) {
+  Lane& lane = *current;
+  Cluster& cluster = *lane.block->cluster;
+  lane.waits_for = Op::kSyncCluster;
+  lane.site = site;
+  expect_no_meeting(*lane.warp, Op::kSyncCluster, site);
+  expect_together(Op::kSyncCluster, cluster.waiting, cluster.returned, cluster.barrier, site);
+  if (lane.block->waiting > 0) {
+    report("divergent barrier: sync_cluster while others of the block wait at sync_block (" +
+               text_of(lane.block->barrier) + ")",
+           site);
+  }
+  cluster.barrier = site;
+  if (++cluster.waiting == grid.threads * grid.cluster) {
+    cluster.waiting = 0;
+    const std::uint32_t time = tick();
+    for (Block* block : cluster.blocks) open_block(*block, time, kOneCluster);
+    return;
+  }
+  make_waiting(lane);
+  wait();
+}
+
+void maybe_switch() {
+  if ((draw() >> 40 & 7) != 0) return;
+  expect_progress();
+  Lane* next = pick();
+  if (next != nullptr) switch_to(*next);
+}
+
+}  // namespace sn::simt

@@ -1,0 +1,28 @@
+// The tests of the harness itself, a file per subject: every planted fault is caught, under every schedule, and every
+// wrapper does what it says.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "cuda/ptx.cuh"
+
+namespace sn::cuda {
+
+// Counts a check that holds; else prints `what` and exits.
+void check(bool holds, const std::string& what);
+
+inline constexpr int kSeeds = 12;
+inline constexpr int kThreads = 64;
+
+// A schedule, and errors of mma.
+simt::Options with_seed(std::uint64_t seed);
+
+void test_faults();                       // faults.cpp: planted faults
+void test_overruns(const char* program);  // and writes beyond global memory: runs `program --overrun kind`
+int overrun(const std::string& kind);     // what such a child does; returns if AddressSanitizer does not stop it
+void test_wrappers();                     // wrappers.cpp: collectives, atomics, clusters, schedules
+void test_products();                     // products.cpp: copies, matrices, mma and its models
+void test_numbers();                      // numbers.cpp: conversions and directed rounding
+
+}  // namespace sn::cuda

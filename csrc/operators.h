@@ -1,5 +1,5 @@
-// The two operators around a backend's core, once for every registration file: what comes in is verified, what goes out
-// is allocated, and the core is called with plain arguments.
+// The two operators around a backend's core, once for every registration file: inputs are verified, outputs allocated, and
+// the core is called with plain arguments.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -95,16 +95,21 @@ class Output {
 using ForwardOutputs =
     std::tuple<StableIValue, StableIValue, StableIValue, StableIValue, StableIValue, StableIValue, StableIValue>;
 
-// `run` computes: run(const ForwardArgs&). On a CPU what indices point at is verified too; on a GPU that would take a
-// synchronisation, and kernels treat an index out of range as none.
-template <class Run>
-ForwardOutputs forward_operator(const Place& place, const Tensor& feats, const Tensor& labels,
-                                const std::optional<Tensor>& candidates, const std::optional<Tensor>& candidate_labels,
-                                const std::optional<Tensor>& self_index, std::int64_t self_offset, std::int64_t k,
-                                double alpha, double weight, std::int64_t squeeze, std::int64_t reduction,
-                                bool want_squared, Run run) {
+// A backend's `Call` lives as long as one call of an operator and is made of the operator's name and the features, which
+// it expects on its device. It has
+//   Place place() const               where the other tensors must be and outputs go
+//   void forward(const ForwardArgs&) const, void backward(const BackwardArgs&) const
+//                                     which compute.
+// On a CPU what indices point at is verified too; on a GPU that would take a synchronisation, and kernels treat an index
+// out of range as none.
+template <class Call>
+ForwardOutputs forward(const Tensor& feats, const Tensor& labels, const std::optional<Tensor>& candidates,
+                       const std::optional<Tensor>& candidate_labels, const std::optional<Tensor>& self_index,
+                       std::int64_t self_offset, std::int64_t k, double alpha, double weight, std::int64_t squeeze,
+                       std::int64_t reduction, bool want_squared) {
   constexpr const char* op = "forward";
-  place.expect(op, "feats", feats);
+  const Call call(op, feats);
+  const Place place = call.place();
   expect_dim(op, "feats", feats, 2);
   const DType dtype = checks::feature_dtype(op, "feats", feats);
   const std::int64_t anchors = feats.size(0);
@@ -194,7 +199,7 @@ ForwardOutputs forward_operator(const Place& place, const Tensor& feats, const T
       .squared = want_squared ? squared.data() : nullptr,
       .stats = stats.data<double>(),
   };
-  run(args);
+  call.forward(args);
   return {loss.release(),
           indices.release(),
           coefficients.release(),
@@ -208,13 +213,13 @@ ForwardOutputs forward_operator(const Place& place, const Tensor& feats, const T
 
 using BackwardOutputs = std::tuple<StableIValue, StableIValue>;
 
-template <class Run>
-BackwardOutputs backward_operator(const Place& place, const Tensor& grad_loss, const Tensor& feats,
-                                  const std::optional<Tensor>& candidates, const Tensor& indices,
-                                  const Tensor& coefficients, const Tensor& stats, std::int64_t reduction,
-                                  bool need_feats, bool need_candidates, Run run) {
+template <class Call>
+BackwardOutputs backward(const Tensor& grad_loss, const Tensor& feats, const std::optional<Tensor>& candidates,
+                         const Tensor& indices, const Tensor& coefficients, const Tensor& stats, std::int64_t reduction,
+                         bool need_feats, bool need_candidates) {
   constexpr const char* op = "backward";
-  place.expect(op, "feats", feats);
+  const Call call(op, feats);
+  const Place place = call.place();
   expect_dim(op, "feats", feats, 2);
   const DType dtype = checks::feature_dtype(op, "feats", feats);
   const ScalarType type = feats.scalar_type();
@@ -280,7 +285,7 @@ BackwardOutputs backward_operator(const Place& place, const Tensor& grad_loss, c
         .grad_anchors = need_feats ? grad_feats.data() : nullptr,
         .grad_candidates = wants_candidates ? grad_candidates.data() : nullptr,
     };
-    run(args);
+    call.backward(args);
   }
   return {grad_feats.release(), grad_candidates.release()};
 }

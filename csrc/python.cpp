@@ -19,6 +19,7 @@
 namespace {
 
 using sn::cuda::ForwardPath;
+using namespace pybind11::literals;
 
 template <class Path>
 struct PathName {
@@ -95,11 +96,8 @@ pybind11::dict cpu_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int
   expect_problem("cpu_plan", N, M, D, k, dtype);
   if (threads < 1) throw std::invalid_argument("cpu_plan: expected threads >= 1");
   const sn::cpu::Plan plan = sn::cpu::plan_forward(N, M, D, k, static_cast<sn::DType>(dtype), symmetric, threads);
-  pybind11::dict facts;
-  facts["path"] = name_of(kCpuPaths, plan.path);
-  facts["list_capacity"] = plan.list_capacity;
-  facts["workspace_bytes"] = plan.workspace_bytes;
-  return facts;
+  return pybind11::dict("path"_a = name_of(kCpuPaths, plan.path), "list_capacity"_a = plan.list_capacity,
+                        "workspace_bytes"_a = plan.workspace_bytes);
 }
 
 sn::cuda::DeviceFacts device_facts(std::pair<int, int> capability, int multiprocessors, int shared_bytes,
@@ -130,20 +128,12 @@ pybind11::dict cuda_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::in
     throw std::invalid_argument("cuda_plan: path: " + path + " cannot serve this problem on this device");
   }
   const sn::cuda::ForwardPlan plan = sn::cuda::plan_forward(problem, device, wanted);
-  pybind11::dict facts;
-  facts["path"] = name_of(kCudaPaths, plan.path);
-  facts["launches"] = plan.launches;
-  facts["workspace_bytes"] = plan.workspace_bytes;
-  facts["strip_rows"] = plan.strip_rows;
-  facts["strips"] = plan.strips;
-  facts["d_slices"] = plan.d_slices;
-  facts["slice_elements"] = plan.slice_elements;
-  facts["triangular"] = plan.triangular;
-  facts["cluster"] = plan.cluster;
-  facts["sample_columns"] = plan.sample_columns;
-  facts["second_stride"] = plan.second_stride;
-  facts["buffer_capacity"] = plan.buffer_capacity;
-  return facts;
+  return pybind11::dict("path"_a = name_of(kCudaPaths, plan.path), "launches"_a = plan.launches,
+                        "workspace_bytes"_a = plan.workspace_bytes, "strip_rows"_a = plan.strip_rows,
+                        "strips"_a = plan.strips, "d_slices"_a = plan.d_slices,
+                        "slice_elements"_a = plan.slice_elements, "triangular"_a = plan.triangular,
+                        "cluster"_a = plan.cluster, "sample_columns"_a = plan.sample_columns,
+                        "second_stride"_a = plan.second_stride, "buffer_capacity"_a = plan.buffer_capacity);
 }
 
 pybind11::dict cuda_backward_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype,
@@ -159,13 +149,9 @@ pybind11::dict cuda_backward_plan(std::int64_t N, std::int64_t M, std::int64_t D
                                                                .need_anchors = true,
                                                                .need_candidates = !symmetric},
                                                               device_facts(capability, multiprocessors, shared_bytes));
-  pybind11::dict facts;
-  facts["launches"] = plan.launches;
-  facts["workspace_bytes"] = plan.workspace_bytes;
-  facts["partitioned"] = plan.partitioned;
-  facts["buckets"] = plan.buckets;
-  facts["slice_elements"] = plan.slice_elements;
-  return facts;
+  return pybind11::dict("launches"_a = plan.launches, "workspace_bytes"_a = plan.workspace_bytes,
+                        "partitioned"_a = plan.partitioned, "buckets"_a = plan.buckets,
+                        "slice_elements"_a = plan.slice_elements);
 }
 
 }  // namespace

@@ -8,7 +8,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
-#include <optional>
 
 #include "checks.h"
 #include "cpu/cpu.h"
@@ -68,17 +67,6 @@ sn::ThreadPool thread_pool() {
 
 // ---- the CPU's operators --------------------------------------------------------------------------------------------
 
-sn::operators::ForwardOutputs forward_cpu(const Tensor& feats, const Tensor& labels,
-                                          const std::optional<Tensor>& candidates,
-                                          const std::optional<Tensor>& candidate_labels,
-                                          const std::optional<Tensor>& self_index, std::int64_t self_offset,
-                                          std::int64_t k, double alpha, double weight, std::int64_t squeeze,
-                                          std::int64_t reduction, bool want_squared) {
-  return sn::operators::forward_operator(Place::cpu(), feats, labels, candidates, candidate_labels, self_index,
-                                         self_offset, k, alpha, weight, squeeze, reduction, want_squared,
-                                         [](const sn::ForwardArgs& args) { sn::cpu::forward(args, thread_pool()); });
-}
-
 // A large output that is written once asks for huge pages, so that its first touch costs less.
 void prefer_huge_pages(void* output, std::int64_t elements, sn::DType dtype) {
   constexpr std::int64_t kHugeFrom = std::int64_t{4} << 20;
@@ -86,18 +74,17 @@ void prefer_huge_pages(void* output, std::int64_t elements, sn::DType dtype) {
   if (output != nullptr && bytes >= kHugeFrom) sn::cpu::prefer_huge_pages(output, static_cast<std::size_t>(bytes));
 }
 
-sn::operators::BackwardOutputs backward_cpu(const Tensor& grad_loss, const Tensor& feats,
-                                            const std::optional<Tensor>& candidates, const Tensor& indices,
-                                            const Tensor& coefficients, const Tensor& stats, std::int64_t reduction,
-                                            bool need_feats, bool need_candidates) {
-  return sn::operators::backward_operator(
-      Place::cpu(), grad_loss, feats, candidates, indices, coefficients, stats, reduction, need_feats, need_candidates,
-      [](const sn::BackwardArgs& args) {
-        prefer_huge_pages(args.grad_anchors, args.anchors.rows * args.dims, args.dtype);
-        prefer_huge_pages(args.grad_candidates, args.candidates.rows * args.dims, args.dtype);
-        sn::cpu::backward(args, thread_pool());
-      });
-}
+class CpuCall {
+ public:
+  CpuCall(const char* op, const Tensor& feats) { sn::checks::expect_cpu(op, "feats", feats); }
+  Place place() const { return Place::cpu(); }
+  void forward(const sn::ForwardArgs& args) const { sn::cpu::forward(args, thread_pool()); }
+  void backward(const sn::BackwardArgs& args) const {
+    prefer_huge_pages(args.grad_anchors, args.anchors.rows * args.dims, args.dtype);
+    prefer_huge_pages(args.grad_candidates, args.candidates.rows * args.dims, args.dtype);
+    sn::cpu::backward(args, thread_pool());
+  }
+};
 
 }  // namespace
 
@@ -109,6 +96,6 @@ STABLE_TORCH_LIBRARY(sn_ops, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sn_ops, CPU, library) {
-  library.impl("forward", TORCH_BOX(&forward_cpu));
-  library.impl("backward", TORCH_BOX(&backward_cpu));
+  library.impl("forward", TORCH_BOX(&sn::operators::forward<CpuCall>));
+  library.impl("backward", TORCH_BOX(&sn::operators::backward<CpuCall>));
 }

@@ -73,8 +73,7 @@ inline std::int64_t self_of(const ForwardArgs& args, std::int64_t anchor) {
 }
 
 inline const void* row_of(const FeatureView& features, DType dtype, std::int64_t row) {
-  const std::int64_t bytes = dtype == DType::kFloat64 ? 8 : (dtype == DType::kFloat32 ? 4 : 2);
-  return static_cast<const char*>(features.data) + row * features.row_stride * bytes;
+  return static_cast<const char*>(features.data) + row * features.row_stride * element_bytes(dtype);
 }
 
 }  // namespace sn::cpu

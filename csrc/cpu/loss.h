@@ -13,28 +13,17 @@ namespace sn::cpu {
 
 constexpr std::int64_t kAnchorBlock = 64;  // anchors whose losses are added first: fixed, so that sums are too
 
-// Totals of a block of anchors, added in the order of the blocks.
-struct Totals {
-  double loss = 0.0;
-  double positive_sum = 0.0;
-  double negative_sum = 0.0;
-  std::int64_t positives = 0;
-  std::int64_t negatives = 0;
-  std::int64_t valid = 0;
-  std::int64_t nearest_is_positive = 0;
-  std::int64_t support_positives = 0;
-  template <class Other>
-  void add(const Other& o) {
-    loss += o.loss;
-    positive_sum += o.positive_sum;
-    negative_sum += o.negative_sum;
-    positives += o.positives;
-    negatives += o.negatives;
-    valid += o.valid;
-    nearest_is_positive += o.nearest_is_positive;
-    support_positives += o.support_positives;
-  }
-};
+// Terms of several anchors, added in order.
+inline void add(AnchorTerms& to, const AnchorTerms& terms) {
+  to.loss += terms.loss;
+  to.positive_sum += terms.positive_sum;
+  to.negative_sum += terms.negative_sum;
+  to.positives += terms.positives;
+  to.negatives += terms.negatives;
+  to.valid += terms.valid;
+  to.nearest_is_positive += terms.nearest_is_positive;
+  to.support_positives += terms.support_positives;
+}
 
 template <class Acc>
 class Loss {
@@ -78,7 +67,7 @@ class Loss {
                           Positive<Acc>{args_.nearest_positive[anchor], near_d2_[anchor]},
                           Positive<Acc>{args_.farthest_positive[anchor], far_d2_[anchor]}, indices + K_,
                           static_cast<Acc*>(args_.coefficients) + anchor * (K_ + kExtraEdges));
-    blocks_[anchor / kAnchorBlock].add(terms);
+    add(blocks_[anchor / kAnchorBlock], terms);
     if (args_.options.reduction == Reduction::kNone)
       static_cast<Acc*>(args_.loss)[anchor] = static_cast<Acc>(terms.loss);
     if (args_.squared != nullptr) {
@@ -91,8 +80,8 @@ class Loss {
   }
 
   void reduce() {
-    Totals all;
-    for (const Totals& block : blocks_) all.add(block);
+    AnchorTerms all;
+    for (const AnchorTerms& block : blocks_) add(all, block);
     const double valid = static_cast<double>(all.valid);
     const auto ratio = [](double sum, double count) { return count > 0.0 ? sum / count : 0.0; };
     if (args_.options.reduction == Reduction::kMean)
@@ -124,7 +113,7 @@ class Loss {
   std::int64_t K_;
   std::vector<Acc> near_d2_;
   std::vector<Acc> far_d2_;
-  std::vector<Totals> blocks_;
+  std::vector<AnchorTerms> blocks_;  // totals of each block of anchors
 };
 
 }  // namespace sn::cpu

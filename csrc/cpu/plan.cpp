@@ -76,7 +76,7 @@ Plan plan_forward(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k
   Plan plan{};
   plan.path = choose_path(N, M, D, K, dtype, symmetric, kernels.widens);
   if (plan.path == Path::kDirect) {
-    const std::int64_t bytes = dtype == DType::kFloat64 ? 8 : 4;
+    const std::int64_t bytes = accumulator_bytes(dtype);
     plan.workspace_bytes = direct_strip(N, M, bytes) * M * bytes;
     return plan;
   }

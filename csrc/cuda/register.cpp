@@ -12,7 +12,6 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 
 #include "cuda/backend.h"
 #include "cuda/sizes.h"
@@ -99,52 +98,41 @@ sn::cuda::DeviceFacts device_facts(std::int32_t device) {
   return facts;
 }
 
-sn::operators::ForwardOutputs forward_cuda(const Tensor& feats, const Tensor& labels,
-                                           const std::optional<Tensor>& candidates,
-                                           const std::optional<Tensor>& candidate_labels,
-                                           const std::optional<Tensor>& self_index, std::int64_t self_offset,
-                                           std::int64_t k, double alpha, double weight, std::int64_t squeeze,
-                                           std::int64_t reduction, bool want_squared) {
-  sn::checks::expect_cuda("forward", "feats", feats);
-  const std::int32_t device = feats.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const Place place = Place::cuda_device(device);
-  return sn::operators::forward_operator(
-      place, feats, labels, candidates, candidate_labels, self_index, self_offset, k, alpha, weight, squeeze, reduction,
-      want_squared, [&](const sn::ForwardArgs& args) {
-        const sn::cuda::Problem problem = sn::cuda::problem_of(args);
-        const sn::cuda::DeviceFacts facts = device_facts(device);
-        const ForwardPath wanted = forced_path;
-        const sn::cuda::ForwardPlan plan = sn::cuda::plan_forward(
-            problem, facts, sn::cuda::serves(wanted, problem, facts) ? wanted : ForwardPath::kAuto);
-        const Output workspace(place, {plan.workspace_bytes}, ScalarType::Byte);
-        STD_CUDA_CHECK(sn::cuda::forward(args, plan, workspace.data<char>(), current_stream(device)));
-        taken_path = plan.path;
-      });
-}
+class CudaCall {
+ public:
+  CudaCall(const char* op, const Tensor& feats) : device_(device_of(op, feats)), guard_(device_) {}
+  Place place() const { return Place::cuda_device(device_); }
+  void forward(const sn::ForwardArgs& args) const {
+    const sn::cuda::Problem problem = sn::cuda::problem_of(args);
+    const sn::cuda::DeviceFacts facts = device_facts(device_);
+    const ForwardPath wanted = forced_path;
+    const sn::cuda::ForwardPlan plan =
+        sn::cuda::plan_forward(problem, facts, sn::cuda::serves(wanted, problem, facts) ? wanted : ForwardPath::kAuto);
+    const Output workspace(place(), {plan.workspace_bytes}, ScalarType::Byte);
+    STD_CUDA_CHECK(sn::cuda::forward(args, plan, workspace.data<char>(), current_stream(device_)));
+    taken_path = plan.path;
+  }
+  void backward(const sn::BackwardArgs& args) const {
+    const sn::cuda::BackwardPlan plan = sn::cuda::plan_backward(sn::cuda::problem_of(args), device_facts(device_));
+    const Output workspace(place(), {plan.workspace_bytes}, ScalarType::Byte);
+    STD_CUDA_CHECK(sn::cuda::backward(args, plan, workspace.data<char>(), current_stream(device_)));
+  }
 
-sn::operators::BackwardOutputs backward_cuda(const Tensor& grad_loss, const Tensor& feats,
-                                             const std::optional<Tensor>& candidates, const Tensor& indices,
-                                             const Tensor& coefficients, const Tensor& stats, std::int64_t reduction,
-                                             bool need_feats, bool need_candidates) {
-  sn::checks::expect_cuda("backward", "feats", feats);
-  const std::int32_t device = feats.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const Place place = Place::cuda_device(device);
-  return sn::operators::backward_operator(
-      place, grad_loss, feats, candidates, indices, coefficients, stats, reduction, need_feats, need_candidates,
-      [&](const sn::BackwardArgs& args) {
-        const sn::cuda::BackwardPlan plan = sn::cuda::plan_backward(sn::cuda::problem_of(args), device_facts(device));
-        const Output workspace(place, {plan.workspace_bytes}, ScalarType::Byte);
-        STD_CUDA_CHECK(sn::cuda::backward(args, plan, workspace.data<char>(), current_stream(device)));
-      });
-}
+ private:
+  static std::int32_t device_of(const char* op, const Tensor& feats) {
+    sn::checks::expect_cuda(op, "feats", feats);
+    return feats.get_device_index();
+  }
+
+  std::int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sn_ops, CUDA, library) {
-  library.impl("forward", TORCH_BOX(&forward_cuda));
-  library.impl("backward", TORCH_BOX(&backward_cuda));
+  library.impl("forward", TORCH_BOX(&sn::operators::forward<CudaCall>));
+  library.impl("backward", TORCH_BOX(&sn::operators::backward<CudaCall>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sn_ops, CompositeExplicitAutograd, library) {

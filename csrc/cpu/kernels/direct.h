@@ -40,8 +40,8 @@ struct Wide<double> {
   static SN_FORCE_INLINE Vec load(const double* p, int count) { return d_load_partial(p, count); }
   static SN_FORCE_INLINE void store(double* p, Vec v) { std::memcpy(p, &v, sizeof v); }
   static SN_FORCE_INLINE Vec square_difference(Vec x, Vec z, Vec acc) {
-    const Vec t = d_sub(x, z);
-    return d_fma(t, t, acc);
+    const Vec t = f_sub(x, z);
+    return f_fma(t, t, acc);
   }
 };
 
@@ -54,6 +54,33 @@ SN_FORCE_INLINE Acc tree_sum(const Acc* lanes) {
   for (int l = 0; l < 2; ++l) a[l] += a[l + 2];
   return a[0] + a[1];
 }
+
+#if defined(__AVX2__)
+
+// One level of the tree within groups of four lanes: the lanes that each mask picks of both vectors, added.
+#if defined(__AVX512F__)
+using FloatVector = __m512;
+template <int kFirst, int kSecond>
+SN_FORCE_INLINE __m512 add_shuffled(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_ps(a, b, kFirst), _mm512_shuffle_ps(a, b, kSecond));
+}
+#else
+using FloatVector = __m256;
+template <int kFirst, int kSecond>
+SN_FORCE_INLINE __m256 add_shuffled(__m256 a, __m256 b) {
+  return _mm256_add_ps(_mm256_shuffle_ps(a, b, kFirst), _mm256_shuffle_ps(a, b, kSecond));
+}
+#endif
+
+// The last two levels of the tree.
+SN_FORCE_INLINE FloatVector reduce4(const FloatVector (&fours)[4]) {
+  FloatVector twos[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) twos[i] = add_shuffled<0x44, 0xee>(fours[i], fours[i + 2]);
+  return add_shuffled<0x88, 0xdd>(twos[0], twos[1]);
+}
+
+#endif
 
 #if defined(__AVX512F__)
 
@@ -74,13 +101,7 @@ SN_FORCE_INLINE __m512 reduce16(const __m512 (&acc)[kPairs]) {
     fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4(eights[i], eights[i + 4], 0x88),
                              _mm512_shuffle_f32x4(eights[i], eights[i + 4], 0xdd));
   }
-  __m512 twos[2];
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    twos[i] =
-        _mm512_add_ps(_mm512_shuffle_ps(fours[i], fours[i + 2], 0x44), _mm512_shuffle_ps(fours[i], fours[i + 2], 0xee));
-  }
-  return _mm512_add_ps(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
+  return reduce4(fours);
 }
 
 #elif defined(__AVX2__)
@@ -96,13 +117,7 @@ SN_FORCE_INLINE __m256 reduce8(const __m256* acc) {
     const __m256 b = acc[kReduceSlot[i + 4]];
     fours[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
   }
-  __m256 twos[2];
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    twos[i] =
-        _mm256_add_ps(_mm256_shuffle_ps(fours[i], fours[i + 2], 0x44), _mm256_shuffle_ps(fours[i], fours[i + 2], 0xee));
-  }
-  return _mm256_add_ps(_mm256_shuffle_ps(twos[0], twos[1], 0x88), _mm256_shuffle_ps(twos[0], twos[1], 0xdd));
+  return reduce4(fours);
 }
 
 #endif

@@ -72,6 +72,46 @@ SN_FORCE_INLINE Half from_float(float value, Half*) {
   return {static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
 }
 
+// ---- sixteen lanes as an array: doubles, and floats where there are no vector registers ----------------------------
+
+template <class T>
+struct LaneArray {
+  T v[kLanes];
+};
+SN_FORCE_INLINE float fused(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
+SN_FORCE_INLINE double fused(double a, double b, double c) {
+  return __builtin_fma(a, b, c);
+}
+template <class T>
+SN_FORCE_INLINE LaneArray<T> f_sub(LaneArray<T> a, LaneArray<T> b) {
+  for (int l = 0; l < kLanes; ++l) a.v[l] -= b.v[l];
+  return a;
+}
+template <class T>
+SN_FORCE_INLINE LaneArray<T> f_fma(LaneArray<T> a, LaneArray<T> b, LaneArray<T> c) {
+  for (int l = 0; l < kLanes; ++l) c.v[l] = fused(a.v[l], b.v[l], c.v[l]);
+  return c;
+}
+
+using D16 = LaneArray<double>;
+SN_FORCE_INLINE D16 d_zero() {
+  D16 r;
+  for (int l = 0; l < kLanes; ++l) r.v[l] = 0.0;
+  return r;
+}
+SN_FORCE_INLINE D16 d_load(const double* p) {
+  D16 r;
+  for (int l = 0; l < kLanes; ++l) r.v[l] = p[l];
+  return r;
+}
+SN_FORCE_INLINE D16 d_load_partial(const double* p, int count) {
+  D16 r = d_zero();
+  for (int l = 0; l < count; ++l) r.v[l] = p[l];
+  return r;
+}
+
 // ---- sixteen floats -------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
@@ -178,9 +218,7 @@ SN_FORCE_INLINE F16 f_fma(F16 a, F16 b, F16 c) {
 
 #else
 
-struct F16 {
-  float v[kLanes];
-};
+using F16 = LaneArray<float>;
 SN_FORCE_INLINE F16 f_set1(float x) {
   F16 r;
   for (int l = 0; l < kLanes; ++l) r.v[l] = x;
@@ -201,14 +239,6 @@ SN_FORCE_INLINE F16 f_add(F16 a, F16 b) {
   for (int l = 0; l < kLanes; ++l) a.v[l] += b.v[l];
   return a;
 }
-SN_FORCE_INLINE F16 f_sub(F16 a, F16 b) {
-  for (int l = 0; l < kLanes; ++l) a.v[l] -= b.v[l];
-  return a;
-}
-SN_FORCE_INLINE F16 f_fma(F16 a, F16 b, F16 c) {
-  for (int l = 0; l < kLanes; ++l) c.v[l] = __builtin_fmaf(a.v[l], b.v[l], c.v[l]);
-  return c;
-}
 
 #endif
 
@@ -227,33 +257,4 @@ SN_FORCE_INLINE F16 f_load_partial(const T* p, int count) {
   float wide[kLanes] = {};
   for (int l = 0; l < count; ++l) wide[l] = to_float(p[l]);
   return f_load(wide);
-}
-
-// ---- sixteen doubles: the plain path for fp64 -----------------------------------------------------------------------
-
-struct D16 {
-  double v[kLanes];
-};
-SN_FORCE_INLINE D16 d_zero() {
-  D16 r;
-  for (int l = 0; l < kLanes; ++l) r.v[l] = 0.0;
-  return r;
-}
-SN_FORCE_INLINE D16 d_load(const double* p) {
-  D16 r;
-  for (int l = 0; l < kLanes; ++l) r.v[l] = p[l];
-  return r;
-}
-SN_FORCE_INLINE D16 d_load_partial(const double* p, int count) {
-  D16 r = d_zero();
-  for (int l = 0; l < count; ++l) r.v[l] = p[l];
-  return r;
-}
-SN_FORCE_INLINE D16 d_sub(D16 a, D16 b) {
-  for (int l = 0; l < kLanes; ++l) a.v[l] -= b.v[l];
-  return a;
-}
-SN_FORCE_INLINE D16 d_fma(D16 a, D16 b, D16 c) {
-  for (int l = 0; l < kLanes; ++l) c.v[l] = __builtin_fma(a.v[l], b.v[l], c.v[l]);
-  return c;
 }

@@ -1,6 +1,6 @@
-// What every native entry verifies before it touches memory, for each backend's registration file.
-// Python validates first and raises the documented error types; these checks keep a direct torch.ops call
-// safe. Every message names the operator and the argument, what was expected and what came.
+// Checks of a native call before it touches memory, shared by the backends' registration files. Python validates first
+// and raises the documented errors; these checks keep a direct torch.ops call safe. Every message names the operator,
+// the argument, what was expected and what came.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -22,7 +22,7 @@ namespace sn::checks {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// std::invalid_argument reaches Python as ValueError where the framework's binding translates it.
+// Throws std::invalid_argument, which the framework's binding translates to ValueError in Python.
 template <typename... Parts>
 [[noreturn]] inline void fail(const char* op, const char* argument, const Parts&... parts) {
   std::ostringstream message;
@@ -58,7 +58,7 @@ inline DType feature_dtype(const char* op, const char* argument, const Tensor& t
   }
 }
 
-// Sums and the loss: double for double features, float for all others.
+// The type of sums and of the loss: double for double features, float for all others.
 inline ScalarType accumulation_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
@@ -107,7 +107,7 @@ inline void expect_between(const char* op, const char* argument, std::int64_t go
   if (got < low || got > high) fail(op, argument, "expected ", low, " to ", high, ", got ", got);
 }
 
-// Every entry of an index array is -1 (none) or a row below `rows`. The loop has no branch, so that it vectorises.
+// Every entry of an index array must be -1 (none) or a row below `rows`. The first loop has no branch and vectorises.
 template <typename Index>
 inline void expect_indices(const char* op, const char* argument, const Index* values, std::int64_t count,
                            std::int64_t rows) {
@@ -125,7 +125,7 @@ inline void expect_indices(const char* op, const char* argument, const Index* va
   }
 }
 
-// Native code wants unit stride along the last dimension; rows may lie anywhere. Copies only when they do not.
+// Kernels need unit stride along the last dimension; rows may be anywhere. Copies a tensor that is not so.
 inline Tensor unit_stride(const Tensor& tensor) {
   const std::int64_t last = tensor.dim() - 1;
   if (last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1) return tensor;

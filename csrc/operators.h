@@ -1,5 +1,5 @@
-// The two operators around a backend's core, once for every registration file: inputs are verified, outputs allocated, and
-// the core is called with plain arguments.
+// The two operators around a backend's core, once for all registration files: they verify inputs, allocate outputs and
+// call the core with plain arguments.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -33,7 +33,7 @@ using checks::unit_stride;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Where a call's tensors live.
+// The device of a call's tensors.
 struct Place {
   bool cuda;
   std::int32_t device_type;
@@ -54,9 +54,8 @@ struct Place {
 
 // ---- outputs --------------------------------------------------------------------------------------------------------
 
-// torch::stable::empty goes through the dispatcher and a Tensor of its own is copied into a second handle on
-// the way out. This reaches the allocator directly and hands over the one handle there is: small batches feel
-// seven outputs.
+// An output tensor. torch::stable::empty goes through the dispatcher and copies its Tensor into a second handle to
+// return it. This calls the allocator directly and passes on its one handle: small batches feel seven outputs.
 class Output {
  public:
   Output(const Place& place, std::initializer_list<std::int64_t> sizes, ScalarType type) {
@@ -80,7 +79,7 @@ class Output {
     return static_cast<T*>(data);
   }
 
-  // The handle as TORCH_BOX puts it on the framework's stack, which owns it from then on.
+  // The handle as TORCH_BOX puts it on the framework's stack, which then owns it.
   StableIValue release() { return reinterpret_cast<std::uintptr_t>(handle_.release()); }
 
  private:
@@ -95,13 +94,13 @@ class Output {
 using ForwardOutputs =
     std::tuple<StableIValue, StableIValue, StableIValue, StableIValue, StableIValue, StableIValue, StableIValue>;
 
-// A backend's `Call` lives as long as one call of an operator and is made of the operator's name and the features, which
-// it expects on its device. It has
-//   Place place() const               where the other tensors must be and outputs go
-//   void forward(const ForwardArgs&) const, void backward(const BackwardArgs&) const
-//                                     which compute.
-// On a CPU what indices point at is verified too; on a GPU that would take a synchronisation, and kernels treat an index
-// out of range as none.
+// A backend implements `Call`, an object per call of an operator, made of the operator's name and the features, whose
+// device it checks:
+//   Place place() const                          the device of the other tensors
+//   void forward(const ForwardArgs&) const       computes
+//   void backward(const BackwardArgs&) const     computes
+// On a CPU the entries of index tensors are verified too. On a GPU that would take a synchronisation; its kernels treat
+// an index out of range as none.
 template <class Call>
 ForwardOutputs forward(const Tensor& feats, const Tensor& labels, const std::optional<Tensor>& candidates,
                        const std::optional<Tensor>& candidate_labels, const std::optional<Tensor>& self_index,

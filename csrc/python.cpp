@@ -1,5 +1,6 @@
-// The pybind11 module `_C`: facts about this build and its plans. The only file that knows Python. It knows no torch:
-// older releases of torch refuse their copy of pybind11 to whoever asks for the stable ABI, which sn_ops.cpp does.
+// The pybind11 module `_C`: facts about this build and its plans. This is the only file that knows Python, and it does
+// not know torch: older releases of torch do not offer their copy of pybind11 to code that uses the stable ABI, as
+// sn_ops.cpp does.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -172,7 +173,7 @@ PYBIND11_MODULE(_C, module) {
              "How the CPU forward would run: path, list_capacity, workspace_bytes. dtype: 0 float32, 1 float64, "
              "2 float16, 3 bfloat16.");
 
-  // The H200's facts, so that a plan can be read where there is no GPU.
+  // Defaults are an H200's facts, so that plans can be read on a machine without a GPU.
   const auto capability = py::arg("capability") = std::pair<int, int>(9, 0);
   const auto multiprocessors = py::arg("multiprocessors") = sn::cuda::DeviceFacts{}.multiprocessors;
   const auto shared_bytes = py::arg("shared_bytes") = sn::cuda::DeviceFacts{}.shared_bytes;

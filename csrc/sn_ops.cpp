@@ -1,5 +1,4 @@
-// Operator schemas and the CPU kernels behind them. Written against LibTorch's stable ABI, so that one binary serves
-// every supported version of torch.
+// Operator schemas and their CPU kernels, on LibTorch's stable ABI: one binary serves every supported version of torch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -30,14 +29,14 @@ constexpr const char* kBackwardSchema =
     "backward(Tensor grad_loss, Tensor feats, Tensor? candidates, Tensor indices, Tensor coefficients, "
     "Tensor stats, int reduction, bool need_feats, bool need_candidates) -> "
     "(Tensor grad_feats, Tensor grad_candidates)";
-// For tests: the path of the CUDA forward from now on, a sn::cuda::ForwardPath; `_C_cuda` implements it.
+// For tests: forces the path of the CUDA forward, a sn::cuda::ForwardPath. `_C_cuda` implements it.
 constexpr const char* kCudaForcePathSchema = "cuda_force_path(int path) -> ()";
-// The path that the last CUDA forward of this process took; 0 before the first.
+// The path of the last CUDA forward of this process, 0 before the first.
 constexpr const char* kCudaLastPathSchema = "cuda_last_path() -> int";
 
 // ---- the framework's threads ----------------------------------------------------------------------------------------
 
-// An exception must not unwind through the C entry below, nor through another thread's frames.
+// Carries an exception past the C entry below and past other threads' frames, which it must not unwind.
 struct GuardedBody {
   void (*body)(std::int64_t, std::int64_t, void*);
   void* context;
@@ -67,7 +66,7 @@ sn::ThreadPool thread_pool() {
 
 // ---- the CPU's operators --------------------------------------------------------------------------------------------
 
-// A large output that is written once asks for huge pages, so that its first touch costs less.
+// Asks for huge pages for a large output, which is written once: its first touch then costs less.
 void prefer_huge_pages(void* output, std::int64_t elements, sn::DType dtype) {
   constexpr std::int64_t kHugeFrom = std::int64_t{4} << 20;
   const std::int64_t bytes = elements * sn::element_bytes(dtype);

@@ -1,12 +1,11 @@
-// Backward: a support graph and the upstream gradient to feature gradients. Knows nothing of alpha, squeeze
-// or labels.
+// Backward: from a support graph and the upstream gradient to feature gradients. Neither alpha nor squeeze nor labels
+// matter here.
 //
 //   dX_i += g_i w_ij (x_i - z_j),   dZ_j -= g_i w_ij (x_i - z_j)   over the edges (i, j) of the graph.
 //
-// Edges are listed by target row: an anchor's own in slot order; a candidate's incoming ones by ascending
-// anchor. In the symmetric case a row's list is both, and an edge whose reverse exists too appears once, with
-// the two weights added: (x_i - x_j) is the same vector. Every sum has a fixed order; no two workers write
-// one row's element.
+// Edges are listed by target row: an anchor's own edges in slot order, a candidate's incoming edges by ascending
+// anchor. In the symmetric case a row's list holds both, and an edge and its reverse are one entry with the two weights
+// added, since (x_i - x_j) is the same vector. Every sum has a fixed order. No two workers write the same element.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -40,7 +39,7 @@ void fill_nan(DType dtype, void* out, std::int64_t count) {
   }
 }
 
-// Weighted edges of the graph, g_i w_ij in the accumulation type; absent and zero edges have weight 0.
+// Weighted edges of the graph, g_i w_ij in the accumulation type. Absent edges have weight 0.
 template <class Acc>
 class Edges {
  public:
@@ -65,7 +64,7 @@ class Edges {
                                 : shared_;
     return static_cast<Acc>(upstream * static_cast<double>(coefficient));
   }
-  // Slot of the edge anchor -> candidate, -1 if there is none that counts.
+  // Slot of the edge anchor -> candidate, -1 without one of nonzero weight.
   std::int32_t slot_of(std::int64_t anchor, std::int32_t candidate) const {
     const std::int32_t* indices = args_.indices + anchor * args_.edges;
     for (std::int64_t e = 0; e < args_.edges; ++e) {
@@ -79,15 +78,15 @@ class Edges {
   double shared_ = 0.0;
 };
 
-// The edges of one side by target row: an anchor's own if `own`, a candidate's incoming ones if `incoming`;
-// both in the symmetric case, where an edge that has a reverse is merged with it.
+// The edges of one side by target row: an anchor's own with `own`, a candidate's incoming ones with `incoming`. With
+// both, in the symmetric case, an edge and its reverse are merged.
 template <class Acc>
 class Adjacency {
  public:
   Adjacency(const BackwardArgs& args, const ThreadPool& pool, bool own, bool incoming)
       : args_(args), edges_(args), own_(own), incoming_(incoming) {
     const std::int64_t N = args.anchors.rows;
-    // Slots are kept in 16 bits to save memory; a graph with more edges an anchor is not merged.
+    // Slots take 16 bits to save memory. Graphs with more edges an anchor are not merged.
     merge_ = own && incoming && args.edges <= std::numeric_limits<std::int16_t>::max();
     if (merge_) {
       reverse_.resize(static_cast<std::size_t>(N * args.edges));
@@ -102,7 +101,7 @@ class Adjacency {
 
   std::int64_t rows() const { return static_cast<std::int64_t>(counts_.size()); }
 
-  // Calls use(lists, first, last) for strips of rows whose lists fit in `most` entries (or that are one row).
+  // Calls use(lists, begin) for strips of rows whose lists have at most `most` entries, or that are one row.
   template <class Use>
   void for_each_strip(std::int64_t most, const Use& use) const {
     std::vector<std::int64_t> begin;
@@ -135,7 +134,7 @@ class Adjacency {
     }
   }
 
-  // visit(row, neighbour, weight) for rows [first, last), the edges of each row in list order.
+  // Calls to(row, neighbour, weight) for the edges of rows [first, last), those of each row in list order.
   template <class Visit>
   void visit(std::int64_t first, std::int64_t last, const Visit& to) const {
     const auto reverse_of = [&](std::int64_t i, std::int64_t e) {
@@ -170,7 +169,7 @@ class Adjacency {
   std::vector<std::int32_t> counts_;
 };
 
-// Cuts of the rows of a strip into parts with about equally many edges: a batch may have a hub that everybody selects.
+// Cuts a strip of rows into parts with about the same number of edges: a batch may have a hub that everybody selects.
 std::vector<std::int64_t> balanced_rows(const std::vector<std::int64_t>& begin, std::int64_t parts) {
   const std::int64_t rows = static_cast<std::int64_t>(begin.size()) - 1;
   const std::int64_t work = begin[rows] + rows;
@@ -188,7 +187,7 @@ std::vector<std::int64_t> balanced_rows(const std::vector<std::int64_t>& begin, 
   return cuts;
 }
 
-// Writes to each page of an output that is about to be overwritten.
+// Writes to each page of an output that is to be overwritten.
 void touch(const ThreadPool& pool, int workers, void* out, std::int64_t bytes) {
   constexpr std::int64_t kPage = 4096;
   constexpr std::int64_t kPart = std::int64_t{2} << 20;
@@ -198,18 +197,17 @@ void touch(const ThreadPool& pool, int workers, void* out, std::int64_t bytes) {
   });
 }
 
-// A strip of one side: out_r = sum_e weight_e (own_r - other_e).
+// One strip of one side: out_r = sum_e weight_e (own_r - other_e).
 void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& kernels, const FeatureView& own,
             const FeatureView& other, const EdgeLists& edges, const std::vector<std::int64_t>& begin, void* out) {
   const std::int64_t rows = static_cast<std::int64_t>(begin.size()) - 1;
   const double operations = 0.1 * static_cast<double>(begin[rows] + 2 * rows) * static_cast<double>(args.dims);
   const int workers = workers_for(pool, operations);
-  constexpr std::int64_t kParts = 4;  // a worker
+  constexpr std::int64_t kParts = 4;  // per worker
   std::vector<std::int64_t> cuts = balanced_rows(begin, workers == 1 ? 1 : kParts * workers);
   for (std::int64_t& cut : cuts) cut += edges.first_row;
   const std::int64_t parts = static_cast<std::int64_t>(cuts.size()) - 1;
-  // As in the forward's refinement: gather a block of columns where it stays in cache, use it for all rows,
-  // go on.
+  // As in the forward's refinement: gathers a block of columns where it stays in cache, uses it for all rows, goes on.
   const bool by_columns =
       args.dtype != DType::kFloat64 && refines_by_columns(own.rows, other.rows, args.dims) && begin[rows] >= own.rows;
   if (!by_columns) {
@@ -230,7 +228,7 @@ void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& ker
   const std::int64_t blocks = (args.dims + kBackwardColumns - 1) / kBackwardColumns;
   const std::int64_t own_items = (own.rows + kRows - 1) / kRows;
   const std::int64_t other_items = (other_rows + kRows - 1) / kRows;
-  // Every worker writes to every row: touch fresh pages first, each by one worker, or they all fault on the same ones.
+  // Every worker writes to every row. One worker touches each fresh page first, or all would fault on the same pages.
   if (edges.first_row == 0) touch(pool, workers, out, own.rows * args.dims * element_bytes(args.dtype));
   const auto line_up = [&](std::int64_t block, std::int64_t item, std::int64_t buffer) {
     const bool of_own = item < own_items;
@@ -248,7 +246,7 @@ void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& ker
   gather_and_use(pool, workers, blocks, own_items + other_items, parts, false, line_up, use);
 }
 
-// Entries of edge lists held at a time: 512 bytes a row and some megabytes. K = 10 never needs a second strip.
+// Entries of edge lists held at a time: 512 bytes a row and some megabytes. K = 10 always fits into one strip.
 template <class Acc>
 std::int64_t most_entries(std::int64_t rows) {
   constexpr std::int64_t kFixed = std::int64_t{4} << 20;

@@ -1,4 +1,4 @@
-// The CPU backend's entry points. The loss on a CPU: forward to a support graph, backward from one.
+// The entry points of the CPU backend: a forward to a loss and a support graph, a backward from one.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +15,9 @@ std::vector<std::string> usable_capabilities();  // compiled and supported by th
 std::string capability();                        // in use; at load the best usable, or SN_OPS_CPU_CAPABILITY
 void set_capability(const std::string& name);    // throws std::invalid_argument naming what is allowed
 
-// Paths a forward can take; every path selects the same neighbours in the same order.
+// Paths of a forward. Every path selects the same neighbours in the same order.
 enum class Path : std::int32_t { kAuto = 0, kDirect = 1, kScreen = 2 };
-void set_path(Path path);  // tests force a path; kAuto otherwise
+void set_path(Path path);  // for tests; kAuto unless they force one
 
 struct Plan {
   Path path;                     // kDirect or kScreen
@@ -27,7 +27,7 @@ struct Plan {
 Plan plan_forward(std::int64_t anchors, std::int64_t candidates, std::int64_t dims, std::int64_t k, DType dtype,
                   bool symmetric, int threads);
 
-// Throw std::bad_alloc when scratch cannot be had; arguments are checked by the caller.
+// Throw std::bad_alloc when scratch cannot be allocated. The caller checks the arguments.
 void forward(const ForwardArgs& args, const ThreadPool& pool);
 void backward(const BackwardArgs& args, const ThreadPool& pool);
 

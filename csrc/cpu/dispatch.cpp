@@ -1,4 +1,4 @@
-// Which instruction set runs: the best this machine and its operating system support, unless told otherwise.
+// Chooses the instruction set: the best that the machine and its operating system support, unless one is set.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -14,7 +14,7 @@ struct Level {
   bool usable;
 };
 
-// Weakest first. __builtin_cpu_supports also asks whether the operating system saves the registers.
+// Weakest first. __builtin_cpu_supports also checks that the operating system saves the registers.
 std::vector<Level> levels() {
   std::vector<Level> all = {{&generic::kTable, true}};
 #if defined(__x86_64__)
@@ -57,7 +57,7 @@ const Kernels* at_load() {
   return best;
 }
 
-// Chosen at first use, so that a wrong SN_OPS_CPU_CAPABILITY is an error that can be caught, not a failed load.
+// Chosen at the first use, not at load: a wrong SN_OPS_CPU_CAPABILITY is then an error that a program can catch.
 std::atomic<const Kernels*> active{nullptr};
 
 }  // namespace

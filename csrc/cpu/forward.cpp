@@ -1,8 +1,8 @@
-// Forward: features and labels to a loss and a support graph.
+// Forward: from features and labels to a loss and a support graph.
 //
-// Two paths, one answer. "direct" (forward_direct.cpp) computes every distance in the one summation order
-// (kernels/direct.h). "screen" (forward_screen.cpp) multiplies a bfloat16 copy to bound every distance, and computes in
-// that same order only those the bounds leave open.
+// Two paths with one result. "direct" (forward_direct.cpp) computes every distance in the one summation order
+// (kernels/direct.h). "screen" (forward_screen.cpp) bounds every distance by a product of a bfloat16 copy, and computes
+// in the same order only the distances that the bounds leave open.
 #include "forward.h"
 
 #include "cpu.h"

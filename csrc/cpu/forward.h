@@ -13,7 +13,7 @@ template <class Acc>
 void forward_direct(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kernels,
                     const Identities& identities, Loss<Acc>& loss);
 
-// False if the rows cannot be screened; nothing has been written then.
+// Returns false, with nothing written, if the rows cannot be screened.
 bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kernels,
                     const Identities& identities, Loss<float>& loss);
 

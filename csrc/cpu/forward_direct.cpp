@@ -1,4 +1,4 @@
-// The direct path: every distance, in the one summation order (kernels/direct.h).
+// The direct path: computes every distance in the one summation order (kernels/direct.h).
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -12,7 +12,7 @@
 namespace sn::cpu {
 namespace {
 
-// The support set of one row of distances. keys: scratch. Any K.
+// The support set of one row of distances, for any K. keys, ids: scratch.
 template <class Acc>
 std::int64_t select(const Kernels& kernels, const Acc* d2, std::int64_t count, std::int64_t self, std::int64_t K,
                     std::vector<std::uint64_t>& keys, std::vector<std::int32_t>& ids, std::int32_t* support,
@@ -72,7 +72,7 @@ void forward_direct(const ForwardArgs& args, const ThreadPool& pool, const Kerne
     }
   }
 
-  // A strip of anchors against all candidates at a time; the whole square, half of it mirrored, if that is small.
+  // A strip of anchors against all candidates at a time. A small symmetric square is one strip, half of it mirrored.
   const std::int64_t strip = direct_strip(N, M, static_cast<std::int64_t>(sizeof(Acc)));
   const bool mirrored = args.symmetric && strip >= N;
   Scratch scratch(static_cast<std::size_t>(strip) * static_cast<std::size_t>(M) * sizeof(Acc));
@@ -98,7 +98,7 @@ void forward_direct(const ForwardArgs& args, const ThreadPool& pool, const Kerne
         for (std::int64_t j = i0 == j0 ? i + 1 : 0; j < nj; ++j) d2[(j0 + j) * M + i0 + i] = block[i * M + j];
       }
     });
-    // Anchors of one block are summed by one worker: blocks of the strip must be blocks of the whole.
+    // One worker adds up the anchors of one block: blocks of a strip must be blocks of the whole batch.
     const int selectors = workers_for(pool, static_cast<double>(rows) * (static_cast<double>(M) + 2500.0));
     const std::int64_t first_block = first / kAnchorBlock;
     const std::int64_t last_block = (first + rows - 1) / kAnchorBlock;

@@ -1,17 +1,17 @@
-// The screening path: products of a bfloat16 copy bound every distance; direct sums decide what the bounds leave open.
+// The screening path: products of a bfloat16 copy bound every distance; direct sums decide where the bounds cannot.
 //
-// The bound of the screening (notation of kernels.h; u = 2^-24; all inequalities are worst case). With exact
-// a = x - mean and r = a - A, |a.b - A.B| <= |A||r_b| + |r_a||B| + |r_a||r_b|, and for any theta > 0
+// The bound of the screening, in the notation of kernels.h, with u = 2^-24. All inequalities are worst cases. With
+// exact a = x - mean and r = a - A, |a.b - A.B| <= |A||r_b| + |r_a||B| + |r_a||r_b|, and for any theta > 0
 //   2 |A||r_b| <= theta |A|^2 + |r_b|^2 / theta,      2 |r_a||r_b| <= |r_a|^2 + |r_b|^2,
 // so the error of 2 a.b splits into one term a row: theta |A|^2 + (1/theta + 1) |r|^2. theta is the root mean square of
-// |r| / |t| over all rows, but any value is right: an outlier loosens only its own bound. To it are added, a row:
+// |r| / |t| over all rows. Any value is right, and an outlier loosens only its own bound. Each row adds:
 //   g |t|^2      accumulation of the products: at most D + 2 steps of relative error `product_rounding` each, on a sum
 //                of magnitudes of at most |A||B| <= (|A|^2 + |B|^2) / 2
 //   c |t|^2      the norm: t rounded once (2 u), D / 16 + 8 additions of squares
 //   2 f |t|^2    the direct sum itself (relative error f, kernels/direct.h) on d2 <= 2 |a|^2 + 2 |b|^2
 //   32 u |t|^2   scores, upper bounds and thresholds: a few roundings of numbers below 2 |a|^2 + 2 |b|^2
 //   D 2^-120     products and squares that underflow
-// |r| is the stored residual's root plus u |t| for the rounding of t; a margin of 1 % covers the products of these
+// |r| is the root of the stored residual plus u |t| for the rounding of t. A margin of 1 % covers the products of these
 // small numbers and the float arithmetic on the bound itself.
 #include <algorithm>
 #include <atomic>
@@ -31,8 +31,8 @@
 namespace sn::cpu {
 namespace {
 
-// Direct distances between the members of each identity: near_i and far_i. Exact and without a list, and few
-// pairs unless identities are huge.
+// Nearest and farthest positive of each anchor, from direct distances between the members of each identity. These are
+// few pairs unless identities are huge.
 void find_positives(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kernels,
                     const Identities& identities, Loss<float>& loss) {
   struct Item {
@@ -49,7 +49,7 @@ void find_positives(const ForwardArgs& args, const ThreadPool& pool, const Kerne
       items.push_back({static_cast<std::int32_t>(g), static_cast<std::int32_t>(block)});
     }
   }
-  // Blocks of one identity meet the same anchors when halves are shared; a lock for each run of positions.
+  // In the symmetric case two blocks of pairs may offer to the same anchor: a lock for each block of positions.
   const auto locks = std::make_unique<std::mutex[]>(static_cast<std::size_t>(args.anchors.rows / kDirectBlock + 1));
   const std::vector<std::int32_t>& candidates = identities.candidate_order();
   const int workers = workers_for(pool, 0.1 * pairs * static_cast<double>(args.dims));
@@ -61,7 +61,7 @@ void find_positives(const ForwardArgs& args, const ThreadPool& pool, const Kerne
     const void* z[kDirectBlock];
     float d2[kDirectBlock * kDirectBlock];
     for (std::int64_t i = 0; i < np; ++i) x[i] = row_of(args.anchors, args.dtype, identities.anchor_order[p0 + i]);
-    // Offers to anchor p what value(n) and candidate(n) give for n in [begin, end): first and last of them by distance.
+    // Offers to anchor p the nearest and the farthest of candidate(n) at distance value(n), n in [begin, end).
     const auto offer = [&](std::int64_t p, std::int64_t begin, std::int64_t end, const auto& value,
                            const auto& candidate) {
       const std::int64_t anchor = identities.anchor_order[p];
@@ -100,7 +100,7 @@ void find_positives(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   });
 }
 
-// Arrays of the screening, in one piece of scratch.
+// The arrays of the screening, slices of one piece of scratch.
 struct Layout {
   Screen screen;
   float* mean;
@@ -149,7 +149,7 @@ Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, bool widens, Sli
   screen.lists = slices.take<Entry>(N * plan.capacity);
   screen.list_counts = slices.take<std::int32_t>(N);
   screen.list_limits = slices.take<std::int32_t>(N);
-  screen.settled_counts = slices.take<std::int32_t>(N);
+  screen.exact_counts = slices.take<std::int32_t>(N);
   screen.thresholds = slices.take<float>(screen.anchors.padded);
   layout.tile_floats = plan.tile * kTilePitch;
   layout.worker_floats = layout.tile_floats + (widens ? wide_floats(plan.tile) : 0);
@@ -157,8 +157,8 @@ Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, bool widens, Sli
   return layout;
 }
 
-// Rows whose values are equal, beyond the first K + 1 by index, can be nobody's support: each of the K + 1 is
-// as near and comes first, and at most one of them is the anchor itself. Calls exclude(position) for them.
+// Of rows with equal values only the first K + 1 by index can be in a support set: they are as near and come first, and
+// at most one of them is the anchor itself. Calls exclude(position) for the others.
 template <class Exclude>
 void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std::int64_t K, const Exclude& exclude) {
   const ScreenSide& side = layout.screen.candidates;
@@ -173,7 +173,7 @@ void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std:
   const std::size_t row_bytes =
       static_cast<std::size_t>(args.dims) * (args.dtype == DType::kFloat32 ? sizeof(float) : sizeof(std::uint16_t));
   for (std::int64_t row = 0; row < M; ++row) {
-    // Equal rows have equal norms and residuals, to the bit; nearly nothing else has.
+    // Equal rows have equal bits of norm and residual; other rows hardly ever do.
     const std::int64_t position = layout.candidate_positions[row];
     std::uint32_t halves[2];
     std::memcpy(&halves[0], &side.norm[position], sizeof(float));
@@ -197,7 +197,7 @@ void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std:
   }
 }
 
-// The bound E of each row, and the bias of each candidate. False if the scale of the rows is out of the
+// Computes the bound E of each row and the bias of each candidate. Returns false if the rows' scale is outside the
 // bound's range.
 bool bound_errors(const ForwardArgs& args, const Kernels& kernels, const Layout& layout) {
   const ScreenSide* sides[2] = {&layout.screen.anchors, &layout.screen.candidates};
@@ -212,7 +212,7 @@ bool bound_errors(const ForwardArgs& args, const Kernels& kernels, const Layout&
       largest = std::max(largest, sides[s]->norm[p]);
     }
   }
-  // Far from overflow and underflow, as the bound assumes; all-equal rows (0) are fine.
+  // The bound assumes values far from overflow and underflow. Rows that are all equal (0) are fine.
   if (!(largest <= 0x1p60f) || (largest > 0.0f && largest < 0x1p-60f)) return false;
   constexpr double u = 0x1p-24;
   const double D = static_cast<double>(args.dims);
@@ -236,8 +236,8 @@ bool bound_errors(const ForwardArgs& args, const Kernels& kernels, const Layout&
   return true;
 }
 
-// Every tile of products, each followed by its epilogue. Lists change under the lock of their block of
-// positions; what ends up selected does not depend on the order of the tiles.
+// Multiplies every tile and runs its epilogue. Lists change under the lock of their block of positions. The selection
+// does not depend on the order of the tiles.
 void sweep(const ThreadPool& pool, const Kernels& kernels, const ScreenPlan& plan, const Layout& layout) {
   const Screen& screen = layout.screen;
   const std::int64_t row_blocks = divide_up(screen.anchors.padded, plan.tile);
@@ -245,7 +245,7 @@ void sweep(const ThreadPool& pool, const Kernels& kernels, const ScreenPlan& pla
   const std::int64_t tiles = screen.symmetric ? row_blocks * (row_blocks + 1) / 2 : row_blocks * column_blocks;
   const auto locks = std::make_unique<std::mutex[]>(static_cast<std::size_t>(row_blocks));
 
-  // Symmetric: diagonal after diagonal of the upper triangle, so that every row has a good threshold early.
+  // Symmetric: the upper triangle, one diagonal after the other, so that every row has a good threshold early.
   std::vector<std::int64_t> diagonal_start;
   if (screen.symmetric) {
     for (std::int64_t d = 0, start = 0; d < row_blocks; start += row_blocks - d, ++d) diagonal_start.push_back(start);
@@ -281,7 +281,7 @@ void sweep(const ThreadPool& pool, const Kernels& kernels, const ScreenPlan& pla
   });
 }
 
-// Direct distances of what is left in the lists, replacing the scores.
+// Replaces the scores of the entries that are left by direct distances.
 void refine(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kernels, const Layout& layout) {
   const Screen& screen = layout.screen;
   const std::int64_t N = args.anchors.rows;
@@ -302,8 +302,8 @@ void refine(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kern
       for (std::int64_t e = 0; e < screen.list_counts[p]; ++e) screen.lists[p * screen.capacity + e].score = 0.0f;
     }
   });
-  // Rows are far apart in memory and wanted many times: gather a segment of columns where it stays in cache, use it for
-  // all lists, go on. The screening copy is no longer needed and makes room for two such buffers.
+  // Rows are far apart in memory and each is used many times: gathers a segment of columns where it stays in cache,
+  // uses it for all lists, goes on. The screening copy is no longer needed and its memory holds two such buffers.
   const std::int64_t M = args.symmetric ? 0 : args.candidates.rows;
   float* buffers[2] = {reinterpret_cast<float*>(screen.anchors.packed), nullptr};
   float* candidate_buffers[2] = {reinterpret_cast<float*>(screen.candidates.packed), nullptr};
@@ -354,7 +354,6 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   screen.candidates.features = args.candidates;
   screen.candidates.order = identities.candidate_order().data();
 
-  // Copy and bounds.
   {
     const DefaultFloatingPoint mode;
     const FeatureView sides[2] = {args.anchors, args.candidates};
@@ -381,7 +380,7 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
     }
   }
   std::fill_n(screen.list_counts, N, 0);
-  std::fill_n(screen.settled_counts, N, 0);
+  std::fill_n(screen.exact_counts, N, 0);
   std::fill_n(screen.list_limits, N, static_cast<std::int32_t>(plan.first_pruning));
   std::fill_n(screen.thresholds, N, std::numeric_limits<float>::max());
   std::fill_n(screen.thresholds + N, screen.anchors.padded - N, -std::numeric_limits<float>::infinity());

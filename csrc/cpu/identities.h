@@ -9,7 +9,7 @@
 
 namespace sn::cpu {
 
-// Rows in the order of their labels, equal labels in the order of their indices.
+// Rows ordered by label, rows of one label by index.
 inline std::vector<std::int32_t> order_by_label(const std::int64_t* labels, std::int64_t count) {
   std::vector<std::int32_t> order(static_cast<std::size_t>(count));
   for (std::int64_t i = 0; i < count; ++i) order[i] = static_cast<std::int32_t>(i);
@@ -26,8 +26,8 @@ inline std::vector<std::int32_t> order_by_label(const std::int64_t* labels, std:
   return order;
 }
 
-// Anchors [anchor_begin, anchor_end) and candidates [candidate_begin, candidate_end), as positions, of one
-// label.
+// Positions of the anchors [anchor_begin, anchor_end) and the candidates [candidate_begin, candidate_end) of one label.
+// A position is an index into the order by label.
 struct Identity {
   std::int64_t anchor_begin, anchor_end;
   std::int64_t candidate_begin, candidate_end;
@@ -36,7 +36,7 @@ struct Identity {
 struct Identities {
   std::vector<std::int32_t> anchor_order;
   std::vector<std::int32_t> candidate_order_storage;  // empty when symmetric
-  std::vector<Identity> list;                         // those with both anchors and candidates
+  std::vector<Identity> list;                         // identities with both anchors and candidates
 
   explicit Identities(const ForwardArgs& args) {
     const std::int64_t N = args.anchors.rows;

@@ -1,5 +1,6 @@
-// What the orchestration (forward.cpp, backward.cpp; compiled once) asks of the hot loops (kernels/kernels.cpp;
-// compiled once per instruction set): a table of functions on plain types. Nothing here allocates, locks or throws.
+// The interface between the orchestration (forward*.cpp, backward.cpp), which is compiled once, and the hot loops
+// (kernels/), which are compiled once per instruction set: a table of functions on plain types. They do not allocate,
+// lock or throw.
 #pragma once
 
 #include <cstdint>
@@ -12,19 +13,18 @@ namespace sn::cpu {
 
 inline constexpr std::int64_t kDirectBlock = 32;      // rows of a block of direct distances
 inline constexpr std::int64_t kPanel = 16;            // rows interleaved in the screening copy
-inline constexpr std::int64_t kTileGrain = 48;        // both micro-kernels' column counts (48, 16) divide it
-inline constexpr std::int64_t kTileSmall = 96;        // rows and columns of a screening tile: small batches
-inline constexpr std::int64_t kTileLarge = 192;       // and large ones
-inline constexpr std::int64_t kDepth = 256;           // columns of features a micro-kernel takes at a time
-inline constexpr std::int64_t kListSlack = kPanel;    // grain of the room that a list must keep after pruning
-inline constexpr std::int64_t kListMost = 352;        // entries a list may ever have (stack buffers are this long)
-inline constexpr std::int64_t kRefineColumns = 64;    // columns gathered at a time, one segment of the direct sum
-inline constexpr std::int64_t kBackwardColumns = 64;  // columns gathered at a time in the backward
+inline constexpr std::int64_t kTileGrain = 48;        // a multiple of the micro-kernels' columns, 48 and 16
+inline constexpr std::int64_t kTileSmall = 96;        // rows and columns of a screening tile for small batches
+inline constexpr std::int64_t kTileLarge = 192;       // and for large ones
+inline constexpr std::int64_t kDepth = 256;           // columns of features that a micro-kernel multiplies at a time
+inline constexpr std::int64_t kListMost = 352;        // most entries of a list; the length of stack buffers
+inline constexpr std::int64_t kRefineColumns = 64;    // columns gathered at a time: one segment of the direct sum
+inline constexpr std::int64_t kBackwardColumns = 64;  // the same in the backward
 static_assert(kTileGrain % kPanel == 0);
 static_assert(kTileSmall % kTileGrain == 0 && kTileLarge % kTileGrain == 0);
 static_assert(kDepth % 2 == 0, "columns are stored in pairs");
-// Products of a tile are kept with one pitch whatever the tile's size. Instruction sets without a bfloat16
-// dot product widen both operands to fp32, half kDepth at a time.
+// Products of a tile have the same pitch whatever the tile's size. Instruction sets without a bfloat16 dot product
+// widen both operands to fp32, half of kDepth at a time.
 inline constexpr std::int64_t kTilePitch = kTileLarge;
 inline constexpr std::int64_t kWideCandidateFloats = kTileGrain * (kDepth / 2);
 inline constexpr std::int64_t wide_floats(std::int64_t tile) {
@@ -33,18 +33,16 @@ inline constexpr std::int64_t wide_floats(std::int64_t tile) {
 
 // ---- screening ------------------------------------------------------------------------------------------------------
 
-// Screening: products of a bfloat16 copy find the few candidates whose direct distance must be known.
+// Screening: products of a bfloat16 copy bound every distance; few distances are then left to compute.
 //
-// What is kept for a row x: t = x - mean, A = bfloat16(t), norm = |t|^2, residual = |t - A|^2. For a pair (p, q)
-//   s_pq = norm_p + norm_q - 2 A_p.A_q   and   |key_pq - s_pq| <= E_p + E_q,
-// where key is the direct sum; forward_screen.cpp derives E. With w_pq = (norm_q - E_q) / 2 - A_p.A_q:
-//   lower bound of key_pq = 2 w_pq + norm_p - E_p,     upper bound = 2 (w_pq + E_q) + norm_p + E_p.
-// If u is the K-th smallest w + E_q seen so far, K candidates have keys <= 2 u + norm_p + E_p, so a candidate with
-// w > u + E_p cannot be among the K nearest. That is the threshold. Float rounding of w, u and thresholds is part of E.
+// A row x is kept as t = x - mean, A = bfloat16(t), norm = |t|^2 and residual = |t - A|^2. For a pair (p, q)
+//   s_pq = norm_p + norm_q - 2 A_p.A_q   and   |d2_pq - s_pq| <= E_p + E_q,
+// where d2 is the direct sum. forward_screen.cpp derives E. With w_pq = (norm_q - E_q) / 2 - A_p.A_q
+//   lower bound of d2_pq = 2 w_pq + norm_p - E_p,     upper bound = 2 (w_pq + E_q) + norm_p + E_p.
+// If u is the K-th smallest w + E_q so far, K candidates have d2 <= 2 u + norm_p + E_p. A candidate with w > u + E_p,
+// the threshold, is not among the K nearest. E covers the float rounding of w, u and the threshold.
 
-// One side of the screening (anchors or candidates), in position order: rows sorted by label, padded to
-// kTileGrain. A row t = x - mean is kept as A = bfloat16(t). forward_screen.cpp derives the bound behind
-// slack and bias.
+// One side of the screening (anchors or candidates). Rows are in position order: sorted by label, padded to kTileGrain.
 struct ScreenSide {
   FeatureView features;
   const std::int32_t* order;  // [rows] position -> row
@@ -56,18 +54,19 @@ struct ScreenSide {
   float* slack;           // [padded] E
 };
 
-// Everything the sweep reads and writes. Anchor p keeps the candidates that may still be among its K nearest
-// in a list of entries with score w = (norm_q - E_q) / 2 - A_p.A_q, and drops one when w > threshold_p.
+// An entry of an anchor's list: a candidate that may still be among its K nearest. It is dropped when w exceeds the
+// anchor's threshold.
 struct Entry {
   std::int32_t candidate;  // position
-  float score;             // w, or the squared distance if that is known
+  float score;             // w, or the squared distance where it is known
 };
 
+// What the sweep reads and writes.
 struct Screen {
   DType dtype;
   std::int64_t dims;
   std::int64_t pairs;         // ceil(D / 2)
-  std::int64_t panel_stride;  // words of a panel of the copy, kPanel a pair
+  std::int64_t panel_stride;  // words of a panel of the copy: kPanel a pair of columns
   std::int64_t K;
   bool symmetric;
   const float* mean;  // [D], zero-padded to a multiple of 32
@@ -75,13 +74,13 @@ struct Screen {
   ScreenSide candidates;  // the same arrays as `anchors` when symmetric
   const float* bias;      // [padded candidates] (norm - E) / 2; +inf: never a candidate
   const std::int32_t*
-      self_position;             // [anchors] candidate position of the anchor itself, -1: none; null when symmetric
-  std::int64_t capacity;         // entries of a list
-  Entry* lists;                  // [anchors][capacity]
-  std::int32_t* list_counts;     // [anchors]
-  std::int32_t* list_limits;     // [anchors] count at which a list is pruned next, at most `capacity`
-  std::int32_t* settled_counts;  // [anchors] entries in front whose squared distance is known: the nearest, at most K
-  float* thresholds;             // [padded anchors]; -inf on padding
+      self_position;           // [anchors] candidate position of the anchor itself, -1: none; null when symmetric
+  std::int64_t capacity;       // entries of a list
+  Entry* lists;                // [anchors][capacity]
+  std::int32_t* list_counts;   // [anchors]
+  std::int32_t* list_limits;   // [anchors] entries at which a list is pruned next, at most `capacity`
+  std::int32_t* exact_counts;  // [anchors] entries in front, nearest first, whose distance is known; at most K
+  float* thresholds;           // [padded anchors]; -inf on padding
 };
 
 struct Tile {
@@ -94,7 +93,7 @@ struct Tile {
 
 // Edges by target row, difference first: out_r = sum_e weight_e (own_r - other_{neighbour_e}).
 struct EdgeLists {
-  std::int64_t first_row;     // of the strip of rows that is listed
+  std::int64_t first_row;     // of the strip of rows whose edges are listed
   const std::int64_t* begin;  // [rows of the strip + 1]
   const std::int32_t* neighbours;
   const void* weights;  // acc
@@ -107,36 +106,36 @@ struct Kernels {
   bool widens;             // products in fp32 on widened operands, not by a bfloat16 dot product
   float product_rounding;  // relative error of one accumulation step of the products, worst case
 
-  // Every value of rows [begin, end) finite?
+  // Whether every value of rows [begin, end) is finite.
   bool (*all_finite)(DType dtype, const FeatureView& features, std::int64_t dims, std::int64_t begin, std::int64_t end);
 
-  // Direct squared distances in the one summation order (kernels/direct.h). x, z: row pointers, at most
-  // kDirectBlock.
+  // Direct squared distances in the one summation order (kernels/direct.h). x, z: row pointers, at most kDirectBlock
+  // each. `upper`: x and z are the same rows, and only tiles that reach above the diagonal are computed.
   void (*direct_block)(DType dtype, const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz,
                        std::int64_t dims, bool upper, void* out, std::int64_t pitch);
 
-  // The `wanted` smallest (bits of d2, index) of a row of distances, as ascending keys; entry `self` is
-  // passed over. Returns how many there are. wanted <= kListMost.
+  // The `wanted` smallest (bits of d2, index) of a row of distances as ascending keys, without entry `self`. Returns
+  // their number. wanted <= kListMost.
   std::int64_t (*smallest)(const float* d2, std::int64_t count, std::int64_t self, std::int64_t wanted,
                            std::uint64_t* keys);
 
-  // Screening: a mean of sampled rows; the packed copy with norms and residuals; one tile's products; its epilogue.
+  // Screening: the mean of sampled rows; the packed copy with norms and residuals; a tile's products and its epilogue.
   void (*sampled_mean)(DType dtype, const FeatureView* sides, int side_count, std::int64_t dims, float* mean,
                        float* scratch);
   bool (*pack)(const Screen& screen, const ScreenSide& side, std::int64_t first_panel, std::int64_t last_panel);
   // products: [tile.rows][kTilePitch]. wide: wide_floats(tile side), used if `widens`.
   void (*tile_products)(const Screen& screen, const Tile& tile, const Tile& next, float* products, float* wide);
   void (*tile_epilogue)(const Screen& screen, const Tile& tile, const float* products);
-  // Leaves in the list of anchor `p` only what the bound cannot exclude.
+  // Drops from the list of anchor `p` what the bound excludes.
   void (*prune)(const Screen& screen, std::int64_t p);
-  // Direct distances of a pruned list, from the rows themselves, or one segment of gathered columns at a time.
+  // Direct distances of a pruned list: from the rows themselves, or one segment of gathered columns at a time.
   void (*refine_rows)(const Screen& screen, std::int64_t p);
   void (*gather_columns)(DType dtype, const FeatureView& features, const std::int32_t* order, std::int64_t begin,
                          std::int64_t end, std::int64_t column, std::int64_t columns, std::int64_t pitch, float* out);
   void (*refine_columns)(const Screen& screen, const float* anchor_columns, const float* candidate_columns,
                          std::int64_t p);
 
-  // Backward of rows [begin, end): from the rows themselves, or over one block of gathered fp32 columns.
+  // Backward of rows [begin, end): from the rows themselves, or one block of gathered fp32 columns.
   void (*backward_rows)(DType dtype, const FeatureView& own, const FeatureView& other, const EdgeLists& edges,
                         std::int64_t dims, std::int64_t begin, std::int64_t end, void* out);
   void (*backward_columns)(DType dtype, const float* own_columns, const float* other_columns, const EdgeLists& edges,

@@ -1,4 +1,4 @@
-// From the selections to the loss: each anchor's terms, their totals and the statistics.
+// From selections to the loss: each anchor's terms, their totals, the statistics.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +11,9 @@
 
 namespace sn::cpu {
 
-constexpr std::int64_t kAnchorBlock = 64;  // anchors whose losses are added first: fixed, so that sums are too
+// Terms are added within blocks of this many anchors, then over the blocks: one order for any number of threads.
+inline constexpr std::int64_t kAnchorBlock = 64;
 
-// Terms of several anchors, added in order.
 inline void add(AnchorTerms& to, const AnchorTerms& terms) {
   to.loss += terms.loss;
   to.positive_sum += terms.positive_sum;
@@ -53,7 +53,7 @@ class Loss {
     }
   }
 
-  // One anchor whose support set (count entries, ascending) and positives are known. positive: scratch [K].
+  // Finishes an anchor whose positives have been offered. support, d2: `count` entries in order. positive: scratch [K].
   void finish(std::int64_t anchor, const std::int32_t* support, const Acc* d2, std::int64_t count,
               std::uint8_t* positive) {
     std::int32_t* indices = args_.indices + anchor * (K_ + kExtraEdges);
@@ -95,7 +95,7 @@ class Loss {
     args_.stats[kPoison] = 0.0;
   }
 
-  // An input value was not finite: no selection is meaningful, and nothing finite may come out.
+  // For an input with a value that is not finite: no selection has a meaning, and no output is finite.
   void poison() {
     constexpr Acc kNaN = std::numeric_limits<Acc>::quiet_NaN();
     std::fill_n(args_.nearest_positive, N_, -1);

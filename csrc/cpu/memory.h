@@ -1,4 +1,4 @@
-// Scratch memory of one call, laid out once and allocated in one piece.
+// Scratch memory of a call, allocated in one piece.
 #pragma once
 
 #include <atomic>
@@ -13,7 +13,8 @@
 
 namespace sn::cpu {
 
-// Hands out aligned slices. Without memory it only counts, so one layout function serves both purposes.
+// Hands out aligned slices of a piece of memory. Without memory it only counts, so that one layout function measures
+// and lays out.
 class Slices {
  public:
   explicit Slices(void* memory = nullptr) : base_(static_cast<char*>(memory)) {}
@@ -31,8 +32,8 @@ class Slices {
   std::size_t used_ = 0;
 };
 
-// Asks for huge pages where `bytes` of fresh memory cover some. The first touch of 4 KB pages costs more than
-// most of what is done with them here.
+// Asks for huge pages where `bytes` of fresh memory cover some. Touching 4 KB pages for the first time costs more than
+// most of the work on them here.
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
 #if defined(__linux__)
   constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
@@ -43,8 +44,8 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std:
 #endif
 }
 
-// Scratch of one call. The block of the last call is kept for the next, up to kKeptMost bytes, so that a training loop
-// does not fault its pages in again and again; a second call at the same time gets memory of its own.
+// Scratch of one call. The last call's block, up to kKeptMost bytes, is kept for the next call, so that a training loop
+// does not fault in its pages at every step. A second call at the same time gets its own memory.
 class Scratch {
  public:
   explicit Scratch(std::size_t bytes) {

@@ -1,4 +1,4 @@
-// Work on the framework's thread pool, in the floating-point mode the results are defined in.
+// Work on the framework's thread pool, in the floating-point mode that defines the results.
 #pragma once
 
 #include <atomic>
@@ -15,8 +15,8 @@
 
 namespace sn::cpu {
 
-// Round to nearest, subnormals kept. A program may have asked one of its threads to flush them, and results
-// must not depend on which thread runs what.
+// Rounds to nearest and keeps subnormals. A program may have told one of its threads to flush them, and results must
+// not depend on the thread.
 class DefaultFloatingPoint {
  public:
 #if defined(__SSE2__)
@@ -40,7 +40,8 @@ class DefaultFloatingPoint {
 #endif
 };
 
-// body(item) for every item, items handed out as workers get free. Nothing a body computes may depend on the order.
+// Calls body(item), or body(item, worker), for every item. Idle workers take the next item, so no result may depend on
+// the order.
 template <class Body>
 void for_each(const ThreadPool& pool, int workers, std::int64_t items, const Body& body) {
   struct Context {
@@ -69,7 +70,7 @@ void for_each(const ThreadPool& pool, int workers, std::int64_t items, const Bod
   }
 }
 
-// body(begin, end) over [0, count) in blocks of `block`.
+// Calls body(begin, end) over [0, count) in blocks of `block`.
 template <class Body>
 void for_blocks(const ThreadPool& pool, int workers, std::int64_t count, std::int64_t block, const Body& body) {
   for_each(pool, workers, (count + block - 1) / block, [&](std::int64_t item) {
@@ -78,17 +79,17 @@ void for_blocks(const ThreadPool& pool, int workers, std::int64_t count, std::in
   });
 }
 
-// Items of one stage, handed out so that a worker gets the same ones in every stage (what it left in its cache is there
-// again) and helps the others when its own are done.
+// The items of one stage. A worker gets the same items in every stage, which its cache may still hold, and helps the
+// others when its own are done.
 class Shares {
  public:
-  // Sets up `shares` parts of `items`.
+  // Splits `items` into `shares` parts.
   void reset(int shares, std::int64_t items) {
     next_ = std::vector<std::atomic<std::int64_t>>(static_cast<std::size_t>(shares));
     items_ = items;
     for (int s = 0; s < shares; ++s) next_[s].store(begin(s), std::memory_order_relaxed);
   }
-  // body(item) for items nobody has taken yet, those of share `own` first.
+  // Calls body(item) for items that nobody has taken yet, those of share `own` first.
   template <class Body>
   void take(int own, const Body& body) {
     const int shares = static_cast<int>(next_.size());
@@ -101,7 +102,7 @@ class Shares {
       }
     }
   }
-  // Until everything is done; what is not was taken by a worker that is running.
+  // Waits until every item is done. Those that are not are with workers that are running.
   void wait() const {
     constexpr int kSpins = 2000;
     for (int spins = 0; done_.load(std::memory_order_acquire) < items_; ++spins) {
@@ -117,13 +118,13 @@ class Shares {
   std::int64_t items_ = 0;
 };
 
-// Stages of gathering into one of two buffers and using it: gather(stage, item, buffer), use(stage, item, buffer). With
-// `in_order`, uses of a stage start when those of the stage before are done, so that they may add to what those left.
+// Runs stages that gather into one of two buffers and use it: gather(stage, item, buffer), use(stage, item, buffer).
+// With `in_order` the uses of a stage start after those of the stage before, and may add to their results.
 //
-// Up to two workers gather everything for themselves, each into its own buffer, and never wait: lines that another core
-// has just written cost more than gathering them twice. More workers share the gathering in a pipeline over the
-// buffers, in one parallel region. There a worker waits only for items that running workers have taken, and takes every
-// item that is left before it waits: however few of the workers really run, none blocks.
+// Up to two workers gather everything for themselves, each into its own buffer, and never wait: reading lines that
+// another core has just written costs more than gathering twice. More workers share the gathering in a pipeline over
+// the two buffers, in one parallel region. A worker takes every item that is left before it waits, and waits only for
+// items that running workers have taken: nothing blocks, however few of the workers really run.
 template <class Gather, class Use>
 void gather_and_use(const ThreadPool& pool, int workers, std::int64_t stages, std::int64_t gathers, std::int64_t uses,
                     bool in_order, const Gather& gather, const Use& use) {
@@ -160,7 +161,7 @@ void gather_and_use(const ThreadPool& pool, int workers, std::int64_t stages, st
   });
 }
 
-// Waking a pool costs some microseconds: work below this many elementary operations stays on the calling thread.
+// Waking the pool costs some microseconds: less work than this, in elementary operations, stays on the calling thread.
 inline constexpr double kWorthAThread = 4e5;
 inline int workers_for(const ThreadPool& pool, double operations) {
   const double useful = operations / kWorthAThread;

@@ -13,7 +13,7 @@ constexpr std::int64_t kFixedScratch = std::int64_t{6} << 20;
 constexpr std::int64_t kListBytesPerRow = 880;
 constexpr std::int64_t kEntryBytes = sizeof(Entry);
 constexpr std::int64_t kDirectScratch = std::int64_t{4} << 20;
-// Features about the size of the first-level cache need no gathering, and short rows come in whole lines anyway.
+// Features about as large as the first-level cache need no gathering. Short rows arrive in whole cache lines anyway.
 constexpr std::int64_t kCachedFeatures = std::int64_t{1} << 16;
 constexpr std::int64_t kGatherFromDims = 256;
 static_assert(2 * kRefineColumns * sizeof(float) <= 2 * kGatherFromDims, "two segments fit in the copy's place");
@@ -29,8 +29,8 @@ Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K,
   if (dtype == DType::kFloat64 || K > kScreenMostK || K == 0 || N == 0 || D == 0) return Path::kDirect;
   const Path forced = forced_path.load();
   if (forced != Path::kAuto) return forced;
-  // Cycles per column of the features, measured on a core with AVX-512: a direct pair, a screened pair,
-  // packing a row and refining its list.
+  // Cycles per column of the features, measured on a core with AVX-512: of a direct pair, of a screened pair, of
+  // packing a row and of refining its list.
   const double n = static_cast<double>(N);
   const double m = static_cast<double>(M);
   const double share = symmetric ? 0.5 : 1.0;
@@ -43,7 +43,7 @@ Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K,
 ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, bool widens,
                        int threads) {
   ScreenPlan plan{};
-  // Room for what the bounds leave open beside the K nearest, within the memory the rows may take.
+  // Room for candidates that the bounds leave open beside the K nearest, within the rows' share of memory.
   const std::int64_t spare = symmetric ? 2 * D : 0;  // the budget counts the copy of both sides
   const std::int64_t budget =
       ((std::int64_t{2} << 20) / std::max<std::int64_t>(N, 1) + kListBytesPerRow + spare) / kEntryBytes;

@@ -1,4 +1,4 @@
-// Which path serves a case, and with what sizes: pure functions of shapes.
+// The path of a forward and its sizes, from shapes alone.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +15,14 @@ struct ScreenPlan {
   int workers;                 // of the sweep, each with a tile of scratch
 };
 
-// Screening serves up to this K; beyond it the direct path is right, and as fast as such a K allows.
+// The largest K that screening serves. Beyond it the direct path is as fast as such a K allows.
 inline constexpr std::int64_t kScreenMostK = 256;
 
 Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, DType dtype, bool symmetric,
                  bool widens);
 ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, bool widens,
                        int threads);
-// Anchors whose distances to all candidates are held at a time by the direct path.
+// Anchors of a strip: the direct path holds their distances to all candidates at a time.
 std::int64_t direct_strip(std::int64_t N, std::int64_t M, std::int64_t value_bytes);
 bool refines_by_columns(std::int64_t N, std::int64_t M, std::int64_t D);
 

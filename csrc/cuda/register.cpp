@@ -1,5 +1,5 @@
-// The library `_C_cuda`: registers the CUDA kernels behind the schemas that `_C` defines, through the stable
-// ABI. It holds every framework call of the CUDA backend; the kernels know none.
+// The library `_C_cuda`: registers the CUDA kernels behind the schemas that `_C` defines, through the stable ABI. Every
+// framework call of the CUDA backend is in this file; the kernels know no framework.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -27,10 +27,10 @@ using sn::operators::Place;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Set by tests alone, so that they reach every path.
+// Tests set this to reach every path.
 std::atomic<ForwardPath> forced_path{ForwardPath::kAuto};
 
-// What a forced path came to: one that cannot serve is not taken.
+// The path of the last forward. A forced path that cannot serve is not taken.
 std::atomic<ForwardPath> taken_path{ForwardPath::kAuto};
 
 std::int64_t last_path() {
@@ -54,7 +54,8 @@ int attribute(cudaDeviceAttr name, std::int32_t device) {
   return value;
 }
 
-// What the library's code was compiled for on the current device, asked once: the driver has to load it for that.
+// The compute capability that the library's code for this device was compiled for. The driver loads the code to answer,
+// so the answer is kept.
 int compiled_major(std::int32_t device) {
   static std::array<std::atomic<int>, 64> known{};
   int capability = 0;
@@ -66,7 +67,7 @@ int compiled_major(std::int32_t device) {
   return capability / 10;
 }
 
-// Clusters that the current device holds, asked once as well. Two threads may ask at the same time; the answer is one.
+// Limits of clusters on the current device, kept as well. Two threads may ask at the same time and get one answer.
 sn::cuda::ClusterLimits cluster_limits(std::int32_t device, int shared_bytes) {
   constexpr int kKnown = 1 << 16;
   constexpr int kBits = 8;
@@ -81,7 +82,7 @@ sn::cuda::ClusterLimits cluster_limits(std::int32_t device, int shared_bytes) {
   return {.blocks = (answer & ~kKnown) >> kBits, .planes = answer & ((1 << kBits) - 1)};
 }
 
-// Attributes come from the driver's table, without a synchronisation; four look-ups cost less than a cache's lock.
+// Attributes come from the driver's table without a synchronisation. Four look-ups cost less than a cache's lock.
 sn::cuda::DeviceFacts device_facts(std::int32_t device) {
   sn::cuda::DeviceFacts facts{
       .major = std::min(attribute(cudaDevAttrComputeCapabilityMajor, device), compiled_major(device)),

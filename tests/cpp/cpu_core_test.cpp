@@ -1,6 +1,6 @@
-// The CPU core without a framework: every instruction set, path and number of threads gives the same bits,
-// and those bits are what a plain evaluation of the documented summation order selects. Also runs under
-// sanitizers and, cross compiled, on other architectures. Exits non-zero on the first failure.
+// The CPU core without a framework: every instruction set, path and number of threads gives the same bits, and these
+// select as a plain evaluation of the documented summation order does. Runs under sanitizers too, and cross-compiled on
+// other architectures. Exits non-zero on the first failure.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -110,7 +110,7 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
-// The summation order of the CPU backend, spelled out.
+// The documented summation order, written plainly.
 float direct_sum(const float* x, const float* z, std::int64_t D) {
   float total = 0.0f;
   for (std::int64_t s = 0; s < D; s += 64) {
@@ -159,13 +159,13 @@ void check_selection(const Problem& p, const Result& r, const std::string& where
   }
 }
 
-// The gradient that the support graph asks for, summed densely in double.
+// The gradient of the support graph, summed densely in double.
 void check_gradient(const Problem& p, const Result& r, sn::Reduction reduction, const std::string& where) {
   const std::int64_t K = std::min(p.k, p.M);
   const std::vector<float>& z = p.symmetric ? p.anchors : p.candidates;
   std::vector<double> of_anchors(p.N * p.D, 0.0);
   std::vector<double> of_candidates(p.symmetric ? 0 : p.M * p.D, 0.0);
-  std::vector<double> size(p.N, 0.0);  // sum of the magnitudes that meet in a row, the scale of its rounding
+  std::vector<double> size(p.N, 0.0);  // sum of magnitudes in a row: the scale of its rounding
   std::vector<double> candidate_size(p.M, 0.0);
   const double valid = r.stats[sn::kValidAnchors];
   const double upstream = reduction == sn::Reduction::kMean ? (valid > 0 ? 1.0 / valid : 0.0) : 1.0;
@@ -196,10 +196,10 @@ void check_gradient(const Problem& p, const Result& r, sn::Reduction reduction, 
   }
 }
 
-// Rows whose rounding to bfloat16 errs as far as it can, and always in the direction that misleads: sign
-// patterns of magnitude just below or just above the middle between two bfloat16 values. The products are off
-// by nearly the whole bound, so a bound that leaves out a term selects wrongly. Every block of rows is
-// followed by its negative, so that the rows the mean is sampled from cancel.
+// Rows whose rounding to bfloat16 errs as far as it can, always in the misleading direction: sign patterns of a
+// magnitude just below or just above the middle between two bfloat16 values. The products are off by nearly the whole
+// bound, so a bound without one of its terms selects wrongly. Every block of rows is followed by its negative, so that
+// the sampled mean is zero.
 Problem make_aligned(std::int64_t D, unsigned seed) {
   constexpr std::int64_t kBlock = 20;
   constexpr std::int64_t kRows = 32 * kBlock;

@@ -23,14 +23,14 @@ namespace {
 
 using sn::cuda::Piece;
 
-// As float 1.3e36, as half 6.1e4, as an index out of any range: nothing that a result could be taken for.
+// As a float 1.3e36, as a half 6.1e4, as an index out of any range: never a plausible result.
 constexpr int kPoison = 0x7b;
 constexpr std::int64_t kGuardBytes = 512;
 static_assert(kGuardBytes % sn::cuda::kWorkspaceAlignment == 0);
 
 std::mutex one_at_a_time;
 
-// Empty, or why these are not pieces of a workspace of so many bytes.
+// Why these are not pieces of a workspace of `bytes` bytes; empty if they are.
 std::string refuse(std::vector<Piece*> pieces, std::int64_t bytes) {
   std::erase_if(pieces, [](const Piece* piece) { return piece->bytes == 0; });
   std::sort(pieces.begin(), pieces.end(), [](const Piece* a, const Piece* b) { return a->offset < b->offset; });
@@ -43,7 +43,7 @@ std::string refuse(std::vector<Piece*> pieces, std::int64_t bytes) {
   return end > bytes ? "a piece of the plan lies outside its workspace" : "";
 }
 
-// A workspace for the pieces of a plan, moved apart so that a guard lies behind each.
+// A workspace for the pieces of a plan, moved apart so that a guard lies after each.
 class Workspace {
  public:
   explicit Workspace(const std::vector<Piece*>& pieces) {
@@ -73,7 +73,7 @@ class Workspace {
   ~Workspace() { lift(); }
 
   char* data() { return data_.get(); }
-  // Empty, or what is wrong.
+  // What is wrong with the guards; empty if nothing is.
   std::string inspect() {
     lift();
     for (std::size_t g = 0; fault_.empty() && g < guards_.size(); ++g) {
@@ -96,8 +96,8 @@ class Workspace {
   struct Free {
     void operator()(char* memory) const { std::free(memory); }
   };
-  std::vector<std::int64_t> guards_;  // where the guard behind each piece begins
-  std::vector<std::int64_t> next_;    // and where it ends
+  std::vector<std::int64_t> guards_;  // begin of the guard after each piece
+  std::vector<std::int64_t> next_;    // its end
   std::int64_t bytes_ = 0;
   std::unique_ptr<char, Free> data_;
   std::string fault_;
@@ -114,7 +114,7 @@ std::vector<Piece*> pieces_of(sn::cuda::BackwardPlan& plan) {
           &plan.placed_targets, &plan.placed_sources, &plan.placed_weights};
 }
 
-// What the settings change of a plan, and what follows from it.
+// Changes a plan as the settings say, with all that depends on it.
 void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const sn_simt_settings& settings) {
   using sn::cuda::ForwardPath;
   if (plan.path == ForwardPath::kCluster || problem.N == 0 || problem.M == 0) return;
@@ -136,7 +136,7 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
   }
   if (settings.score_tile > 0) plan.score_tile = settings.score_tile;
   if (plan.path != ForwardPath::kDense) {
-    // A sample must hold K candidates that are not the anchor.
+    // A sample must hold K candidates beside the anchor.
     const auto enough = [&](std::int64_t stride) { return stride > 0 && problem.M / stride > plan.K; };
     if (enough(settings.sample_stride)) plan.sample_stride = settings.sample_stride;
     plan.sample_columns = (problem.M + plan.sample_stride - 1) / plan.sample_stride;

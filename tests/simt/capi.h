@@ -1,4 +1,4 @@
-// The CUDA backend on the harness as two plain calls on host pointers, for C++ tests and, through ctypes, for Python.
+// The CUDA backend on the harness as plain calls on host pointers, for C++ tests and, through ctypes, for Python.
 #pragma once
 
 #include <cstdint>
@@ -8,22 +8,22 @@
 
 extern "C" {
 
-// How a call is run. Fields of simt::Options and cuda::DeviceFacts have their meaning there.
+// Settings of a call. Fields of simt::Options and cuda::DeviceFacts mean the same here.
 struct sn_simt_settings {
   std::uint64_t seed;
   std::uint64_t mma_seed;
   double mma_error_scale;
   std::int32_t mma_error;  // simt::MmaError
-  std::int32_t path;       // cuda::ForwardPath; one that cannot serve the problem is as kAuto
+  std::int32_t path;       // cuda::ForwardPath; kAuto replaces one that cannot serve the problem
   std::int32_t partition;  // cuda::Partition of the backward
   std::int32_t major;
   std::int32_t minor;
   std::int32_t multiprocessors;
   std::int32_t shared_bytes;
-  std::int32_t max_cluster;  // blocks that the device holds of a cluster, from major 9 on
+  std::int32_t max_cluster;  // most blocks of a cluster, from major 9 on
 
-  // Changes to the plan, so that small problems reach what only large ones are planned with; 0: as planned. Sizes of
-  // the workspace follow. What a path has no use for is ignored.
+  // Changes to the plan (0: none) take small problems to what is planned for large ones. Sizes of the workspace follow.
+  // A path ignores what it does not use.
   std::int32_t strip_rows;      // of every path but the cluster's
   std::int32_t slice_elements;  // direct: 64, 128 or 256
   std::int32_t score_tile;      // dense, screen, bank: 64 or 128
@@ -34,24 +34,24 @@ struct sn_simt_settings {
   std::int32_t mma_model;  // simt::MmaModel; other than 0: no injected error
 };
 
-// What came of it.
+// The outcome of a call.
 struct sn_simt_report {
   std::int64_t workspace_bytes;
   std::int64_t planned_launches;
   std::int64_t launches;
   std::int64_t switches;
-  std::int32_t path;          // taken
+  std::int32_t path;          // the path taken
   std::int32_t partitioned;   // of the backward
-  sn::cuda::Control control;  // as the forward left it; zeros on a path without one
+  sn::cuda::Control control;  // as the forward left it; zeros on a path without it
   char fault[8192];           // empty: none
 };
 
-// The outputs are filled with poison first; the workspace has its exact size, holds poison, and each of its pieces lies
+// The outputs are filled with poison first. The workspace has its exact size, holds poison, and each of its pieces lies
 // between guards that must survive. Return 0, or a cudaError_t with the reason in report->fault. One call at a time.
 int sn_simt_forward(const sn::ForwardArgs* args, const sn_simt_settings* settings, sn_simt_report* report);
 int sn_simt_backward(const sn::BackwardArgs* args, const sn_simt_settings* settings, sn_simt_report* report);
 
-// Whether a path can serve a problem.
+// Whether a path can serve a problem: 0 or 1.
 int sn_simt_serves(std::int32_t path, const sn::cuda::Problem* problem, const sn_simt_settings* settings);
 
 }  // extern "C"

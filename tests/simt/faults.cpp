@@ -1,4 +1,4 @@
-// Faults: what the harness says about a kernel that does something wrong.
+// Faults: the harness's messages about a kernel that does something wrong.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
@@ -48,14 +48,14 @@ std::string text_of(Site site) {
   return std::string(name != nullptr ? name + 1 : site.file) + ":" + std::to_string(site.line);
 }
 
-// The demangled name of a function from the symbol table of the file it was loaded from: kernels are not exported, so
-// dladdr alone does not know them.
+// The demangled name of a function, from the symbol table of its file. Kernels are not exported, so dladdr alone does
+// not know them.
 std::string symbol_of(const void* address) {
   Dl_info info{};
   const bool found = dladdr(address, &info) != 0 && info.dli_fname != nullptr;
   std::ifstream file;
   if (found) file.open(info.dli_fname, std::ios::binary);
-  if (!file.is_open()) file.open("/proc/self/exe", std::ios::binary);  // the program itself, or one linked statically
+  if (!file.is_open()) file.open("/proc/self/exe", std::ios::binary);  // the program itself, or a static one
   const auto read_at = [&](std::uint64_t offset, void* out, std::size_t bytes) {
     file.seekg(static_cast<std::streamoff>(offset));
     return static_cast<bool>(file.read(static_cast<char*>(out), static_cast<std::streamsize>(bytes)));
@@ -98,7 +98,7 @@ std::string hex(std::uint32_t mask) {
 
 namespace {
 
-// Where the lanes of a warp are, for a fault that concerns all of them.
+// What each lane of a warp does, for a fault that concerns all of them.
 std::string state_of(const Warp& warp) {
   std::string text;
   std::uint32_t told = 0;

@@ -1,4 +1,4 @@
-// Fibers: stacks, and changing from one to another.
+// Fibers: their stacks, and the change from one to another.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -42,7 +42,7 @@ void prepare_stack(Lane& lane, void (*entry)()) {
 
 #else
 
-// Saves the registers that a call preserves on this stack, the stack pointer in *from, and goes on where `to` was saved.
+// Saves the registers that a call preserves on this stack and the stack pointer in *from; goes on where `to` was saved.
 extern "C" void sn_simt_change_stack(void** from, void* to);
 
 #if defined(__x86_64__)
@@ -72,7 +72,7 @@ sn_simt_change_stack:
 )");
 
 void prepare_stack(Lane& lane, void (*entry)()) {
-  // As if `entry` had been called from nowhere: the stack pointer is 8 below a multiple of 16 when it starts.
+  // The stack is as if `entry` had been called: the stack pointer is 8 below a multiple of 16 when it starts.
   auto* top = reinterpret_cast<void**>(lane.stack + kStackBytes);
   top[-1] = nullptr;
   top[-2] = reinterpret_cast<void*>(entry);

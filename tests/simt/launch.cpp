@@ -1,4 +1,4 @@
-// Launches: the blocks of a grid come, run and go.
+// Launches: starts the blocks of a grid, runs them and ends them.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -25,13 +25,13 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 static_assert(kMaxThreads - 1 == static_cast<int>(kThreadMask));
-// Blocks of small grids run together as long as so many threads suffice.
+// Blocks of small grids run together up to this many threads.
 constexpr int kResidentThreads = 2048;
-// Where the time of records starts over; a launch has the rest of 2^32 barriers to itself.
+// A launch that starts after this time resets the clock, so that each has room for at least 2^31 barriers.
 constexpr std::uint32_t kLastStart = 0x80000000u;
 
 Runtime& runtime() {
-  static Runtime* const instance = new Runtime;  // never destroyed: stacks and slots are kept
+  static Runtime* const instance = new Runtime;  // never destroyed: it keeps stacks and slots
   return *instance;
 }
 
@@ -42,7 +42,7 @@ std::uint64_t clock_high = 0;
 
 namespace {
 
-// A thread that returns is one that no barrier and no collective will see.
+// Reports a thread that returns while others wait for it.
 void expect_none_wait() {
   const Lane& lane = *current;
   for (const Meeting& meeting : lane.warp->meetings) {
@@ -171,7 +171,7 @@ void start_block(Block& block, Cluster& cluster, std::int64_t id, int rank) {
     lane.fake_stack = nullptr;
     if (lane.stack == nullptr) lane.stack = new_stack();
 #if defined(SN_SIMT_ASAN)
-    // Frames that were never left have their red zones still.
+    // Frames that were never left still have their red zones.
     const std::size_t stale = rt.stale_stacks ? kStackBytes : 4096;
     __asan_unpoison_memory_region(lane.stack + kStackBytes - stale, stale);
 #endif
@@ -196,7 +196,7 @@ void end_cluster(Cluster* cluster) {
   delete cluster;
 }
 
-// What was launched, for SN_SIMT_LAUNCH_LOG. A kernel may be launched with several numbers of threads.
+// The launches of this process, for SN_SIMT_LAUNCH_LOG. A kernel may be launched with several numbers of threads.
 struct LaunchLog {
   struct Most {
     int shared_bytes = 0;
@@ -280,7 +280,7 @@ cudaError_t run(const Grid& shape, void (*call)(void*), void* context) {
   ++rt.statistics.launches;
   rt.statistics.blocks += shape.blocks;
 
-  // Warp by warp, lanes one after the other, or anything between.
+  // From warp by warp to lanes in any order.
   constexpr std::uint32_t kStay[3] = {248, 128, 0};
   rt.stay = kStay[below(draw(), 3)];
   const std::int64_t clusters = shape.blocks / shape.cluster;

@@ -1,9 +1,9 @@
-// What the parts of the harness share: the state of the launch that runs, its random numbers and its clock, and what each
-// part does for the others. Only these parts include it (fibers.cpp, scheduler.cpp, faults.cpp, shared_memory.cpp,
-// tensor_cores.cpp, launch.cpp); what the wrappers and the tests call is in simt.h.
+// State that the parts of the harness share (the launch that runs, random numbers, a clock), and what each part does
+// for the others. Only the parts include it: fibers.cpp, scheduler.cpp, faults.cpp, shared_memory.cpp,
+// tensor_cores.cpp, launch.cpp. Wrappers and tests call simt.h.
 //
-// The parts need not be instrumented themselves, and run several times faster when they are not (-fno-sanitize=all
-// behind the other flags); SN_SIMT_ASAN then tells that the program is.
+// The parts need no sanitizer and run several times faster without one (-fno-sanitize=all after the other flags).
+// SN_SIMT_ASAN then tells them that the program has one.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,7 @@ namespace sn::simt {
 
 inline constexpr int kLanes = 32;
 inline constexpr std::uint32_t kAllLanes = 0xffffffffu;
-inline constexpr std::uint32_t kWordBytes = 4;  // of shared memory that have a record together
+inline constexpr std::uint32_t kWordBytes = 4;  // of shared memory under one record
 
 #if defined(SN_SIMT_ASAN)
 inline constexpr std::size_t kStackBytes = 256 * 1024;
@@ -36,7 +36,7 @@ inline constexpr std::size_t kStackBytes = 128 * 1024;
 
 enum class Outcome { kBlockDone, kStuck, kFault };
 
-// Thrown where a fault is found, caught where the fiber began: what its frames hold is given back.
+// Thrown where a fault is found, caught where the fiber began, so that its frames release what they hold.
 struct Fault {
   std::string what;
 };
@@ -56,7 +56,7 @@ struct Runtime {
   std::size_t main_stack_bytes = 0;
   Outcome outcome = Outcome::kBlockDone;
   std::int64_t switches = 0;
-  std::uint32_t stay = 0;  // of 256: how often the same warp goes on
+  std::uint32_t stay = 0;  // of 256 times: how often the same warp goes on
   bool stale_stacks = false;
 
   std::vector<Warp*> runnable;  // warps with a runnable lane
@@ -105,8 +105,8 @@ inline std::uint32_t tick() {
 
 char* new_stack();
 void prepare_stack(Lane& lane, void (*entry)());
-void switched();  // first thing on a stack that runs for the first time
-// `ends`: the fiber that runs does not come back.
+void switched();  // a fiber calls it first when it starts
+// `ends`: the running fiber does not come back.
 void switch_to(Lane& next, bool ends = false);
 
 // ---- scheduler.cpp --------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ Lane* pick();  // null: no lane can go on
 [[noreturn]] void leave(Outcome outcome);
 
 Meeting& arrive(Op op, Site site);
-// After what this lane brings is in place. True for the last lane to come, which then calls release.
+// To be called when this lane's values are in place. True for the last lane to arrive, which then calls release.
 bool await_others(Meeting& meeting);
 void release(Meeting& meeting);
 
@@ -132,7 +132,7 @@ std::string stuck_text();
 
 // ---- shared_memory.cpp ----------------------------------------------------------------------------------------------
 
-// Checks and notes that the warp as a whole reads 16 bytes, a row of ldmatrix.
+// Checks and records a read of 16 bytes, a row of ldmatrix, by the warp as a whole.
 const unsigned char* note_matrix_read(std::uint32_t position, Site site);
 
 }  // namespace sn::simt

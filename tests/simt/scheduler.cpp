@@ -1,4 +1,4 @@
-// The scheduler: which lane goes on, and where lanes wait for their warp, their block and their cluster.
+// The scheduler: chooses the lane that runs, and lets lanes wait for their warp, their block and their cluster.
 #include <bit>
 #include <cstdlib>
 #include <cstring>
@@ -48,14 +48,14 @@ Lane* pick() {
 
 namespace {
 
-// A kernel that waits for what never comes, with something else always able to go on.
+// Reports a kernel that waits forever while something else can always go on.
 void expect_progress() {
   if (rt.switches > rt.options.max_switches) {
     throw Fault{kernel_text() + ": more than " + std::to_string(rt.options.max_switches) + " changes of threads"};
   }
 }
 
-// The fiber that runs waits; it is not runnable any more.
+// Another fiber runs. This one is not runnable any more.
 void wait() {
   expect_progress();
   Lane* next = pick();
@@ -110,7 +110,7 @@ void release(Meeting& meeting) {
 
 namespace {
 
-// Lanes that wait at a collective of the warp while this one waits for more than the warp: neither can go on.
+// Reports lanes that wait at a collective of the warp while this one waits for more than the warp: neither can go on.
 void expect_no_meeting(const Warp& warp, Op op, Site site) {
   for (const Meeting& meeting : warp.meetings) {
     if (meeting.arrived == 0) continue;

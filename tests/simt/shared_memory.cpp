@@ -1,4 +1,4 @@
-// Shared memory: the records of who wrote and read what, and the copies that are under way.
+// Shared memory: records of writes and reads, and asynchronous copies.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -22,14 +22,14 @@ Record tag(int scope, unsigned line) {
          static_cast<Record>(current->thread);
 }
 
-// How far this lane and those in `record` are spread together.
+// The least scope that holds this lane and those in `record`.
 int spread(Record record, const Lane& me, bool remote) {
   if (remote) return kOneCluster;
   const Record apart = (record ^ static_cast<Record>(me.thread)) & kThreadMask;
   const int distance = apart == 0 ? kOneThread : (apart < kLanes ? kOneWarp : kOneBlock);
   return std::max(distance, scope_of(record));
 }
-// Whether a barrier stands between them and this lane, or this lane did it itself.
+// Whether a barrier orders them before this lane, or this lane did it itself.
 bool before(Record record, int scope, const Lane& me) {
   return time_of(record) < me.warp->sync[scope];
 }
@@ -78,7 +78,7 @@ void read_record(const Block& block, Record write, Record& read, int least, bool
   const Lane& me = *current;
   expect_written(block, write, byte, access, site);
   if (!before(write, std::max(least, spread(write, me, remote)), me)) race(access, "written", write, byte, site);
-  // Reads that are ordered before this one need no memory: whoever must not race with them must not with this one.
+  // Reads ordered before this one may be forgotten: a write that races with them races with this one too.
   int scope = std::max<int>(least, remote ? kOneCluster : kOneThread);
   if (time_of(read) >= block.start) {
     const int together = std::max(least, spread(read, me, remote));
@@ -112,8 +112,8 @@ void atomic_record(const Block& block, Record& write, Record& read, std::uint32_
   if (!known && (write & kAtomic) == 0) race("atomic", "written", write, byte, site);
   const bool was_read = time_of(read) >= block.start;
   if (was_read && !before(read, spread(read, me, false), me)) race("atomic", "accessed", read, byte, site);
-  // A plain write that only part of the block is ordered with must stay on record, for others' atomics to race with:
-  // among the reads, which atomics race with too.
+  // A plain write that is ordered before only part of the block stays on record among the reads: atomics race with
+  // those too, so other lanes' atomics still meet it.
   if ((write & kAtomic) == 0 && !before(write, kOneBlock, me)) {
     int together = scope_of(write);
     if (was_read && !before(read, kOneBlock, me)) {
@@ -130,7 +130,7 @@ void atomic_record(const Block& block, Record& write, Record& read, std::uint32_
 
 // ---- words, whole or in parts
 
-// What is done to the records of `bytes` bytes: whole words at once, the bytes of others one by one.
+// Calls each(write, read, byte) for the records of `bytes` bytes: once for a whole word, byte by byte for parts.
 template <typename F>
 void for_records(Block& block, std::uint32_t position, int bytes, F each) {
   const std::uint32_t end = position + static_cast<std::uint32_t>(bytes);
@@ -170,7 +170,7 @@ const unsigned char* note_read(std::uint32_t position, int bytes, Site site) {
   return block.shared + position;
 }
 
-// What a lane wrote itself must be behind sync_warp too.
+// The lane's own writes must be ordered by sync_warp too.
 const unsigned char* note_matrix_read(std::uint32_t position, Site site) {
   Block& block = *current->block;
   for_records(block, position, kCopyBytes, [&](Record& write, Record& read, std::uint32_t byte) {
@@ -212,7 +212,7 @@ const unsigned char* note_remote_read(int rank, std::uint32_t position, int byte
 
 namespace {
 
-constexpr unsigned char kPoison = 0xfb;  // as float and half large and negative
+constexpr unsigned char kPoison = 0xfb;  // as a float and as a half large and negative
 
 void deliver(Block& block, Copy& copy) {
   if (copy.delivered) return;

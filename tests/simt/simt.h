@@ -1,36 +1,38 @@
 // The host harness: runs the very sources of the CUDA kernels on a CPU and reports what they do wrong.
 //
-// csrc/cuda/ptx.cuh, compiled with SN_SIMT, takes its device side from simt_device.h, which calls what is declared
-// here. A thread of a kernel is a fiber with a stack of its own; all run in the calling thread, one at a time, and
-// change over only inside the wrappers: where a lane waits for its warp, its block or its cluster, and now and then at
-// global atomics and fences. Which one goes on is drawn from a seeded generator, over lanes, warps and the blocks that
-// are resident together, so that a seed is a schedule and repeats exactly. Blocks start in a random order.
+// csrc/cuda/ptx.cuh, compiled with SN_SIMT, takes its device side from simt_device.h, which calls the functions
+// declared here. A thread of a kernel is a fiber with its own stack. All fibers run in the calling thread, one at a
+// time, and change only inside the wrappers: where a lane waits for its warp, its block or its cluster, and now and
+// then at global atomics and fences. A seeded generator draws the next one from lanes, warps and the blocks that are
+// resident together, so that a seed is a schedule and repeats exactly. Blocks start in random order.
 //
-// What it reports, as a fault that ends the launch and carries the kernel's launch site, block, thread and source line:
+// A fault ends the launch and names the kernel's launch site, block, thread and source line. Faults are
 //   - a warp collective that not all 32 lanes reach (some have returned, wait elsewhere, or are at another collective),
-//     a block or cluster barrier that not all threads reach, or that they reach in different places;
+//     and a block or cluster barrier that not all threads reach, or that they reach in different places;
 //   - accesses to shared memory outside the array, misaligned, or of bytes that nothing has written;
 //   - races in shared memory: two accesses of different threads, one of them a write, with no barrier between them that
 //     orders both: sync_warp within a warp, sync_block within a block, sync_cluster across blocks. Shuffles, votes and
-//     mma order nothing, as CUDA says. This is decided from what was ordered, not from the schedule that happened, so
-//     one run finds a race that any schedule with the same accesses could show. Atomics race with plain accesses only;
-//   - reads and overwriting of bytes that cp.async still has under way; before its wait they hold poison or, at random,
+//     mma order nothing, as CUDA says. What was ordered decides, not the schedule that happened: one run finds a race
+//     that any schedule with the same accesses could show. Atomics race with plain accesses only;
+//   - reads and overwriting of bytes that cp.async is still copying. Before its wait these hold poison or, at random,
 //     already the data;
-//   - more shared memory, threads or clusters than the device has; a block that leaves while its cluster still
-//     reads it;
-//   - with AddressSanitizer, whatever global memory is overrun: buffers of the tests have their exact size, and the
-//     pieces of a workspace have guards between them (capi.cpp, which looks at the guards without it too).
+//   - more shared memory, threads or clusters than the device has, and a block that leaves while its cluster reads it.
+// With AddressSanitizer global memory is covered too: buffers of the tests have their exact size, and the pieces of a
+// workspace have guards between them, which capi.cpp also checks without it.
 //
-// mma multiplies exactly and then errs, up to the bound that the kernels rely on (mma_error_bound), in a direction the
-// options choose, as a function of its operands and the seed alone, so that schedules compare bit for bit; or it is one
-// of the published models of a tensor core, to the bit (MmaModel).
+// mma multiplies exactly and then errs, up to the bound that the kernels rely on (mma_error_bound), in a direction that
+// the options choose. The error is a function of the operands and the seed alone, so that schedules compare bit for
+// bit. Or mma is one of the published models of a tensor core, to the bit (MmaModel).
 //
-// What it cannot show: a missing fence or a weak ordering in global memory (here every store is seen at once); races in
-// global memory, except as results that change with the schedule; missing proxy fences and the asynchronous side of
-// anything but cp.async; forward progress and deadlock between blocks (a kernel that spins hangs here too); anything
-// about speed, registers or spills; what nvcc makes of the source (contraction, a miscompilation, a missing
-// __launch_bounds__); and wrappers whose device side says something else than their host side: for those there are the
-// GPU tests and compute-sanitizer.
+// It cannot show
+//   - a missing fence or a weak ordering in global memory, where every store is seen at once here;
+//   - races in global memory, except as results that change with the schedule;
+//   - missing proxy fences, and the asynchronous side of anything but cp.async;
+//   - forward progress and deadlock between blocks: a kernel that spins hangs here too;
+//   - speed, registers and spills;
+//   - what nvcc makes of the source: contraction, a miscompilation, a missing __launch_bounds__;
+//   - wrappers whose device side differs from their host side.
+// GPU tests and compute-sanitizer are for these.
 #pragma once
 
 #include <cstdint>
@@ -52,17 +54,17 @@ enum class MmaError : std::int32_t {
   kMinus = 4     // the bound, downwards
 };
 
-// What is known of real ones (arXiv 2511.10909, arXiv 2512.07004): the products of a group of columns and the
-// accumulator are aligned to the largest exponent among them, each cut off (towards zero) below `bits` fraction bits of
-// it, and added exactly; the sum is cut off to a float; groups follow one another. The exponent of a product is the sum
-// of its factors', before it is normalised; that of a subnormal is the format's least (-14 of Half, -126 of BFloat16
-// and float). A product that is zero aligns nothing. Subnormal results are kept.
+// Real tensor cores, as far as is known (arXiv 2511.10909, arXiv 2512.07004): the products of a group of columns and
+// the accumulator are aligned to the largest exponent among them, each is cut off (towards zero) below `bits` fraction
+// bits of it, and they are added exactly. The sum is cut off to a float. Groups follow one another. The exponent of a
+// product is the sum of its factors' before it is normalised; that of a subnormal is the format's least (-14 of Half,
+// -126 of BFloat16 and float). A product that is zero aligns nothing. Subnormal results are kept.
 enum class MmaModel : std::int32_t {
   kNone = 0,           // exact products and MmaError
   kGroup16Bits25 = 1,  // H100, H200, B200, RTX Blackwell
   kGroup8Bits24 = 2,   // A100, A30, Ada
   kGroup4Bits23 = 3,   // V100
-  kGroup4Bits22 = 4    // no device: cuts off more than the kernels' bound allows, for tests that must notice it
+  kGroup4Bits22 = 4    // no device: cuts off more than the kernels' bound allows, which tests must notice
 };
 struct MmaModelFacts {
   int group;
@@ -75,10 +77,10 @@ struct Options {
   MmaError mma_error = MmaError::kRandom;
   std::uint64_t mma_seed = 1;
   double mma_error_scale = 1.0;                       // of the injected error: above 1 it breaks the bound
-  MmaModel mma_model = MmaModel::kNone;               // another one: no injected error
-  int shared_bytes = 232448;                          // a block may have
+  MmaModel mma_model = MmaModel::kNone;               // any other: no injected error
+  int shared_bytes = 232448;                          // of a block, at most
   int max_cluster = 16;                               // blocks; 1: a device without clusters
-  std::int64_t max_switches = std::int64_t{1} << 31;  // a launch that takes more is taken to hang
+  std::int64_t max_switches = std::int64_t{1} << 31;  // of a launch; more is taken for a hang
 };
 
 struct Statistics {
@@ -91,32 +93,31 @@ struct Statistics {
 // One thread at a time uses the harness. `reset` sets the options, forgets faults and statistics, and restarts the
 // sequence of schedules. After a fault every launch fails until the next reset.
 //
-// With SN_SIMT_LAUNCH_LOG in the environment the process leaves in the file so named, when it ends, a line for each
-// kernel that it launched: name, threads, most shared memory in bytes, largest cluster, separated by tabs.
+// If SN_SIMT_LAUNCH_LOG names a file, the process appends a line for each kernel that it launched when it ends: name,
+// threads, most shared memory in bytes, largest cluster, separated by tabs.
 void reset(const Options& options);
 const Options& options();
 const std::string& fault();  // empty: none
 const Statistics& statistics();
 
 // |error| of one mma.m16n8k16 is at most this times
-//   max(|accumulator| + sum |products|, max 2^e / 2),
-// the second maximum over products with exactly one factor subnormal or zero, e the exponent it is aligned by. Hardware
-// cuts its terms off by such exponents (MmaModel; should it align by zeros too, that is covered), which may lie far
-// above the products themselves: 2 groups x 9 terms x 2^-24 2^e = 9 2^-23 2^e with groups of 8 and 24 bits, 4.25 2^-23
-// 2^e with 16 and 25; the half is 10 2^-23 2^e. Of two subnormal factors nothing need be said: products of Half are
-// multiples of 2^-48, which the cut at 2^(-28 - 23) keeps, and those of BFloat16 lie below every float.
+//   max(|accumulator| + sum |products|, max 2^e / 2).
+// The second maximum is over products with exactly one factor that is subnormal or zero, e the exponent that the
+// product is aligned by. Hardware cuts terms off by such exponents (MmaModel; the bound also covers alignment by
+// zeros), which may lie far above the products themselves: 2 groups x 9 terms x 2^-24 2^e = 9 2^-23 2^e with groups of
+// 8 and 24 bits, 4.25 2^-23 2^e with 16 and 25; the half is 10 2^-23 2^e. Products of two subnormals are harmless: the
+// cut at 2^(-28 - 23) keeps those of Half, multiples of 2^-48, and those of BFloat16 lie below every float.
 //
-// The kernels rely on (n_i + n_j) / 2 in place of that maximum, n = |h|^2 of the rows, and it is never smaller: the
-// sums are at most |h_i||h_j|; and with x subnormal, z normal, 2^e = 2^(least + exponent of z) <= z^2 <= n_j.
+// The kernels rely on (n_i + n_j) / 2 in place of that maximum, n = |h|^2 of the rows. It is never smaller: the sums
+// are at most |h_i||h_j|, and with x subnormal and z normal 2^e = 2^(least + exponent of z) <= z^2 <= n_j.
 inline constexpr double mma_error_bound = 1.25 * 16 / 8388608.0;
 
 // ---- records of shared memory ---------------------------------------------------------------------------------------
 
 // Each 4-byte word of shared memory has a record of its last write and one of its reads since:
 //   time << 32 | source line << 16 | split << 14 | in flight << 13 | atomic << 12 | scope << 10 | thread
-// Time is a count of barriers: it goes up whenever one completes. `scope` tells how far those who did it are spread:
-// one thread; several lanes of the thread's warp; several warps; several blocks. A word that is used in parts is split:
-// its bytes have records of their own.
+// Time counts completed barriers. `scope` tells how far the threads of the record are spread: one thread, several lanes
+// of the thread's warp, several warps, several blocks. Bytes of a word used in parts (split) have their own records.
 using Record = std::uint64_t;
 inline constexpr Record kThreadMask = 0x3ff;
 inline constexpr int kScopeShift = 10;
@@ -171,15 +172,15 @@ struct Lane {
   Op waits_for = Op::kNothing;
   bool returned = false;
   Site site;
-  std::vector<Copy> copies;         // of groups not waited for yet, and of the open one
+  std::vector<Copy> copies;         // of groups that are not waited for yet, and of the open one
   std::vector<std::size_t> groups;  // copies in each closed group
   std::size_t open_copies = 0;
   char* stack = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
-// Where the lanes of a warp meet. There are two, used in turn: nobody can come to the one after next before all have
-// left this one.
+// A meeting place of the lanes of a warp. A warp has two and uses them in turn: no lane can reach the next meeting but
+// one before all have left this one.
 struct Meeting {
   Op op = Op::kNothing;
   Site site;
@@ -195,7 +196,7 @@ struct Warp {
   std::uint32_t runnable = 0;
   std::uint32_t returned = 0;
   int place = -1;  // in the list of warps with a runnable lane
-  // When the last barrier was that orders this warp with: itself, its block, its cluster. [kOneThread] is for ever.
+  // Times of the last barriers that order this warp with itself, its block, its cluster. [kOneThread] is forever.
   std::uint32_t sync[4] = {};
   Meeting meetings[2];
 };
@@ -206,7 +207,7 @@ struct Block {
   std::int64_t id = 0;
   int rank = 0;
   Cluster* cluster = nullptr;
-  std::uint32_t start = 0;  // records from before are of other blocks
+  std::uint32_t start = 0;  // older records belong to other blocks
   int shared_bytes = 0;
   unsigned char* shared = nullptr;
   Record* writes = nullptr;  // of words
@@ -218,7 +219,7 @@ struct Block {
   int returned = 0;
   Site barrier;
   int warp_count = 0;
-  std::vector<Warp> warps;  // never fewer than before: lanes own stacks
+  std::vector<Warp> warps;  // never shrinks: lanes own stacks
   std::vector<Lane> lanes;
 };
 
@@ -251,7 +252,7 @@ cudaError_t run(const Grid& shape, void (*call)(void*), void* context);
 
 // ---- what the wrappers call -----------------------------------------------------------------------------------------
 
-// Meets the other lanes; returns the place where the values lie, valid until this lane's next meeting but one.
+// Meets the other lanes. Returns the meeting with their values, valid until this lane's next meeting but one.
 Meeting& meet(Op op, std::uint64_t value, Site site);
 void sync_warp(Site site);
 void sync_block(Site site);
@@ -265,8 +266,8 @@ void async_copy(std::uint32_t position, const void* source, bool valid, Site sit
 void async_commit();
 void async_wait(int pending);
 
-// Check and note an access of this lane's block, or (reads) of another block of the cluster; `position` and `bytes` are
-// in range and aligned. They return where the bytes are.
+// Check and record an access of this lane's block, or a read of another block of the cluster. `position` and `bytes`
+// are in range and aligned. They return the bytes' address.
 const unsigned char* note_read(std::uint32_t position, int bytes, Site site);
 const unsigned char* note_remote_read(int rank, std::uint32_t position, int bytes, Site site);
 unsigned char* note_write(std::uint32_t position, int bytes, Site site);

@@ -12,7 +12,7 @@
 
 namespace sn::cuda {
 
-// Half precision as bits: nothing can compute with it but the functions below.
+// Half precision as bits: only the functions below compute with it.
 struct Half {
   std::uint16_t bits;
 };
@@ -215,9 +215,9 @@ inline std::uint16_t float_to_half(float value) {
   if (magnitude > 0x7f800000u) return kNan;
   if (magnitude >= 0x47800000u) {  // 2^16 and above
     half = 0x7c00u;
-  } else if (magnitude >= 0x38800000u) {  // normal; what rounds beyond the largest carries into infinity
+  } else if (magnitude >= 0x38800000u) {  // normal; a value that rounds beyond the largest carries into infinity
     half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
-  } else {  // a multiple of 2^-24, which is the last place of numbers next to 1/2
+  } else {  // a multiple of 2^-24, the last place of numbers near 1/2
     half = bits_of(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
   }
   return static_cast<std::uint16_t>(sign | half);
@@ -229,7 +229,7 @@ inline std::uint16_t float_to_bfloat16(float value) {
   return static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-// To float, an inexact result made odd: a second rounding, to fewer bits, then is as if it were the only one.
+// Rounds to float with an inexact result made odd: a second rounding, to fewer bits, then gives what one would.
 inline float round_to_odd(double value) {
   float rounded = static_cast<float>(value);
   if (static_cast<double>(rounded) == value || value != value) return rounded;
@@ -316,8 +316,8 @@ inline double square_root(double value) {
 namespace detail {
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// high + low, exactly, rounded to float; `high` is the double nearest to the sum. The float nearest to `high` is on the
-// right side already, or its neighbour is.
+// Rounds high + low to float as if exact; `high` is the double nearest to the sum. The float nearest to `high` is on
+// the right side already, or its neighbour is.
 inline float round_up(double high, double low) {
   const float nearest = static_cast<float>(high);
   const bool below = static_cast<double>(nearest) < high || (static_cast<double>(nearest) == high && low > 0.0);
@@ -341,7 +341,7 @@ inline float fma_directed(double product, double c, bool up) {
 }
 }  // namespace detail
 
-// Products of two floats are exact in double, and so is the error of a sum with one more.
+// Products of two floats are exact in double, and so is the error of adding one more term.
 inline float add_up(float a, float b) {
   return detail::fma_directed(a, b, true);
 }
@@ -481,7 +481,8 @@ class Shared {
     return Shared<U>(position_, begin_, end_);
   }
 
-  // Shared memory has atomics of 32 bits; of 64, all but an exchange are a loop, 20 us where a block's threads meet.
+  // Shared memory has atomics of 32 bits. Those of 64 bits, but for an exchange, are a loop: 20 us where a block's
+  // threads meet.
   static constexpr bool kHasAtomics = sizeof(T) == 4;
   T atomic_add(int i, std::type_identity_t<T> value, SN_SIMT_WHERE) const {
     static_assert(kHasAtomics);
@@ -506,7 +507,7 @@ class Shared {
   }
   Pack<T> get_remote_pack(int i, int rank, SN_SIMT_WHERE) const { return remote<Pack<T>>(i, rank, where); }
 
-  // For the wrappers: where element i lies in the block's shared memory, once it is sure that it does.
+  // For the wrappers: the position of element i in the block's shared memory, once it is in range and aligned.
   SN_SIMT_INLINE std::uint32_t address(int i, int bytes, int alignment, std::source_location where) const {
     const std::int64_t at = position_ + static_cast<std::int64_t>(i) * static_cast<std::int64_t>(sizeof(T));
     if (at < begin_ || at + bytes > end_ || at % alignment != 0) [[unlikely]]
@@ -559,7 +560,7 @@ class Shared {
     simt::report(what, simt::site_of(where));
   }
 
-  // Bytes of the block's shared memory; the array it was taken as bounds what is derived from it.
+  // Bytes of the block's shared memory. The array as taken bounds the arrays derived from it.
   std::int64_t position_ = 0;
   std::int64_t begin_ = 0;
   std::int64_t end_ = 0;
@@ -588,9 +589,9 @@ class SharedArena {
 template <typename T>
 inline void async_copy16(const Shared<T>& destination, int i, const T* source, bool valid, SN_SIMT_WHERE) {
   const std::uint32_t at = destination.address(i, kPackBytes, kPackBytes, where);
-  if (valid) {  // otherwise the wrapper aligns what is not read
+  if (valid) {  // else the source may be misaligned: it is not read
     detail::expect_aligned(source, kPackBytes, "a copy of 16 bytes", where);
-    for (int e = 0; e < Pack<T>::kElements; ++e) {  // an overrun shows here, not in the harness' own code
+    for (int e = 0; e < Pack<T>::kElements; ++e) {  // shows an overrun here, not in the harness's own code
       [[maybe_unused]] const volatile unsigned char probe = *reinterpret_cast<const unsigned char*>(source + e);
     }
   }

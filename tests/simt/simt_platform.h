@@ -1,5 +1,5 @@
-// What csrc/cuda/platform.h gives host code in a harness build: the few names of the CUDA runtime that it uses. Work is
-// done at once, in the calling thread, so streams are only passed along.
+// The few names of the CUDA runtime that host code uses, for csrc/cuda/platform.h in a harness build. Work is done at
+// once in the calling thread, so streams are only passed on.
 #pragma once
 
 #include <cstddef>

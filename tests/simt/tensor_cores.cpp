@@ -1,4 +1,4 @@
-// Tensor cores: ldmatrix, and mma with an error within the kernels' bound or as a published model has it.
+// Tensor cores: ldmatrix, and mma with an error within the kernels' bound or by a published model.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -39,11 +39,11 @@ double widened(std::uint32_t bits, bool bfloat) {
   const std::uint32_t sign = (half & 0x8000u) << 16;
   const std::uint32_t magnitude = half & 0x7fffu;
   if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // The exponent is 112 less than float's; multiplying repairs it for subnormal numbers too.
+  // The exponent is 112 less than float's. The multiplication repairs it, for subnormal numbers too.
   return std::bit_cast<float>(sign | magnitude << 13) * 0x1p112f;
 }
 
-// What the unit is off by, in units of the bound: between -1 and 1.
+// The injected error in units of the bound: between -1 and 1.
 double drawn_error(double exact, int element) {
   const std::uint64_t word = mix(rt.options.mma_seed * 0x9e3779b97f4a7c15u ^ std::bit_cast<std::uint64_t>(exact) ^
                                  static_cast<std::uint64_t>(element));
@@ -62,7 +62,7 @@ double drawn_error(double exact, int element) {
   return 0.0;
 }
 
-// An element of an operand: the exponent it is aligned by, and whether it is normal (neither zero nor subnormal).
+// An element of an operand, the exponent it is aligned by, and whether it is normal: neither zero nor subnormal.
 struct Factor {
   double value;
   int exponent;
@@ -102,7 +102,7 @@ Operands gather(const Meeting& meeting, bool bfloat) {
   return all;
 }
 
-// An integer times 2^exponent as a float, towards zero.
+// An integer times 2^exponent as a float, cut off towards zero.
 float cut_to_float(std::int64_t number, int exponent) {
   constexpr int kSignificand = 24;
   constexpr int kLeast = -149;
@@ -113,8 +113,8 @@ float cut_to_float(std::int64_t number, int exponent) {
   return static_cast<float>(number < 0 ? -kept : kept);
 }
 
-// Element (row, column) as MmaModel has it; everything is finite. A product is exact in double, and below 4 in units of
-// its exponent, so a group of 16 and the accumulator stay below 2^32 in units of the last bit that is kept.
+// Element (row, column) by an MmaModel, of finite values. A product is exact in double, and below 4 in units of its
+// exponent, so a group of 16 and the accumulator stay below 2^32 in units of the last bit that is kept.
 float modelled(const Operands& all, int row, int column, MmaModelFacts model) {
   float sum = all.sums[row][column];
   for (int first = 0; first < 16; first += model.group) {
@@ -146,7 +146,7 @@ void multiply(Meeting& meeting, bool bfloat) {
       sizes[row][column] = std::fabs(sums[row][column]);
     }
   }
-  // Products of two halves and their sums over 16 terms are exact in double, or as good as: the bound is 2^29 times the
+  // Products of two halves and their sums over 16 terms are exact in double, or nearly: the bound is 2^29 times the
   // rounding of these.
   for (int row = 0; row < 16; ++row) {
     for (int k = 0; k < 16; ++k) {
@@ -158,7 +158,7 @@ void multiply(Meeting& meeting, bool bfloat) {
       }
     }
   }
-  // What products with one factor that is not normal are aligned by (mma_error_bound). Few columns have any.
+  // The alignment of products with one factor that is not normal (mma_error_bound). Few columns have any.
   for (int k = 0; k < 16; ++k) {
     bool normal = true;
     for (int row = 0; row < 16; ++row) normal = normal && all.a[row][k].normal;
@@ -173,7 +173,7 @@ void multiply(Meeting& meeting, bool bfloat) {
     }
   }
   const MmaModelFacts model = kMmaModels[static_cast<int>(rt.options.mma_model)];
-  // Rounding to float takes 2^-24 of the bound, 2.5e-2 of it; the rest is the error's.
+  // Rounding to float takes 2^-24 of the bound, 2.5e-2 of it. The injected error gets the rest.
   const double bound = (mma_error_bound - 0x1.01p-24) * rt.options.mma_error_scale;
   for (int lane = 0; lane < kLanes; ++lane) {
     for (int word = 0; word < 4; ++word) {

@@ -1,16 +1,17 @@
-// Backward: a sparse gather by target row. out_r = sum_e weight_e (own_r - other_e), difference first: the
-// factored form (sum_e weight_e) own_r - sum_e weight_e other_e cancels for near neighbours. Accumulated in
-// fp32 (fp64 for fp64) in the order of the edge list, rounded once. Every element sees the same operations
-// whichever way it is reached. Included by kernels.cpp alone, inside its namespace.
+// Backward: a sparse gather by target row, out_r = sum_e weight_e (own_r - other_e). The difference comes first: the
+// factored form (sum_e weight_e) own_r - sum_e weight_e other_e cancels for near neighbours. Sums are fp32 (fp64 for
+// fp64), in the order of the edge list, rounded once. Every element sees the same operations, with gathered columns or
+// without. Included by kernels.cpp alone, inside its namespace.
 #pragma once
 
-// Columns kept in registers while the edges of a row go by.
+// Vectors of columns that stay in registers while the edges of a row go by.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-inline constexpr int kStrip = 2;
+inline constexpr int kRowVectors = 2;
 #else
-inline constexpr int kStrip = 4;
+inline constexpr int kRowVectors = 4;
 #endif
-static_assert(kBackwardColumns % (kStrip * kLanes) == 0, "a block of gathered columns is whole strips");
+static_assert(kBackwardColumns % (kRowVectors * kLanes) == 0,
+              "a block of gathered columns is a whole number of vectors");
 
 template <class T>
 SN_FORCE_INLINE void store_rounded(T* out, F16 value, int count) {
@@ -28,11 +29,11 @@ SN_FORCE_INLINE void store_rounded(float* out, F16 value, int count) {
   }
 }
 
-// V vectors of columns of one row. In: type of the rows; Out: type of the gradient. kWhole: all V vectors are whole.
+// V vectors of columns of one row. In, Out: types of the rows and of the gradient. kWhole: no vector is partial.
 template <class In, class Out, int V, bool kWhole>
-SN_FORCE_INLINE void backward_strip(const In* own, const In* other, std::int64_t other_stride,
-                                    const std::int32_t* neighbours, const float* weights, std::int64_t count,
-                                    int columns, Out* out) {
+SN_FORCE_INLINE void backward_vectors(const In* own, const In* other, std::int64_t other_stride,
+                                      const std::int32_t* neighbours, const float* weights, std::int64_t count,
+                                      int columns, Out* out) {
   const auto load = [columns](const In* row, int v) SN_LAMBDA_INLINE {
     const int left = columns - v * kLanes;
     return kWhole || left >= kLanes ? f_load(row + v * kLanes) : f_load_partial(row + v * kLanes, left > 0 ? left : 0);
@@ -65,15 +66,16 @@ SN_FORCE_INLINE void backward_row(const In* own, const In* other, std::int64_t o
   const std::int32_t* neighbours = edges.neighbours + first;
   const float* weights = static_cast<const float*>(edges.weights) + first;
   std::int64_t c = 0;
-  for (; c + kStrip * kLanes <= columns; c += kStrip * kLanes) {
-    backward_strip<In, Out, kStrip, true>(own + c, other + c, other_stride, neighbours, weights, count, 0, out + c);
+  for (; c + kRowVectors * kLanes <= columns; c += kRowVectors * kLanes) {
+    backward_vectors<In, Out, kRowVectors, true>(own + c, other + c, other_stride, neighbours, weights, count, 0,
+                                                 out + c);
   }
   for (; c < columns; c += kLanes) {
     const int left = static_cast<int>(columns - c < kLanes ? columns - c : kLanes);
     if (left == kLanes) {
-      backward_strip<In, Out, 1, true>(own + c, other + c, other_stride, neighbours, weights, count, 0, out + c);
+      backward_vectors<In, Out, 1, true>(own + c, other + c, other_stride, neighbours, weights, count, 0, out + c);
     } else {
-      backward_strip<In, Out, 1, false>(own + c, other + c, other_stride, neighbours, weights, count, left, out + c);
+      backward_vectors<In, Out, 1, false>(own + c, other + c, other_stride, neighbours, weights, count, left, out + c);
     }
   }
 }

@@ -1,15 +1,14 @@
-// Direct squared distances: sum_c (x_c - z_c)^2 in THE summation order of the CPU backend.
+// Direct squared distances sum_c (x_c - z_c)^2 in the one summation order of the CPU backend.
 //
-// The order, the only one, whatever the path, the instruction set, the number of threads or the other rows:
-//   D is cut into segments of 64. In a segment lane l (of 16) takes elements l, 16 + l, 32 + l, 48 + l, in
-//   this order, into an accumulator that starts at 0, by fused multiply-add of the rounded difference with
-//   itself. The lanes are added as a tree: l with l + 8, then + 4, + 2, + 1. Segment sums are added one after
-//   the other to a total that starts at 0. Elements past D count as 0 - 0, which changes no bit. fp64 does
-//   the same in doubles.
+// The order, the same for every path, instruction set, number of threads and rest of the batch:
+//   D is cut into segments of 64. In a segment lane l (of 16) adds elements l, 16 + l, 32 + l, 48 + l, in this order,
+//   to an accumulator that starts at 0, each by a fused multiply-add of the rounded difference with itself. The lanes
+//   are added as a tree: l with l + 8, then + 4, + 2, + 1. Segment sums are added one after the other to a total that
+//   starts at 0. Elements past D count as 0 - 0, which changes no bit. fp64 does the same in doubles.
 //
-// Rounding: each term passes 1 subtraction (squared: 2 roundings), at most 4 multiply-adds, 4 tree levels and
-// ceil(D / 64) additions, so |key - d2| <= direct_sum_error(D) d2 + underflow, all terms being positive.
-// Included by kernels.cpp alone, inside its namespace.
+// Rounding: each term passes one subtraction (squared: two roundings), at most four multiply-adds, four levels of the
+// tree and ceil(D / 64) additions. All terms are positive, so |sum - d2| <= (D / 64 + 13) 2^-24 d2, apart from
+// underflow. Included by kernels.cpp alone, inside its namespace.
 #pragma once
 
 inline constexpr int kSegment = 64;
@@ -45,7 +44,7 @@ struct Wide<double> {
   }
 };
 
-// Lanes of one accumulator as a tree, the plain way.
+// The sum of the lanes of one accumulator, as a tree.
 template <class Acc>
 SN_FORCE_INLINE Acc tree_sum(const Acc* lanes) {
   Acc a[8];
@@ -57,7 +56,7 @@ SN_FORCE_INLINE Acc tree_sum(const Acc* lanes) {
 
 #if defined(__AVX2__)
 
-// One level of the tree within groups of four lanes: the lanes that each mask picks of both vectors, added.
+// One level of the tree within groups of four lanes: adds the lanes that two masks pick.
 #if defined(__AVX512F__)
 using FloatVector = __m512;
 template <int kFirst, int kSecond>
@@ -84,8 +83,8 @@ SN_FORCE_INLINE FloatVector reduce4(const FloatVector (&fours)[4]) {
 
 #if defined(__AVX512F__)
 
-// Sixteen accumulators to one vector of tree sums: each level adds halves of two vectors at once, so that the
-// sums come out transposed. kReduceSlot[n] is where pair n must be accumulated to come out in lane n.
+// Sixteen accumulators to one vector of tree sums. Each level adds halves of two vectors at once, so that the sums come
+// out transposed. Pair n must be accumulated in kReduceSlot[n] to come out in lane n.
 inline constexpr int kReduceSlot[kPairs] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
 
 SN_FORCE_INLINE __m512 reduce16(const __m512 (&acc)[kPairs]) {
@@ -108,7 +107,7 @@ SN_FORCE_INLINE __m512 reduce16(const __m512 (&acc)[kPairs]) {
 
 inline constexpr int kReduceSlot[8] = {0, 2, 1, 3, 4, 6, 5, 7};
 
-// Eight accumulators whose first tree level (l with l + 8) is done.
+// Eight accumulators to one vector; their first level of the tree (l with l + 8) is already added.
 SN_FORCE_INLINE __m256 reduce8(const __m256* acc) {
   __m256 fours[4];
 #pragma GCC unroll 4
@@ -122,9 +121,9 @@ SN_FORCE_INLINE __m256 reduce8(const __m256* acc) {
 
 #endif
 
-// One segment of sixteen pairs: anchors x[0..RA) against candidates z[0..RC), RA * RC = 16.
-// sums[a * RC + c] receives the segment sum of pair (a, c). kFull: the segment is whole, `length` is not
-// read. RA * RC = 8 computes half as much, for the end of a list; sums has room for sixteen all the same.
+// One segment of sixteen pairs: anchors x[0..RA) against candidates z[0..RC), RA * RC = 16. sums[a * RC + c] gets the
+// segment sum of pair (a, c). kFull: the segment is whole and `length` is not read. RA * RC = 8 computes half as much,
+// for the end of a list; `sums` still has room for sixteen.
 template <class T, int RA, int RC, bool kFull>
 SN_FORCE_INLINE void segment_pairs(const T* const* x, const T* const* z, std::int64_t offset, int length,
                                    typename Wide<T>::Acc* sums) {
@@ -164,7 +163,7 @@ SN_FORCE_INLINE void segment_pairs(const T* const* x, const T* const* z, std::in
 #elif defined(__AVX2__)
   if constexpr (sizeof(Acc) == sizeof(float)) {
     __m256 halves[kCount];
-    constexpr int kBatch = 4;  // eight accumulators of the sixteen registers
+    constexpr int kBatch = 4;  // eight registers of accumulators, of sixteen
 #pragma GCC unroll 4
     for (int b = 0; b < kCount / kBatch; ++b) {
       Vec acc[kBatch] = {W::zero(), W::zero(), W::zero(), W::zero()};
@@ -207,7 +206,7 @@ SN_FORCE_INLINE void segment_pairs(const T* const* x, const T* const* z, std::in
   }
 }
 
-// totals[p] += segment sums over columns [begin, end), begin on a segment boundary.
+// totals[p] += segment sums over columns [begin, end). `begin` is on a segment boundary.
 template <class T, int RA, int RC>
 SN_FORCE_INLINE void add_segments(const T* const* x, const T* const* z, std::int64_t begin, std::int64_t end,
                                   typename Wide<T>::Acc* totals) {
@@ -223,8 +222,8 @@ SN_FORCE_INLINE void add_segments(const T* const* x, const T* const* z, std::int
   }
 }
 
-// Columns [begin, begin + pitch) of `count` rows side by side, as accumulated, zeros behind the last column
-// and row.
+// Copies columns [begin, begin + pitch) of `count` rows side by side, in the accumulation type, with zeros past the
+// last column and row.
 template <class T>
 SN_FORCE_INLINE void line_up(const void* const* rows, std::int64_t count, std::int64_t padded_count, std::int64_t begin,
                              std::int64_t dims, std::int64_t pitch, typename Wide<T>::Acc* out) {
@@ -240,9 +239,9 @@ SN_FORCE_INLINE void line_up(const void* const* rows, std::int64_t count, std::i
   }
 }
 
-// A block of distances, nx x nz, both at most kDirectBlock; rows are given by pointer. out[a * pitch + c].
-// With `upper` x and z are the same rows and only tiles that reach above the diagonal are computed. Slices of
-// the rows are lined up first: rows whose pitch is a power of two would fight for a few sets of the cache.
+// A block of distances, nx x nz, both at most kDirectBlock: out[a * pitch + c]. x, z: row pointers. With `upper` x and
+// z are the same rows and only tiles above the diagonal or on it are computed. Slices of the rows are lined up first:
+// rows whose pitch is a power of two would compete for a few sets of the cache.
 template <class T>
 void direct_block(const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz, std::int64_t dims,
                   bool upper, void* out, std::int64_t pitch) {
@@ -289,12 +288,12 @@ void direct_block(const void* const* x, std::int64_t nx, const void* const* z, s
   }
 }
 
-// Sixteen entries of a list, the last one repeated behind its end.
+// Entry e of a list; past its end the last one.
 SN_FORCE_INLINE std::int32_t entry_at(const Entry* entries, std::int64_t count, std::int64_t e) {
   return entries[e < count ? e : count - 1].candidate;
 }
 
-// One anchor against listed candidates: d2[e] of row order[entries[e].candidate] of the features.
+// One anchor against listed candidates: d2[e] belongs to row order[entries[e].candidate] of the features.
 template <class T>
 void direct_list(const T* x, const FeatureView& features, const std::int32_t* order, const Entry* entries,
                  std::int64_t count, std::int64_t dims, float* d2) {
@@ -309,8 +308,7 @@ void direct_list(const T* x, const FeatureView& features, const std::int32_t* or
   }
 }
 
-// The same over one segment of gathered fp32 columns (kSegment a row, zero-padded), added to the entries'
-// scores.
+// The same over one segment of gathered fp32 columns (kSegment a row, zero-padded); adds to the scores of the entries.
 inline void refine_segment(const float* x, const float* columns, Entry* entries, std::int64_t count) {
   const float* zs[kPairs];
   alignas(64) float sums[kPairs];

@@ -1,8 +1,9 @@
-// Screening: what follows the products of a tile, the search for hits and the appending to lists.
-// Included by kernels.cpp alone, inside its namespace.
+// Screening: the epilogue of a tile finds hits among its products and appends them to the lists. Included by
+// kernels.cpp alone, inside its namespace.
 #pragma once
 
-// Sixteen products of one anchor: which of the pairs may matter to the anchor, which to the candidates?
+// Of sixteen products of one anchor: pairs that matter to the anchor, and pairs that matter to the candidate. One bit
+// per pair.
 struct Hits {
   std::uint32_t anchor;
   std::uint32_t candidates;
@@ -48,13 +49,13 @@ SN_FORCE_INLINE Hits find_hits(const float* products, const float* bias, float t
 #endif
 }
 
-// A block of a tile whose pairs the bounds cannot tell apart, for anchors that had to settle before: its
-// direct distances are cheaper together, and for both sides, than list by list. From this many such pairs on.
+// Pairs of one block that the bounds cannot tell apart, for anchors that had to resolve a list before. From this many
+// on, the direct distances of the whole block, for both sides, cost less than those of list after list.
 inline constexpr int kDenseFrom = kDirectBlock * kDirectBlock / 8;
 
 template <bool kSymmetric>
-void settle_block(const Screen& screen, std::int64_t row, std::int64_t rows, std::int64_t column,
-                  std::int64_t columns) {
+void resolve_block(const Screen& screen, std::int64_t row, std::int64_t rows, std::int64_t column,
+                   std::int64_t columns) {
   const auto row_pointer = [&](const ScreenSide& side, std::int64_t position) SN_LAMBDA_INLINE {
     const std::int64_t bytes = screen.dtype == DType::kFloat32 ? 4 : 2;
     return static_cast<const void*>(static_cast<const char*>(side.features.data) +
@@ -70,12 +71,12 @@ void settle_block(const Screen& screen, std::int64_t row, std::int64_t rows, std
   for (std::int64_t c = 0; c < columns; ++c) z[c] = row_pointer(screen.candidates, column + c);
   direct_block_any(screen.dtype, x, rows, z, columns, screen.dims, diagonal, d2, kDirectBlock);
   const auto insert = [&](std::int64_t p, std::int64_t candidate, float value) SN_LAMBDA_INLINE {
-    if (screen.settled_counts[p] < screen.K) {
-      if (screen.list_counts[p] == screen.capacity) settle_any(screen, p);
+    if (screen.exact_counts[p] < screen.K) {
+      if (screen.list_counts[p] == screen.capacity) resolve_exactly(screen, p);
     } else if (value > screen.lists[p * screen.capacity + screen.K - 1].score) {
       return;
     }
-    insert_settled(screen, p, candidate, value);
+    insert_exact(screen, p, candidate, value);
   };
   for (std::int64_t r = 0; r < rows; ++r) {
     const std::int64_t p = row + r;
@@ -101,7 +102,7 @@ void tile_epilogue_as(const Screen& screen, const Tile& tile, const float* tile_
     for (std::int64_t c0 = tile.diagonal ? r0 : 0; c0 < tile.columns; c0 += kDirectBlock) {
       const std::int64_t columns = tile.columns - c0 < kDirectBlock ? tile.columns - c0 : kDirectBlock;
       const std::int64_t column = tile.column + c0;
-      // Vectors with a hit, found without a branch: most have none, and which have is anybody's guess.
+      // Collects vectors with a hit without a branch: most vectors have none, and a branch would be mispredicted.
       struct Found {
         std::int32_t row;
         std::int32_t first;  // column of the first lane
@@ -109,7 +110,7 @@ void tile_epilogue_as(const Screen& screen, const Tile& tile, const float* tile_
       };
       Found found[kDirectBlock * kVectors + 1];
       int count = 0;
-      int unsettled_pairs = 0;
+      int doubtful_pairs = 0;
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t p = tile.row + r0 + r;
         const int before = count;
@@ -117,7 +118,7 @@ void tile_epilogue_as(const Screen& screen, const Tile& tile, const float* tile_
           Hits hits = find_hits<kSymmetric>(tile_products + (r0 + r) * kTilePitch + c0 + c, screen.bias + column + c,
                                             screen.thresholds[p], kSymmetric ? screen.bias[p] : 0.0f,
                                             kSymmetric ? screen.thresholds + column + c : nullptr);
-          if (tile.diagonal && r0 == c0) {  // only columns behind the row: lanes above r
+          if (tile.diagonal && r0 == c0) {  // only columns past the row: lanes above r
             const std::int64_t first = r + 1 - c;
             const std::uint32_t behind = first >= kLanes ? 0u : 0xffffu & ~((1u << (first > 0 ? first : 0)) - 1u);
             hits.anchor &= behind;
@@ -126,11 +127,11 @@ void tile_epilogue_as(const Screen& screen, const Tile& tile, const float* tile_
           found[count] = {static_cast<std::int32_t>(r), static_cast<std::int32_t>(c), hits};
           count += (hits.anchor | hits.candidates) != 0 ? 1 : 0;
         }
-        if (screen.settled_counts[p] == 0) continue;
-        for (int f = before; f < count; ++f) unsettled_pairs += __builtin_popcount(found[f].hits.anchor);
+        if (screen.exact_counts[p] == 0) continue;
+        for (int f = before; f < count; ++f) doubtful_pairs += __builtin_popcount(found[f].hits.anchor);
       }
-      if (unsettled_pairs >= kDenseFrom) {
-        settle_block<kSymmetric>(screen, tile.row + r0, rows, column, columns);
+      if (doubtful_pairs >= kDenseFrom) {
+        resolve_block<kSymmetric>(screen, tile.row + r0, rows, column, columns);
         continue;
       }
       for (int f = 0; f < count; ++f) {

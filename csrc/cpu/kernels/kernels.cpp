@@ -1,9 +1,9 @@
 // The hot loops, compiled once per instruction set into a namespace of its own (SN_CPU_CAPABILITY names it).
 //
-// Nothing in this file may instantiate a standard-library template or a shared out-of-line inline function:
-// the linker keeps one copy of such code, perhaps the one compiled for the newest CPU. GCC's own AVX-512
-// headers start vectors from an undefined register, which older releases then warn about in whatever function
-// they are inlined into.
+// No file here may instantiate a standard-library template or define an inline function that is shared: the linker
+// keeps one copy of such code, and that may be the one compiled for the newest CPU.
+// GCC's AVX-512 headers start vectors from an undefined register; older releases warn of it in whatever function they
+// are inlined into.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -48,7 +48,7 @@ SN_FORCE_INLINE auto with_dtype(DType dtype, Function function) {
       return function(static_cast<Half*>(nullptr));
     case DType::kBFloat16:
       return function(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat64:  // callers that take fp64 ask before
+    case DType::kFloat64:  // callers that serve fp64 check for it first
     case DType::kFloat32:
       break;
   }
@@ -73,7 +73,7 @@ void direct_block_any(DType dtype, const void* const* x, std::int64_t nx, const 
 
 // ---- small kernels --------------------------------------------------------------------------------------------------
 
-// A value is finite when its exponent bits are not all set; floating-point comparisons would drop NaN.
+// A value is finite when not all bits of its exponent are set. Comparisons of floats would miss NaN.
 template <class Bits, Bits kExponent>
 bool all_finite_bits(const FeatureView& features, std::int64_t dims, std::int64_t begin, std::int64_t end) {
   for (std::int64_t r = begin; r < end; ++r) {
@@ -103,7 +103,7 @@ std::int64_t smallest(const float* d2, std::int64_t count, std::int64_t self, st
                       std::uint64_t* keys) {
   std::int64_t kept = 0;
   if (wanted == 0) return 0;
-  // Indices ascend, so a later candidate must be strictly nearer to enter; bits of d2 >= 0 order as d2 does.
+  // Indices ascend, so a later candidate must be strictly nearer to enter. Bits of d2 >= 0 order as d2 does.
   std::uint32_t worst = 0xffffffffu;
   const auto consider = [&](std::int64_t j, std::uint32_t bits) SN_LAMBDA_INLINE {
     if (bits >= worst || j == self) return;
@@ -157,7 +157,7 @@ void backward_columns_any(DType dtype, const float* own_columns, const float* ot
 const Kernels kTable = {
     SN_STRINGIFY(SN_CPU_CAPABILITY),
 #if defined(__AVX512BF16__)
-    // Two products a step, neither the order nor the intermediate rounding documented: twice the unit roundoff.
+    // Two products a step. Neither their order nor the intermediate rounding is documented: twice the unit roundoff.
     false,
     0x1p-23f,
 #else

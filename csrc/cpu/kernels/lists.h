@@ -1,11 +1,11 @@
-// Screening: each anchor's list of the candidates that may still be among its K nearest.
-// Included by kernels.cpp alone, inside its namespace.
+// Screening: each anchor's list of the candidates that may still be among its K nearest. Included by kernels.cpp alone,
+// inside its namespace.
 #pragma once
 
-// An upper bound of the `wanted`-th smallest of `count` finite values, by bisection of their range. `values`
-// has room up to a whole vector; what is there is overwritten.
+// An upper bound of the `wanted`-th smallest of `count` finite values, by bisection of their range. `values` has room
+// up to a whole vector; values past `count` are overwritten.
 SN_FORCE_INLINE float rank_bound(float* values, std::int64_t count, std::int64_t wanted) {
-  constexpr int kSteps = 16;  // tight to 2^-16 of the range: beyond that nothing is dropped any more
+  constexpr int kSteps = 16;  // tight to 2^-16 of the range; a tighter bound drops no more candidates
   float lo = values[0];
   float hi = values[0];
 #if defined(__AVX512F__)
@@ -46,11 +46,11 @@ SN_FORCE_INLINE float rank_bound(float* values, std::int64_t count, std::int64_t
   return hi;
 }
 
-// Hits between prunings: a stale threshold lets more candidates in, each a cache miss; a pruning costs some fifteen.
+// Hits between prunings. A stale threshold admits more candidates, each a cache miss; a pruning costs about fifteen.
 inline constexpr std::int32_t kPruneAfter = 32;
 
-// In the scale of w + E_q: the upper bound of a distance that is known.
-SN_FORCE_INLINE float settled_upper(const Screen& screen, std::int64_t p, float d2) {
+// The upper bound of a known distance, on the scale of w + E_q.
+SN_FORCE_INLINE float exact_upper_bound(const Screen& screen, std::int64_t p, float d2) {
   return 0.5f * (d2 - (screen.anchors.norm[p] + screen.anchors.slack[p]));
 }
 
@@ -58,20 +58,20 @@ __attribute__((noinline)) void prune(const Screen& screen, std::int64_t p) {
   Entry* entries = screen.lists + p * screen.capacity;
   const std::int64_t count = screen.list_counts[p];
   if (count == 0 || count < screen.K) return;
-  const std::int64_t settled = screen.settled_counts[p];
+  const std::int64_t exact = screen.exact_counts[p];
   alignas(64) float upper[kListMost];
-  for (std::int64_t e = 0; e < settled; ++e) upper[e] = settled_upper(screen, p, entries[e].score);
-  for (std::int64_t e = settled; e < count; ++e) {
+  for (std::int64_t e = 0; e < exact; ++e) upper[e] = exact_upper_bound(screen, p, entries[e].score);
+  for (std::int64_t e = exact; e < count; ++e) {
     upper[e] = entries[e].score + screen.candidates.slack[entries[e].candidate];
   }
   const float bound = rank_bound(upper, count, screen.K) + screen.anchors.slack[p];
   if (bound < screen.thresholds[p]) screen.thresholds[p] = bound;
   const float threshold = screen.thresholds[p];
-  std::int64_t kept = settled;
+  std::int64_t kept = exact;
 #if defined(__AVX512F__)
-  // Eight entries at a time, each one 64-bit lane with its score in the upper half.
+  // Eight entries at a time, an entry a 64-bit lane with the score in the upper half.
   static_assert(sizeof(Entry) == sizeof(std::uint64_t));
-  for (std::int64_t e = settled; e < count; e += 8) {
+  for (std::int64_t e = exact; e < count; e += 8) {
     const std::uint32_t in_list = count - e < 8 ? (1u << (count - e)) - 1u : 0xffu;
     const __m512i eight = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(in_list), entries + e);
     const std::uint32_t low = _mm512_cmp_ps_mask(_mm512_castsi512_ps(eight), _mm512_set1_ps(threshold), _CMP_LE_OQ);
@@ -83,7 +83,7 @@ __attribute__((noinline)) void prune(const Screen& screen, std::int64_t p) {
     kept += some;
   }
 #else
-  for (std::int64_t e = settled; e < count; ++e) {
+  for (std::int64_t e = exact; e < count; ++e) {
     const Entry entry = entries[e];
     entries[kept] = entry;
     kept += entry.score <= threshold ? 1 : 0;
@@ -102,68 +102,67 @@ SN_FORCE_INLINE void direct_list_of(const Screen& screen, std::int64_t p, const 
                  screen.candidates.features, screen.candidates.order, entries, count, screen.dims, d2);
 }
 
-// A candidate whose distance is known joins the settled front of the list, in order, if it is among the K
-// nearest settled so far. There is room: settle() leaves it, and dense blocks see to it.
-SN_FORCE_INLINE void insert_settled(const Screen& screen, std::int64_t p, std::int64_t candidate, float d2) {
+// Inserts a candidate of known distance into the exact front of the list, in order, if it is among the K nearest there.
+// The caller sees to it that the list has room.
+SN_FORCE_INLINE void insert_exact(const Screen& screen, std::int64_t p, std::int64_t candidate, float d2) {
   Entry* entries = screen.lists + p * screen.capacity;
   const std::int32_t* order = screen.candidates.order;
   const std::uint64_t key = pack_key(d2, order[candidate]);
   const auto key_at = [&](std::int64_t e)
                           SN_LAMBDA_INLINE { return pack_key(entries[e].score, order[entries[e].candidate]); };
-  std::int64_t at = screen.settled_counts[p];
+  std::int64_t at = screen.exact_counts[p];
   if (at == screen.K) {
     if (key > key_at(--at)) return;
   } else {
     entries[screen.list_counts[p]++] = entries[at];  // the first of the others moves to the end
-    ++screen.settled_counts[p];
+    ++screen.exact_counts[p];
   }
   for (; at > 0 && key_at(at - 1) > key; --at) entries[at] = entries[at - 1];
   entries[at] = {static_cast<std::int32_t>(candidate), d2};
-  if (screen.settled_counts[p] == screen.K) {
-    const float bound = settled_upper(screen, p, entries[screen.K - 1].score) + screen.anchors.slack[p];
+  if (screen.exact_counts[p] == screen.K) {
+    const float bound = exact_upper_bound(screen, p, entries[screen.K - 1].score) + screen.anchors.slack[p];
     if (bound < screen.thresholds[p]) screen.thresholds[p] = bound;
   }
 }
 
-// A full list that bounds cannot shorten (a cluster tighter than the screening resolves): look at the
-// distances now.
+// Computes the direct distances of a full list that bounds cannot shorten: a cluster too tight for the screening.
 template <class T>
-void settle(const Screen& screen, std::int64_t p) {
+void resolve_exactly_as(const Screen& screen, std::int64_t p) {
   Entry* entries = screen.lists + p * screen.capacity;
-  const std::int64_t settled = screen.settled_counts[p];
-  const std::int64_t count = screen.list_counts[p] - settled;
+  const std::int64_t exact = screen.exact_counts[p];
+  const std::int64_t count = screen.list_counts[p] - exact;
   Entry open[kListMost];
   float d2[kListMost];
-  for (std::int64_t e = 0; e < count; ++e) open[e] = entries[settled + e];
+  for (std::int64_t e = 0; e < count; ++e) open[e] = entries[exact + e];
   direct_list_of<T>(screen, p, open, count, d2);
-  screen.list_counts[p] = static_cast<std::int32_t>(settled);
-  for (std::int64_t e = 0; e < count; ++e) insert_settled(screen, p, open[e].candidate, d2[e]);
+  screen.list_counts[p] = static_cast<std::int32_t>(exact);
+  for (std::int64_t e = 0; e < count; ++e) insert_exact(screen, p, open[e].candidate, d2[e]);
   screen.list_limits[p] = static_cast<std::int32_t>(screen.capacity);
 }
 
-inline void settle_any(const Screen& screen, std::int64_t p) {
+inline void resolve_exactly(const Screen& screen, std::int64_t p) {
   switch (screen.dtype) {
     case DType::kFloat32:
-      return settle<float>(screen, p);
+      return resolve_exactly_as<float>(screen, p);
     case DType::kFloat16:
-      return settle<Half>(screen, p);
+      return resolve_exactly_as<Half>(screen, p);
     case DType::kBFloat16:
-      return settle<BFloat16>(screen, p);
+      return resolve_exactly_as<BFloat16>(screen, p);
     case DType::kFloat64:
       break;  // never screened
   }
 }
 
-// A list with less room than this after pruning is settled at once: pruning again and again would cost more.
-inline constexpr std::int64_t kLeastRoom = 2 * kListSlack;
+// A list with less room than this after pruning is resolved at once: pruning again and again would cost more.
+inline constexpr std::int64_t kLeastRoom = 2 * kPanel;
 
 __attribute__((noinline)) void make_room(const Screen& screen, std::int64_t p) {
   prune(screen, p);
-  if (screen.list_counts[p] > screen.capacity - kLeastRoom) settle_any(screen, p);
+  if (screen.list_counts[p] > screen.capacity - kLeastRoom) resolve_exactly(screen, p);
 }
 
 SN_FORCE_INLINE void append(const Screen& screen, std::int64_t p, std::int64_t candidate, float score) {
-  if (score > screen.thresholds[p]) return;  // the threshold moved since the hit was found
+  if (score > screen.thresholds[p]) return;  // the threshold has moved since the hit was found
   if (__builtin_expect(screen.list_counts[p] >= screen.list_limits[p], 0)) {
     make_room(screen, p);
     if (score > screen.thresholds[p]) return;

@@ -1,17 +1,15 @@
-// Screening: the mean of sampled rows, and the packed bfloat16 copy with norms and residuals.
-// Included by kernels.cpp alone, inside its namespace.
+// Screening: the mean of sampled rows, and the packed bfloat16 copy with norms and residuals. Included by kernels.cpp
+// alone, inside its namespace.
 #pragma once
 
 inline constexpr float kFloatMost = 3.402823466e38f;
 
 // ---- the mean -------------------------------------------------------------------------------------------------------
 
-// A mean of sampled rows that an outlier cannot drag away: rows farther from the first mean than twice the
-// median are left out of the second. Sums are of differences to a sampled row, so that equal rows give
-// exactly that row.
+// A mean of sampled rows that an outlier cannot drag away: the second mean leaves out rows that are farther from the
+// first than twice the median. Sums are of differences to a sampled row, so that equal rows give exactly that row.
 inline constexpr int kSampleRows = 32;
-// Half-precision rows are exact in the screening copy as they are: they are centred only if that shrinks them
-// a lot.
+// Half-precision rows are exact in the screening copy as they are. They are centred only if that shrinks them a lot.
 inline constexpr float kWorthCentring = 0.25f;
 
 template <class T>
@@ -78,13 +76,13 @@ void sampled_mean(const FeatureView* sides, int side_count, std::int64_t dims, f
     for (std::int64_t c = 0; c < padded; ++c) mean[c] = 0.0f;
   }
   for (std::int64_t c = 0; c < padded; ++c) {
-    if (c >= dims || !(__builtin_fabsf(mean[c]) <= kFloatMost)) mean[c] = 0.0f;  // any mean is right
+    if (c >= dims || !(__builtin_fabsf(mean[c]) <= kFloatMost)) mean[c] = 0.0f;  // any mean gives a right bound
   }
 }
 
 // ---- the copy -------------------------------------------------------------------------------------------------------
 
-// 16 rows x 16 words to 16 words x 16 rows.
+// Transposes 16 rows x 16 words.
 SN_FORCE_INLINE void transpose_words(const std::uint32_t (&rows)[kPanel][kLanes], std::uint32_t* out) {
 #if defined(__AVX512F__)
   __m512i a[16];
@@ -103,7 +101,7 @@ SN_FORCE_INLINE void transpose_words(const std::uint32_t (&rows)[kPanel][kLanes]
     a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
     a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
   }
-  // a[4i + j], 128-bit group g: word 4g + j of rows 4i .. 4i + 3. Now gather the four i of each (g, j).
+  // a[4i + j], 128-bit group g: word 4g + j of rows 4i .. 4i + 3. Now gathers the four i of each (g, j).
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m512i lo01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44);  // groups 0, 1 of i = 0, 1
@@ -122,8 +120,8 @@ SN_FORCE_INLINE void transpose_words(const std::uint32_t (&rows)[kPanel][kLanes]
 #endif
 }
 
-// Rounds sixteen columns to bfloat16, to nearest even, subnormals to zero (a bfloat16 dot product flushes
-// them). words: the upper halves, two columns a word. residual: what rounding left out, exact in float.
+// Rounds sixteen columns to bfloat16, to nearest even, subnormals to zero, as a bfloat16 dot product flushes them.
+// words: the upper halves, two columns a word. Returns what rounding left out, exact in float.
 SN_FORCE_INLINE F16 round_columns(F16 t, std::uint32_t* words) {
 #if defined(__AVX512F__)
   const __m512i bits = _mm512_castps_si512(t.v);
@@ -154,7 +152,7 @@ SN_FORCE_INLINE F16 round_columns(F16 t, std::uint32_t* words) {
 #endif
 }
 
-// Packs panels [first, last). False if a row is not finite or too large to be screened.
+// Packs panels [first, last). Returns false if a row is not finite or too large for the screening.
 template <class T>
 bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std::int64_t last) {
   bool usable = true;

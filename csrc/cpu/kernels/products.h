@@ -1,5 +1,4 @@
-// Screening: the products of one tile of the copy.
-// Included by kernels.cpp alone, inside its namespace.
+// Screening: the products of one tile of the copy. Included by kernels.cpp alone, inside its namespace.
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -98,7 +97,7 @@ SN_FORCE_INLINE void micro_kernel(const float* const (&a)[kMicroRows], const flo
 #endif
 }
 
-// `pairs` words a row of one panel to floats [2 pairs][stride].
+// Widens `pairs` words a row of one panel to floats [2 pairs][stride].
 SN_FORCE_INLINE void widen(const std::uint32_t* packed, std::int64_t pairs, float* out, std::int64_t stride) {
   for (std::int64_t k = 0; k < pairs; ++k) {
     std::uint32_t even[kPanel];
@@ -115,8 +114,8 @@ SN_FORCE_INLINE void widen(const std::uint32_t* packed, std::int64_t pairs, floa
 static_assert(kTileGrain % kMicroRows == 0 && kTileGrain % kMicroColumns == 0);
 static_assert(kMicroColumns % kPanel == 0);
 
-// Fetches the panels of one depth of a tile into the second-level cache, a few lines at a time: the copy is larger than
-// that cache, and hardware does not follow it from panel to panel.
+// Prefetches the panels of one depth of a tile into the second-level cache, a few lines at a time. The copy is larger
+// than that cache, and hardware does not follow it from panel to panel.
 class DepthPrefetch {
  public:
   DepthPrefetch(const Screen& screen, const Tile& tile, std::int64_t pair, std::int64_t pairs)
@@ -151,8 +150,8 @@ class DepthPrefetch {
   std::int64_t at_ = 0;
 };
 
-// products[r * kTilePitch + c] = A_(row + r) . A_(column + c). Micro-tiles without a wanted pair stay unwritten.
-// next: the tile that this worker is likely to get then.
+// products[r * kTilePitch + c] = A_(row + r) . A_(column + c). Micro-tiles of which no pair is wanted stay unwritten.
+// next: the tile that this worker is likely to multiply next.
 inline void tile_products(const Screen& screen, const Tile& tile, const Tile& next, float* products,
                           [[maybe_unused]] float* wide) {
   const std::int64_t depth_pairs = kMicroDepth / 2;
@@ -162,7 +161,7 @@ inline void tile_products(const Screen& screen, const Tile& tile, const Tile& ne
   const auto pairs_at = [&](std::int64_t pair) {
     return screen.pairs - pair < depth_pairs ? screen.pairs - pair : depth_pairs;
   };
-  // So many lines a micro-kernel that a depth is fetched while the one before it is used.
+  // Lines per micro-kernel, so that one depth is fetched while the one before it is used.
   const std::int64_t micro_tiles = (tile.rows / kMicroRows) * (tile.columns / kMicroColumns);
   const std::int64_t depth_lines = (tile.rows + tile.columns) / kPanel * depth_pairs;
   const int lines = static_cast<int>((depth_lines + micro_tiles - 1) / micro_tiles);

@@ -1,5 +1,5 @@
-// Direct distances of what the bounds leave open, and the gathering of columns for them and for the backward.
-// Included by kernels.cpp alone, inside its namespace.
+// Direct distances of what the bounds leave open, and the gathering of columns, which the backward uses too. Included
+// by kernels.cpp alone, inside its namespace.
 #pragma once
 
 template <class T>
@@ -17,7 +17,7 @@ inline void refine_columns(const Screen& screen, const float* anchor_columns, co
                  screen.list_counts[p]);
 }
 
-// Rows [begin, end) of `order` (or of the features themselves), columns [column, column + columns), as fp32
+// Gathers rows [begin, end) of `order`, or of the features without one, columns [column, column + columns), as fp32
 // with zeros up to `pitch`.
 inline constexpr std::int64_t kAhead = 8;
 template <class T>
@@ -25,7 +25,7 @@ void gather_columns(const FeatureView& features, const std::int32_t* order, std:
                     std::int64_t column, std::int64_t columns, std::int64_t pitch, float* out) {
   for (std::int64_t r = begin; r < end; ++r) {
     const T* row = static_cast<const T*>(features.data) + (order ? order[r] : r) * features.row_stride + column;
-    if (r + kAhead < end) {  // rows lie far apart, where no hardware prefetcher follows
+    if (r + kAhead < end) {  // rows lie too far apart for a hardware prefetcher
       const T* later = static_cast<const T*>(features.data) +
                        (order ? order[r + kAhead] : r + kAhead) * features.row_stride + column;
       for (std::int64_t c = 0; c < columns; c += 64 / static_cast<std::int64_t>(sizeof(T)))

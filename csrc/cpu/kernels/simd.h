@@ -1,6 +1,5 @@
-// Sixteen lanes, the unit of every hot loop: one zmm, two ymm, four NEON registers, or a plain array.
-// Included by kernels.cpp alone, inside its per-instruction-set namespace, so that no two instruction sets
-// share code.
+// Sixteen lanes, the unit of every hot loop: one zmm, two ymm, four NEON registers, or a plain array. Included by
+// kernels.cpp alone, inside the namespace of its instruction set, so that no two instruction sets share code.
 #pragma once
 
 #if defined(__AVX2__)
@@ -16,7 +15,7 @@
 
 inline constexpr int kLanes = 16;
 
-// Storage types of half-precision inputs; arithmetic happens in float.
+// Storage types of half-precision inputs. Arithmetic is in float.
 struct Half {
   std::uint16_t bits;
 };
@@ -45,7 +44,7 @@ SN_FORCE_INLINE float to_float(Half value) {
   const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  // Exponent re-biased by a multiplication, which normalises subnormals on the way: 2^112 = 2^(127 - 15).
+  // A multiplication re-biases the exponent, which normalises subnormals on the way: 2^112 = 2^(127 - 15).
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
 }
 
@@ -64,7 +63,7 @@ SN_FORCE_INLINE Half from_float(float value, Half*) {
   const std::uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {static_cast<std::uint16_t>(sign | 0x7e00u)};
   if (magnitude >= 0x477ff000u) return {static_cast<std::uint16_t>(sign | 0x7c00u)};  // rounds to 65536 or more
-  if (magnitude < 0x38800000u) {  // below 2^-14: let a float addition round to the subnormal grid 2^-24
+  if (magnitude < 0x38800000u) {  // below 2^-14: a float addition rounds to the subnormal grid 2^-24
     const float shifted = bits_to_float(magnitude) + 0.5f;  // ulp of [0.5, 1) is 2^-24
     return {static_cast<std::uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000u))};
   }

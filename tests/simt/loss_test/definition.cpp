@@ -1,4 +1,4 @@
-// The definition, densely, in double: what a selection, a loss and a gradient are compared with.
+// The definition, densely, in double: the reference for selections, losses and gradients.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -30,13 +30,13 @@ std::vector<double> distances_of(const Problem& p) {
 
 namespace {
 
-// Two sums of the accumulation type that are this close may come out in either order.
+// Relative difference of two sums that may come out in either order in the accumulation type.
 double slack(const Problem& p) {
   if (p.exact) return 0.0;
   const double unit = accumulation(p) == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
   return 2.0 * unit * (64.0 + 16.0 + static_cast<double>(p.D()) / 2048.0);
 }
-// Squares of differences below this are lost to underflow.
+// Absolute difference: squares of differences below it are lost to underflow.
 double least(const Problem& p) {
   return accumulation(p) == DType::kFloat64 ? 0.0 : static_cast<double>(p.D()) * 0x1p-148;
 }
@@ -147,7 +147,7 @@ void check_loss(const Problem& p, const Result& r, const Gradients& g, const std
         slope(near) -= weight;
         break;
       case Squeeze::kSupport: {
-        // P_i is in order; the farthest of it, the lower index on a tie.
+        // P_i is in order. The farthest of it, the lower index on a tie.
         std::int32_t last = own[0];
         for (const std::int32_t j : own) {
           if (r.squared.size() > 0 && d2(j) > d2(last)) last = j;

@@ -1,6 +1,6 @@
-// The CUDA kernels on the harness, over every path that can serve a problem, schedules and errors of the products: the
-// selection is that of a plain evaluation in double, results repeat bit for bit whatever the path, the schedule and the
-// error, and the loss and its gradients are what the definition gives for that selection.
+// Tests of the CUDA kernels on the harness, over every path that serves a problem, over schedules and errors of mma.
+// The selection is that of a plain evaluation in double; results repeat bit for bit whatever the path, the schedule and
+// the error; the loss and its gradients follow from the definition for that selection.
 #pragma once
 
 #include <algorithm>
@@ -58,7 +58,7 @@ class Bytes {
 double read(const void* data, DType dtype, std::int64_t at);
 void write(void* data, DType dtype, std::int64_t at, double value);
 
-// Rows that start `lead` elements into their memory, `stride` apart.
+// A matrix whose first row starts `lead` elements into its memory, with rows `stride` apart.
 struct Matrix {
   DType dtype = DType::kFloat32;
   std::int64_t rows = 0;
@@ -95,7 +95,7 @@ struct Problem {
   std::vector<std::int64_t> self_index;  // [N] when used
   std::int64_t self_offset = -1;
   bool symmetric = true;
-  bool exact = false;  // every squared distance is exact in the accumulation type, in any order of summation
+  bool exact = false;  // every squared distance is exact in the accumulation type, in any order
   LossOptions options{10, 20.0, 0.1, Squeeze::kSpan, Reduction::kMean};
 
   std::int64_t N() const { return anchors.rows; }
@@ -115,7 +115,7 @@ struct Shape {
   std::int64_t N, M, D, k, identities;
 };
 
-// `kind` decides values, `shape.M == shape.N` or not whether the candidates are the anchors.
+// A problem with values of a kind. The candidates are the anchors if shape.M == shape.N.
 Problem make(const std::string& kind, DType dtype, const Shape& shape, unsigned seed);
 
 // ---- runs.cpp -------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ struct Gradients {
 extern double mma_error_scale;
 
 sn_simt_settings settings_for(std::uint64_t seed, simt::MmaError error, ForwardPath path);
-// The plan of a larger problem: several strips, both tiles of scores, a second sample, buffers that overflow.
+// Changes the plan to that of a larger problem: several strips, both tiles of scores, a second sample, full buffers.
 void vary(sn_simt_settings& settings, std::uint64_t word);
 Result forward(const Problem& p, const sn_simt_settings& settings);
 Gradients backward(const Problem& p, const Result& r, const sn_simt_settings& settings);
@@ -144,7 +144,7 @@ Gradients backward(const Problem& p, const Result& r, const sn_simt_settings& se
 DType accumulation(const Problem& p);
 std::vector<double> distances_of(const Problem& p);
 void check_selection(const Problem& p, const Result& r, const std::vector<double>& all);
-// The loss of the selection that was made, and the derivative by every distance.
+// Checks the loss of the selection that was made, and the gradients.
 void check_loss(const Problem& p, const Result& r, const Gradients& g, const std::vector<double>& all);
 
 }  // namespace sn::loss_test

@@ -1,5 +1,5 @@
 // Runs the tests of the loss on the harness. Exits non-zero on the first failure. `--only text` runs the problems whose
-// name has the text; `--scale s` multiplies the injected error of the products, to see what a bound that is too small does.
+// name contains the text. `--scale s` multiplies the injected error of mma, to show what too small a bound does.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -46,7 +46,7 @@ void check_same(const Result& r, const Result& first) {
   check(r.stats.same(first.stats), "statistics differ between two runs");
 }
 
-// Which paths were taken, and what the screening left undecided, over all problems.
+// Over all problems: how often each path was taken, and the rows that the screening left undecided.
 std::int64_t taken[kPaths] = {};
 std::int64_t laddered = 0;
 double seconds[kPaths] = {};
@@ -68,7 +68,7 @@ bool path_serves(const Problem& p, ForwardPath path, const sn_simt_settings& set
   return sn_simt_serves(static_cast<std::int32_t>(path), &shape, &settings) != 0;
 }
 
-// Calls `each` for every path that serves, several schedules and errors each.
+// Calls `each` for every path that serves, with several schedules and errors each.
 void for_runs(const Problem& p, const std::function<void(const Result&, const sn_simt_settings&)>& each) {
   std::uint64_t seed = std::hash<std::string>()(p.name) % 1000;
   for (const ForwardPath path :
@@ -140,7 +140,7 @@ void check_problem(const Problem& p) {
   });
 }
 
-// One value that is not finite poisons everything that comes out.
+// One value that is not finite poisons all outputs.
 void check_poison(Problem p, bool in_candidates, double value) {
   Matrix& matrix = in_candidates && !p.symmetric ? p.candidates : p.anchors;
   matrix.set(matrix.rows / 2, matrix.dims - 1, value);
@@ -163,8 +163,8 @@ void check_poison(Problem p, bool in_candidates, double value) {
   });
 }
 
-// Products that err ten times as far as the bound allows lose neighbours, and these tests see it: the kernels rely on
-// the bound to within that factor, and on nothing beyond it.
+// With ten times the error that the bound allows, neighbours are lost and these tests see it: the kernels rely on the
+// bound to within that factor, and on nothing beyond it.
 void check_bound_matters() {
   const Problem p = make("halves", DType::kFloat32, {33, 33, 20, 5, 4}, 3);
   where = "a bound that is too small";
@@ -238,21 +238,21 @@ int run_all(int argc, char** argv) {
   run("zeros", DType::kFloat32, {45, 90, 64, 10, 8});
   run("clusters", DType::kFloat32, {64, 190, 72, 10, 20});
   run("random", DType::kFloat32, {2, 300, 300, 100, 20});
-  run("random", DType::kFloat32, {9, 9, 2113, 3, 2});  // beyond a span of the summation
+  run("random", DType::kFloat32, {9, 9, 2113, 3, 2});  // more than a span of the summation
   run("random", DType::kBFloat16, {9, 30, 2113, 3, 2});
-  // Rows of candidates between the short and the long ones; rows wide enough for two packs a lane of the backward.
+  // Rows of candidates between the short and the long ones. Rows wide enough for two packs a lane of the backward.
   for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
     run("grid", dtype, {5, 500, 20, 10, 5});
     for (int again = 0; again < 3; ++again) run("random", dtype, {40, 40, 300, 5, 8});
   }
-  // Candidates that many edges lead to, several such side by side: chunk sums of one round of the backward meet the next.
+  // Neighbouring candidates with many edges each: chunk sums of one round of the backward meet those of the next.
   run("grid", DType::kFloat32, {260, 20, 40, 10, 5});
   run("random", DType::kFloat64, {300, 12, 9, 7, 3});
-  // Few anchors against identities of more candidates than their lists of positives hold.
+  // Few anchors, and identities with more candidates than a list of positives holds.
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) run("random", dtype, {9, 700, 40, 5, 2});
   // More rows that no bound decides than the merge has blocks.
   run("tiny", DType::kFloat32, {280, 280, 3, 5, 8});
-  // Nothing at all.
+  // No anchors, no candidates.
   run("grid", DType::kFloat32, {0, 0, 5, 3, 2});
   run("grid", DType::kFloat32, {0, 9, 5, 3, 2});
   run("grid", DType::kFloat32, {4, 0, 5, 3, 2});
@@ -270,7 +270,7 @@ int run_all(int argc, char** argv) {
     std::printf("path %-8s %4d runs %7.1f s\n", kPathNames[path], static_cast<int>(taken[path]), seconds[path]);
     if (only.empty()) check(taken[path] > 0, "every path was taken");
   }
-  std::printf("backward %7.1f s; rows that the screening left to exact scans: %d\n", seconds[0],
+  std::printf("backward %7.1f s; rows that the screening left to exact search: %d\n", seconds[0],
               static_cast<int>(laddered));
   std::printf("%d passed, 0 failed\n", checks);
   return 0;

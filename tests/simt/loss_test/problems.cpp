@@ -52,7 +52,7 @@ Problem make(const std::string& kind, DType dtype, const Shape& shape, unsigned 
   p.options.alpha = seed % 5 == 0 ? 2.0 : 20.0;
   p.options.weight = seed % 7 == 0 ? 0.0 : 0.1;
   p.exact = kind == "grid" || kind == "halves" || kind == "identical" || kind == "duplicates" || kind == "binary";
-  // Every few problems: rows apart, rows off alignment.
+  // Some problems have padded rows, some a first row off alignment.
   const std::int64_t padding = seed % 3 == 1 ? 8 : (seed % 3 == 2 ? 3 : 0);
   const std::int64_t lead = seed % 6 == 5 ? 1 : 0;
 

@@ -1,4 +1,4 @@
-// Faults that are planted in kernels, each caught under every schedule, beside the same kernels without them.
+// Planted faults, each caught under every schedule, and the same kernels without them, which pass.
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -41,7 +41,7 @@ __device__ void barrier(Barrier kind) {
   if (kind == Barrier::kWarp) sync_warp();
   if (kind == Barrier::kBlock) sync_block();
 }
-// Written, then read `apart` threads on.
+// Each thread writes, then reads what the thread `apart` further wrote.
 __global__ void read_after_write_kernel(int apart, Barrier between) {
   SharedArena arena;
   const Shared<float> s = arena.take<float>(thread_count());
@@ -67,7 +67,7 @@ __global__ void write_after_write_kernel(int apart, Barrier between) {
   barrier(between);
   s.set((thread_id() + apart) % thread_count(), 2);
 }
-// All read one element; one of them, the first, then writes it.
+// All read one element, then the first thread writes it.
 __global__ void write_after_many_reads_kernel(Barrier between) {
   SharedArena arena;
   const Shared<float> s = arena.take<float>(1);
@@ -144,7 +144,7 @@ __global__ void two_shuffles_kernel() {
     shuffle_xor(1, 1);
   }
 }
-// Another number of rounds on one lane.
+// One lane runs fewer rounds.
 __global__ void ragged_loop_kernel() {
   for (int round = 0; round < (lane_id() == 3 ? 2 : 3); ++round) shuffle_xor(round, 1);
 }
@@ -310,7 +310,7 @@ void test_faults() {
   passes("remote", [&] { return launch(remote_kernel, pairs, nullptr, true, true); });
   caught("cluster barrier of some", "divergent barrier",
          [&] { return launch(divergent_cluster_kernel, LaunchShape{6, kThreads, 0, 3}, nullptr); });
-  // Whether a block leaves before another has read it depends on the schedule.
+  // Whether a block leaves before another reads it depends on the schedule.
   int left = 0;
   for (int seed = 1; seed <= 40; ++seed) {
     simt::reset(with_seed(seed));

@@ -11,11 +11,11 @@
 namespace sn::cuda {
 namespace {
 
-// Nearest of all finite values of a 16-bit type, ties to even, by search.
+// All finite values of a 16-bit type; finds the nearest, ties to even.
 template <typename T16>
 struct Table {
   std::vector<double> values;  // of the patterns 0, 1, ... up to the largest finite one, ascending
-  double overflow;             // from here on: infinity
+  double overflow;             // values from here on round to infinity
   std::uint16_t infinity;
 
   explicit Table(std::uint16_t infinity_bits) : infinity(infinity_bits) {
@@ -79,7 +79,7 @@ void test_conversions(std::uint16_t infinity) {
     check(bits_of(narrow<T16>(wide)) == bits && bits_of(narrow<T16>(static_cast<double>(wide))) == bits,
           "there and back");
     if (magnitude == infinity) continue;
-    // Between this value and the next: the middle, and next to it.
+    // The middle between this value and the next, and its neighbours.
     const double next =
         magnitude + 1u < infinity ? table.values[magnitude + 1] : 2 * table.overflow - table.values[magnitude];
     const double middle = sign * (table.values[magnitude] + (next - table.values[magnitude]) / 2);
@@ -116,7 +116,7 @@ void test_directed_rounding() {
     if (down == up) check(down == exact, what);
   };
   for (int i = 0; i < 300000; ++i) {
-    // 64 bits of long double hold sums of products whose exponents are this close.
+    // The 64 bits of long double hold sums of products whose exponents are this close.
     const float a = any(3), b = any(3), c = any(6);
     around(add_down(a, b), add_up(a, b), static_cast<long double>(a) + b, "add");
     around(multiply_down(a, b), multiply_up(a, b), static_cast<long double>(a) * b, "multiply");

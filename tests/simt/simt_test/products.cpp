@@ -1,4 +1,4 @@
-// Copies, matrices and mma: the injected error stays within the bound and reaches it; the models are the published ones.
+// Copies, matrices and mma: the injected error reaches its bound and stays within; the models are the published ones.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,7 +18,7 @@ constexpr int kColumns = 8;
 constexpr int kDepth = 48;
 constexpr int kPitch = kDepth + 8;
 
-// D [16, 8] = A [16, kDepth] B [8, kDepth]^T, by one warp; B by the transposed load too when asked.
+// D [16, 8] = A [16, kDepth] B [8, kDepth]^T by one warp. `transposed`: B through the transposed load.
 template <typename T16>
 __global__ void product_kernel(const T16* gA, const T16* gB, float* gD, bool transposed) {
   SharedArena arena;
@@ -63,7 +63,7 @@ __global__ void product_kernel(const T16* gA, const T16* gB, float* gD, bool tra
   gD[(group + 8) * 8 + pair + 1] = rD[3];
 }
 
-// As simt.h has it: what the error of a step is a share of, beside what has been added up so far.
+// The second maximum of mma_error_bound (simt.h) for one product.
 template <typename T16>
 double alignment_of(double left, double right) {
   constexpr int kLeast = std::is_same_v<T16, Half> ? -14 : -126;
@@ -78,7 +78,7 @@ void test_mma() {
   std::uniform_real_distribution<float> uniform(-2.0f, 2.0f);
   double worst = 0.0, worst_subnormal = 0.0;
   for (int round = 0; round < 26; ++round) {
-    const bool small = round < 4;  // small integers: exact without errors
+    const bool small = round < 4;  // small integers: exact without an injected error
     std::vector<T16> a(kRows * kDepth), b(kColumns * kDepth);
     const auto operand = [&] {
       const float value = uniform(random);
@@ -86,7 +86,7 @@ void test_mma() {
     };
     std::generate(a.begin(), a.end(), operand);
     std::generate(b.begin(), b.end(), operand);
-    const bool subnormal = round >= 20;  // tiny ones and others against normal numbers, against both kinds
+    const bool subnormal = round >= 20;  // tiny or larger ones, against normal numbers or both kinds
     if (subnormal) {
       const float least = std::is_same_v<T16, Half> ? 0x1p-14f : 0x1p-126f;
       const float large = std::is_same_v<T16, Half> ? 64.0f : 0x1p40f;  // sums that are normal floats
@@ -145,7 +145,7 @@ void test_mma() {
   check(worst_subnormal > 0.9, "the injected error reaches the bound of subnormal rows");
 }
 
-// All of c + sum of 16 products, the same in every place.
+// Every element is c + sum of the same 16 products.
 template <typename T16>
 __global__ void sum_kernel(const T16* gA, const T16* gB, float c, float* gD) {
   const int pair = lane_id() % 4 * 2;
@@ -187,7 +187,7 @@ double modelled(simt::MmaModel model, double c, const std::vector<Term>& terms) 
   return d[0];
 }
 
-// Each model by sums made by hand: what a group is, what is kept, which way it is cut off, which exponents count.
+// Checks each model by sums made by hand: the size of a group, the bits kept, the direction of the cut, the exponents.
 template <typename T16>
 void test_models() {
   constexpr auto kHopper = simt::MmaModel::kGroup16Bits25;
@@ -201,7 +201,7 @@ void test_models() {
                              std::to_string(got / wanted) + " of what is expected");
   };
   const double tiny = 0x1p-14;
-  // The last fraction bit that is kept beside a large accumulator, beside large products, of the accumulator itself.
+  // The last fraction bit that is kept: beside a large accumulator, beside large products, of the accumulator itself.
   for (const auto& [model, bits] : {std::pair(kHopper, 25), {kAmpere, 24}, {kVolta, 23}, {kCrude, 22}}) {
     const double last = std::exp2(-bits), lost = last / 2;
     for (const double kept : {last, -last}) {
@@ -215,7 +215,7 @@ void test_models() {
     expect(model, lost, {{1, 1, 1}, {2, -1, 1}}, 0, "an accumulator that is lost");
     // 1.5 x 1.5 is aligned by exponent 0.
     expect(model, 0, {{0, 1.5, 1.5}, {1, -1.5, 1.5}, {2, last * 0x1p10, 0x1p-10}}, last, "unnormalised products");
-    // As many as a group has, each just below what is kept.
+    // As many terms as a group has, each just below what is kept.
     std::vector<Term> many, more;
     for (int k = 0; k < 16; ++k) many.push_back({k, lost * 1.9375 * 0x1p12, 0x1p-12});
     for (int k = 0; k < 16; ++k) more.push_back({k, last * 0x1p12, 0x1p-12});
@@ -231,14 +231,14 @@ void test_models() {
              "a sum cut off towards zero");
     }
   }
-  // Who meets the 1 before it is gone.
+  // Which products meet the 1 before it is gone.
   for (int k = 1; k < 16; ++k) {
     for (const auto& [model, group] : {std::pair(kHopper, 16), {kAmpere, 8}, {kVolta, 4}, {kCrude, 4}}) {
       expect(model, -1, {{0, 1, 1}, {k, tiny, tiny}}, k < group ? 0 : 0x1p-28, "product " + std::to_string(k));
       expect(model, -1, {{15, 1, 1}, {15 - k, tiny, tiny}}, 0, "an earlier product " + std::to_string(k));
     }
   }
-  // A subnormal is aligned by the least exponent, a zero by none.
+  // A subnormal is aligned by the least exponent. A zero aligns nothing.
   const bool half = std::is_same_v<T16, Half>;
   const double least = half ? 0x1p-24 : 0x1p-133, large = half ? 0x1p15 : 0x1p127;
   expect(kHopper, 0, {{5, least, 1}}, least, "a subnormal factor");

@@ -1,5 +1,5 @@
-// The tests of the harness itself, a file per subject: every planted fault is caught, under every schedule, and every
-// wrapper does what it says.
+// Tests of the harness itself, a file per subject: every planted fault is caught under every schedule, and every
+// wrapper does what it should.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ void check(bool holds, const std::string& what);
 inline constexpr int kSeeds = 12;
 inline constexpr int kThreads = 64;
 
-// A schedule, and errors of mma.
+// Options with this seed for the schedule and for the errors of mma.
 simt::Options with_seed(std::uint64_t seed);
 
 void test_faults();                       // faults.cpp: planted faults

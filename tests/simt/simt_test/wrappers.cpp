@@ -1,4 +1,4 @@
-// The wrappers of ptx.cuh: collectives of a warp, atomics, clusters, and kernels under many schedules.
+// Wrappers of ptx.cuh: collectives of a warp, atomics, clusters. A pipeline under many schedules.
 #include <algorithm>
 #include <random>
 #include <string>
@@ -145,7 +145,7 @@ __global__ void atomics_kernel(std::uint32_t* gWords, std::int32_t* gSigned, std
     atomic_max(&gSigned[0], sSigned.get(0));
     atomic_min(&gSigned[1], sSigned.get(1));
   }
-  // Everyone draws a ticket of its own.
+  // Every thread draws its own ticket.
   const std::uint32_t ticket = atomic_add(&gWords[4], 1u);
   atomic_add(&gOrder[ticket], 1u + id);
   if (atomic_load(&gOrder[ticket]) != 1u + id) atomic_store(&gWords[5], 1u);
@@ -211,7 +211,7 @@ void test_clusters() {
   }
 }
 
-// Many blocks, warps out of step: partial sums through shared memory, results in order.
+// Many blocks with warps out of step, partial sums through shared memory.
 __global__ void pipeline_kernel(const float* gIn, float* gOut, int rounds) {
   SharedArena arena;
   const Shared<float> sRow = arena.take<float>(thread_count());

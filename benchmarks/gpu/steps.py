@@ -79,13 +79,13 @@ STEPS = (
     ),
     Step("facts", "measure", 30, ("facts.py",), "device, driver, versions; the libraries load", gate=True, always=True),
     Step("ceilings", "measure", 25, ("ceilings.py",), "launches, copies, caches and matrix products of the device"),
-    Step("loss", "measure", 70, ("times.py", "loss"), "the loss in a CUDA graph and as called from Python"),
+    Step("loss", "measure", 45, ("times.py", "loss"), "the loss in a CUDA graph and as called from Python"),
     Step("paths", "measure", 35, ("times.py", "paths"), "every path that serves a shape, side by side"),
     Step("kernels", "measure", 25, ("times.py", "kernels"), "microseconds of every kernel"),
     Step("rivals", "measure", 25, ("times.py", "rivals"), "plain PyTorch on the same inputs"),
     Step("train", "measure", 30, ("train.py",), "the share of the loss in a training step of ResNet50"),
-    Step("triton", "measure", 35, ("times.py", "triton"), "the Triton backend; compiling is not counted"),
-    Step("counters", "measure", 40, ("counters.py",), "Nsight Compute's counters of the kernels at three shapes"),
+    Step("triton", "measure", 50, ("times.py", "triton"), "the Triton backend; compiling is not counted"),
+    Step("counters", "measure", 60, ("counters.py",), "Nsight Compute's counters of the kernels at three shapes"),
     Step("compile", "measure", 40, ("times.py", "compile"), "torch.compile of plain PyTorch; compiling is not counted"),
 )
 

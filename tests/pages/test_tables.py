@@ -94,7 +94,7 @@ def gpu_rivals(name: str) -> Rows:
     """Forward and backward beside PyTorch, float32, of the shapes that README.md shows."""
     times = gpu_times(name, "loss", "rivals", "compile")
     shapes = ("128 x 2048", "1024 x 2048", "8192 x 512", "8192 x 2048", "65536 x 2048", "bank 256 x 65536 x 2048")
-    columns = (("cuda", "graph"), ("cuda", "called"), ("eager", "called"), ("compile", "called"))
+    columns = (("cuda", "graph"), ("cuda", "called"), *((name, "called") for name in ("eager", "strongest", "compile")))
     rows = []
     for shape in shapes:
         found = [times.get((f"{shape} float32", backend, "both", how)) for backend, how in columns]

@@ -47,13 +47,13 @@ aarch64() {
     cmake --build "$work/aarch64" --target sn_cpu_test && qemu-aarch64-static "$work/aarch64/sn_cpu_test"
 }
 
-cuda_kernels() {
+cuda_kernels() { # --write: the table of registers anew, in place of a comparison
   configure "$work/cuda" -DSN_OPS_CUDA_OBJECTS=ON -DSN_OPS_PTXAS_VERBOSE=ON \
     -DSN_OPS_TORCH_DIR="$(python -c 'import torch; print(torch.__path__[0])')" &&
     if ! cmake --build "$work/cuda" --target sn_cuda_objects sn_cuda_registration >"$work/ptxas.log" 2>&1; then
       grep -v 'ptxas info' "$work/ptxas.log"
       return 1
-    fi && python .ci/cuda_resources.py "$work/ptxas.log" "$work/launches.txt" &&
+    fi && python .ci/cuda_resources.py "$work/ptxas.log" "$work/launches.txt" "$@" &&
     cmake --build "$work/cuda" --target sn_gpu_probe sn_gpu_micro
 }
 

@@ -1,7 +1,7 @@
 # Runs a step of .ci/run and records its result, or a series of steps beside others. Sourced; $work is the run's folder.
 
 results=$work/results.txt # a line a step: passed, failed or skipped; seconds; name; reason
-lanes=()                  # processes that run a series of steps beside the others
+tracks=()                  # processes that run a series of steps beside the others
 : >"$results"
 
 record() { # result, seconds, name, reason
@@ -32,26 +32,26 @@ need() { # package, command...: the command, installed as a Debian package where
   command -v "$1" >/dev/null
 }
 
-# A lane is a function that runs steps, beside the steps that follow and behind them in priority. What it prints comes
-# out when the lanes are joined. Lanes must not install anything: pip and apt-get have one user at a time.
+# A track is a function that runs steps, beside the steps that follow and behind them in priority. What it prints comes
+# out when the tracks are joined. Tracks must not install anything: pip and apt-get have one user at a time.
 beside() { # function
   printf '\n==== %s: beside what follows\n' "$1"
   set -m # a process group of its own, to be stopped whole
   { renice -n 5 -p "$BASHPID" >/dev/null; "$1"; } >"$work/$1.log" 2>&1 &
   set +m
-  lanes+=("$!:$1")
+  tracks+=("$!:$1")
 }
 
-join_lanes() {
-  local lane
-  for lane in "${lanes[@]}"; do
-    wait "${lane%%:*}" || record failed 0 "${lane#*:}" "ended with status $?"
-    cat "$work/${lane#*:}.log"
+join_tracks() {
+  local track
+  for track in "${tracks[@]}"; do
+    wait "${track%%:*}" || record failed 0 "${track#*:}" "ended with status $?"
+    cat "$work/${track#*:}.log"
   done
-  lanes=()
+  tracks=()
 }
 
-stop_lanes() {
-  local lane
-  for lane in "${lanes[@]}"; do kill -- "-${lane%%:*}"; done 2>/dev/null
+stop_tracks() {
+  local track
+  for track in "${tracks[@]}"; do kill -- "-${track%%:*}"; done 2>/dev/null
 }

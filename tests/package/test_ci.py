@@ -24,7 +24,7 @@ REPORT = """<testsuites><testsuite tests="5" failures="1" errors="1">
 
 def run_steps(folder: Path, body: str) -> tuple[str, list[summary.Step]]:
     """What a run of these steps prints, and what it records."""
-    script = f"set -uo pipefail; work={folder}; . {CI}/steps.sh; trap stop_lanes EXIT\n{body}"
+    script = f"set -uo pipefail; work={folder}; . {CI}/steps.sh; trap stop_tracks EXIT\n{body}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout, summary.read_steps(folder / "results.txt")
@@ -45,7 +45,7 @@ def test_steps_run_beside_others(tmp_path: Path) -> None:
     body = """
     meet() { touch "$work/$1"; for i in $(seq 200); do [ -e "$work/$2" ] && return; sleep 0.1; done; false; }
     others() { step there meet a b; echo printed there; step bad false; }
-    beside others; step here meet b a; echo last before the join; join_lanes"""
+    beside others; step here meet b a; echo last before the join; join_tracks"""
     printed, steps = run_steps(tmp_path, body)
     assert {(step.result, step.name) for step in steps} == {("passed", "here"), ("passed", "there"), ("failed", "bad")}
     assert printed.index("last before the join") < printed.index("printed there")
@@ -53,7 +53,7 @@ def test_steps_run_beside_others(tmp_path: Path) -> None:
 
 def test_steps_that_never_came_to_run_are_a_failure(tmp_path: Path) -> None:
     _, steps = run_steps(
-        tmp_path, "others() { step one true; kill -9 $BASHPID; step two true; }; beside others; join_lanes"
+        tmp_path, "others() { step one true; kill -9 $BASHPID; step two true; }; beside others; join_tracks"
     )
     assert [(step.result, step.name) for step in steps] == [("passed", "one"), ("failed", "others")]
 

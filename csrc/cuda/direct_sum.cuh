@@ -3,14 +3,15 @@
 // d2(x, z), in the accumulation type Acc (fp32; fp64 for fp64; half inputs are widened first):
 //   a chunk is 64 consecutive elements; its sum is s = fma(t, t, s) over t = x - z (rounded) in increasing order, from
 //   +0, zero padded;
-//   a span is 32 chunks (2048 elements); its sum is the aligned pairwise tree over the 32 chunk sums: chunks that
+//   a section is 32 chunks (2048 elements); its sum is the aligned pairwise tree over the 32 chunk sums: chunks that
 //   differ in bit 0 of their number meet first, then bit 1, 2, 3, 4; absent chunks are +0;
-//   spans are added one after the other, from the first.
+//   sections are added one after the other, from the first.
 // A NaN, which only inputs that are not finite can give, counts as +inf.
 //
 // Every path relies on what follows from this order:
 //
-// * D may be cut at spans, and inside a span at aligned groups of 2^p chunks: whoever has the parts can finish the sum.
+// * D may be cut at sections, and inside a section at aligned groups of 2^p chunks: whoever has the parts can finish
+//   the sum.
 //
 // * x + 0 = x for the sums here, which are never -0: a tree over 2^p chunks of which some are absent is the same
 //   whatever p covers the present ones, and zero padding changes nothing (fma(0, 0, s) = s).
@@ -21,7 +22,7 @@
 // * d2(x, z) and d2(z, x) have the same bits.
 //
 // API
-//   kChunk, kSpanChunks, kSpan                 the order's constants (plan_types.h)
+//   kChunk, kSectionChunks, kSection                 the order's constants (plan_types.h)
 //   no_nan(d2)                                 the last step
 //   chunk_sum_step(s, x, z)                    s = fma(x - z, x - z, s)
 //   class WarpSums<T>                          one warp, one anchor, batches of up to 32 candidates:
@@ -45,7 +46,7 @@
 
 namespace sn::cuda {
 
-static_assert(kSpanChunks == kWarpSize, "a butterfly over a warp is the tree of a span");
+static_assert(kSectionChunks == kWarpSize, "a butterfly over a warp is the tree of a section");
 
 template <class A>
 __device__ __forceinline__ A no_nan(A d2) {
@@ -59,7 +60,7 @@ __device__ __forceinline__ A chunk_sum_step(A sum, A x, A z) {
 
 // ---- one warp, one anchor, many candidates --------------------------------------------------------------------------
 
-// A lane owns one chunk of one candidate at a time. With P = chunks of the span rounded up to a power of two, lane l
+// A lane owns one chunk of one candidate at a time. With P = chunks of the section rounded up to a power of two, lane l
 // has chunk l mod P of the candidate l / P of a group of 32 / P, and a butterfly over P lanes is the tree. Rows arrive
 // in steps of 64 bytes a chunk, so a warp reads whole sectors whatever P is. They pass through a ring of stages in
 // shared memory, which asynchronous copies fill two steps ahead. A stage's rows and the anchor's chunks lie at odd
@@ -94,7 +95,7 @@ class WarpSums {
 
   __device__ __forceinline__ void set_anchor(const T* gAnchor) {
     gAnchor_ = gAnchor;
-    staged_span_ = -1;
+    staged_section_ = -1;
   }
 
   __device__ __forceinline__ A sums(std::int32_t candidate, int count) {
@@ -105,19 +106,19 @@ class WarpSums {
   }
 
  private:
-  // log2 of the lanes that share a span of which so many chunks are left.
+  // log2 of the lanes that share a section of which so many chunks are left.
   __host__ __device__ static constexpr int slot_bits(std::int64_t chunks) {
     int bits = 0;
-    while ((1 << bits) < chunks && (1 << bits) < kSpanChunks) ++bits;
+    while ((1 << bits) < chunks && (1 << bits) < kSectionChunks) ++bits;
     return bits;
   }
 
   static constexpr int kCopies = kStepPacks;                   // packs a lane copies in one step
   static constexpr int kRowsPerCopy = kWarpSize / kStepPacks;  // chunks that one round of copies serves
 
-  // How a span is shared out: 2^slot_bits lanes a candidate, `at_once` candidates a group, `steps` stages a group.
+  // How a section is shared out: 2^slot_bits lanes a candidate, `at_once` candidates a group, `steps` stages a group.
   struct Shape {
-    std::int64_t span;
+    std::int64_t section;
     int slot_bits;
     int at_once;
     int steps;
@@ -148,18 +149,18 @@ class WarpSums {
   }
 
   __device__ void stage_anchor(const Shape& shape) {
-    sync_warp();  // the previous span may still be read
+    sync_warp();  // the previous section may still be read
     constexpr int kChunkPacks = kChunk / kPack;
     for (int pack = lane_id(); pack < kChunkPacks << shape.slot_bits; pack += kWarpSize) {
       const int chunk = pack / kChunkPacks;
       const int within = pack % kChunkPacks * kPack;
-      const std::int64_t at = shape.span * kSpan + chunk * kChunk + within;
+      const std::int64_t at = shape.section * kSection + chunk * kChunk + within;
       copy_pack(sAnchor_, chunk * kChunkPitch + within, gAnchor_ + at, clip(dims_ - at));
     }
     async_commit();
     async_wait<0>();
     sync_warp();
-    staged_span_ = shape.span;
+    staged_section_ = shape.section;
   }
 
   // The first group from `first` on that has a candidate left; count or more if none has.
@@ -180,7 +181,7 @@ class WarpSums {
       const int chunk = task & ((1 << shape.slot_bits) - 1);
       const int owner = cursor.first + (task >> shape.slot_bits);
       const std::int32_t row = shuffle(candidate, owner < kWarpSize ? owner : 0);
-      const std::int64_t at = shape.span * kSpan + chunk * kChunk + lane_id() % kStepPacks * kPack;
+      const std::int64_t at = shape.section * kSection + chunk * kChunk + lane_id() % kStepPacks * kPack;
       const bool present = owner < count && row >= 0 && at < dims_;
       cursor.source[c] = present ? gCandidates_ + row * row_stride_ + at : gCandidates_;
       cursor.remain[c] = present ? clip(dims_ - at) : 0;
@@ -207,14 +208,14 @@ class WarpSums {
   __device__ A run(std::int32_t candidate, int count, A bound) {
     const std::int64_t chunks = (dims_ + kChunk - 1) / kChunk;
     if (lane_id() >= count) candidate = -1;
-    A rTotal = 0;  // of this lane's candidate, spans so far
-    for (std::int64_t span = 0; span * kSpanChunks < chunks; ++span) {
-      const std::int64_t left = chunks - span * kSpanChunks;
-      Shape shape{span, slot_bits(left), kWarpSize, kSteps};
+    A rTotal = 0;  // of this lane's candidate, sections so far
+    for (std::int64_t section = 0; section * kSectionChunks < chunks; ++section) {
+      const std::int64_t left = chunks - section * kSectionChunks;
+      Shape shape{section, slot_bits(left), kWarpSize, kSteps};
       shape.at_once = kWarpSize >> shape.slot_bits;
-      if (left == 1) shape.steps = static_cast<int>((dims_ - span * kSpan + kStep - 1) / kStep);
-      if (staged_span_ != span) stage_anchor(shape);
-      sync_warp();  // the last stage of the span or call before may still be read
+      if (left == 1) shape.steps = static_cast<int>((dims_ - section * kSection + kStep - 1) / kStep);
+      if (staged_section_ != section) stage_anchor(shape);
+      sync_warp();  // the last stage of the section or call before may still be read
 
       Cursor cursor;
       seek(cursor, 0, count, shape, candidate);
@@ -251,11 +252,11 @@ class WarpSums {
           for (int bit = 0; bit < shape.slot_bits; ++bit) rTree = add(rTree, shuffle_xor(rTree, 1 << bit));
           const int member = lane_id() - first;  // this lane's candidate within the group
           const bool mine = member >= 0 && member < shape.at_once;
-          const A rSpan = shuffle(rTree, mine ? member << shape.slot_bits : 0);
-          const A rSoFar = span == 0 ? rSpan : add(rTotal, rSpan);
+          const A rSection = shuffle(rTree, mine ? member << shape.slot_bits : 0);
+          const A rSoFar = section == 0 ? rSection : add(rTotal, rSection);
           if (mine && step == shape.steps) rTotal = rSoFar;
           if (kBounded) {
-            // An abandoned candidate stays out of later spans. The cursor is past the groups ahead: they are
+            // An abandoned candidate stays out of later sections. The cursor is past the groups ahead: they are
             // not touched.
             if (mine && !(rSoFar <= bound)) candidate = -1;
             abandoned = !any_lane(mine && candidate >= 0);
@@ -286,7 +287,7 @@ class WarpSums {
   const T* gAnchor_ = nullptr;
   std::int64_t row_stride_;
   std::int64_t dims_;
-  std::int64_t staged_span_ = -1;
+  std::int64_t staged_section_ = -1;
   bool aligned_;
 };
 

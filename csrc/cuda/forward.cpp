@@ -75,7 +75,7 @@ cudaError_t run_screened(const ForwardArgs& args, const ForwardPlan& plan, char*
       scores(ScoreMode::kAppend, M, 1);
     }
     then(enqueue_refine);
-    then(enqueue_ladder);
+    then(enqueue_fallback);
     then(enqueue_merge);
   }
   return steps.error();

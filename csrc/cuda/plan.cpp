@@ -51,7 +51,7 @@ std::int64_t expected_entries(std::int64_t K, std::int64_t ratio) {
 constexpr std::int64_t kSmallestBuffer = 512;
 // Very many anchors get a quarter less memory for a larger second sample. Errors of the scores leave a fifth more
 // entries at D = 2048, so one row in 10^4 has more than 32 r entries. With a sample of one in 16 it would be one row in
-// 200, by estimate; the ladder that served those rows took two thirds of the forward.
+// 200, by estimate; the fallback that served those rows took two thirds of the forward.
 constexpr std::int64_t kLeanRatio = 12;
 constexpr std::int64_t kLeanEntries = 32;  // times the ratio: room for up to 10 neighbours
 constexpr std::int64_t kLeanNeighbours = 10;
@@ -119,7 +119,7 @@ void plan_screened(ForwardPlan& plan, const Problem& problem) {
   if (dense) {
     plan.sample_columns = M;
     plan.sample_stride = 1;
-    plan.buffer_capacity = ladder_entries(K);
+    plan.buffer_capacity = fallback_entries(K);
     plan.far_capacity = 0;
     plan.strip_rows = std::min({N, std::max<std::int64_t>(1, kScratchEntries / M),
                                 std::max<std::int64_t>(1, kBufferBytes / (8 * plan.buffer_capacity))});
@@ -131,7 +131,8 @@ void plan_screened(ForwardPlan& plan, const Problem& problem) {
     const std::int64_t least = std::max<std::int64_t>(kSmallestSample, 2 * K);
     std::int64_t sample = std::max(least, round_up(M / densest, kSampleMultiple));
     std::int64_t ratio = densest;
-    const std::int64_t largest = 2 * std::max(smallest, ladder_entries(K));  // scores that fit the place of the buffer
+    const std::int64_t largest =
+        2 * std::max(smallest, fallback_entries(K));  // scores that fit the place of the buffer
     if (sample > largest) {
       sample = largest;
       ratio = std::max(densest, static_cast<std::int64_t>(std::ceil(std::sqrt(static_cast<double>(M) / sample))));
@@ -141,7 +142,7 @@ void plan_screened(ForwardPlan& plan, const Problem& problem) {
     plan.sample_stride = M / sample;
     plan.sample_columns = divide_up(M, plan.sample_stride);
     const std::int64_t enough = lean ? kLeanEntries * ratio : expected_entries(K, ratio);
-    plan.buffer_capacity = std::max({smallest, ladder_entries(K), round_up(enough, kSampleMultiple)});
+    plan.buffer_capacity = std::max({smallest, fallback_entries(K), round_up(enough, kSampleMultiple)});
     plan.far_capacity = kFarCapacity;
     plan.strip_rows =
         std::min(N, std::max<std::int64_t>(1, kBufferBytes / (8 * (plan.buffer_capacity + kFarCapacity))));

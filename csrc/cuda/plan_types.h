@@ -20,10 +20,10 @@ struct DeviceFacts {
   int cluster_planes = 8;   // planes of sums that a block of the largest may keep
 };
 
-// The one summation order (direct_sum.cuh derives it) cuts D into chunks, and chunks into spans.
-inline constexpr int kChunk = 64;       // elements added one after the other
-inline constexpr int kSpanChunks = 32;  // chunks added as a tree
-inline constexpr int kSpan = kChunk * kSpanChunks;
+// The one summation order (direct_sum.cuh derives it) cuts D into chunks, and chunks into sections.
+inline constexpr int kChunk = 64;          // elements added one after the other
+inline constexpr int kSectionChunks = 32;  // chunks added as a tree
+inline constexpr int kSection = kChunk * kSectionChunks;
 
 // How the neighbours are found. Every path that can serve a problem selects the same neighbours in the same order.
 enum class ForwardPath : std::int32_t {
@@ -71,12 +71,12 @@ struct AnchorRecord {
 struct Control {
   std::uint32_t nonfinite;         // 1: a value of the input is NaN or Inf
   std::uint32_t ticket;            // blocks that have finished: the last one knows itself by it
-  std::uint32_t queued;            // rows waiting for the ladder
-  std::uint32_t unscreenable;      // 1: the input's scale defeats the screening, every row goes to the ladder
+  std::uint32_t queued;            // rows waiting for the fallback
+  std::uint32_t unscreenable;      // 1: the input's scale defeats the screening, every row goes to the fallback
   std::uint32_t largest;           // bits of the largest finite |x - mean| of the rows that give the scale
   std::int32_t exponent;           // the cast is fp16(v * 2^exponent)
   std::uint32_t refined;           // statistics for tests and tuning: exact sums made by the refinement
-  std::uint32_t laddered;          // rows that the ladder served
+  std::uint32_t fallen_back;       // rows that the fallback served
   std::uint32_t large_identities;  // 1: some anchor has more positives than are listed
   std::uint32_t last_null;         // null rows (bound.cuh) with a larger index are in no support set
   std::uint32_t reserved[6];
@@ -86,8 +86,8 @@ static_assert(sizeof(Control) == 64);
 // At most this many positives of an anchor are listed and summed exactly. For larger identities a sample bounds the
 // farthest, and the screening finds it.
 inline constexpr std::int64_t kListedPositives = 128;
-inline constexpr std::int64_t kFastNeighbours = 128;  // larger K takes the direct path
-inline constexpr std::int64_t kLadderSegments = 16;   // buffers hold at least this many lists of K keys
+inline constexpr std::int64_t kFastNeighbours = 128;   // larger K takes the direct path
+inline constexpr std::int64_t kFallbackSegments = 16;  // buffers hold at least this many lists of K keys
 
 struct ForwardPlan {
   ForwardPath path = ForwardPath::kDirect;

@@ -15,7 +15,7 @@ inline constexpr std::int64_t kDirectTile = 64;  // a block of the tile kernel s
 // D is cut into slices of 2^p chunks, at most this many elements: a thread of the tile kernel keeps the open subtrees
 // of its pairs in registers, one a level. The selection adds the slices up, in the one order.
 inline constexpr std::int64_t kLargestSlice = 4 * kChunk;
-static_assert(kSpan % kLargestSlice == 0, "slices are subtrees of a span");
+static_assert(kSection % kLargestSlice == 0, "slices are subtrees of a section");
 
 // Keys of one anchor's support set are sorted in shared memory up to this many bytes, in the workspace beyond.
 inline constexpr std::int64_t kSharedSortBytes = 32 * 1024;
@@ -138,7 +138,7 @@ inline float row_slack(std::int64_t padded_dims) {
   return 1.0f + 0x1p-20f + static_cast<float>(padded_dims / 32 + 16) * 0x1p-23f;
 }
 
-// Kernels that enqueue_prepare launches.
+// enqueue_sample and enqueue_facts, a kernel each.
 inline constexpr std::int64_t kPrepareLaunches = 2;
 
 // The bank's kernel holds all anchors of a call against one tile of candidates.
@@ -146,12 +146,12 @@ inline constexpr std::int64_t kBankAnchorRows = 256;
 // Shared memory that a block asks for. A plan takes ForwardPath::kBank only where DeviceFacts::shared_bytes allows it.
 inline constexpr std::int64_t kBankSharedBytes = 224 * 1024;
 
-// ---- the refinement and the ladder ----------------------------------------------------------------------------------
+// ---- the refinement and the fallback --------------------------------------------------------------------------------
 
-// What the ladder leaves of a row, in the row's place of the buffer: a sorted list of K keys of each segment, then the
-// nearest and the farthest positive of each segment. ForwardPlan::buffer_capacity is at least this on every path.
-constexpr std::int64_t ladder_entries(std::int64_t K) {
-  return kLadderSegments * (K + 2);
+// What the fallback leaves of a row, in the row's place of the buffer: a sorted list of K keys of each segment, then
+// the nearest and the farthest positive of each segment. ForwardPlan::buffer_capacity is at least this on every path.
+constexpr std::int64_t fallback_entries(std::int64_t K) {
+  return kFallbackSegments * (K + 2);
 }
 
 // A queued row is one int32: its number in the strip above these bits, and what it still needs.
@@ -163,7 +163,7 @@ inline constexpr std::int64_t kLargestStrip = std::int64_t{1} << (31 - kNeedBits
 // The refinement needs this of a plan.
 constexpr bool refinable(const ForwardPlan& plan) {
   return plan.K >= 1 && plan.K <= kFastNeighbours && plan.strip_rows <= kLargestStrip &&
-         plan.buffer_capacity >= ladder_entries(plan.K);
+         plan.buffer_capacity >= fallback_entries(plan.K);
 }
 
 // Identities larger than the list exist only among more candidates than it holds.
@@ -173,9 +173,9 @@ constexpr bool may_have_large_identities(std::int64_t M) {
 
 // Kernels of run_screened: preparation and positives once, then for each strip
 //
-//   kDense           scores, refinement, ladder, merge
+//   kDense           scores, refinement, fallback, merge
 //   kScreen, kBank   sample, thresholds, [thresholds of large identities], [second sample, thresholds], scores,
-//                    refinement, ladder, merge.
+//                    refinement, fallback, merge.
 constexpr std::int64_t screened_launches(const ForwardPlan& plan, const Problem& problem) {
   std::int64_t per_strip = 4;
   if (plan.path != ForwardPath::kDense) {

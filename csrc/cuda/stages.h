@@ -110,15 +110,15 @@ cudaError_t enqueue_entry_thresholds(const ForwardArgs& args, const ForwardPlan&
 cudaError_t enqueue_far_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
                                    const Strip& strip, cudaStream_t stream);
 // From the dense scores (kDense) or the buffers to every output of the strip's anchors. Those that cannot be certified
-// are queued for the ladder. Zeroes the counts.
+// are queued for the fallback. Zeroes the counts.
 cudaError_t enqueue_refine(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                            cudaStream_t stream);
 
 // The exact search for anchors that the refinement could not certify, and the sum over all anchors. Both kernels have
 // fixed grids: segments of the queued rows, then their lists merged. After the last strip the last block of the second
 // writes the loss and the statistics; after other strips it empties the queue.
-cudaError_t enqueue_ladder(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
-                           cudaStream_t stream);
+cudaError_t enqueue_fallback(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
+                             cudaStream_t stream);
 cudaError_t enqueue_merge(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                           cudaStream_t stream);
 

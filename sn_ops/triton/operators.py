@@ -127,7 +127,7 @@ def _search(batch: Batch, neighbours: int, indices: Tensor, selection: Selection
             R=plan.rows, C=plan.columns, KP=plan.list_size, LOG_KP=log_kp,
             LOG_GROUPS=(plan.columns // plan.list_size).bit_length() - 1,
             HAS_SELF=batch.self_index is not None, DENSE=dense, ACC=order.type_of(acc),
-            ONE_SPAN=d <= order.SPAN.value, num_warps=plan.warps, **order.EXACT,
+            ONE_SECTION=d <= order.SECTION.value, num_warps=plan.warps, **order.EXACT,
         )  # fmt: skip
         merge_rows = min(64, tuning.power_of_two(rows)) if tuning.INTERPRETED else max(1, 128 // plan.list_size)
         search.merge_kernel[(cdiv(rows, merge_rows),)](
@@ -196,7 +196,7 @@ def _positives(batch: Batch, selection: Selection) -> None:
         batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
         batch.labels, batch.candidate_labels, *batch.self_arguments(), anchor_order, candidate_order, begin, end, n, d,
         *selection[1:],
-        R=plan.rows, C=plan.columns, HAS_SELF=batch.self_index is not None, ONE_SPAN=d <= order.SPAN.value,
+        R=plan.rows, C=plan.columns, HAS_SELF=batch.self_index is not None, ONE_SECTION=d <= order.SECTION.value,
         num_warps=plan.warps, **order.EXACT,
     )  # fmt: skip
 
@@ -234,7 +234,7 @@ def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Ten
     sample_width = max(width, tuning.power_of_two(plan.groups))
     # Widening half precision beside the fallback's loop takes registers: half the pairs of a tile, as for float64.
     direct = tuning.search_plan(n, m, neighbours, batch.feats.dtype != torch.float32, False)
-    one_span = d <= order.SPAN.value
+    one_section = d <= order.SECTION.value
     has_self = batch.self_index is not None
 
     def groups_of(wide: int, narrow: int) -> int:
@@ -270,7 +270,7 @@ def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Ten
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
             first, rows, neighbours, d, short, short_count, indices, selection.d2,
             SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp, LOG_GROUPS=groups_of(columns, plan.list_size),
-            R=block, C=columns, ONE_SPAN=one_span, UNROLL=plan.unroll, num_warps=4, **order.EXACT,
+            R=block, C=columns, ONE_SECTION=one_section, UNROLL=plan.unroll, num_warps=4, **order.EXACT,
         )  # fmt: skip
         screening.fallback_kernel[(plan.fallback_programs,)](
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
@@ -278,7 +278,7 @@ def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Ten
             cdiv(cdiv(m, plan.fallback_segments), direct.columns) * direct.columns, queue, queue_count, buffer,
             R=direct.rows, C=direct.columns, KP=plan.list_size, LOG_KP=log_kp,
             LOG_GROUPS=groups_of(direct.columns, plan.list_size), SEGMENTS=plan.fallback_segments, HAS_SELF=has_self,
-            ONE_SPAN=one_span, num_warps=direct.warps, **order.EXACT,
+            ONE_SECTION=one_section, num_warps=direct.warps, **order.EXACT,
         )  # fmt: skip
         block = 64 if tuning.INTERPRETED else max(1, 128 // plan.list_size)
         screening.fallback_merge_kernel[(cdiv(rows, block),)](

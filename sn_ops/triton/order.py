@@ -1,11 +1,11 @@
 """What all kernels that select share: the one summation order, the order of candidates, sorting.
 
 Every squared distance of this backend, whatever kernel it comes from, is the direct sum of squared differences in acc
-(half-precision inputs are widened first) in one order: D is cut into spans of 2048 elements, zero-padded. In a span
-lane l of 32 takes the elements l, l + 32, l + 64, ... by fused multiply-add from 0. The lanes of consecutive spans are
-added one after the other. At the end adjacent lanes are added as a tree: 16 pairs, 8, 4, 2, 1. A term thus meets at
-most 64 + D / 2048 + 5 roundings. NaN, which finite inputs never lead to except through an overflow of the difference,
-counts as infinity.
+(half-precision inputs are widened first) in one order: D is cut into sections of 2048 elements, zero-padded. In a
+section lane l of 32 takes the elements l, l + 32, l + 64, ... by fused multiply-add from 0. The lanes of consecutive
+sections are added one after the other. At the end adjacent lanes are added as a tree: 16 pairs, 8, 4, 2, 1. A term thus
+meets at most 64 + D / 2048 + 5 roundings. NaN, which finite inputs never lead to except through an overflow of the
+difference, counts as infinity.
 
 The lanes are elements of a tensor, and every step is elementwise (`tl.fma`, `+`, `tl.split`): no `tl.sum`, whose order
 is the compiler's, and no product outside a fused multiply-add, which the compiler could fuse or not. So the order does
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 LANES = tl.constexpr(32)
-SPAN = tl.constexpr(2048)
+SECTION = tl.constexpr(2048)
 
 # Above the key of every candidate, also of one at infinity.
 NO_KEY = tl.constexpr(0x7FFFFFFFFFFFFFFF)
@@ -55,23 +55,23 @@ def lane_tree(lanes):
 
 
 @triton.jit
-def tile_distances(gX, x_offsets, x_used, gZ, z_offsets, z_used, D, ACC: tl.constexpr, ONE_SPAN: tl.constexpr):
+def tile_distances(gX, x_offsets, x_used, gZ, z_offsets, z_used, D, ACC: tl.constexpr, ONE_SECTION: tl.constexpr):
     """Squared distances of R rows of X and C rows of Z, [R, C] acc; offsets [R], [C] say where the rows start.
 
-    ONE_SPAN promises D <= SPAN: adding the only span to 0 changes nothing, and saves the registers of its sum.
+    ONE_SECTION promises D <= SECTION: adding the only section to 0 changes nothing, and saves the registers of its sum.
     """
     lane = tl.arange(0, LANES)
     total = tl.zeros((x_offsets.shape[0], z_offsets.shape[0], LANES), ACC)
-    if ONE_SPAN:
+    if ONE_SECTION:
         for start in range(0, D, LANES):
             inside = start + lane < D
             a = tl.load(gX + x_offsets[:, None] + (start + lane), x_used[:, None] & inside, 0.0).to(ACC)
             b = tl.load(gZ + z_offsets[:, None] + (start + lane), z_used[:, None] & inside, 0.0).to(ACC)
             total = lane_step(a[:, None, :], b[None, :, :], total)
     else:
-        for span in range(0, D, SPAN):
+        for section in range(0, D, SECTION):
             part = tl.zeros_like(total)
-            for start in range(span, tl.minimum(span + SPAN, D), LANES):
+            for start in range(section, tl.minimum(section + SECTION, D), LANES):
                 inside = start + lane < D
                 a = tl.load(gX + x_offsets[:, None] + (start + lane), x_used[:, None] & inside, 0.0).to(ACC)
                 b = tl.load(gZ + z_offsets[:, None] + (start + lane), z_used[:, None] & inside, 0.0).to(ACC)
@@ -81,7 +81,7 @@ def tile_distances(gX, x_offsets, x_used, gZ, z_offsets, z_used, D, ACC: tl.cons
 
 
 @triton.jit
-def listed_distances(gX, x_offsets, gZ, z_offsets, z_used, D, ONE_SPAN: tl.constexpr, UNROLL: tl.constexpr):
+def listed_distances(gX, x_offsets, gZ, z_offsets, z_used, D, ONE_SECTION: tl.constexpr, UNROLL: tl.constexpr):
     """Squared distances of R rows of X, each and its own C rows of Z: offsets [R] and [R, C]; [R, C] float32.
 
     UNROLL steps have their loads in flight together; beyond D a step adds zeros, which changes nothing.
@@ -90,7 +90,7 @@ def listed_distances(gX, x_offsets, gZ, z_offsets, z_used, D, ONE_SPAN: tl.const
     total = tl.zeros((z_offsets.shape[0], z_offsets.shape[1], LANES), tl.float32)
     pX = gX + x_offsets[:, None, None] + lane[None, None, :]
     pZ = gZ + z_offsets[:, :, None] + lane[None, None, :]
-    if ONE_SPAN:
+    if ONE_SECTION:
         for first in range(0, D, LANES * UNROLL):
             for step in tl.static_range(UNROLL):
                 start = first + step * LANES
@@ -99,9 +99,9 @@ def listed_distances(gX, x_offsets, gZ, z_offsets, z_used, D, ONE_SPAN: tl.const
                 b = tl.load(pZ + start, z_used[:, :, None] & inside, 0.0).to(tl.float32)
                 total = lane_step(a, b, total)
     else:
-        for span in range(0, D, SPAN):
+        for section in range(0, D, SECTION):
             part = tl.zeros_like(total)
-            for first in range(span, tl.minimum(span + SPAN, D), LANES * UNROLL):
+            for first in range(section, tl.minimum(section + SECTION, D), LANES * UNROLL):
                 for step in tl.static_range(UNROLL):
                     start = first + step * LANES
                     inside = (start + lane < D)[None, None, :]

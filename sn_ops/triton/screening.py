@@ -353,7 +353,7 @@ def shortlist_kernel(
 def refine_kernel(
     gX, x_stride, gZ, z_stride, first_row, rows, K, D, gShort, gShortCount, gIndices, gD2,
     SHORT: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, ONE_SPAN: tl.constexpr, UNROLL: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, ONE_SECTION: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """R anchors: the direct sums of their shortlists, C at a time, and their support sets."""
     row = tl.program_id(0) * R + tl.arange(0, R)
@@ -366,7 +366,9 @@ def refine_kernel(
         place = first + tl.arange(0, C)[None, :]
         present = place < count[:, None]
         candidate = tl.load(gShort + row[:, None].to(tl.int64) * SHORT + place, present, 0)
-        squared = listed_distances(gX, x_offsets, gZ, candidate.to(tl.int64) * z_stride, present, D, ONE_SPAN, UNROLL)
+        squared = listed_distances(
+            gX, x_offsets, gZ, candidate.to(tl.int64) * z_stride, present, D, ONE_SECTION, UNROLL
+        )
         keys = tl.where(present, pack_keys(squared, candidate), NO_KEY)
         best = merge_sorted(best, smallest(keys, KP, LOG_KP, LOG_GROUPS, 1), LOG_KP)
     # The fallback serves anchors without a shortlist; until then they have no neighbours.
@@ -381,7 +383,7 @@ def fallback_kernel(
     gX, x_stride, gZ, z_stride, gLabels, gCandidateLabels, gSelf, self_offset, first_row, M, D, segment_size,
     gQueue, gQueueCount, gKeys,
     R: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr,
-    SEGMENTS: tl.constexpr, HAS_SELF: tl.constexpr, ONE_SPAN: tl.constexpr,
+    SEGMENTS: tl.constexpr, HAS_SELF: tl.constexpr, ONE_SECTION: tl.constexpr,
 ):  # fmt: skip
     """Queued anchors against all candidates by direct sums: lists gKeys [rows, SEGMENTS, KP].
 
@@ -399,7 +401,7 @@ def fallback_kernel(
         best, _, _, _, _ = search_segment(
             gX, x_stride, gZ, z_stride, gLabels, gCandidateLabels, anchor, used, own,
             begin, tl.minimum(begin + segment_size, M), M, D, gKeys, place,
-            C, KP, LOG_KP, LOG_GROUPS, False, False, tl.float32, ONE_SPAN,
+            C, KP, LOG_KP, LOG_GROUPS, False, False, tl.float32, ONE_SECTION,
         )  # fmt: skip
         slot = (anchor - first_row).to(tl.int64) * SEGMENTS + segment
         tl.store(gKeys + slot[:, None] * KP + tl.arange(0, KP)[None, :], best, used[:, None])
@@ -428,7 +430,7 @@ def fallback_merge_kernel(
 def positives_kernel(
     gX, x_stride, gZ, z_stride, gLabels, gCandidateLabels, gSelf, self_offset, gAnchorOrder, gCandidateOrder,
     gBegin, gEnd, N, D, gNearD2, gNear, gFarD2, gFar,
-    R: tl.constexpr, C: tl.constexpr, HAS_SELF: tl.constexpr, ONE_SPAN: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, HAS_SELF: tl.constexpr, ONE_SECTION: tl.constexpr,
 ):  # fmt: skip
     """near and far of R anchors that follow each other in the order of labels.
 
@@ -451,7 +453,7 @@ def positives_kernel(
         present = position < end
         candidate = tl.load(gCandidateOrder + position, present, 0)
         squared = tile_distances(
-            gX, anchor * x_stride, used, gZ, candidate * z_stride, present, D, tl.float32, ONE_SPAN
+            gX, anchor * x_stride, used, gZ, candidate * z_stride, present, D, tl.float32, ONE_SECTION
         )
         same = used[:, None] & present[None, :] & (candidate[None, :] != own[:, None])
         same = same & (tl.load(gCandidateLabels + candidate, present, 0)[None, :] == label[:, None])

@@ -45,7 +45,7 @@ def search_segment(
     begin, end, M, D,
     gDense, dense_row,
     C: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr,
-    DENSE: tl.constexpr, EXTREMES: tl.constexpr, ACC: tl.constexpr, ONE_SPAN: tl.constexpr,
+    DENSE: tl.constexpr, EXTREMES: tl.constexpr, ACC: tl.constexpr, ONE_SECTION: tl.constexpr,
 ):  # fmt: skip
     """Anchors [R] against candidates begin to end: the first KP keys in order [R, KP]; with EXTREMES near and far too.
 
@@ -63,7 +63,9 @@ def search_segment(
     for first in range(begin, end, C):
         candidate = first + tl.arange(0, C)
         present = candidate < end
-        squared = tile_distances(gX, x_offsets, used, gZ, candidate.to(tl.int64) * z_stride, present, D, ACC, ONE_SPAN)
+        squared = tile_distances(
+            gX, x_offsets, used, gZ, candidate.to(tl.int64) * z_stride, present, D, ACC, ONE_SECTION
+        )
         eligible = used[:, None] & present[None, :] & (candidate[None, :].to(tl.int64) != own[:, None])
         if DENSE:
             tl.store(
@@ -89,7 +91,7 @@ def search_kernel(
     first_row, rows, M, D, segments, segment_size,
     gKeys, gNearD2, gNear, gFarD2, gFar, gDense,
     R: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr,
-    HAS_SELF: tl.constexpr, DENSE: tl.constexpr, ACC: tl.constexpr, ONE_SPAN: tl.constexpr,
+    HAS_SELF: tl.constexpr, DENSE: tl.constexpr, ACC: tl.constexpr, ONE_SECTION: tl.constexpr,
 ):  # fmt: skip
     """Anchors first_row to first_row + rows: lists gKeys [rows, segments, KP], extremes [rows, segments]."""
     group = tl.program_id(0) // segments
@@ -102,7 +104,7 @@ def search_kernel(
     best, near_d2, near, far_d2, far = search_segment(
         gX, x_stride, gZ, z_stride, gLabels, gCandidateLabels, anchor, used, own,
         begin, tl.minimum(begin + segment_size, M), M, D, gDense, row,
-        C, KP, LOG_KP, LOG_GROUPS, DENSE, True, ACC, ONE_SPAN,
+        C, KP, LOG_KP, LOG_GROUPS, DENSE, True, ACC, ONE_SECTION,
     )  # fmt: skip
     slot = row.to(tl.int64) * segments + segment
     if not DENSE:

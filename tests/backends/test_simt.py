@@ -145,16 +145,16 @@ def test_models_of_real_tensor_cores(name: str, path: str, model: str) -> None:
 
 
 def test_large_batch_takes_the_screening() -> None:
-    """Where a sample bounds what is kept, few candidates are summed exactly, and no row is left for the ladder."""
+    """Where a sample bounds what is kept, few candidates are summed exactly, and no row is left for the fallback."""
     case = problems.self_case(1300, 64, 325, seed=4)
     report = check(case, direct_sums(case), "screen")
     assert report.path == "screen"
-    assert report.laddered == 0
+    assert report.fallen_back == 0
     assert 1300 * 10 <= report.refined <= 1300 * 40
 
 
 @pytest.mark.parametrize("name", ["clusters-1e-6", "collapsed-to-rounding", "all-identical", "norms-overflowing"])
-def test_the_ladder_serves_what_the_screening_cannot(name: str) -> None:
+def test_the_fallback_serves_what_the_screening_cannot(name: str) -> None:
     """Where the bound tells candidates of a row apart no more, the row is summed directly."""
     check(*adversarial(name, 700, 40), "screen")
 
@@ -191,11 +191,11 @@ def test_however_the_work_is_cut(cut: dict[str, Any]) -> None:
 
 
 def test_a_bank_is_certified_as_it_is_read() -> None:
-    """Few anchors against many candidates: no row is left for the ladder, few sums are exact."""
+    """Few anchors against many candidates: no row is left for the fallback, few sums are exact."""
     case = problems.bank_case(20, 3000, 70, 300, self_kind="offset", seed=3)
     report = check(case, direct_sums(case), "bank")
     assert report.path == "bank"
-    assert report.laddered == 0
+    assert report.fallen_back == 0
     assert report.refined <= 20 * 60
 
 
@@ -226,7 +226,7 @@ def nearly_empty_bank(k: int) -> tuple[Case, sn_ops.SupportNeighbors]:
 def test_rows_of_zeros_tie_by_thousands(k: int, cut: dict[str, Any]) -> None:
     """A bank of them but for a few rows: the first k + 1 stand for all, and one of those may be the anchor itself."""
     report = check(*nearly_empty_bank(k), **cut)
-    assert report.path == cut["path"] and report.laddered == 0
+    assert report.path == cut["path"] and report.fallen_back == 0
 
 
 @pytest.mark.parametrize("path", ["bank", "screen"])
@@ -250,7 +250,7 @@ def test_rows_of_zeros_among_the_anchors(dtype: torch.dtype, score_tile: int) ->
     feats = case.feats * (torch.arange(1100) % 40 == 3)[:, None]
     case = Case(feats, case.labels, k=10).to(dtype)
     report = check(case, direct_sums(case), "screen", score_tile=score_tile)
-    assert report.path == "screen" and report.laddered == 0
+    assert report.path == "screen" and report.fallen_back == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

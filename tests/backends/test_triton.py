@@ -96,7 +96,7 @@ def test_screening_a_bank(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
 
 @pytest.mark.parametrize(("rows", "dims", "k"), [(40, 1, 2), (65, 33, 1), (90, 130, 17), (120, 2100, 4)])
 def test_screening_off_every_tile(monkeypatch: pytest.MonkeyPatch, rows: int, dims: int, k: int) -> None:
-    """Strips, tiles, blocks of D and spans that do not divide the sizes; half precision without a padded copy."""
+    """Strips, tiles, blocks of D and sections that do not divide the sizes; half precision without a padded copy."""
     for dtype in (torch.float32, torch.float16):
         case = problems.self_case(rows, dims, 12, k).to(dtype)
         unscreened(monkeypatch)
@@ -139,7 +139,7 @@ def test_screening_certifies_ordinary_rows(monkeypatch: pytest.MonkeyPatch) -> N
     assert queued(monkeypatch, collapsed) == 0, "the centre is subtracted first"
 
 
-def test_the_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shortlists too small for anybody, then buffers: everyone is served by the fallback, and selects the same."""
     case = problems.self_case(90, 40, 12, k=6)
     unscreened(monkeypatch)
@@ -219,9 +219,9 @@ def sums_in_documented_order(anchor: oracle.Array, candidates: oracle.Array) -> 
     """`sn_ops/triton/order.py`, "The one summation order", in NumPy."""
     rows, dims = candidates.shape
     total = np.zeros((rows, 32), candidates.dtype)
-    for span in range(0, dims, 2048):
+    for section in range(0, dims, 2048):
         part = np.zeros((rows, 32), candidates.dtype)
-        for start in range(span, min(span + 2048, dims), 32):
+        for start in range(section, min(section + 2048, dims), 32):
             difference = np.zeros((rows, 32), candidates.dtype)
             chunk = anchor[start : start + 32] - candidates[:, start : start + 32]
             difference[:, : chunk.shape[1]] = chunk

@@ -87,7 +87,7 @@ EMPTY = {
 )
 @pytest.mark.parametrize("written", EMPTY)
 def test_a_bank_that_is_being_filled(kernels: str, written: str, path: str, dtype: torch.dtype) -> None:
-    """Equal rows tie by thousands; they are screened like others, and no anchor goes to the ladder."""
+    """Equal rows tie by thousands; they are screened like others, and no anchor goes to the fallback."""
     if dtype != torch.float32 and written == "constant":
         pytest.skip("half-precision rows are not centred: only zeros are known to be the same")
     case = problems.bank_case(16, 2500, 70, 40, seed=4)
@@ -107,7 +107,7 @@ def test_a_bank_that_is_being_filled(kernels: str, written: str, path: str, dtyp
 
                 report = simt.last_report
                 assert report is not None and report.path == path
-                assert report.laddered == 0
+                assert report.fallen_back == 0
                 assert report.refined <= 16 * 300
         assert_same_bits(found, expected)
 

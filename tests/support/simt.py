@@ -77,7 +77,7 @@ class Report:
     launches: int
     workspace_bytes: int
     refined: int
-    laddered: int
+    fallen_back: int
 
 
 settings = Settings()
@@ -188,7 +188,7 @@ class _Control(ctypes.Structure):
         ("largest", ctypes.c_uint32),
         ("exponent", ctypes.c_int32),
         ("refined", ctypes.c_uint32),
-        ("laddered", ctypes.c_uint32),
+        ("fallen_back", ctypes.c_uint32),
         ("reserved", ctypes.c_uint32 * 8),
     ]
 
@@ -218,7 +218,7 @@ def _run(function: ctypes._NamedFuncPointer, args: ctypes.Structure) -> None:
         launches=report.launches,
         workspace_bytes=report.workspace_bytes,
         refined=report.control.refined,
-        laddered=report.control.laddered,
+        fallen_back=report.control.fallen_back,
     )
     if error != 0:
         raise RuntimeError(f"sn_simt: {report.fault.decode()} ({settings})")

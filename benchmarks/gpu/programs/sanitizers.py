@@ -57,7 +57,7 @@ def call(backend: str, feats: Tensor, k: int, candidates: Tensor | None = None) 
 
 
 def run_share(share: str) -> None:
-    """The calls of one process. Shapes lie just beyond tile boundaries; features use thresholds, buffers and ladder."""
+    """The calls of one process. Shapes lie just beyond tile boundaries; features use thresholds, buffers, fallback."""
     device = open_device("simt")
     halves = (torch.float32, torch.bfloat16)
 

@@ -35,7 +35,7 @@ struct ClusterArgs {
   std::int64_t K;
   std::int64_t slice_elements;
   int slices;
-  int span_slices;
+  int section_slices;
   int planes;  // of one block
   bool aligned;
 };
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const ClusterArgs 
     const std::int64_t self = self_of(args.forward, anchor);
     for (int j = lane_id(); j < M; j += kWarpSize) {
       const RemoteSlices slices{sPlanes, anchor * kPitch + j};
-      sRow.set(j, combine_slices<A>(slices, args.slices, args.span_slices));
+      sRow.set(j, combine_slices<A>(slices, args.slices, args.section_slices));
     }
     sync_warp();
     const SpecialKeys<A> rSpecial = find_special<A>(args.forward, anchor, self, sRow);
@@ -198,7 +198,7 @@ cudaError_t launch_cluster(const ForwardArgs& args, const ForwardPlan& plan, cud
       .K = plan.K,
       .slice_elements = plan.slice_elements,
       .slices = static_cast<int>(plan.d_slices),
-      .span_slices = static_cast<int>(kSpan / plan.slice_elements),
+      .section_slices = static_cast<int>(kSection / plan.slice_elements),
       .planes = static_cast<int>(planes),
       .aligned = rows_aligned(args.anchors, args.dtype) && rows_aligned(args.candidates, args.dtype),
   };

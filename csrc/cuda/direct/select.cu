@@ -24,7 +24,7 @@ struct SelectArgs {
   std::int64_t rows;       // of the strip
   std::int64_t plane;
   int slices;
-  int span_slices;  // slices of one span
+  int section_slices;  // slices of one section
   bool last_strip;
   const std::uint32_t* gFlags;  // [flags]
   std::int64_t flags;
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kSelectThreads<kPerLane>, kSelectBlocks<kPerLa
   if (row < args.rows) {
     const std::int64_t anchor = args.first_row + row;
     const std::int64_t M = args.forward.candidates.rows;
-    const PlaneSums<A> sums{static_cast<A*>(args.gPartials) + row * M, args.plane, args.slices, args.span_slices};
+    const PlaneSums<A> sums{static_cast<A*>(args.gPartials) + row * M, args.plane, args.slices, args.section_slices};
     Key<A>* gKeys = args.gSortKeys == nullptr ? nullptr : static_cast<Key<A>*>(args.gSortKeys) + row * args.sort_keys;
     const AnchorRecord record = state.select_and_finish(args.forward, anchor, args.K, sums, gKeys);
     if (thread_id() == 0) args.gRecords[anchor] = record;
@@ -113,7 +113,7 @@ cudaError_t enqueue_select(const ForwardArgs& args, const ForwardPlan& plan, cha
       .rows = strip.rows,
       .plane = plan.strip_rows * M,
       .slices = static_cast<int>(plan.d_slices),
-      .span_slices = static_cast<int>(kSpan / plan.slice_elements),
+      .section_slices = static_cast<int>(kSection / plan.slice_elements),
       .last_strip = strip.begin + strip.rows == args.anchors.rows,
       .gFlags = piece<std::uint32_t>(workspace, plan.flags),
       .flags = direct_tiles(strip.rows, M, plan.triangular) * plan.d_slices,

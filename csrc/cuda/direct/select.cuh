@@ -20,7 +20,7 @@ namespace sn::cuda {
 
 template <int kPerLane>
 inline constexpr int kSelectThreads = kPerLane == 0 ? 256 : 128;
-// Registers for the loads of a whole span to be under way at once.
+// Registers for the loads of a whole section to be under way at once.
 template <int kPerLane>
 inline constexpr int kSelectBlocks = 512 / kSelectThreads<kPerLane>;
 
@@ -37,20 +37,20 @@ __device__ __forceinline__ A tree_of(const Source& source, int first, int count)
   }
 }
 
-// The slices' values, in order, to the final sum. kSpanSlices: slices of one span; source(s) is slice s.
-template <class A, int kSpanSlices, class Source>
+// The slices' values, in order, to the final sum. kSectionSlices: slices of one section; source(s) is slice s.
+template <class A, int kSectionSlices, class Source>
 __device__ __forceinline__ A combine_slices(const Source& source, int slices) {
   A rTotal = 0;
-  for (int first = 0; first < slices; first += kSpanSlices) {
-    const A span = tree_of<A, kSpanSlices>(source, first, slices);
-    rTotal = first == 0 ? span : add(rTotal, span);
+  for (int first = 0; first < slices; first += kSectionSlices) {
+    const A section = tree_of<A, kSectionSlices>(source, first, slices);
+    rTotal = first == 0 ? section : add(rTotal, section);
   }
   return no_nan(rTotal);
 }
 template <class A, class Source>
-__device__ __forceinline__ A combine_slices(const Source& source, int slices, int span_slices) {
-  static_assert(kSpan / kChunk == 32 && kSpan / kLargestSlice == 8, "the cases below");
-  switch (span_slices) {
+__device__ __forceinline__ A combine_slices(const Source& source, int slices, int section_slices) {
+  static_assert(kSection / kChunk == 32 && kSection / kLargestSlice == 8, "the cases below");
+  switch (section_slices) {
     case 8:
       return combine_slices<A, 8>(source, slices);
     case 16:
@@ -66,7 +66,7 @@ struct PlaneSums {
   A* gRow;             // [M] of the first slice
   std::int64_t plane;  // from slice to slice
   int slices;
-  int span_slices;
+  int section_slices;
 
   struct Slices {
     const A* gValue;
@@ -74,7 +74,7 @@ struct PlaneSums {
     __device__ __forceinline__ A operator()(int slice) const { return gValue[slice * plane]; }
   };
   __device__ __forceinline__ A get(std::int64_t j) const {
-    return combine_slices<A>(Slices{gRow + j, plane}, slices, span_slices);
+    return combine_slices<A>(Slices{gRow + j, plane}, slices, section_slices);
   }
   // Keeps the sum for at(); only the block that owns the row reads or writes it.
   __device__ __forceinline__ void keep(std::int64_t j, A d2) const { gRow[j] = d2; }

@@ -137,7 +137,7 @@ cudaError_t launch_tiles(const ForwardArgs& args, const ForwardPlan& plan, char*
 
 cudaError_t enqueue_tiles(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                           cudaStream_t stream) {
-  if (plan.slice_elements > kLargestSlice || kSpan % plan.slice_elements != 0) return cudaErrorInvalidValue;
+  if (plan.slice_elements > kLargestSlice || kSection % plan.slice_elements != 0) return cudaErrorInvalidValue;
   return for_type(args.dtype, [&]<class T>() { return launch_tiles<T>(args, plan, workspace, strip, stream); });
 }
 

@@ -62,8 +62,8 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
   const ScreenSide candidates = candidate_side(args, plan, workspace);
   auto* counts = piece<std::uint32_t>(workspace, plan.counts);
   const auto D = static_cast<double>(args.dims);
-  const double spans = std::ceil(D / static_cast<double>(kSpan));
-  const double gamma = (64.0 + 5.0 + spans + 4.0) * 0x1p-24;
+  const double sections = std::ceil(D / static_cast<double>(kSection));
+  const double gamma = (64.0 + 5.0 + sections + 4.0) * 0x1p-24;
   const auto up = [](double value) { return std::nextafter(static_cast<float>(value), 2.0f); };
   const auto down = [](double value) { return std::nextafter(static_cast<float>(value), 0.0f); };
   return {.forward = args,

@@ -3,9 +3,9 @@
 //
 // Keys. The key of a pair is the fp32 direct sum of direct_sum.cuh. With D the true distance in the input's units and u
 // = 2^-24: a difference is rounded once and squared, 2 u; then at most 64 roundings in the chunk, 5 in the tree, one
-// for each span but the first. Near zero a product may round by 2^-150 more, once for each of D_dims elements;
+// for each section but the first. Near zero a product may round by 2^-150 more, once for each of D_dims elements;
 // differences and sums are exact there. So, unless the sum overflows,
-//   D^2 (1 - gamma) - w <= key <= D^2 (1 + gamma) + w,   gamma = (64 + 5 + spans + 4) u,   w = D_dims 2^-150,
+//   D^2 (1 - gamma) - w <= key <= D^2 (1 + gamma) + w,   gamma = (64 + 5 + sections + 4) u,   w = D_dims 2^-150,
 // where the spare 3 u hold the second-order terms (they are below (200 u)^2). A sum overflows only if D^2 (1 + gamma)
 // reaches 2^128: bounds below kSaneKey exclude it.
 //
@@ -27,7 +27,7 @@
 // From an exact key instead of F: D >= sqrt(key / (1 + gamma)) - sqrt(w) >= sqrt(key) shrink - underflow. If the
 // farthest key found is finite, a positive whose sum overflows would have been looked at too: its D^2 (1 + gamma)
 // is above every finite key. If the farthest key is +inf the lowest index wins, of which bounds say nothing: the
-// ladder decides.
+// fallback decides.
 //
 // Duplicates. If the K lowest indices (without the anchor's own row) are all at d2 == 0, they are the support set:
 // nothing comes before them. This finishes a collapsed batch, which overflows every buffer.

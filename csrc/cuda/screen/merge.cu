@@ -1,4 +1,4 @@
-// The last kernel of a strip on the screened paths. It joins the lists that the ladder (fallback.cu) has made
+// The last kernel of a strip on the screened paths. It joins the lists that the fallback (fallback.cu) has made
 // for each queued row. The block that finishes last empties the queue and, in the last strip, writes the loss
 // and the statistics.
 #include "cuda/keys.cuh"
@@ -17,13 +17,13 @@ namespace {
 // Two blocks on each multiprocessor of an H200; any number is right.
 constexpr std::int64_t kMergeBlocks = 264;
 constexpr int kMergeThreads = 256;
-constexpr int kMergeKeys = static_cast<int>(kLadderSegments * kFastNeighbours);
+constexpr int kMergeKeys = static_cast<int>(kFallbackSegments * kFastNeighbours);
 static_assert((kMergeKeys & (kMergeKeys - 1)) == 0);
-static_assert(kLadderSegments <= kWarpSize, "a lane a stretch, for near and far");
+static_assert(kFallbackSegments <= kWarpSize, "a lane a segment, for near and far");
 
 __host__ __device__ constexpr std::int64_t merge_keys(std::int64_t K) {
   std::int64_t keys = 1;
-  while (keys < kLadderSegments * K) keys *= 2;
+  while (keys < kFallbackSegments * K) keys *= 2;
   return keys;
 }
 constexpr int merge_bytes(std::int64_t K) {
@@ -34,9 +34,9 @@ static_assert(merge_bytes(kFastNeighbours) <= kPlainSharedBytes);
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-// Nearest (or farthest, by far_key) of the stretches; what the refinement knew is in place 0.
+// Nearest (or farthest, by far_key) of the segments; what the refinement knew is in place 0.
 __device__ __forceinline__ std::uint64_t best_of(const std::uint64_t* gKeys, bool many) {
-  const int count = many ? static_cast<int>(kLadderSegments) : 1;
+  const int count = many ? static_cast<int>(kFallbackSegments) : 1;
   return least_key(lane_id() < count ? load(gKeys + lane_id()) : kNoKey);
 }
 
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) merge_kernel(const __grid_co
     const std::int64_t anchor = args.row_begin + row;
     const std::uint64_t* gLists = args.gBuffer + row * args.capacity;
     const bool many = (entry & kNeedSupport) != 0;
-    const std::int64_t count = many ? kLadderSegments * args.K : args.K;
+    const std::int64_t count = many ? kFallbackSegments * args.K : args.K;
     sync_block();  // the previous row's keys have been read
     for (std::int64_t e = thread_id(); e < count; e += kMergeThreads) sKeys.set(static_cast<int>(e), load(gLists + e));
     sync_block();
@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kMergeThreads, 2) merge_kernel(const __grid_co
         const bool real = e + lane_id() < args.K && sKeys.get(static_cast<int>(e) + lane_id()) != kNoKey;
         found += popcount(ballot(real));
       }
-      const std::uint64_t near = best_of(gLists + kLadderSegments * args.K, (entry & kNeedNear) != 0);
-      const std::uint64_t far = best_of(gLists + kLadderSegments * (args.K + 1), (entry & kNeedFar) != 0);
+      const std::uint64_t near = best_of(gLists + kFallbackSegments * args.K, (entry & kNeedNear) != 0);
+      const std::uint64_t far = best_of(gLists + kFallbackSegments * (args.K + 1), (entry & kNeedFar) != 0);
       const AnchorRecord record =
           finish_anchor<float>(args.forward, anchor, args.K, found, sKeys, near_of<float>(near), far_of<float>(far));
       if (lane_id() == 0) args.gRecords[anchor] = record;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) merge_kernel(const __grid_co
   if (sLast.get(0) == 0) return;
   fence_device();
   if (thread_id() == 0) {
-    atomic_add(&args.gControl->laddered, static_cast<std::uint32_t>(queued));
+    atomic_add(&args.gControl->fallen_back, static_cast<std::uint32_t>(queued));
     atomic_store(&args.gControl->ticket, 0u);
     atomic_store(&args.gControl->queued, 0u);
   }

@@ -1,6 +1,6 @@
 // One block, one anchor: the K nearest of the candidates that are offered, by exact keys, and the nearest and farthest
-// of those offered as positives. The refinement offers what the screening could not rule out; the ladder offers whole
-// stretches of candidates.
+// of those offered as positives. The refinement offers what the screening could not rule out; the fallback offers whole
+// segments of candidates.
 //
 // The result depends on the set of offered candidates alone. Keys are exact and distinct, so neither the order of
 // offers nor what is abandoned on the way can show. A candidate is abandoned once its partial sum is strictly above
@@ -62,7 +62,7 @@ class NearestK {
         sVotes_(arena.take<std::uint32_t>(Shape::kVoteWords)),
         K_(static_cast<int>(K)) {
     int slots = 1;
-    while (slots < kSpanChunks && slots * kChunk < dims) slots *= 2;
+    while (slots < kSectionChunks && slots * kChunk < dims) slots *= 2;
     at_once_ = kWarpSize / slots;
   }
 

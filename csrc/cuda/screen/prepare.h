@@ -14,11 +14,11 @@
 //   rho  >= |v - h|; 0 for half inputs and where v = 0; +inf for a row of which the copy says nothing, because it is
 //        out of the range of the copy or of the products. Such a row has n = 0 (and h = 0 unless it serves in place).
 //        It is appended to the candidates of every anchor, whatever its score; as an anchor nothing can be certified
-//        for it, so the ladder serves it. A row with a NaN or Inf is such a row and sets Control.nonfinite.
+//        for it, so the fallback serves it. A row with a NaN or Inf is such a row and sets Control.nonfinite.
 //
 // Control.unscreenable: e would be outside of +-60, or all rows of the sample and all anchors that were looked at are
 // equal. Then no cast is worth anything: rho is +inf and n is 0 for all rows, the score kernels write NOTHING (no
-// scores, no entries, no facts of bank rows) but Control.nonfinite, and every row goes to the ladder.
+// scores, no entries, no facts of bank rows) but Control.nonfinite, and every row goes to the fallback.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Exact keys of what the screening could not rule out, a block an anchor: the support set, near and far, and every
-// output of the anchors that can be certified (certificate.cuh). The others are queued for the ladder (fallback.cu).
+// output of the anchors that can be certified (certificate.cuh). The others are queued for the fallback (fallback.cu).
 #include "cuda/keys.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/loss.cuh"
@@ -226,12 +226,12 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
   if ((needs & kNeedSupport) == 0) {
     for (int e = thread_id(); e < args.K; e += kThreads) gLists[e] = nearest.sKeys.get(e);
     if (thread_id() == 0) {
-      if ((needs & kNeedNear) == 0) gLists[kLadderSegments * args.K] = nearest.near;
-      if ((needs & kNeedFar) == 0) gLists[kLadderSegments * (args.K + 1)] = nearest.far;
+      if ((needs & kNeedNear) == 0) gLists[kFallbackSegments * args.K] = nearest.near;
+      if ((needs & kNeedFar) == 0) gLists[kFallbackSegments * (args.K + 1)] = nearest.far;
     }
   }
   if (thread_id() == 0) {
-    // T is no longer needed: the ladder keeps its bound there.
+    // T is no longer needed: the fallback keeps its bound there.
     args.thresholds.T[anchor] = known_bound;
     const std::uint32_t place = atomic_add(&args.gControl->queued, 1u);
     args.gQueue[place] = static_cast<std::int32_t>(row) << kNeedBits | needs;

@@ -48,7 +48,7 @@ void check_same(const Result& r, const Result& first) {
 
 // Over all problems: how often each path was taken, and the rows that the screening left undecided.
 std::int64_t taken[kPaths] = {};
-std::int64_t laddered = 0;
+std::int64_t fallen_back = 0;
 double seconds[kPaths] = {};
 
 double now() {
@@ -91,7 +91,7 @@ void for_runs(const Problem& p, const std::function<void(const Result&, const sn
       seconds[static_cast<int>(path)] += now() - start;
       check(r.report.path == static_cast<std::int32_t>(path), "the path that was asked for");
       ++taken[static_cast<int>(path)];
-      if (screened) laddered += r.report.control.laddered;
+      if (screened) fallen_back += r.report.control.fallen_back;
       each(r, settings);
     }
   }
@@ -238,7 +238,7 @@ int run_all(int argc, char** argv) {
   run("zeros", DType::kFloat32, {45, 90, 64, 10, 8});
   run("clusters", DType::kFloat32, {64, 190, 72, 10, 20});
   run("random", DType::kFloat32, {2, 300, 300, 100, 20});
-  run("random", DType::kFloat32, {9, 9, 2113, 3, 2});  // more than a span of the summation
+  run("random", DType::kFloat32, {9, 9, 2113, 3, 2});  // more than a section of the sum
   run("random", DType::kBFloat16, {9, 30, 2113, 3, 2});
   // Rows of candidates between the short and the long ones. Rows wide enough for two packs a lane of the backward.
   for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
@@ -271,7 +271,7 @@ int run_all(int argc, char** argv) {
     if (only.empty()) check(taken[path] > 0, "every path was taken");
   }
   std::printf("backward %7.1f s; rows that the screening left to exact search: %d\n", seconds[0],
-              static_cast<int>(laddered));
+              static_cast<int>(fallen_back));
   std::printf("%d passed, 0 failed\n", checks);
   return 0;
 }

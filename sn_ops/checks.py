@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
+from collections.abc import Collection
 from typing import NoReturn, cast
 
 import torch
@@ -67,9 +68,19 @@ def _real(argument: str, value: object, positive: bool) -> float:
 
 
 def check_options(
-    k: object, alpha: object, weight: object, squeeze: object, reduction: object
+    k: object,
+    alpha: object,
+    weight: object,
+    squeeze: object,
+    reduction: object,
+    backend: object,
+    backends: Collection[str],
 ) -> tuple[int, float, float, int, int]:
     """The options of the loss as the operators take them: k, alpha, weight, and the codes of squeeze and reduction.
+
+    Args:
+        k, alpha, weight, squeeze, reduction, backend: as `sn_loss` takes them.
+        backends: the names that backend may have, besides "auto".
 
     Raises:
         TypeError: an option of the wrong type.
@@ -79,6 +90,8 @@ def check_options(
         reject_name("squeeze", tuple(_SQUEEZE), squeeze)
     if not isinstance(reduction, str) or reduction not in _REDUCTION:
         reject_name("reduction", tuple(_REDUCTION), reduction)
+    if not isinstance(backend, str) or not (backend == "auto" or backend in backends):
+        reject_name("backend", ("auto", *backends), backend)
     return (
         _count(k),
         _real("alpha", alpha, positive=True),

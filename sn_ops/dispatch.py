@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from . import triton
-from .checks import reject, reject_name
+from .checks import reject
 
 LOAD_ERROR: dict[str, str] = {}
 """Backend name -> why this installation does not have it. A backend that is not listed loaded."""
 
 # The device types a backend serves (none: any), in the order in which "auto" asks.
-_BACKEND_DEVICES: dict[str, tuple[str, ...]] = {
+BACKEND_DEVICES: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda",),
     "triton": ("cuda",),
     "cpu": ("cpu",),
@@ -153,25 +153,13 @@ def backends() -> dict[str, BackendInfo]:
     """
     return {
         name: BackendInfo(name not in LOAD_ERROR, LOAD_ERROR.get(name, ""), _devices_of(name))
-        for name in _BACKEND_DEVICES
+        for name in BACKEND_DEVICES
     }
 
 
 def add_backend(name: str, devices: tuple[str, ...]) -> None:
     """Adds a backend whose operators `ops.register` got; "auto" asks it last, for tensors on `devices`."""
-    _BACKEND_DEVICES[name] = devices
-
-
-def check_backend(backend: object) -> str:
-    """The name as it came, if it is "auto" or a backend's.
-
-    Raises:
-        TypeError: not a string.
-        ValueError: another name.
-    """
-    if not isinstance(backend, str) or not (backend == "auto" or backend in _BACKEND_DEVICES):
-        reject_name("backend", ("auto", *_BACKEND_DEVICES), backend)
-    return backend
+    BACKEND_DEVICES[name] = devices
 
 
 def _devices_of(backend: str) -> tuple[str, ...]:
@@ -179,7 +167,7 @@ def _devices_of(backend: str) -> tuple[str, ...]:
 
     Triton's interpreter serves the CPU too, but "auto" never takes it.
     """
-    return triton.DEVICES if backend == "triton" else _BACKEND_DEVICES[backend]
+    return triton.DEVICES if backend == "triton" else BACKEND_DEVICES[backend]
 
 
 def choose_backend(backend: str, feats: Tensor) -> str:
@@ -191,7 +179,7 @@ def choose_backend(backend: str, feats: Tensor) -> str:
     """
     device = feats.device.type
     if backend == "auto":
-        for name, devices in _BACKEND_DEVICES.items():
+        for name, devices in BACKEND_DEVICES.items():
             if device in devices and name not in LOAD_ERROR and not unfit(name, feats.device):
                 backend = name
                 break

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .checks import check_batch, check_options, reject
-from .dispatch import check_backend, choose_backend
+from .dispatch import BACKEND_DEVICES, choose_backend
 
 # The default loss options, the authors' recipe for Market-1501.
 K = 10
@@ -163,8 +163,7 @@ def sn_loss(
     """
 
     def checked() -> tuple[str, reference.ForwardArguments]:
-        check_backend(backend)
-        options = check_options(k, alpha, weight, squeeze, reduction)
+        options = check_options(k, alpha, weight, squeeze, reduction, backend, BACKEND_DEVICES)
         own_labels, bank_labels, index, offset = check_batch(feats, labels, candidates, candidate_labels, self_index)
         chosen = choose_backend(backend, feats)
         return chosen, reference.ForwardArguments(feats, own_labels, candidates, bank_labels, index, offset, *options)
@@ -230,8 +229,7 @@ def support_neighbors(
 
     Source: as `sn_loss`; the order of candidates is (squared distance, index).
     """
-    check_backend(backend)
-    k, alpha, weight, squeeze, reduction = check_options(k, ALPHA, WEIGHT, "none", "sum")
+    k, alpha, weight, squeeze, reduction = check_options(k, ALPHA, WEIGHT, "none", "sum", backend, BACKEND_DEVICES)
     labels, candidate_labels, index, offset = check_batch(feats, labels, candidates, candidate_labels, self_index)
     with torch.no_grad():
         graph = ops.forward(

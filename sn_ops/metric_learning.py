@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_options
-from .dispatch import check_backend
+from .dispatch import BACKEND_DEVICES
 from .functional import ALPHA, WEIGHT, K, SNStats, sn_loss
 
 try:
@@ -80,8 +80,10 @@ class SNLoss(BaseMetricLossFunction):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.backend = check_backend(backend)
-        self.k, self.alpha, self.weight, _, _ = check_options(k, alpha, weight, squeeze, "none")
+        self.k, self.alpha, self.weight, _, _ = check_options(
+            k, alpha, weight, squeeze, "none", backend, BACKEND_DEVICES
+        )
+        self.backend = backend
         self.squeeze = squeeze
         distance = self.distance
         if not isinstance(distance, LpDistance) or distance.p != 2 or distance.power != 1:

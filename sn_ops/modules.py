@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .checks import check_options
-from .dispatch import check_backend
+from .dispatch import BACKEND_DEVICES
 from .functional import ALPHA, WEIGHT, K, SNStats, sn_loss
 
 
@@ -52,8 +52,10 @@ class SNLoss(nn.Module):
         return_stats: bool = False,
     ) -> None:
         super().__init__()
-        self.backend = check_backend(backend)
-        self.k, self.alpha, self.weight, _, _ = check_options(k, alpha, weight, squeeze, reduction)
+        self.k, self.alpha, self.weight, _, _ = check_options(
+            k, alpha, weight, squeeze, reduction, backend, BACKEND_DEVICES
+        )
+        self.backend = backend
         if group is not None:
             from .distributed.exchange import check_group
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Callable
@@ -34,6 +35,17 @@ def test_equals_the_function(backend: str, module: sn_ops.SNLoss) -> None:
     assert called.equal(function) and named.equal(function)
     own = sn_ops.sn_loss(case.feats, case.labels, **OPTIONS, backend=backend)
     assert module(case.feats, case.labels).equal(own)
+
+
+def test_takes_what_the_function_takes() -> None:
+    """An option that the function gets must not be forgotten here, nor have another default."""
+
+    def defaults(call: Callable[..., Any]) -> dict[str, Any]:
+        return {name: parameter.default for name, parameter in inspect.signature(call).parameters.items()}
+
+    both = defaults(sn_ops.SNLoss) | defaults(sn_ops.SNLoss.forward)
+    assert both.pop("self") is inspect.Parameter.empty
+    assert both == defaults(sn_ops.sn_loss)
 
 
 def test_defaults_are_the_functions() -> None:

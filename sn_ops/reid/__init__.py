@@ -1,7 +1,7 @@
 """Person re-identification on the public API of sn_ops: data sets, training, evaluation, reports, inference, export.
 
 `sn-reid train` (or `python -m sn_ops.reid train`) renders a set of pedestrians, trains on it and writes a report;
-`sn-reid --help` lists the other commands. `pip install 'sn_ops[reid]'` installs what they need beyond PyTorch.
+`sn-reid --help` lists the other commands. `pip install '.[reid]'` in a checkout installs what they need beyond PyTorch.
 
 From Python::
 

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
-#include "cuda/plan.h"
+#include "cuda/plan/plan.h"
 #include "sn_types.h"
 
 namespace {

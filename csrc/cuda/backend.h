@@ -1,7 +1,7 @@
 // The CUDA backend as the binding sees it: a plan, and two calls that enqueue it. Nothing here knows a framework.
 #pragma once
 
-#include "cuda/plan.h"
+#include "cuda/plan/plan.h"
 #include "cuda/platform.h"
 #include "sn_types.h"
 

@@ -41,7 +41,7 @@
 #include <cstdint>
 
 #include "cuda/memory.cuh"
-#include "cuda/plan_types.h"
+#include "cuda/plan/plan_types.h"
 #include "cuda/ptx.cuh"
 
 namespace sn::cuda {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/sizes.h"
+#include "cuda/plan/sizes.h"
 #include "cuda/stages.h"
 
 namespace sn::cuda {

@@ -13,7 +13,7 @@
 
 #include "cuda/keys.cuh"
 #include "cuda/memory.cuh"
-#include "cuda/plan_types.h"
+#include "cuda/plan/plan_types.h"
 #include "cuda/ptx.cuh"
 #include "sn_math.h"
 #include "sn_types.h"

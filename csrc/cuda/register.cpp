@@ -14,7 +14,7 @@
 #include <cstdint>
 
 #include "cuda/backend.h"
-#include "cuda/sizes.h"
+#include "cuda/plan/sizes.h"
 #include "cuda/stages.h"
 #include "operators.h"
 #include "sn_types.h"

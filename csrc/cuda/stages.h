@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/plan_types.h"
+#include "cuda/plan/plan_types.h"
 #include "cuda/platform.h"
 #include "sn_types.h"
 
@@ -18,7 +18,7 @@ struct Strip {
 // ---- direct sums ----------------------------------------------------------------------------------------------------
 
 // The universal exact path: every squared distance in the one summation order, then selection. Any type, N, M, D and K.
-// The plan's path is kDirect; sizes.h has its sizes.
+// The plan's path is kDirect; plan/sizes.h has its sizes.
 cudaError_t enqueue_tiles(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                           cudaStream_t stream);
 cudaError_t enqueue_select(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,

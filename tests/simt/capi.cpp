@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "cuda/backend.h"
-#include "cuda/sizes.h"
+#include "cuda/plan/sizes.h"
 #include "simt.h"
 
 #if defined(__SANITIZE_ADDRESS__)

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/plan.h"
+#include "cuda/plan/plan.h"
 #include "sn_types.h"
 
 extern "C" {

@@ -8,7 +8,7 @@
 #include "cuda/backward/graph.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
-#include "cuda/plan_types.h"
+#include "cuda/plan/plan_types.h"
 #include "cuda/ptx.cuh"
 
 namespace sn::cuda {

@@ -39,8 +39,8 @@
 #include "cuda/backward/rows.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
+#include "cuda/plan/sizes.h"
 #include "cuda/ptx.cuh"
-#include "cuda/sizes.h"
 #include "cuda/stages.h"
 
 namespace sn::cuda {

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cuda/memory.cuh"
-#include "cuda/plan_types.h"
+#include "cuda/plan/plan_types.h"
 #include "cuda/ptx.cuh"
 #include "sn_types.h"
 

@@ -8,8 +8,8 @@
 #include "cuda/launch.cuh"
 #include "cuda/loss.cuh"
 #include "cuda/memory.cuh"
+#include "cuda/plan/sizes.h"
 #include "cuda/ptx.cuh"
-#include "cuda/sizes.h"
 #include "cuda/stages.h"
 
 namespace sn::cuda {

@@ -13,8 +13,8 @@
 #include "cuda/keys.cuh"
 #include "cuda/loss.cuh"
 #include "cuda/memory.cuh"
+#include "cuda/plan/sizes.h"
 #include "cuda/ptx.cuh"
-#include "cuda/sizes.h"
 
 namespace sn::cuda {
 

@@ -19,9 +19,9 @@
 
 #include "cuda/direct_sum.cuh"
 #include "cuda/memory.cuh"
-#include "cuda/plan_types.h"
+#include "cuda/plan/plan_types.h"
+#include "cuda/plan/sizes.h"
 #include "cuda/ptx.cuh"
-#include "cuda/sizes.h"
 
 namespace sn::cuda {
 

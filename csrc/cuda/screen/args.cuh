@@ -4,10 +4,10 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/plan_types.h"
+#include "cuda/plan/plan_types.h"
+#include "cuda/plan/sizes.h"
 #include "cuda/screen/bound.cuh"
 #include "cuda/screen/prepare.h"
-#include "cuda/sizes.h"
 #include "cuda/stages.h"
 #include "sn_types.h"
 

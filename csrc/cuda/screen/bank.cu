@@ -2,12 +2,12 @@
 // finds their norms and residuals, and scores them against all anchors of the call.
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
+#include "cuda/plan/sizes.h"
 #include "cuda/ptx.cuh"
 #include "cuda/screen/bound.cuh"
 #include "cuda/screen/epilogue.cuh"
 #include "cuda/screen/prepare.h"
 #include "cuda/screen/score_tile.cuh"
-#include "cuda/sizes.h"
 #include "cuda/stages.h"
 
 namespace sn::cuda {

@@ -30,7 +30,7 @@
 // So everything is bounded by a multiple of n_i + n_j, and of nothing smaller:
 //   |(n_i + s) - A^2| <= (n_i + n_j) (1.25 Dp 2^-23 + (Dp/64 + 10) 2^-23)
 // and with
-//   eta = 1.25 Dp 2^-23 + (Dp/32 + 32) 2^-23          (screening_error in sizes.h)
+//   eta = 1.25 Dp 2^-23 + (Dp/32 + 32) 2^-23          (screening_error in plan/sizes.h)
 // a margin of (Dp/64 + 22) 2^-23 is left for the roundings of whoever evaluates a bound with s in a few operations (up
 // to 8 of size n_i + n_j) and for second-order terms. So
 //   (n_i + s) - eta (n_i + n_j) <= A^2 <= (n_i + s) + eta (n_i + n_j),   |D - A| <= rho_i + rho_j.

@@ -4,10 +4,10 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
+#include "cuda/plan/sizes.h"
 #include "cuda/ptx.cuh"
 #include "cuda/screen/bound.cuh"
 #include "cuda/screen/prepare.h"
-#include "cuda/sizes.h"
 #include "cuda/stages.h"
 
 namespace sn::cuda {

@@ -23,8 +23,8 @@
 
 #include <cstdint>
 
-#include "cuda/plan_types.h"
-#include "cuda/sizes.h"
+#include "cuda/plan/plan_types.h"
+#include "cuda/plan/sizes.h"
 #include "sn_types.h"
 
 namespace sn::cuda {

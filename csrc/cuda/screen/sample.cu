@@ -14,10 +14,10 @@
 // distances are made of them. Any e is right, as any m is.
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
+#include "cuda/plan/sizes.h"
 #include "cuda/ptx.cuh"
 #include "cuda/screen/bound.cuh"
 #include "cuda/screen/prepare.h"
-#include "cuda/sizes.h"
 #include "cuda/stages.h"
 
 namespace sn::cuda {

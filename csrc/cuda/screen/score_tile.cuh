@@ -6,10 +6,10 @@
 #include <cstdint>
 
 #include "cuda/memory.cuh"
-#include "cuda/plan_types.h"
+#include "cuda/plan/plan_types.h"
+#include "cuda/plan/sizes.h"
 #include "cuda/ptx.cuh"
 #include "cuda/screen/prepare.h"
-#include "cuda/sizes.h"
 #include "cuda/stages.h"
 #include "cuda/tensor_core.cuh"
 #include "sn_types.h"

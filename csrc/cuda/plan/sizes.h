@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/plan_types.h"
+#include "cuda/plan/plan_types.h"
 
 namespace sn::cuda {
 

@@ -1,11 +1,11 @@
 // The one place where a problem meets its kernels. The thresholds between paths come from times of forced paths on an
 // NVIDIA H200 (benchmarks/results/nvidia-h200, steps "paths"; CUDA graphs, K = 10). For other devices they are a guess.
-#include "cuda/plan.h"
+#include "cuda/plan/plan.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/sizes.h"
+#include "cuda/plan/sizes.h"
 
 namespace sn::cuda {
 namespace {

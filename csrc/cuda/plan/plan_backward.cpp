@@ -2,7 +2,7 @@
 // bounds the gather.
 #include <algorithm>
 
-#include "cuda/plan.h"
+#include "cuda/plan/plan.h"
 
 namespace sn::cuda {
 namespace {

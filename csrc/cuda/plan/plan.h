@@ -2,7 +2,7 @@
 // that it can be read and tested on a machine without a GPU.
 #pragma once
 
-#include "cuda/plan_types.h"
+#include "cuda/plan/plan_types.h"
 
 namespace sn::cuda {
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "cuda/plan/cost.h"
 #include "cuda/plan/plan.h"
 #include "sn_types.h"
 
@@ -111,6 +112,16 @@ sn::cuda::DeviceFacts device_facts(std::pair<int, int> capability, int multiproc
           .cluster_planes = cluster_planes};
 }
 
+// [(name, launches, microseconds)]
+pybind11::list kernels_of(const sn::cuda::Cost& cost) {
+  pybind11::list kernels;
+  for (int number = 0; number < cost.count(); ++number) {
+    const sn::cuda::KernelCost& kernel = cost.kernel(number);
+    kernels.append(pybind11::make_tuple(kernel.name, kernel.launches, kernel.us));
+  }
+  return kernels;
+}
+
 pybind11::dict cuda_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype, bool symmetric,
                          bool aligned, const std::string& path, std::pair<int, int> capability, int multiprocessors,
                          int shared_bytes, int largest_cluster, int cluster_planes) {
@@ -129,30 +140,34 @@ pybind11::dict cuda_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::in
     throw std::invalid_argument("cuda_plan: path: " + path + " cannot serve this problem on this device");
   }
   const sn::cuda::ForwardPlan plan = sn::cuda::plan_forward(problem, device, wanted);
-  return pybind11::dict("path"_a = name_of(kCudaPaths, plan.path), "launches"_a = plan.launches,
-                        "workspace_bytes"_a = plan.workspace_bytes, "strip_rows"_a = plan.strip_rows,
-                        "strips"_a = plan.strips, "d_slices"_a = plan.d_slices,
-                        "slice_elements"_a = plan.slice_elements, "triangular"_a = plan.triangular,
-                        "cluster"_a = plan.cluster, "sample_columns"_a = plan.sample_columns,
-                        "second_stride"_a = plan.second_stride, "buffer_capacity"_a = plan.buffer_capacity);
+  const sn::cuda::Cost cost = sn::cuda::predict_forward(plan, problem, device);
+  return pybind11::dict(
+      "path"_a = name_of(kCudaPaths, plan.path), "launches"_a = plan.launches,
+      "workspace_bytes"_a = plan.workspace_bytes, "strip_rows"_a = plan.strip_rows, "strips"_a = plan.strips,
+      "d_slices"_a = plan.d_slices, "slice_elements"_a = plan.slice_elements, "triangular"_a = plan.triangular,
+      "cluster"_a = plan.cluster, "sample_columns"_a = plan.sample_columns, "second_stride"_a = plan.second_stride,
+      "buffer_capacity"_a = plan.buffer_capacity, "predicted_us"_a = cost.total(), "kernels"_a = kernels_of(cost));
 }
 
 pybind11::dict cuda_backward_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype,
                                   bool symmetric, std::pair<int, int> capability, int multiprocessors,
                                   int shared_bytes) {
   expect_problem("cuda_backward_plan", N, M, D, k, dtype);
-  const sn::cuda::BackwardPlan plan = sn::cuda::plan_backward({.N = N,
-                                                               .M = M,
-                                                               .D = D,
-                                                               .edges = std::min(k, M) + sn::kExtraEdges,
-                                                               .dtype = static_cast<sn::DType>(dtype),
-                                                               .symmetric = symmetric,
-                                                               .need_anchors = true,
-                                                               .need_candidates = !symmetric},
-                                                              device_facts(capability, multiprocessors, shared_bytes));
+  const sn::cuda::DeviceFacts device = device_facts(capability, multiprocessors, shared_bytes);
+  const sn::cuda::BackwardProblem problem{.N = N,
+                                          .M = M,
+                                          .D = D,
+                                          .edges = std::min(k, M) + sn::kExtraEdges,
+                                          .dtype = static_cast<sn::DType>(dtype),
+                                          .symmetric = symmetric,
+                                          .need_anchors = true,
+                                          .need_candidates = !symmetric};
+  const sn::cuda::BackwardPlan plan = sn::cuda::plan_backward(problem, device);
+  const sn::cuda::Cost cost = sn::cuda::predict_backward(plan, problem, device);
   return pybind11::dict("launches"_a = plan.launches, "workspace_bytes"_a = plan.workspace_bytes,
                         "partitioned"_a = plan.partitioned, "buckets"_a = plan.buckets,
-                        "slice_elements"_a = plan.slice_elements);
+                        "slice_elements"_a = plan.slice_elements, "predicted_us"_a = cost.total(),
+                        "kernels"_a = kernels_of(cost));
 }
 
 }  // namespace
@@ -184,8 +199,12 @@ PYBIND11_MODULE(_C, module) {
       py::arg("cluster_planes") = sn::cuda::DeviceFacts{}.cluster_planes,
       "How the CUDA forward would run on a device with these facts (default: an H200's): path, launches, "
       "workspace_bytes, strips and tiles. largest_cluster, cluster_planes: blocks of the largest cluster that the "
-      "device holds, and planes of sums a block of it may keep. ValueError where a forced path cannot serve.");
-  module.def("cuda_backward_plan", &cuda_backward_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"),
-             py::arg("dtype"), py::arg("symmetric"), capability, multiprocessors, shared_bytes,
-             "How the CUDA backward would run: launches, workspace_bytes, partition and slices.");
+      "device holds, and planes of sums a block of it may keep. predicted_us is what the cost model expects of a call "
+      "in "
+      "a CUDA graph, kernels its parts: (name, launches, microseconds). ValueError where a forced path cannot serve.");
+  module.def(
+      "cuda_backward_plan", &cuda_backward_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"),
+      py::arg("dtype"), py::arg("symmetric"), capability, multiprocessors, shared_bytes,
+      "How the CUDA backward would run: launches, workspace_bytes, partition and slices; predicted_us and kernels "
+      "as those of cuda_plan.");
 }

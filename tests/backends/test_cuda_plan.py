@@ -193,3 +193,15 @@ def test_bad_arguments(core: ModuleType) -> None:
         plan(core, 1, 1, 1, dtype=7)
     with pytest.raises(ValueError, match="expected one of auto, cluster"):
         plan(core, 1, 1, 1, path="fast")
+
+
+def test_predictions_are_of_the_planned_kernels(core: ModuleType) -> None:
+    """Kernels of a prediction are those that are launched, and their times add up."""
+    for n, m, d in product(SHAPES[1:], SHAPES[1:], (64, 2048)):
+        for facts in (
+            plan(core, n, m, d),
+            dict(core.cuda_backward_plan(N=n, M=m, D=d, k=10, dtype=F32, symmetric=n == m)),
+        ):
+            assert sum(launches for _, launches, _ in facts["kernels"]) == facts["launches"], (n, m, d, facts)
+            assert facts["predicted_us"] == pytest.approx(sum(us for _, _, us in facts["kernels"]))
+            assert all(0.0 < us < float("inf") for _, _, us in facts["kernels"]), (n, m, d, facts)

@@ -1,0 +1,60 @@
+// What a plan is predicted to cost, kernel by kernel: a pure function of the plan, the shape and device facts, like the
+// plan itself. The choice between paths is the cheapest prediction (plan.cpp), so a measured time that contradicts one
+// of these contradicts the choice, too. cost.cpp has every constant, each with the record that it was read from.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "cuda/plan/plan_types.h"
+
+namespace sn::cuda {
+
+struct KernelCost {
+  const char* name = "";
+  std::int64_t launches = 0;
+  double us = 0.0;  // of all its launches
+};
+
+// Microseconds of GPU time in a CUDA graph, kernels in the order of their first launch. Nothing is allocated.
+class Cost {
+ public:
+  static constexpr int kMostKernels = 24;
+
+  void add(const char* name, double us, std::int64_t launches = 1) {
+    if (count_ < kMostKernels) kernels_[static_cast<std::size_t>(count_++)] = {name, launches, us};
+    total_ += us;
+  }
+  double total() const { return total_; }
+  int count() const { return count_; }
+  const KernelCost& kernel(int number) const { return kernels_[static_cast<std::size_t>(number)]; }
+
+ private:
+  std::array<KernelCost, kMostKernels> kernels_{};
+  int count_ = 0;
+  double total_ = 0.0;
+};
+
+// What the features look like, as far as it costs time. Shapes do not say it: the plan is made for kRandom.
+enum class Batch : std::int32_t {
+  kRandom = 0,  // every row is certified
+};
+
+Cost predict_forward(const ForwardPlan& plan, const Problem& problem, const DeviceFacts& device,
+                     Batch batch = Batch::kRandom);
+Cost predict_backward(const BackwardPlan& plan, const BackwardProblem& problem, const DeviceFacts& device);
+
+// One pass of the score kernel over rows x columns pairs of `dims` (padded) dimensions by tiles of tile_rows x
+// tile_columns. symmetric: tiles on and above the diagonal alone. dense: scores are written, not tested.
+struct ScorePass {
+  int tile_rows = 128;
+  int tile_columns = 128;
+  std::int64_t rows = 0;
+  std::int64_t columns = 0;
+  std::int64_t dims = 0;
+  bool symmetric = false;
+  bool dense = false;
+};
+double score_pass_us(const ScorePass& pass, const DeviceFacts& device);
+
+}  // namespace sn::cuda

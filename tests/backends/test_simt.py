@@ -180,6 +180,9 @@ def partly_listed() -> tuple[Case, sn_ops.SupportNeighbors]:
         {"path": "screen", "strip_rows": 70},
         {"path": "screen", "score_tile": 128},
         {"path": "screen", "score_tile": 128, "strip_rows": 150},
+        {"path": "dense", "score_tile": 256},
+        {"path": "screen", "score_tile": 256},
+        {"path": "screen", "score_tile": 256, "strip_rows": 150},
         {"path": "screen", "sample_stride": 8, "second_stride": 3},
         {"path": "screen", "far_capacity": 1},
     ],
@@ -188,6 +191,45 @@ def partly_listed() -> tuple[Case, sn_ops.SupportNeighbors]:
 def test_however_the_work_is_cut(cut: dict[str, Any]) -> None:
     """Strips, tiles, slices and samples of large problems; one identity is too large to list."""
     assert check(*partly_listed(), **cut).path == cut["path"]
+
+
+def everything_kept(rows: int, columns: int | None, dtype: torch.dtype) -> Case:
+    """Rows that differ by less than their scores may err, so that no pair can be ruled out."""
+    generator = torch.Generator().manual_seed(rows)
+
+    def nearly_ones(count: int) -> torch.Tensor:
+        feats = torch.ones(count, 64, dtype=dtype)
+        last_bits = torch.randint(0, 2, (count, 16), generator=generator)
+        feats[:, ::4] += last_bits * torch.finfo(dtype).eps
+        return feats
+
+    labels = problems.random_labels(rows, 4, seed=1)
+    if columns is None:
+        return Case(nearly_ones(rows), labels, k=10)
+    return Case(nearly_ones(rows), labels, nearly_ones(columns), problems.random_labels(columns, 4, seed=2), k=10)
+
+
+EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 383, 384, 385]  # of rows and columns, around those of tiles
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("score_tile", [64, 128, 256])
+@pytest.mark.parametrize("rows", EDGES)
+def test_each_pair_is_appended_once(rows: int, score_tile: int, dtype: torch.dtype) -> None:
+    """Where nothing can be ruled out every pair reaches the refinement, which sums what it is given: tiles of the self
+    case serve both triangles, and tiles of other shapes meet the diagonal elsewhere."""
+    case = everything_kept(rows, None, dtype)
+    report = check(case, direct_sums(case), "screen", score_tile=score_tile, seed=rows)
+    assert report.refined == rows * (rows - 1)
+
+
+@pytest.mark.parametrize("score_tile", [64, 128, 256])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 385), (129, 257), (130, 63), (257, 129), (300, 1), (65, 256)])
+def test_each_foreign_pair_is_appended_once(rows: int, columns: int, score_tile: int) -> None:
+    """The same against candidates of their own."""
+    case = everything_kept(rows, columns, torch.float16)
+    report = check(case, direct_sums(case), "screen", score_tile=score_tile, seed=rows)
+    assert report.refined == rows * columns
 
 
 def test_a_bank_is_certified_as_it_is_read() -> None:
@@ -219,6 +261,7 @@ def nearly_empty_bank(k: int) -> tuple[Case, sn_ops.SupportNeighbors]:
         {"path": "screen", "sample_stride": 60, "second_stride": 7},
         {"path": "screen", "sample_stride": 60, "second_stride": 7, "strip_rows": 9},
         {"path": "screen", "score_tile": 128},
+        {"path": "screen", "score_tile": 256},
     ],
     ids=str,
 )
@@ -242,7 +285,7 @@ def test_rows_that_only_underflow_to_zeros(path: str) -> None:
     assert check(case, expected, path).path == path
 
 
-@pytest.mark.parametrize("score_tile", [64, 128])
+@pytest.mark.parametrize("score_tile", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_rows_of_zeros_among_the_anchors(dtype: torch.dtype, score_tile: int) -> None:
     """Anchors are candidates here: tiles serve both triangles."""

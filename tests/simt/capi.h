@@ -26,7 +26,7 @@ struct sn_simt_settings {
   // A path ignores what it does not use.
   std::int32_t strip_rows;      // of every path but the cluster's
   std::int32_t slice_elements;  // direct: 64, 128 or 256
-  std::int32_t score_tile;      // dense, screen, bank: 64 or 128
+  std::int32_t score_tile;      // dense, screen: 64, 128 or 256 columns
   std::int32_t sample_stride;   // screen, bank
   std::int32_t second_stride;   // screen, bank
   std::int32_t far_capacity;    // screen, bank

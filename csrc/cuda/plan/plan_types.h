@@ -112,7 +112,7 @@ struct ForwardPlan {
   std::int64_t second_stride = 0;    // 0: none; else candidates c * second_stride are screened first to tighten them
   std::int64_t buffer_capacity = 0;  // entries a row
   std::int64_t far_capacity = 0;
-  int score_tile = 0;  // rows and columns of a block's tile of scores, 64 or 128; 0: by their number
+  int score_tile = 0;  // columns of a block's tile of scores: 64 (x 64), 128 (x 128), 256 (x 128); 0: by their number
 
   Piece control;          // Control
   Piece flags;            // direct: uint32 per block of the tile kernel

@@ -114,6 +114,11 @@ inline constexpr std::int64_t kCopyElements = 8;
 // Columns of D that one stage of the score kernels holds; padded_dims is a multiple.
 inline constexpr std::int64_t kStageColumns = 64;
 
+// Shared memory of a block with a tile of 128 x 256 scores, and the most that every device lets a block have, which is
+// enough for the tiles of 128 x 128 and 64 x 64.
+inline constexpr std::int64_t kWideTileBytes = 144 * 1024;
+inline constexpr std::int64_t kLeastSharedBytes = 99 * 1024;
+
 // One block of the sampling kernel takes so many columns of D.
 inline constexpr std::int64_t kSampleColumns = 32;
 static_assert(kStageColumns % kSampleColumns == 0, "sampled blocks cover the padded columns");

@@ -42,8 +42,8 @@ constexpr int kBand = 16;
 constexpr int ring_bytes(int rows, int columns, int stages) {
   return shared_bytes<std::uint16_t>(stages * (rows + columns) * kStageWidth);
 }
-// Two blocks of the large tile, 192 KB, need a multiprocessor with 228 KB of shared memory; elsewhere one runs alone
-// and may have all the registers. Not a template argument: host and device must agree on those.
+// Two blocks of the large tile, 192 KB, need a multiprocessor with 228 KB of shared memory; elsewhere, and of the wide
+// tile, one runs alone and may have all the registers. Not a template argument: host and device must agree on those.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900 && __CUDA_ARCH__ != 1000
 #define SN_TILES_A_MULTIPROCESSOR 1
 #else
@@ -53,16 +53,22 @@ template <int kRows, int kColumns, int kWarpRows, int kWarpColumns, int kStages_
 struct Tile : TileShape<kRows, kColumns, kWarpRows, kWarpColumns, ring_bytes(kRows, kColumns, kStages_)> {
   using Shape = TileShape<kRows, kColumns, kWarpRows, kWarpColumns, ring_bytes(kRows, kColumns, kStages_)>;
   static constexpr int kStages = kStages_;
-  static constexpr int kMinBlocks = SN_TILES_A_MULTIPROCESSOR;
+  static constexpr int kMinBlocks = Shape::kWarpPairs > 64 * 32 ? 1 : SN_TILES_A_MULTIPROCESSOR;
   static constexpr int kStageElements = (kRows + kColumns) * kStageWidth;
-  static_assert(Shape::kThreads == kRows + kColumns && kRows == kColumns,
-                "a thread carries the facts of one row or column");
+  // A thread carries the facts of so many rows and columns of the tile.
+  static constexpr int kCarried = (kRows + kColumns + Shape::kThreads - 1) / Shape::kThreads;
+  // The symmetric case cuts the matrix into square blocks of kRows; so many of them lie side by side in a tile.
+  static constexpr int kBlocksAcross = kColumns / kRows;
+  static_assert(kColumns % kRows == 0 && kRows % kWarpColumns == 0, "a warp's columns lie in one square block");
+  static_assert(kBand % kBlocksAcross == 0, "a band begins at a whole tile of the diagonal");
   static_assert(kStages >= 3, "one stage is read, one is awaited, one is under way");
-  static_assert(Shape::kSharedBytes <= 99 * 1024, "of the devices with the least shared memory");
 };
 #undef SN_TILES_A_MULTIPROCESSOR
+using WideTile = Tile<128, 256, 64, 64, 3>;
 using LargeTile = Tile<128, 128, 64, 32, 3>;
 using SmallTile = Tile<64, 64, 32, 32, 4>;
+static_assert(WideTile::kSharedBytes == kWideTileBytes);
+static_assert(LargeTile::kSharedBytes <= kLeastSharedBytes && SmallTile::kSharedBytes <= kLeastSharedBytes);
 
 // ---- kernel: tiles --------------------------------------------------------------------------------------------------
 
@@ -79,26 +85,49 @@ __device__ __forceinline__ TilePlace tile_of_rectangle(std::uint32_t id, std::ui
   return {first + id % height, id / height};
 }
 
-// The tiles on and above the diagonal: a band is a triangle, its columns growing, then full columns.
-__device__ __forceinline__ TilePlace tile_of_triangle(std::uint32_t id, std::uint32_t rows) {
+// The tiles with pairs on or above the diagonal of square blocks. A band is a staircase, a tile across for every
+// kAcross rows, then full columns.
+template <int kAcross>
+__device__ __forceinline__ TilePlace tile_of_triangle(std::uint32_t id, std::uint32_t rows, std::uint32_t columns) {
   std::uint32_t first = 0;
   std::uint32_t height = 0;
-  std::uint32_t triangle = 0;
+  std::uint32_t steps = 0;
+  std::uint32_t staircase = 0;
   for (;;) {
     height = rows - first < kBand ? rows - first : kBand;
-    triangle = height * (height + 1) / 2;
-    const std::uint32_t tiles = triangle + height * (rows - first - height);
+    steps = (height + kAcross - 1) / kAcross;
+    staircase = kAcross * (steps * (steps - 1) / 2) + height;
+    const std::uint32_t tiles = staircase + height * (columns - first / kAcross - steps);
     if (id < tiles) break;
     id -= tiles;
     first += kBand;
   }
-  if (id >= triangle) return {first + (id - triangle) % height, first + height + (id - triangle) / height};
-  std::uint32_t column = 0;
-  while (id > column) id -= ++column;
-  return {first + id, first + column};
+  const std::uint32_t left = first / kAcross;
+  if (id >= staircase) return {first + (id - staircase) % height, left + steps + (id - staircase) / height};
+  std::uint32_t step = 0;
+  while (id >= kAcross * (step + 1) && step + 1 < steps) id -= kAcross * ++step;
+  return {first + id, left + step};
 }
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
+
+// What a thread carries through the main loop of a row or column of the tile.
+struct Carried {
+  int matrix_row = -1;  // -1: beyond the matrix
+  float norm = 0.0f;
+  float rho = 0.0f;
+  float limit = -kInfinity;
+  float reach = 0.0f;
+};
+// visit(q, i) for the rows (i) and columns (kRows + i) whose facts this thread carries, in rCarried[q].
+template <class Tile, class Visit>
+__device__ __forceinline__ void for_each_carried(const Visit& visit) {
+#pragma unroll
+  for (int q = 0; q < Tile::kCarried; ++q) {
+    const int i = thread_id() + q * Tile::kThreads;
+    if ((q + 1) * Tile::kThreads <= Tile::kRows + Tile::kColumns || i < Tile::kRows + Tile::kColumns) visit(q, i);
+  }
+}
 
 template <class T16, class Tile, ScoreMode kMode, bool kSymmetric>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
@@ -107,30 +136,32 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   if (load(&args.control->unscreenable) != 0) return;  // the whole grid
 
   const auto id = static_cast<std::uint32_t>(block_id());
-  const TilePlace place =
-      kSymmetric ? tile_of_triangle(id, args.tile_rows) : tile_of_rectangle(id, args.tile_rows, args.tile_columns);
+  const TilePlace place = kSymmetric ? tile_of_triangle<Tile::kBlocksAcross>(id, args.tile_rows, args.tile_columns)
+                                     : tile_of_rectangle(id, args.tile_rows, args.tile_columns);
   const std::int64_t row = static_cast<std::int64_t>(place.row) * Tile::kRows;
   const std::int64_t column = static_cast<std::int64_t>(place.column) * Tile::kColumns;
-  const bool both = kSymmetric && place.row != place.column;  // this tile serves its columns as anchors, too
+  // Columns right of the diagonal's square block serve as anchors, too; a block left of it is served by its mirror.
+  const auto serves_columns = [&](int block) {
+    return kSymmetric && place.row < place.column * Tile::kBlocksAcross + static_cast<std::uint32_t>(block);
+  };
 
-  // What this thread's row or column brings to the epilogue. A place beyond the matrix keeps nothing and is kept by no
+  // What this thread's rows or columns bring to the epilogue. A place beyond the matrix keeps nothing and is kept by no
   // anchor, unless a NaN is involved; therefore hits are checked again.
-  const bool is_row = thread_id() < Tile::kRows;
-  const MatrixArgs<T16>& matrix = is_row ? args.anchors : args.candidates;
-  const std::int64_t number = (is_row ? row : column) + thread_id() % Tile::kRows;
-  const int matrix_row = number < matrix.count ? static_cast<int>(matrix.first + number * matrix.step) : -1;
-  float norm = 0.0f;
-  float rho = 0.0f;
-  float limit = -kInfinity;
-  float reach = 0.0f;
-  if (matrix_row >= 0) {
-    norm = load(matrix.n + matrix_row);
-    rho = load(matrix.rho + matrix_row);
-    if (kMode == ScoreMode::kAppend && (is_row || both)) {
-      limit = load(args.thresholds.T + matrix_row);
-      reach = load(args.thresholds.u + matrix_row);
+  Carried rCarried[Tile::kCarried];
+  for_each_carried<Tile>([&](int q, int i) {
+    const bool is_row = i < Tile::kRows;
+    const MatrixArgs<T16>& matrix = is_row ? args.anchors : args.candidates;
+    const std::int64_t number = (is_row ? row : column) + (is_row ? i : i - Tile::kRows);
+    Carried& facts = rCarried[q];
+    facts.matrix_row = number < matrix.count ? static_cast<int>(matrix.first + number * matrix.step) : -1;
+    if (facts.matrix_row < 0) return;
+    facts.norm = load(matrix.n + facts.matrix_row);
+    facts.rho = load(matrix.rho + facts.matrix_row);
+    if (kMode == ScoreMode::kAppend && (is_row || serves_columns((i - Tile::kRows) / Tile::kRows))) {
+      facts.limit = load(args.thresholds.T + facts.matrix_row);
+      facts.reach = load(args.thresholds.u + facts.matrix_row);
     }
-  }
+  });
 
   // 1. Products.
   SharedArena arena;
@@ -190,17 +221,23 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   // 2. The ring is free: facts.
   sync_block();
   const EpilogueMemory<Tile> memory;
-  memory.set(kNorm, thread_id(), norm);
-  if constexpr (kMode == ScoreMode::kAppend) {
-    const bool skipped = is_null(norm, rho) && static_cast<std::uint32_t>(matrix_row) > load(&args.control->last_null);
-    memory.set(kBias, thread_id(), matrix_row >= 0 && !skipped ? support_bias(norm, rho, args.eta) : kInfinity);
-    memory.set(kRho, thread_id(), multiply_up(rho, kRhoMargin));
-    memory.set(kLimit, thread_id(), limit);
-    memory.set(kReach, thread_id(), reach);
-    const bool wants_far =
-        args.far && matrix_row >= 0 && (is_row || both) && load(args.thresholds.G + matrix_row) < kInfinity;
-    memory.vote_for_far(wants_far);
-  }
+  bool wants_far = false;
+  for_each_carried<Tile>([&](int q, int i) {
+    const Carried& facts = rCarried[q];
+    memory.set(kNorm, i, facts.norm);
+    if constexpr (kMode == ScoreMode::kAppend) {
+      const bool exists = facts.matrix_row >= 0;
+      const bool skipped = is_null(facts.norm, facts.rho) &&
+                           static_cast<std::uint32_t>(facts.matrix_row) > load(&args.control->last_null);
+      memory.set(kBias, i, exists && !skipped ? support_bias(facts.norm, facts.rho, args.eta) : kInfinity);
+      memory.set(kRho, i, multiply_up(facts.rho, kRhoMargin));
+      memory.set(kLimit, i, facts.limit);
+      memory.set(kReach, i, facts.reach);
+      const bool serves = i < Tile::kRows || serves_columns((i - Tile::kRows) / Tile::kRows);
+      if (args.far && exists && serves && load(args.thresholds.G + facts.matrix_row) < kInfinity) wants_far = true;
+    }
+  });
+  if constexpr (kMode == ScoreMode::kAppend) memory.vote_for_far(wants_far);
   sync_block();
 
   // 3. Scores.
@@ -208,26 +245,35 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   if constexpr (kMode == ScoreMode::kDense) {
     epilogue.dense(rProducts);
   } else {
+    const int block = warp.column / Tile::kRows;
+    const bool columns_too = serves_columns(block);
+    const bool rows_too =
+        !kSymmetric || place.row <= place.column * Tile::kBlocksAcross + static_cast<std::uint32_t>(block);
     epilogue.clear();
-    epilogue.template support<true>(rProducts);
+    if (rows_too) epilogue.template support<true>(rProducts);
     if constexpr (kSymmetric) {
-      if (both) epilogue.template support<false>(rProducts);
+      if (columns_too) epilogue.template support<false>(rProducts);
     }
     if (!args.far) return;
     if (!memory.wants_far()) return;  // the whole block
-    memory.sLabels.set(thread_id(), matrix_row >= 0 ? fold_label(load(matrix.labels + matrix_row)) : 0);
+    for_each_carried<Tile>([&](int q, int i) {
+      const int matrix_row = rCarried[q].matrix_row;
+      const MatrixArgs<T16>& matrix = i < Tile::kRows ? args.anchors : args.candidates;
+      memory.sLabels.set(i, matrix_row >= 0 ? fold_label(load(matrix.labels + matrix_row)) : 0);
+    });
     sync_block();
-    epilogue.template far<true>(rProducts);
+    if (rows_too) epilogue.template far<true>(rProducts);
     if constexpr (kSymmetric) {
-      if (both) epilogue.template far<false>(rProducts);
+      if (columns_too) epilogue.template far<false>(rProducts);
     }
   }
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
+template <class Tile>
 std::int64_t blocks_of(std::int64_t rows, std::int64_t columns, bool symmetric) {
-  return symmetric ? rows * (rows + 1) / 2 : rows * columns;
+  return symmetric ? Tile::kBlocksAcross * (columns * (columns - 1) / 2) + rows : rows * columns;
 }
 
 template <class T16, class Tile>
@@ -236,7 +282,7 @@ cudaError_t launch_scores(ScoreArgs<T16> args, const ScoreRequest& request, cuda
   const std::int64_t columns = divide_up(args.candidates.count, Tile::kColumns);
   args.tile_rows = static_cast<std::uint32_t>(rows);
   args.tile_columns = static_cast<std::uint32_t>(columns);
-  const LaunchShape shape{blocks_of(rows, columns, request.symmetric), Tile::kThreads, Tile::kSharedBytes};
+  const LaunchShape shape{blocks_of<Tile>(rows, columns, request.symmetric), Tile::kThreads, Tile::kSharedBytes};
   if (columns > kMaxBlocks / kBand) return cudaErrorInvalidConfiguration;
   if (request.mode == ScoreMode::kDense) {
     return launch(score_kernel<T16, Tile, ScoreMode::kDense, false>, shape, stream, args);
@@ -254,10 +300,17 @@ cudaError_t launch_of_size(const ForwardArgs& args, const ForwardPlan& plan, cha
   const ScoreArgs<T16> score = score_args<T16>(args, plan, workspace, request);
   const std::int64_t rows = divide_up(request.rows, LargeTile::kRows);
   const std::int64_t columns = divide_up(request.columns, LargeTile::kColumns);
-  const bool large = plan.score_tile == 0 ? blocks_of(rows, columns, request.symmetric) >= kFewTiles
-                                          : plan.score_tile == LargeTile::kRows;
-  return large ? launch_scores<T16, LargeTile>(score, request, stream)
-               : launch_scores<T16, SmallTile>(score, request, stream);
+  const bool many = blocks_of<LargeTile>(rows, columns, request.symmetric) >= kFewTiles;
+  switch (plan.score_tile == 0 ? (many ? LargeTile::kColumns : SmallTile::kColumns) : plan.score_tile) {
+    case WideTile::kColumns:
+      return launch_scores<T16, WideTile>(score, request, stream);
+    case LargeTile::kColumns:
+      return launch_scores<T16, LargeTile>(score, request, stream);
+    case SmallTile::kColumns:
+      return launch_scores<T16, SmallTile>(score, request, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace

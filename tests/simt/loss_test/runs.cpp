@@ -29,7 +29,7 @@ sn_simt_settings settings_for(std::uint64_t seed, simt::MmaError error, ForwardP
 void vary(sn_simt_settings& settings, std::uint64_t word) {
   settings.strip_rows = word % 2 == 0 ? 0 : static_cast<std::int32_t>(17 + word / 2 % 40);
   settings.slice_elements = 64 << word % 3;
-  settings.score_tile = word / 3 % 2 == 0 ? 64 : 128;
+  settings.score_tile = 64 << word / 3 % 3;
   settings.sample_stride = word / 5 % 2 == 0 ? 0 : 2;
   settings.second_stride = word / 7 % 2 == 0 ? 0 : 3;
   settings.far_capacity = word / 11 % 2 == 0 ? 0 : 5;

@@ -1,12 +1,14 @@
-"""A table of what each CUDA kernel needs of a multiprocessor, from ptxas' report and the host harness' launches.
+"""Two tables of the CUDA kernels: what each needs of a multiprocessor, from ptxas' report and the host harness'
+launches, and what the hot ones issue and move, from their machine code.
 
-    cuda_resources.py PTXAS_LOG LAUNCH_LOG [--write]
+    cuda_resources.py PTXAS_LOG LAUNCH_LOG OBJECTS [--write]
 
 PTXAS_LOG is the output of a build with SN_OPS_PTXAS_VERBOSE=ON. LAUNCH_LOG has a line "kernel<TAB>threads<TAB>shared
-bytes<TAB>cluster" for each kernel that the harness launched (SN_SIMT_LAUNCH_LOG). The table is compared with the
-committed one, csrc/cuda/resources.txt, which `--write` replaces. It fails on a spill or other local memory, on a
-missing architecture, on a kernel that no test of the harness launches, and on a difference. Registers of another
-compiler than the committed table's are not comparable: a difference is then only shown.
+bytes<TAB>cluster" for each kernel that the harness launched (SN_SIMT_LAUNCH_LOG). OBJECTS is the folder of the object
+files. The tables are compared with the committed ones, csrc/cuda/resources.txt and instructions.txt, which `--write`
+replaces. It fails on a spill or other local memory, on a missing architecture, on a kernel that no test of the harness
+launches, on one whose instructions cannot be counted, and on a difference. Registers and instructions of another
+compiler than the committed tables' are not comparable: a difference is then only shown.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-TABLE = Path(__file__).resolve().parent.parent / "csrc" / "cuda" / "resources.txt"
+import cuda_instructions
+
+FOLDER = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 
 
 class Architecture(NamedTuple):
@@ -142,32 +146,45 @@ def table(registers: dict[str, dict[str, int]], launches: dict[str, Launch], com
     return "\n".join(lines) + "\n"
 
 
+def compare(file: str, made: str, write: bool) -> list[str]:
+    """Shows a table and how it differs from the committed one, which it replaces if wanted; faults."""
+    print(made)
+    path = FOLDER / file
+    if write:
+        path.write_text(made)
+    committed = path.read_text() if path.exists() else ""
+    difference = list(
+        difflib.unified_diff(committed.splitlines(), made.splitlines(), "committed", "built", lineterm="", n=0)
+    )
+    print(*difference, sep="\n")
+    if difference and (committed.split(";")[0] == made.split(";")[0] or not committed):
+        return [f"the table differs from csrc/cuda/{file}: if that is meant, commit what --write makes of it"]
+    return []
+
+
 def main() -> None:
-    """Builds the table, shows and compares it."""
-    log, launch_log, *rest = sys.argv[1:]
+    """Builds the tables, shows and compares them."""
+    log, launch_log, objects, *rest = sys.argv[1:]
     text = Path(log).read_text()
     registers, spills = read_registers(text)
     launches = read_launches(Path(launch_log).read_text())
     version = re.search(r"release (\d+\.\d+), V(\S+)", subprocess.run(
         ["nvcc", "--version"], capture_output=True, text=True, check=True).stdout)  # fmt: skip
-    made = table(registers, launches, f"nvcc {version[2] if version else 'unknown'}")
-    print(made)
-    if rest == ["--write"]:
-        TABLE.write_text(made)
+    compiler = f"nvcc {version[2] if version else 'unknown'}"
+    write = rest == ["--write"]
     faults = [f"a kernel uses local memory: {spill}" for spill in spills]
     seen = {arch for row in registers.values() for arch in row}
     faults += [f"not compiled for {arch}" for arch in ARCHITECTURES if arch not in seen]
     faults += [f"no test of the harness launches {name}" for name in registers if name not in launches]
-    committed = TABLE.read_text() if TABLE.exists() else ""
-    difference = list(
-        difflib.unified_diff(committed.splitlines(), made.splitlines(), "committed", "built", lineterm="", n=0)
-    )
-    if difference:
-        print(*difference, sep="\n")
-        if committed.split(";")[0] == made.split(";")[0] or not committed:
-            faults.append(
-                "the table differs from csrc/cuda/resources.txt: if that is meant, commit what --write makes of it"
-            )
+    faults += compare("resources.txt", table(registers, launches, compiler), write)
+    try:
+        rows, miscounts = cuda_instructions.read_objects(
+            Path(objects), lambda names: list(map(short_name, demangle(names)))
+        )
+    except (FileNotFoundError, RuntimeError) as reason:
+        faults.append(str(reason))
+    else:
+        faults += miscounts + compare("instructions.txt", cuda_instructions.table(rows, compiler), write)
     if faults:
         sys.exit("\n".join(faults))
 

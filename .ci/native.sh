@@ -1,11 +1,21 @@
 # The steps of .ci/run that compile C++, CUDA and Triton, and run what needs no Python. Sourced; see steps.sh.
 
+has_nvcc() { command -v nvcc >/dev/null || [ -n "${CUDA_HOME:-}" ]; }
+
 # cmake and ninja from their Python packages, outside the environment that the README's commands fill.
 prepare_native() {
   python3 -m venv "$work/tools" && "$work/tools/bin/pip" install -q cmake ninja && mkdir "$work/bin" &&
     ln -s "$work/tools/bin/cmake" "$work/tools/bin/ninja" "$work/bin/" || return
+  ! has_nvcc || disassembler || return
   [ "$(uname -m)" = aarch64 ] ||
     { need g++-aarch64-linux-gnu aarch64-linux-gnu-g++ && need qemu-user-static qemu-aarch64-static; } || true
+}
+
+# Not every toolkit has cuobjdump; Triton's package brings one.
+disassembler() {
+  [ -x "${CUDA_HOME:-}/bin/cuobjdump" ] || command -v cuobjdump >/dev/null && return
+  "$work/tools/bin/pip" install -q "$(python .ci/requirements.py test | grep ^triton)" || return
+  ln -s "$work"/tools/lib/python*/site-packages/triton/backends/nvidia/bin/cuobjdump "$work/bin/"
 }
 
 configure() { # folder, options...
@@ -47,13 +57,13 @@ aarch64() {
     cmake --build "$work/aarch64" --target sn_cpu_test && qemu-aarch64-static "$work/aarch64/sn_cpu_test"
 }
 
-cuda_kernels() { # --write: the table of registers anew, in place of a comparison
+cuda_kernels() { # --write: the tables of registers and instructions anew, in place of a comparison
   configure "$work/cuda" -DSN_OPS_CUDA_OBJECTS=ON -DSN_OPS_PTXAS_VERBOSE=ON \
     -DSN_OPS_TORCH_DIR="$(python -c 'import torch; print(torch.__path__[0])')" &&
     if ! cmake --build "$work/cuda" --target sn_cuda_objects sn_cuda_registration >"$work/ptxas.log" 2>&1; then
       grep -v 'ptxas info' "$work/ptxas.log"
       return 1
-    fi && python .ci/cuda_resources.py "$work/ptxas.log" "$work/launches.txt" "$@" &&
+    fi && python .ci/cuda_resources.py "$work/ptxas.log" "$work/launches.txt" "$work/cuda" "$@" &&
     cmake --build "$work/cuda" --target sn_gpu_probe sn_gpu_micro
 }
 
@@ -66,7 +76,7 @@ native_steps() {
     skip "C++ core under ASan and UBSan" "tests/cpp has no test"
   fi
   step "CUDA kernels on the host, under ASan and UBSan" kernels_on_the_host
-  if command -v nvcc >/dev/null || [ -n "${CUDA_HOME:-}" ]; then
+  if has_nvcc; then
     TORCH_CUDA_ARCH_LIST='' step "CUDA kernels, every architecture" cuda_kernels
   else
     skip "CUDA kernels, every architecture" "no nvcc here"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Writes csrc/cuda/resources.txt anew, after kernels or the list of architectures have changed: launches from the
-# kernels on the host, registers from nvcc. Takes some 15 minutes on 2 cores, and needs nvcc, cmake, ninja and a
-# Python with torch.
+# Writes csrc/cuda/resources.txt and instructions.txt anew, after kernels or the list of architectures have changed:
+# launches from the kernels on the host, registers from nvcc, instructions from what it made. Takes some 15 minutes on 2
+# cores, and needs nvcc, cmake, ninja, a Python with torch, and cuobjdump, of the toolkit or of that Python's Triton.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 work=$(mktemp -d)

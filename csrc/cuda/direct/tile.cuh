@@ -67,6 +67,7 @@ class Tile {
   static_assert(kThreads / kWarpSize == kWarpsAcross * (kSide / kLanesDown));
   static_assert(kChunk % kStage == 0);
   static_assert((kPitch / kPack) % 2 == 1, "odd pitches have no bank conflicts");
+  static_assert(kStage / kFew == 16, "trips a stage, which .ci/cuda_instructions.py multiplies by");
   static_assert((kChunk << kLevels) == kLargestSlice, "one open subtree a level");
 
   __device__ __forceinline__ explicit Tile(Shared<T> sMine) : sStages_(sMine) {}

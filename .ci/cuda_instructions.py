@@ -1,6 +1,8 @@
 """What the hot CUDA kernels issue and move, counted in their machine code: a measure without a GPU.
 
-cuda_resources.py makes the table and compares it with the committed one. For each kernel:
+    cuda_instructions.py OBJECTS    the table of what was built so far, to see what a change does
+
+cuda_resources.py makes the table of all kernels and compares it with the committed one. For each kernel:
 
 * the main loop is the loop that has the most instructions of its kind of work outside loops inside it; a trip is the
   path through it with the most work, of those the most asynchronous copies, then stores to shared memory, and of those
@@ -24,11 +26,12 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from sass import MOVES, Flow, Instruction, Loop, read_functions
+from sass import MOVES, Flow, Instruction, Loop, read_functions, short_names
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 
@@ -268,11 +271,10 @@ def kind_of(kernel: str) -> Kind | None:
     return None if "double" in kernel else HOT.get(kernel.split("<")[0])
 
 
-def read_objects(folder: Path, spell: Callable[[list[str]], list[str]]) -> tuple[list[Row], list[str]]:
+def read_objects(folder: Path) -> tuple[list[Row], list[str]]:
     """The hot kernels among the object files below a folder, and what is wrong with them.
 
-    spell: mangled names -> the table's. One architecture of every object is looked through for tensor cores, so that no
-    kernel that uses them is left out.
+    One architecture of every object is looked through for tensor cores, so that no kernel that uses them is left out.
     """
     disassembler = find_disassembler()
     rows = []
@@ -282,7 +284,7 @@ def read_objects(folder: Path, spell: Callable[[list[str]], list[str]]) -> tuple
         hot = any(name.encode() in content for name in HOT)
         for architecture in ARCHITECTURES if hot else ARCHITECTURES[1:2]:
             functions = {name: code for name, code in disassemble(disassembler, source, architecture).items() if code}
-            for kernel, code in zip(spell(list(functions)), functions.values(), strict=True):
+            for kernel, code in zip(short_names(list(functions)), functions.values(), strict=True):
                 kind = kind_of(kernel)
                 if kind is not None:
                     try:
@@ -343,3 +345,7 @@ def table(rows: list[Row], compiler: str) -> str:
         head("code", "before", "trip", "loads", "/load", "shared", "L2"),
         *map(reads_line, reads),
     ]) + "\n"  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(table(read_objects(Path(sys.argv[1]))[0], "not compared"))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cuda_instructions
+from sass import short_name, short_names
 
 FOLDER = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 
@@ -60,40 +61,15 @@ class Launch(NamedTuple):
     cluster: int
 
 
-def short_name(demangled: str) -> str:
-    """`tile_kernel<float, true>` of `void sn::cuda::(anonymous namespace)::tile_kernel<float, true>(...)`."""
-    name = re.sub(r"\(anonymous namespace\)::|sn::cuda::|sn::", "", demangled)
-    name = re.sub(r"^void ", "", name)
-    depth = 0
-    for position, letter in enumerate(name):
-        depth += {"<": 1, ">": -1}.get(letter, 0)
-        if letter == "(" and depth == 0 and position > 0:
-            name = name[:position]
-            break
-    # One name for a type, whichever compiler printed it.
-    for ours, theirs in {"half": "__half", "bfloat16": "__nv_bfloat16"}.items():
-        name = name.replace(theirs, ours)
-    name = re.sub(r"\bHalf\b", "half", name)
-    name = re.sub(r"\bBFloat16\b", "bfloat16", name)
-    name = re.sub(r"\((\w+)\)(\d+)", r"\2", name)  # (bool)1, (ScoreMode)0
-    return name.replace("true", "1").replace("false", "0").replace(" ", "")
-
-
-def demangle(names: list[str]) -> list[str]:
-    """Names as c++filt spells them."""
-    return subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )[: len(names)]
-
-
 def read_registers(log: str) -> tuple[dict[str, dict[str, int]], list[str]]:
     """Kernel -> architecture -> registers, and what spills or has local memory for another reason."""
     found = ENTRY.findall(log)
-    names = dict(zip((e[0] for e in found), demangle([e[0] for e in found]), strict=True))
+    mangled_names = [entry[0] for entry in found]
+    names = dict(zip(mangled_names, short_names(mangled_names), strict=True))
     registers: dict[str, dict[str, int]] = {}
     spills = []
     for mangled, arch, stack, stores, loads, count in found:
-        name = short_name(names[mangled])
+        name = names[mangled]
         registers.setdefault(name, {})[arch] = int(count)
         if int(stack) + int(stores) + int(loads) > 0:
             spills.append(f"{name} on {arch}: a frame of {stack} bytes, {stores} bytes stored, {loads} loaded")
@@ -178,9 +154,7 @@ def main() -> None:
     faults += [f"no test of the harness launches {name}" for name in registers if name not in launches]
     faults += compare("resources.txt", table(registers, launches, compiler), write)
     try:
-        rows, miscounts = cuda_instructions.read_objects(
-            Path(objects), lambda names: list(map(short_name, demangle(names)))
-        )
+        rows, miscounts = cuda_instructions.read_objects(Path(objects))
     except (FileNotFoundError, RuntimeError) as reason:
         faults.append(str(reason))
     else:

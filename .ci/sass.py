@@ -1,11 +1,13 @@
-"""Machine code of a kernel, as `cuobjdump -sass` prints it: instructions, control flow, loops, and paths through it.
+"""Machine code of a kernel, as `cuobjdump -sass` prints it: instructions, control flow, loops, and paths through it;
+and the kernel's name as the tables spell it.
 
-Nothing here knows the kernels; cuda_instructions.py counts what matters of them.
+Nothing else here knows the kernels; cuda_instructions.py counts what matters of them.
 """
 
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple
@@ -101,6 +103,31 @@ def read_functions(text: str) -> dict[str, list[Instruction]]:
         elif here is not None and (found := LINE.match(line)):
             here.append(Instruction(int(found[1], 16), found[2] or "", found[3], found[4]))
     return functions
+
+
+def short_name(demangled: str) -> str:
+    """`tile_kernel<float, true>` of `void sn::cuda::(anonymous namespace)::tile_kernel<float, true>(...)`."""
+    name = re.sub(r"\(anonymous namespace\)::|sn::cuda::|sn::", "", demangled)
+    name = re.sub(r"^void ", "", name)
+    depth = 0
+    for position, letter in enumerate(name):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0 and position > 0:
+            name = name[:position]
+            break
+    # One name for a type, whichever compiler printed it.
+    for ours, theirs in {"half": "__half", "bfloat16": "__nv_bfloat16"}.items():
+        name = name.replace(theirs, ours)
+    name = re.sub(r"\bHalf\b", "half", name)
+    name = re.sub(r"\bBFloat16\b", "bfloat16", name)
+    name = re.sub(r"\((\w+)\)(\d+)", r"\2", name)  # (bool)1, (ScoreMode)0
+    return name.replace("true", "1").replace("false", "0").replace(" ", "")
+
+
+def short_names(mangled: list[str]) -> list[str]:
+    """The same of mangled names."""
+    done = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True)
+    return [short_name(name) for name in done.stdout.split("\n")[: len(mangled)]]
 
 
 class Loop(NamedTuple):

@@ -253,12 +253,13 @@ def test_the_committed_table_has_the_arithmetic_of_the_tiles() -> None:
 def test_kernels_that_are_not_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # One hot kernel under a new name: what it was called is missed, and its tensor cores are seen.
     monkeypatch.setattr(cuda_instructions, "find_disassembler", lambda: "cuobjdump")
+    monkeypatch.setattr(cuda_instructions, "short_names", lambda names: names)
     monkeypatch.setattr(cuda_instructions, "HOT", {"score_kernel": MATRIX, "old_kernel": MATRIX})
     code = {name: read_functions(listing(SCORES))["kernel"] for name in ("score_kernel<1>", "new_kernel", "empty")}
     code["empty"] = []
     monkeypatch.setattr(cuda_instructions, "disassemble", lambda tool, source, architecture: code)
     (tmp_path / "scores.cu.o").write_bytes(b"score_kernel")
-    rows, faults = cuda_instructions.read_objects(tmp_path, lambda names: names)
+    rows, faults = cuda_instructions.read_objects(tmp_path)
     assert [(row.kernel, row.architecture) for row in rows] == [
         ("score_kernel<1>", name) for name in cuda_instructions.ARCHITECTURES
     ]

@@ -146,7 +146,8 @@ pybind11::dict cuda_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::in
       "workspace_bytes"_a = plan.workspace_bytes, "strip_rows"_a = plan.strip_rows, "strips"_a = plan.strips,
       "d_slices"_a = plan.d_slices, "slice_elements"_a = plan.slice_elements, "triangular"_a = plan.triangular,
       "cluster"_a = plan.cluster, "sample_columns"_a = plan.sample_columns, "second_stride"_a = plan.second_stride,
-      "buffer_capacity"_a = plan.buffer_capacity, "predicted_us"_a = cost.total(), "kernels"_a = kernels_of(cost));
+      "buffer_capacity"_a = plan.buffer_capacity, "positive_anchors"_a = plan.positive_anchors,
+      "positive_segments"_a = plan.positive_segments, "predicted_us"_a = cost.total(), "kernels"_a = kernels_of(cost));
 }
 
 pybind11::dict cuda_backward_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype,

@@ -52,9 +52,11 @@ cudaError_t enqueue_facts(const ForwardArgs& args, const ForwardPlan& plan, char
 
 // The positives of each anchor: how many candidates have its label, its own row left out, and which.
 //
-// positive_count [N]; positive_list [N][kListedPositives]: in increasing order all positives where they fit, else
-// kListedPositives of them (which ones may depend on the schedule). Sets Control.large_identities where they do not
-// fit; the first kernel of the call must have zeroed it. N and M are at least 1.
+// positive_leader [N]: the anchor that keeps the list of this one's identity. positive_count [N], of leaders: all
+// candidates with the label, own rows of anchors among them. positive_list [N][kPositiveEntries], of leaders: those
+// candidates where they fit, else kPositiveEntries of them, in any order (which ones and where may depend on the
+// schedule). Sets Control.large_identities where a list has more than kListedPositives. The first kernel of the call
+// must have zeroed that and the counts. N and M are at least 1.
 cudaError_t enqueue_positives(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
 
 // Tensor-core scores of anchors against candidates: written out (dense), or tested against thresholds as they leave the

@@ -205,3 +205,19 @@ def test_predictions_are_of_the_planned_kernels(core: ModuleType) -> None:
             assert sum(launches for _, launches, _ in facts["kernels"]) == facts["launches"], (n, m, d, facts)
             assert facts["predicted_us"] == pytest.approx(sum(us for _, _, us in facts["kernels"]))
             assert all(0.0 < us < float("inf") for _, _, us in facts["kernels"]), (n, m, d, facts)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_search_for_positives_fills_the_device(core: ModuleType, device: str) -> None:
+    """A block for every multiprocessor wherever there are so many pairs of 64 anchors and 64 candidates, each anchor in
+    one group; large searches look up few labels."""
+    multiprocessors = DEVICES[device][1]
+    sizes = [1, 63, 64, 65, 1000, 1024, 8192, 16383, 16384, 16385, 65536, 300_001]
+    for n, m in product(sizes, sizes):
+        facts = plan(core, n, m, 64, device, path="screen")
+        anchors, segments = facts["positive_anchors"], facts["positive_segments"]
+        groups = -(-n // anchors)
+        assert 64 <= anchors <= 1024 and 1 <= segments <= -(-m // 64)
+        assert groups * segments >= min(multiprocessors, -(-n // 64) * -(-m // 64)), (n, m)
+        assert groups * m <= max(2**20, n * m // 1024 + m), (n, m)
+    assert plan(core, 1024, 1024, 2048, device, path="screen")["positive_anchors"] == 64

@@ -104,9 +104,22 @@ class Workspace {
 };
 
 std::vector<Piece*> pieces_of(sn::cuda::ForwardPlan& plan) {
-  return {&plan.control,        &plan.flags,         &plan.records,        &plan.partials,     &plan.sort_keys,
-          &plan.mean,           &plan.anchor_cast,   &plan.candidate_cast, &plan.anchor_facts, &plan.candidate_facts,
-          &plan.positive_count, &plan.positive_list, &plan.counts,         &plan.buffer,       &plan.far_buffer,
+  return {&plan.control,
+          &plan.flags,
+          &plan.records,
+          &plan.partials,
+          &plan.sort_keys,
+          &plan.mean,
+          &plan.anchor_cast,
+          &plan.candidate_cast,
+          &plan.anchor_facts,
+          &plan.candidate_facts,
+          &plan.positive_leader,
+          &plan.positive_count,
+          &plan.positive_list,
+          &plan.counts,
+          &plan.buffer,
+          &plan.far_buffer,
           &plan.queue};
 }
 std::vector<Piece*> pieces_of(sn::cuda::BackwardPlan& plan) {
@@ -135,6 +148,8 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
     return;
   }
   if (settings.score_tile > 0) plan.score_tile = settings.score_tile;
+  if (settings.positive_anchors > 0) plan.positive_anchors = settings.positive_anchors;
+  if (settings.positive_segments > 0) plan.positive_segments = settings.positive_segments;
   if (plan.path != ForwardPath::kDense) {
     // A sample must hold K candidates beside the anchor.
     const auto enough = [&](std::int64_t stride) { return stride > 0 && problem.M / stride > plan.K; };

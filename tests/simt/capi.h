@@ -32,6 +32,10 @@ struct sn_simt_settings {
   std::int32_t far_capacity;    // screen, bank
 
   std::int32_t mma_model;  // simt::MmaModel; other than 0: no injected error
+
+  // More changes to the plan.
+  std::int32_t positive_anchors;   // dense, screen, bank: a power of two, at most 1024
+  std::int32_t positive_segments;  // dense, screen, bank
 };
 
 // The outcome of a call.

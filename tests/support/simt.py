@@ -66,6 +66,8 @@ class Settings:
     second_stride: int = 0
     far_capacity: int = 0
     mma_model: str = "none"
+    positive_anchors: int = 0
+    positive_segments: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,8 @@ class _Settings(ctypes.Structure):
         ("second_stride", ctypes.c_int32),
         ("far_capacity", ctypes.c_int32),
         ("mma_model", ctypes.c_int32),
+        ("positive_anchors", ctypes.c_int32),
+        ("positive_segments", ctypes.c_int32),
     ]
 
 

@@ -40,8 +40,12 @@ double facts_us(const ForwardPlan& plan, const Problem& problem, double scale) {
   return 3.0 + bytes / (kMemory * scale);
 }
 
-double positives_us(const Problem& problem, double scale) {
-  return 18.0 + static_cast<double>(problem.M) * (0.0009 + 0.001 * static_cast<double>(problem.N) / 65536.0) / scale;
+// Counted, not measured: the table (3 to 4 us behind a launch), the latency of an atomic for each batch of candidates,
+// look-ups at 10 cycles a warp (sizes.h).
+double positives_us(const ForwardPlan& plan, const Problem& problem, double scale) {
+  const auto groups = static_cast<double>(divide_up(problem.N, plan.positive_anchors));
+  const auto batches = static_cast<double>(divide_up(divide_up(problem.M, plan.positive_segments), kPositivesBatch));
+  return 5.0 + batches + groups * static_cast<double>(problem.M) / (0x1p19 * scale);
 }
 
 double thresholds_us(double rows, double entries, double scale) {
@@ -124,7 +128,7 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Dev
   };
   cost->add("sample", sample_us(problem));
   cost->add("facts", facts_us(plan, problem, scale));
-  cost->add("positives", positives_us(problem, scale));
+  cost->add("positives", positives_us(plan, problem, scale));
   if (dense) {
     cost->add("scores", scores(problem.M, false, true), plan.strips);
   } else {

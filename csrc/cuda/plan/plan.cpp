@@ -106,7 +106,7 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
 }
 
 // What the screened paths share: the cast copies, facts of rows, lists of positives, buffers.
-void plan_screened(ForwardPlan& plan, const Problem& problem) {
+void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
   const std::int64_t N = problem.N;
   const std::int64_t M = problem.M;
   const std::int64_t K = plan.K;
@@ -149,6 +149,9 @@ void plan_screened(ForwardPlan& plan, const Problem& problem) {
   }
   plan.strips = divide_up(N, plan.strip_rows);
   plan.triangular = problem.symmetric && plan.strips == 1;
+  const PositivesShape positives = positives_shape(N, M, device.multiprocessors);
+  plan.positive_anchors = positives.anchors;
+  plan.positive_segments = positives.segments;
 
   Workspace workspace;
   plan.control = workspace.take(sizeof(Control));
@@ -158,8 +161,9 @@ void plan_screened(ForwardPlan& plan, const Problem& problem) {
   plan.candidate_cast = workspace.take(plan.cast_candidates ? M * plan.padded_dims * 2 : 0);
   plan.anchor_facts = workspace.take(N * 6 * 4);
   plan.candidate_facts = workspace.take(problem.symmetric ? 0 : M * 2 * 4);
+  plan.positive_leader = workspace.take(N * 4);
   plan.positive_count = workspace.take(N * 4);
-  plan.positive_list = workspace.take(N * kListedPositives * 4);
+  plan.positive_list = workspace.take(N * kPositiveEntries * 4);
   plan.counts = workspace.take(plan.strip_rows * 2 * 4);
   plan.buffer = workspace.take(plan.strip_rows * std::max(plan.buffer_capacity * 8, plan.sample_columns * 4));
   plan.far_buffer = workspace.take(plan.strip_rows * plan.far_capacity * 8);
@@ -241,7 +245,7 @@ ForwardPlan plan_forward(const Problem& problem, const DeviceFacts& device, Forw
     case ForwardPath::kDense:
     case ForwardPath::kScreen:
     case ForwardPath::kBank:
-      plan_screened(plan, problem);
+      plan_screened(plan, problem, device);
       break;
   }
   return plan;

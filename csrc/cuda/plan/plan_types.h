@@ -77,7 +77,7 @@ struct Control {
   std::int32_t exponent;           // the cast is fp16(v * 2^exponent)
   std::uint32_t refined;           // statistics for tests and tuning: exact sums made by the refinement
   std::uint32_t fallen_back;       // rows that the fallback served
-  std::uint32_t large_identities;  // 1: some anchor has more positives than are listed
+  std::uint32_t large_identities;  // 1: some anchor may have more positives than are listed
   std::uint32_t last_null;         // null rows (bound.cuh) with a larger index are in no support set
   std::uint32_t reserved[6];
 };
@@ -86,7 +86,8 @@ static_assert(sizeof(Control) == 64);
 // At most this many positives of an anchor are listed and summed exactly. For larger identities a sample bounds the
 // farthest, and the screening finds it.
 inline constexpr std::int64_t kListedPositives = 128;
-inline constexpr std::int64_t kFastNeighbours = 128;   // larger K takes the direct path
+inline constexpr std::int64_t kPositiveEntries = kListedPositives + 1;  // of a list: one may be the anchor's own row
+inline constexpr std::int64_t kFastNeighbours = 128;                    // larger K takes the direct path
 inline constexpr std::int64_t kFallbackSegments = 16;  // buffers hold at least this many lists of K keys
 
 struct ForwardPlan {
@@ -113,6 +114,8 @@ struct ForwardPlan {
   std::int64_t buffer_capacity = 0;  // entries a row
   std::int64_t far_capacity = 0;
   int score_tile = 0;  // columns of a block's tile of scores: 64 (x 64), 128 (x 128), 256 (x 128); 0: by their number
+  std::int64_t positive_anchors = 0;   // of a block that looks for positives, a power of two
+  std::int64_t positive_segments = 0;  // of candidates, a block each
 
   Piece control;          // Control
   Piece flags;            // direct: uint32 per block of the tile kernel
@@ -124,8 +127,9 @@ struct ForwardPlan {
   Piece candidate_cast;   // half [M][padded_dims]
   Piece anchor_facts;     // float [6][N]: n, rho, T, u, G, g2
   Piece candidate_facts;  // float [2][M]: n, rho
-  Piece positive_count;   // int32 [N]
-  Piece positive_list;    // int32 [N][kListedPositives]
+  Piece positive_leader;  // int32 [N]: the anchor that keeps the list of this one's identity
+  Piece positive_count;   // int32 [N], of leaders: candidates with the label
+  Piece positive_list;    // int32 [N][kPositiveEntries], of leaders
   Piece counts;           // uint32 [2][strip_rows]: entries in the buffer, in the far buffer
   // uint64 [strip_rows][buffer_capacity]; dense scores, float [strip_rows][sample_columns], lie in the same place.
   Piece buffer;

@@ -151,6 +151,39 @@ inline constexpr std::int64_t kBankAnchorRows = 256;
 // Shared memory that a block asks for. A plan takes ForwardPath::kBank only where DeviceFacts::shared_bytes allows it.
 inline constexpr std::int64_t kBankSharedBytes = 224 * 1024;
 
+// How the search for positives (positives.cu) is cut: groups of anchors x segments of candidates, a block each.
+//
+// * A group is the smallest whose look-ups, one for each candidate in each group, stay below kPositiveLookups: an H200
+//   makes about 2^19 a microsecond (a look-up of a warp takes some 10 cycles of shared memory). Small groups have short
+//   tables, and more blocks than one block's worth of candidates could make.
+//
+// * Segments give every multiprocessor a block, down to kLeastSegment candidates each, and as many blocks as fit all
+//   multiprocessors at once where each still has a batch of candidates for every thread.
+//
+// Time: a launch, a label and the table's few rounds (3 to 4 us, by count), then for each batch the latency of an atomic
+// (1 us), and groups x M look-ups at the rate above.
+struct PositivesShape {
+  std::int64_t anchors;
+  std::int64_t segments;
+};
+inline constexpr std::int64_t kFewPositiveAnchors = 64;
+inline constexpr std::int64_t kMostPositiveAnchors = 1024;
+inline constexpr std::int64_t kPositiveAnchorsStep = 4;
+inline constexpr std::int64_t kPositiveLookups = std::int64_t{1} << 20;
+inline constexpr std::int64_t kPositivesBatch = 1024;  // candidates that a block has under way at once
+inline constexpr std::int64_t kPositivesResident = 4;  // blocks on a multiprocessor
+inline constexpr std::int64_t kLeastSegment = 64;
+constexpr PositivesShape positives_shape(std::int64_t N, std::int64_t M, std::int64_t multiprocessors) {
+  std::int64_t anchors = kFewPositiveAnchors;
+  while (anchors < kMostPositiveAnchors && divide_up(N, anchors) * M > kPositiveLookups) {
+    anchors *= kPositiveAnchorsStep;
+  }
+  const std::int64_t groups = divide_up(N, anchors);
+  const std::int64_t all = std::min(divide_up(multiprocessors, groups), divide_up(M, kLeastSegment));
+  const std::int64_t at_once = std::min(kPositivesResident * multiprocessors / groups, divide_up(M, kPositivesBatch));
+  return {anchors, std::max({all, at_once, std::int64_t{1}})};
+}
+
 // ---- the refinement and the fallback --------------------------------------------------------------------------------
 
 // What the fallback leaves of a row, in the row's place of the buffer: a sorted list of K keys of each segment, then

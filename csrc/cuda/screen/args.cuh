@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/memory.cuh"
 #include "cuda/plan/plan_types.h"
 #include "cuda/plan/sizes.h"
 #include "cuda/screen/bound.cuh"
@@ -29,8 +30,9 @@ struct RefineArgs {
   const float* gCandidateN;  // [M]
   const float* gCandidateRho;
   Thresholds thresholds;
-  const std::int32_t* gPositiveCount;  // [N]
-  const std::int32_t* gPositiveList;   // [N][kListedPositives]
+  const std::int32_t* gPositiveLeader;  // [N]
+  const std::int32_t* gPositiveCount;   // [N]
+  const std::int32_t* gPositiveList;    // [N][kPositiveEntries]
 
   const float* gScores;  // [rows][columns], where the buffer is
   std::int64_t columns;
@@ -56,6 +58,21 @@ struct RefineArgs {
   float underflow_key;
 };
 
+// The positives of an anchor.
+struct ListedPositives {
+  std::int32_t count;         // without its own row
+  std::int32_t entries;       // of the list, in any order, its own row among them if that has its label
+  const std::int32_t* gList;  // [min(entries, kPositiveEntries)]
+  __device__ __forceinline__ bool all_listed() const { return count <= kListedPositives; }
+};
+__device__ __forceinline__ ListedPositives positives_of(const RefineArgs& args, std::int64_t anchor, std::int64_t self,
+                                                        std::int64_t label) {
+  const std::int64_t leader = load(args.gPositiveLeader + anchor);
+  const bool own = self >= 0 && load(args.forward.candidate_labels + self) == label;
+  const std::int32_t entries = load(args.gPositiveCount + leader);
+  return {entries - (own ? 1 : 0), entries, args.gPositiveList + leader * kPositiveEntries};
+}
+
 // certificate.cuh derives the constants.
 inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip) {
   const ScreenSide anchors = anchor_side(args, plan, workspace);
@@ -78,6 +95,7 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
           .gCandidateN = candidates.n,
           .gCandidateRho = candidates.rho,
           .thresholds = thresholds(args, plan, workspace),
+          .gPositiveLeader = piece<std::int32_t>(workspace, plan.positive_leader),
           .gPositiveCount = piece<std::int32_t>(workspace, plan.positive_count),
           .gPositiveList = piece<std::int32_t>(workspace, plan.positive_list),
           .gScores = piece<float>(workspace, plan.buffer),

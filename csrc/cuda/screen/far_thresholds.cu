@@ -34,12 +34,15 @@ __global__ void __launch_bounds__(kFarThreads, 2) far_thresholds_kernel(const __
                    args.aligned);
   for (std::int64_t row = block_id() * kFarWarps + warp_id(); row < args.rows; row += block_count() * kFarWarps) {
     const std::int64_t anchor = args.row_begin + row;
-    if (load(args.gPositiveCount + anchor) <= kListedPositives) continue;
     const AnchorFacts facts = anchor_facts(args, anchor);
+    const ListedPositives positives = positives_of(args, anchor, facts.self, load(forward.anchor_labels + anchor));
+    if (positives.all_listed()) continue;
     if (facts.blind) continue;
     sums.set_anchor(static_cast<const T*>(forward.anchors.data) + anchor * forward.anchors.row_stride);
     const std::int64_t place = lane_id() * (kListedPositives / kFarSample);
-    const std::int32_t positive = load(args.gPositiveList + anchor * kListedPositives + place);
+    std::int32_t positive = load(positives.gList + place);
+    // The own row is no positive. Where it is listed, the list is full.
+    if (positive == facts.self) positive = load(positives.gList + kListedPositives);
     const float key = float_from_bits(reduce_max(bits_of(sums.sums(positive, kWarpSize))));
     FarThreshold threshold{-kInfinity, 0.0f};
     if (key < kInfinity) {

@@ -1,12 +1,20 @@
-// Finding positives takes N x M comparisons of 64-bit labels, or one look-up a candidate. A block puts the labels of
-// its anchors into a hash table in shared memory and streams all candidates past it, one a thread at a time. Anchors
-// with the same label share a list, kept by the first of them, the leader. Candidates are appended by an atomic; at the
-// end each anchor takes its copy in increasing order, without its own row. That order is by value, so it does not
-// depend on the schedule. Only which members of an identity too large for the list are noted does, and those only make
-// a bound (certificate.cuh), never a result.
+// Finding positives takes N x M comparisons of 64-bit labels, or one look-up a candidate. A block has a group of anchors
+// and a segment of candidates. It puts the labels of its anchors into a hash table in shared memory and streams the
+// candidates past it. Anchors of a group with the same label share a list, kept by the first of them, the leader.
+// Candidates are appended by an atomic, one for all lanes of a warp that met the same identity.
+//
+// Nobody copies or sorts a list: whoever reads one leaves out the anchor's own row (positives_of in args.cuh). Where a
+// candidate stands in its list depends on the schedule, and so does which members of an identity too large for its list
+// are noted. Neither shows: listed positives are offered to exact sums as a set, and the members of large identities
+// only make a bound (certificate.cuh).
+//
+// The groups read groups x M x 8 bytes of labels, all but the first time from the second-level cache, and look up
+// groups x M labels. plan/sizes.h cuts the work (positives_shape): blocks enough for every multiprocessor, groups so
+// large that look-ups do not count, segments so short that a thread has few candidates.
 #include "cuda/launch.cuh"
 #include "cuda/loss.cuh"
 #include "cuda/memory.cuh"
+#include "cuda/plan/sizes.h"
 #include "cuda/ptx.cuh"
 #include "cuda/screen/prepare.h"
 #include "cuda/stages.h"
@@ -16,170 +24,186 @@ namespace {
 
 // ---- traits ---------------------------------------------------------------------------------------------------------
 
-constexpr int kWarps = 16;
-constexpr int kThreads = kWarps * kWarpSize;
-// Anchors of a block. Few: a small N still makes several blocks. Many: the labels of the candidates are read from
-// memory less often.
-constexpr int kFewAnchors = 64;
-constexpr int kManyAnchors = 256;
-constexpr std::int64_t kManyFrom = 16384;
-constexpr int kBucketBits = 10;
-constexpr int kBuckets = 1 << kBucketBits;
-constexpr int kShared =
-    static_cast<int>(kListedPositives) + 1;  // entries of a shared list: one may be an anchor itself
-constexpr int kLaneEntries = (kShared + kWarpSize - 1) / kWarpSize;
-static_assert(kBuckets >= 4 * kManyAnchors, "chains are short");
-static_assert(kManyAnchors <= kThreads && kFewAnchors % kWarpSize == 0 && kManyAnchors % kWarpSize == 0);
+constexpr int kThreads = 256;
+constexpr int kMinBlocks = 6;  // 40 registers
+static_assert(kMinBlocks >= kPositivesResident, "what the plan counts on");
+constexpr int kBatch = 4;  // candidates of a thread under way at once
+static_assert(kPositivesBatch == kBatch * kThreads);
+
+constexpr int kAnchorsEach = static_cast<int>(kMostPositiveAnchors) / kThreads;  // of a thread, at most
+static_assert(kMostPositiveAnchors % kThreads == 0);
+
+// Slots of the hash table, a power of two: at most a quarter of them is taken, so chains are short.
+constexpr int kSlotsEach = 4;
+constexpr int kFree = 0x7fffffff;
+// A slot holds (round in which it was claimed, anchor): the smaller one keeps it.
+constexpr int kRoundShift = 16;
+constexpr int kAnchorMask = (1 << kRoundShift) - 1;
+static_assert(kMostPositiveAnchors <= (1 << (31 - kRoundShift - 1)), "rounds are fewer than anchors");
+constexpr int kVotes = 3;
 
 struct PositivesArgs {
   ForwardArgs forward;
-  int block_anchors;
-  std::int32_t* gCount;  // [N]
-  std::int32_t* gList;   // [N][kListedPositives]
+  int group_anchors;
+  int slot_bits;  // log2 of the table's slots
+  std::uint32_t segments;
+  std::int32_t* gLeader;  // [N]
+  std::int32_t* gCount;   // [N], of leaders
+  std::int32_t* gList;    // [N][kPositiveEntries], of leaders
   Control* gControl;
 };
 
 constexpr int positives_bytes(int anchors) {
-  return shared_bytes<std::int64_t>(anchors) + 4 * shared_bytes<std::int32_t>(anchors) +
-         shared_bytes<std::int32_t>(kBuckets);
+  return shared_bytes<std::int64_t>(anchors) + shared_bytes<std::int32_t>(kSlotsEach * anchors) +
+         shared_bytes<std::uint32_t>(kVotes);
 }
-static_assert(positives_bytes(kManyAnchors) <= kPlainSharedBytes);
+static_assert(positives_bytes(static_cast<int>(kMostPositiveAnchors)) <= kPlainSharedBytes);
 
-__device__ __forceinline__ int bucket_of(std::int64_t label) {
-  std::uint64_t mixed = static_cast<std::uint64_t>(label) * 0x9e3779b97f4a7c15u;
-  mixed ^= mixed >> 32;
-  return static_cast<int>((mixed * 0x9e3779b97f4a7c15u) >> (64 - kBucketBits));
-}
-
-// Anchors of the block by label. A bucket is a chain of leaders.
+// Anchors of the group by label, with open addressing: a label lies in the first slot behind its own that no other
+// label took before.
 struct LabelTable {
   Shared<std::int64_t> sLabels;  // [anchors]
-  Shared<std::int32_t> sNext;    // [anchors] next leader of the bucket, -1: none
-  Shared<std::int32_t> sLeader;  // [anchors] first anchor of the block with the same label
-  Shared<std::int32_t> sHeads;   // [kBuckets]
+  Shared<std::int32_t> sSlots;   // [1 << slot_bits]
+  int slot_bits;
 
+  __device__ __forceinline__ int slot_of(std::int64_t label) const {
+    std::uint64_t mixed = static_cast<std::uint64_t>(label) * 0x9e3779b97f4a7c15u;
+    mixed ^= mixed >> 32;
+    return static_cast<int>((mixed * 0x9e3779b97f4a7c15u) >> (64 - slot_bits));
+  }
+  __device__ __forceinline__ int next(int slot) const { return (slot + 1) & ((1 << slot_bits) - 1); }
+
+  // The leader of the label, -1 for none.
   __device__ __forceinline__ int find(std::int64_t label) const {
-    int leader = sHeads.get(bucket_of(label));
-    while (leader >= 0 && sLabels.get(leader) != label) leader = sNext.get(leader);
-    return leader;
+    for (int slot = slot_of(label);; slot = next(slot)) {
+      const int entry = sSlots.get(slot);
+      if (entry == kFree) return -1;
+      const int leader = entry & kAnchorMask;
+      if (sLabels.get(leader) == label) return leader;
+    }
   }
 };
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kThreads, 2) positives_kernel(const __grid_constant__ PositivesArgs args) {
+// Fills the table; the whole block calls it. In round r every anchor without a leader asks for the r-th slot behind the
+// one of its label. The first of those that ask keeps a free slot and leads the anchors of its label, which ask for the
+// same slots and so meet in the same round; all others go on. rLeaders: of anchors thread_id() + e kThreads.
+__device__ __forceinline__ void fill_table(const LabelTable& table, const PositivesArgs& args, std::int64_t first,
+                                           int anchors, Shared<std::uint32_t> sVotes,
+                                           std::int32_t (&rLeaders)[kAnchorsEach]) {
+  for (int slot = thread_id(); slot < (1 << table.slot_bits); slot += kThreads) table.sSlots.set(slot, kFree);
+  int rSlots[kAnchorsEach];
+#pragma unroll
+  for (int e = 0; e < kAnchorsEach; ++e) {
+    const int mine = thread_id() + e * kThreads;
+    rLeaders[e] = kFree;
+    if (mine < anchors) {
+      const std::int64_t label = load(args.forward.anchor_labels + first + mine);
+      table.sLabels.set(mine, label);
+      rSlots[e] = table.slot_of(label);
+      rLeaders[e] = -1;
+    }
+  }
+  if (thread_id() < kVotes) sVotes.set(thread_id(), 0u);
+  sync_block();
+  for (int round = 0;; ++round) {
+#pragma unroll
+    for (int e = 0; e < kAnchorsEach; ++e) {
+      if (rLeaders[e] < 0) table.sSlots.atomic_min(rSlots[e], round << kRoundShift | (thread_id() + e * kThreads));
+    }
+    sync_block();
+    bool more = false;
+#pragma unroll
+    for (int e = 0; e < kAnchorsEach; ++e) {
+      if (rLeaders[e] >= 0) continue;
+      const int holder = table.sSlots.get(rSlots[e]) & kAnchorMask;
+      if (table.sLabels.get(holder) == table.sLabels.get(thread_id() + e * kThreads)) {
+        rLeaders[e] = holder;
+      } else {
+        rSlots[e] = table.next(rSlots[e]);
+        more = true;
+      }
+    }
+    // Of three words in turn, the one that is set to zero here was read two rounds ago.
+    if (any_lane(more) && lane_id() == 0) sVotes.atomic_or(round % kVotes, 1u);
+    if (thread_id() == 0) sVotes.set((round + 1) % kVotes, 0u);
+    sync_block();
+    if (sVotes.get(round % kVotes) == 0) return;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, kMinBlocks) positives_kernel(const __grid_constant__ PositivesArgs args) {
   const ForwardArgs& forward = args.forward;
   SharedArena arena;
   LabelTable table;
-  table.sLabels = arena.take<std::int64_t>(args.block_anchors);
-  table.sNext = arena.take<std::int32_t>(args.block_anchors);
-  table.sLeader = arena.take<std::int32_t>(args.block_anchors);
-  table.sHeads = arena.take<std::int32_t>(kBuckets);
-  const Shared<std::int32_t> sCounts = arena.take<std::int32_t>(args.block_anchors);  // of leaders: candidates so far
-  const Shared<std::int32_t> sExtra =
-      arena.take<std::int32_t>(args.block_anchors);  // of leaders: the last shared entry
+  table.sLabels = arena.take<std::int64_t>(args.group_anchors);
+  table.sSlots = arena.take<std::int32_t>(1 << args.slot_bits);
+  table.slot_bits = args.slot_bits;
+  const Shared<std::uint32_t> sVotes = arena.take<std::uint32_t>(kVotes);
 
-  const std::int64_t first = block_id() * args.block_anchors;
+  const std::uint32_t group = static_cast<std::uint32_t>(block_id()) / args.segments;
+  const std::uint32_t segment = static_cast<std::uint32_t>(block_id()) - group * args.segments;
+  const std::int64_t first = std::int64_t{group} * args.group_anchors;
   const std::int64_t left = forward.anchors.rows - first;
-  const int anchors = left < args.block_anchors ? static_cast<int>(left) : args.block_anchors;
+  const int anchors = left < args.group_anchors ? static_cast<int>(left) : args.group_anchors;
   const std::int64_t M = forward.candidates.rows;
+  const std::int64_t begin = segment * M / args.segments;
+  const std::int64_t end = (segment + 1) * M / args.segments;
 
-  // 1. The table, one warp after the other. Within a warp the lowest lane of a new label leads, and the new leaders of
-  //    a bucket are chained in one step.
-  for (int bucket = thread_id(); bucket < kBuckets; bucket += kThreads) table.sHeads.set(bucket, -1);
-  const int mine = thread_id();
-  const std::int64_t label = mine < anchors ? load(forward.anchor_labels + first + mine) : 0;
-  if (mine < anchors) {
-    table.sLabels.set(mine, label);
-    sCounts.set(mine, 0);
-  }
-  for (int turn = 0; turn * kWarpSize < anchors; ++turn) {
-    sync_block();
-    if (warp_id() != turn) continue;
-    const bool present = mine < anchors;
-    const int known = present ? table.find(label) : -1;
-    const std::uint32_t inside = ballot(present);
-    const std::uint32_t same = match_any(static_cast<std::uint64_t>(label)) & inside;
-    const bool leads = present && known < 0 && (same & lanes_below()) == 0;
-    const int bucket = bucket_of(label);
-    const std::uint32_t chain = match_any(static_cast<std::uint32_t>(leads ? bucket : kBuckets + lane_id()));
-    const int head = leads ? table.sHeads.get(bucket) : -1;
-    const std::uint32_t below = chain & lanes_below();
-    sync_warp();  // the heads have been read
-    if (present) table.sLeader.set(mine, known >= 0 ? known : turn * kWarpSize + find_first(same));
-    if (leads) {
-      table.sNext.set(mine, below == 0 ? head : turn * kWarpSize + kWarpSize - 1 - leading_zeros(below));
-      if ((chain >> lane_id()) == 1u) table.sHeads.set(bucket, mine);  // the highest lane of the bucket
+  // Labels of the next candidates are under way while something else is done.
+  std::int64_t rLabels[kBatch];
+  const auto bring = [&](std::int64_t base) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const std::int64_t candidate = base + b * kThreads + thread_id();
+      rLabels[b] = candidate < end ? load(forward.candidate_labels + candidate) : 0;
     }
-    sync_warp();
-  }
-  sync_block();
+  };
+  bring(begin);
 
-  // 2. The candidates.
-  for (std::int64_t begin = 0; begin < M; begin += kThreads) {
-    const std::int64_t candidate = begin + thread_id();
-    const int leader = candidate < M ? table.find(load(forward.candidate_labels + candidate)) : -1;
-    if (!any_lane(leader >= 0)) continue;
-    // One atomic for all lanes that met the same identity.
-    const std::uint32_t group = match_any(static_cast<std::uint32_t>(leader));
-    const int chief = find_first(group);
-    std::int32_t place = 0;
-    if (leader >= 0 && lane_id() == chief) place = sCounts.atomic_add(leader, popcount(group));
-    place = shuffle(place, chief) + popcount(group & lanes_below());
-    if (leader < 0 || place >= kShared) continue;
-    if (place < kListedPositives) {
-      args.gList[(first + leader) * kListedPositives + place] = static_cast<std::int32_t>(candidate);
-    } else {
-      sExtra.set(leader, static_cast<std::int32_t>(candidate));
+  std::int32_t rLeaders[kAnchorsEach];
+  fill_table(table, args, first, anchors, sVotes, rLeaders);
+  if (segment == 0) {
+#pragma unroll
+    for (int e = 0; e < kAnchorsEach; ++e) {
+      const int mine = thread_id() + e * kThreads;
+      if (mine < anchors) args.gLeader[first + mine] = static_cast<std::int32_t>(first) + rLeaders[e];
     }
   }
-  sync_block();
 
-  // 3. Copies, a warp an anchor: first for anchors that do not lead, while the leaders' lists are whole.
-  for (int turn = 0; turn < 2; ++turn) {
-    for (int anchor = warp_id(); anchor < anchors; anchor += kWarps) {
-      const int leader = table.sLeader.get(anchor);
-      if ((leader == anchor) != (turn == 1)) continue;
-      const std::int64_t self = self_of(forward, first + anchor);
-      const bool self_counts = self >= 0 && load(forward.candidate_labels + self) == table.sLabels.get(anchor);
-      const std::int32_t shared = sCounts.get(leader);
-      const std::int32_t count = shared - (self_counts ? 1 : 0);
-      std::int32_t rEntries[kLaneEntries];
+  for (std::int64_t base = begin; base < end; base += kBatch * kThreads) {
+    std::int32_t rFound[kBatch];
 #pragma unroll
-      for (int slot = 0; slot < kLaneEntries; ++slot) {
-        const int place = slot * kWarpSize + lane_id();
-        rEntries[slot] = -1;
-        if (place < shared && place < kListedPositives) {
-          rEntries[slot] = args.gList[(first + leader) * kListedPositives + place];
-        } else if (place < shared && place == kListedPositives) {
-          rEntries[slot] = sExtra.get(leader);
-        }
-        if (rEntries[slot] == self) rEntries[slot] = -1;
-      }
-      // The rank of an entry is the number of smaller ones.
-      std::int32_t rRanks[kLaneEntries] = {};
+    for (int b = 0; b < kBatch; ++b) {
+      rFound[b] = base + b * kThreads + thread_id() < end ? table.find(rLabels[b]) : -1;
+    }
+    bring(base + kBatch * kThreads);
+    // All atomics of the batch are under way before the first place is waited for.
+    std::uint32_t rSame[kBatch];
+    std::int32_t rPlaces[kBatch];
 #pragma unroll
-      for (int slot = 0; slot < kLaneEntries; ++slot) {
-        if (slot * kWarpSize >= shared) break;
-        for (int lane = 0; lane < kWarpSize; ++lane) {
-          const std::int32_t other = shuffle(rEntries[slot], lane);
-#pragma unroll
-          for (int s = 0; s < kLaneEntries; ++s) rRanks[s] += other >= 0 && other < rEntries[s] ? 1 : 0;
-        }
-      }
-      sync_warp();  // a leader's list has been read
-#pragma unroll
-      for (int slot = 0; slot < kLaneEntries; ++slot) {
-        if (rEntries[slot] >= 0 && rRanks[slot] < kListedPositives) {
-          args.gList[(first + anchor) * kListedPositives + rRanks[slot]] = rEntries[slot];
-        }
-      }
-      if (lane_id() == 0) {
-        args.gCount[first + anchor] = count;
-        if (count > kListedPositives) atomic_store(&args.gControl->large_identities, std::uint32_t{1});
+    for (int b = 0; b < kBatch; ++b) {
+      rSame[b] = 0;
+      rPlaces[b] = 0;
+      if (!any_lane(rFound[b] >= 0)) continue;
+      rSame[b] = match_any(static_cast<std::uint32_t>(rFound[b]));
+      if (rFound[b] >= 0 && (rSame[b] & lanes_below()) == 0) {
+        rPlaces[b] = atomic_add(args.gCount + first + rFound[b], popcount(rSame[b]));
       }
     }
-    sync_block();
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (!any_lane(rFound[b] >= 0)) continue;
+      const std::int32_t before = shuffle(rPlaces[b], find_first(rSame[b]));
+      const std::int32_t place = before + popcount(rSame[b] & lanes_below());
+      if (rFound[b] < 0) continue;
+      if (place < kPositiveEntries) {
+        args.gList[(first + rFound[b]) * kPositiveEntries + place] =
+            static_cast<std::int32_t>(base + b * kThreads + thread_id());
+      }
+      if (place == kListedPositives) atomic_store(&args.gControl->large_identities, std::uint32_t{1});
+    }
   }
 }
 
@@ -188,14 +212,23 @@ __global__ void __launch_bounds__(kThreads, 2) positives_kernel(const __grid_con
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
 cudaError_t enqueue_positives(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
-  const std::int64_t N = args.anchors.rows;
-  const int block_anchors = N >= kManyFrom ? kManyAnchors : kFewAnchors;
+  const std::int64_t anchors = plan.positive_anchors;
+  const std::int64_t segments = plan.positive_segments;
+  if (anchors < 1 || anchors > kMostPositiveAnchors || (anchors & (anchors - 1)) != 0 || segments < 1) {
+    return cudaErrorInvalidValue;
+  }
+  int slot_bits = 0;
+  while ((1 << slot_bits) < kSlotsEach * anchors) ++slot_bits;
   const PositivesArgs kernel_args{.forward = args,
-                                  .block_anchors = block_anchors,
+                                  .group_anchors = static_cast<int>(anchors),
+                                  .slot_bits = slot_bits,
+                                  .segments = static_cast<std::uint32_t>(segments),
+                                  .gLeader = piece<std::int32_t>(workspace, plan.positive_leader),
                                   .gCount = piece<std::int32_t>(workspace, plan.positive_count),
                                   .gList = piece<std::int32_t>(workspace, plan.positive_list),
                                   .gControl = piece<Control>(workspace, plan.control)};
-  const LaunchShape shape{divide_up(N, block_anchors), kThreads, positives_bytes(block_anchors)};
+  const LaunchShape shape{divide_up(args.anchors.rows, anchors) * segments, kThreads,
+                          positives_bytes(static_cast<int>(anchors))};
   return launch(positives_kernel, shape, stream, kernel_args);
 }
 

@@ -3,6 +3,7 @@
 // After enqueue_sample and enqueue_facts
 //   Control      zeroed, then: nonfinite, unscreenable, largest, exponent, last_null (no limit) set
 //   counts       zeroed, all 2 * strip_rows of them (later strips and passes: whoever sets the thresholds zeroes again)
+//   positive_count  zeroed
 //   anchors, candidates (ScreenSide below): rows, n, rho. kBank: only the anchors; the score kernel finds n and rho of
 //                the candidates that it reads, and notes what is not finite in them.
 //

@@ -76,10 +76,10 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
   const std::int64_t anchor = args.row_begin + row;
   const AnchorFacts facts = anchor_facts(args, anchor);
   const std::int64_t label = load(forward.anchor_labels + anchor);
-  const std::int32_t positives = load(args.gPositiveCount + anchor);
-  const bool all_listed = positives <= kListedPositives;
+  const ListedPositives positives = positives_of(args, anchor, facts.self, label);
+  const bool all_listed = positives.all_listed();
   const int listed =
-      all_listed ? (positives + kThreads - 1) / kThreads * kThreads : 0;  // offers of the list, in threads
+      all_listed ? (positives.entries + kThreads - 1) / kThreads * kThreads : 0;  // offers of the list, in threads
   const T* gAnchor = static_cast<const T*>(forward.anchors.data) + anchor * forward.anchors.row_stride;
   const int last_place = static_cast<int>(facts.wanted) - 1;
   const auto is_positive = [&](std::int32_t candidate) { return load(forward.candidate_labels + candidate) == label; };
@@ -148,8 +148,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
       const std::int64_t e = first + thread_id();
       if (phase == Phase::kListed || first < 0) {
         const std::int64_t place = phase == Phase::kListed ? e : e + listed;
-        present = place < positives;
-        if (present) candidate = load(args.gPositiveList + anchor * kListedPositives + place);
+        present = place < positives.entries;
+        if (present) candidate = load(positives.gList + place);
+        present = present && candidate != facts.self;
       } else if (phase == Phase::kZeros) {
         present = e < count;
         candidate = static_cast<std::int32_t>(e) + (facts.self >= 0 && facts.self <= e ? 1 : 0);
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
         if (phase == Phase::kScreened) {
           // Listed positives have been offered already.
           present = present && lower_bound(args, facts, entry) <= reach;
-          if (present && all_listed && positives > 0) present = !is_positive(candidate);
+          if (present && listed > 0) present = !is_positive(candidate);
         } else {
           present = present && is_positive(candidate);
           if (present) {

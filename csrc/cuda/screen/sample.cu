@@ -12,6 +12,8 @@
 // Candidates that are all equal or nearly so, such as a bank of zeros before the first step, give no scale, and the
 // sample, which takes rows of both sides by their number, may hold no anchor. Then kSampleRows anchors give the scale:
 // distances are made of them. Any e is right, as any m is.
+#include <algorithm>
+
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/plan/sizes.h"
@@ -34,7 +36,7 @@ static_assert(kSampleColumns == kWarpSize, "a lane of the sampling kernel is a c
 static_assert(kSampleRows % kWarpsPerBlock == 0, "warps of the sampling kernel share its rows");
 
 struct SampleArgs {
-  const float* anchors;  // null: half-precision input, nothing to sample
+  const float* anchors;  // null: half-precision input, nothing to sample (blocks is 0)
   const float* candidates;
   std::int64_t anchor_stride;
   std::int64_t candidate_stride;
@@ -43,8 +45,11 @@ struct SampleArgs {
   std::int64_t dims;
   float* mean;             // [padded_dims]
   std::uint32_t* largest;  // [2][sample_blocks]: of the sample, of anchors where that is too little
+  std::int64_t blocks;     // that sample
   std::uint32_t* counts;
   std::int64_t count_words;
+  std::uint32_t* positive_count;
+  std::int64_t positive_words;
   std::uint32_t* control;
 };
 constexpr int kControlWords = sizeof(Control) / sizeof(std::uint32_t);
@@ -72,8 +77,11 @@ __device__ __forceinline__ std::int64_t sampled_row(int sample, std::int64_t row
 __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleArgs args) {
   const std::int64_t thread = block_id() * kThreads + thread_id();
   for (std::int64_t word = thread; word < args.count_words; word += block_count() * kThreads) args.counts[word] = 0;
+  for (std::int64_t word = thread; word < args.positive_words; word += block_count() * kThreads) {
+    args.positive_count[word] = 0;
+  }
   if (thread < kControlWords) args.control[thread] = 0;
-  if (args.anchors == nullptr) return;
+  if (block_id() >= args.blocks) return;
 
   SharedArena arena;
   const Shared<float> sValues = arena.take<float>(kSampleRows * kWarpSize);
@@ -150,7 +158,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleArgs args)
   args.mean[column] = mean;
   if (lane_id() == 0) {
     args.largest[block_id()] = largest;
-    args.largest[block_count() + block_id()] = of_anchors;
+    args.largest[args.blocks + block_id()] = of_anchors;
   }
 }
 
@@ -173,13 +181,16 @@ cudaError_t enqueue_sample(const ForwardArgs& args, const ForwardPlan& plan, cha
     sample.dims = args.dims;
     sample.mean = mean;
     sample.largest = reinterpret_cast<std::uint32_t*>(mean + plan.padded_dims);
+    sample.blocks = sample_blocks(plan.padded_dims);
   }
   sample.counts = piece<std::uint32_t>(workspace, plan.counts);
   sample.count_words = 2 * plan.strip_rows;
+  sample.positive_count = piece<std::uint32_t>(workspace, plan.positive_count);
+  sample.positive_words = args.anchors.rows;
   sample.control = piece<std::uint32_t>(workspace, plan.control);
-  const std::int64_t zeroing = divide_up(sample.count_words, kThreads);
+  const std::int64_t zeroing = divide_up(std::max(sample.count_words, sample.positive_words), kThreads);
   const LaunchShape shape{
-      wide ? sample_blocks(plan.padded_dims) : zeroing, kThreads,
+      std::max(sample.blocks, zeroing), kThreads,
       wide ? shared_bytes<float>(kSampleRows * kWarpSize) + shared_bytes<std::uint32_t>(kSampleRows * kWarpSize) : 0};
   return launch(sample_kernel, shape, stream, sample);
 }

@@ -23,7 +23,9 @@ sn_simt_settings settings_for(std::uint64_t seed, simt::MmaError error, ForwardP
           .sample_stride = 0,
           .second_stride = 0,
           .far_capacity = 0,
-          .mma_model = 0};
+          .mma_model = 0,
+          .positive_anchors = 0,
+          .positive_segments = 0};
 }
 
 void vary(sn_simt_settings& settings, std::uint64_t word) {
@@ -33,6 +35,8 @@ void vary(sn_simt_settings& settings, std::uint64_t word) {
   settings.sample_stride = word / 5 % 2 == 0 ? 0 : 2;
   settings.second_stride = word / 7 % 2 == 0 ? 0 : 3;
   settings.far_capacity = word / 11 % 2 == 0 ? 0 : 5;
+  settings.positive_anchors = word / 13 % 2 == 0 ? 0 : 16;
+  settings.positive_segments = word / 17 % 2 == 0 ? 0 : 5;
 }
 
 Result forward(const Problem& p, const sn_simt_settings& settings) {

@@ -336,6 +336,13 @@ __device__ __forceinline__ float sqrt_down(float value) {
   return __fsqrt_rd(value);
 }
 
+// 1 where a is not greater than b, NaN included, else 0: one instruction, and no predicate to turn into a number.
+__device__ __forceinline__ float one_unless_greater(float a, float b) {
+  float one;
+  asm("set.leu.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(a), "f"(b));
+  return one;
+}
+
 // The smaller (larger); of a NaN and a number the number. +0 is larger than -0.
 __device__ __forceinline__ float minimum(float a, float b) {
   return fminf(a, b);

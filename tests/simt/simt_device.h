@@ -369,6 +369,9 @@ inline float sqrt_down(float value) {
   return static_cast<double>(root) * root > value ? std::nextafter(root, 0.0f) : root;
 }
 
+inline float one_unless_greater(float a, float b) {
+  return a > b ? 0.0f : 1.0f;
+}
 inline float minimum(float a, float b) {
   if (a != a) return b;
   if (b != b) return a;

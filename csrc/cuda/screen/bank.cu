@@ -251,8 +251,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
   if constexpr (kMode == ScoreMode::kDense) {
     epilogue.dense(rProducts);
   } else {
-    epilogue.clear();
-    epilogue.template support<true>(rProducts);
+    epilogue.template append_support<false>(rProducts, true, false);
     if (!score.far) return;
     if (!memory.wants_far()) return;  // the whole block
     for (int i = thread_id(); i < Tile::kRows + Tile::kColumns; i += Tile::kThreads) {
@@ -262,7 +261,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
           i, number < matrix.count ? fold_label(load(matrix.labels + matrix.first + number * matrix.step)) : 0);
     }
     sync_block();
-    epilogue.template far<true>(rProducts);
+    epilogue.template append_far<false>(rProducts, true, false);
   }
 }
 

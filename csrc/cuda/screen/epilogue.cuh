@@ -11,8 +11,6 @@
 
 namespace sn::cuda {
 
-inline constexpr std::uint32_t kNoHit = ~0u;
-
 // Fact f of the tile's row r is at place(f, r), of its column c at place(f, kRows + c). Bias and rho, and limit and
 // reach, lie side by side, so that two neighbouring columns are one 16-byte read.
 template <class Tile>
@@ -39,16 +37,16 @@ struct EpilogueMemory {
   Shared<float> sFacts;             // at fact_place
   Shared<std::uint32_t> sLabels;    // of rows, then columns, folded to 32 bits; set where the far test runs
   Shared<std::uint32_t> sFarVotes;  // [kWarps]
-  Shared<std::uint32_t> sCounters;  // [kWarps][kCounters + 1]
-  Shared<std::uint64_t> sHits;      // [kWarps][kHits]
+  Shared<std::uint32_t> sCounters;  // [kWarps][kCounters]
+  Shared<float> sProducts;          // [kWarps][fragments][kWarpSize][4]
 
   __device__ __forceinline__ EpilogueMemory() {
     SharedArena arena;
     sFacts = arena.take<float>(kFacts * (Tile::kRows + Tile::kColumns));
     sLabels = arena.take<std::uint32_t>(Tile::kRows + Tile::kColumns);
     sFarVotes = arena.take<std::uint32_t>(Tile::kWarps);
-    sCounters = arena.take<std::uint32_t>(Tile::kWarps * (Tile::kCounters + 1));
-    sHits = arena.take<std::uint64_t>(Tile::kWarps * Tile::kHits);
+    sCounters = arena.take<std::uint32_t>(Tile::kWarps * Tile::kCounters);
+    sProducts = arena.take<float>(Tile::kWarps * Tile::kWarpPairs);
   }
 
   // Of the tile's row `number`, or of its column `number` - kRows.
@@ -69,13 +67,20 @@ struct EpilogueMemory {
   }
 };
 
+// A lane's hits: bit b of word w is element e of fragment (m, n), 32 w + b = (n kFragmentsDown + m) 4 + e.
+template <class Tile>
+using Hits = std::uint32_t[Tile::kHitWords];
+
 template <class T16, class Tile>
 struct Epilogue {
+  static constexpr int kDown = Tile::kFragmentsDown;
+  static constexpr int kAcross = Tile::kFragmentsAcross;
+
   const ScoreArgs<T16>& args;
   Shared<float> sFacts;
   Shared<std::uint32_t> sLabels;
-  Shared<std::uint32_t> sCounters;  // of this warp: hits of each anchor of its tile, then the length of sHits
-  Shared<std::uint64_t> sHits;      // of this warp
+  Shared<std::uint32_t> sCounters;  // of this warp: hits of its rows, then of its columns, then where they go
+  Shared<float> sProducts;          // of this lane: element e of fragment f at 4 kWarpSize f + e
   int warp_row;                     // the first row and column of the warp's tile in the block's
   int warp_column;
   std::int64_t row;  // their numbers
@@ -87,8 +92,8 @@ struct Epilogue {
       : args(score_args),
         sFacts(memory.sFacts),
         sLabels(memory.sLabels),
-        sCounters(memory.sCounters.offset(warp_id() * (Tile::kCounters + 1))),
-        sHits(memory.sHits.offset(warp_id() * Tile::kHits)),
+        sCounters(memory.sCounters.offset(warp_id() * Tile::kCounters)),
+        sProducts(memory.sProducts.offset(warp_id() * Tile::kWarpPairs + lane_id() * 4)),
         warp_row(warp.row),
         warp_column(warp.column),
         row(tile_row + warp_row),
@@ -98,22 +103,97 @@ struct Epilogue {
   __device__ __forceinline__ static int row_of(int m, int e) { return m * 16 + lane_id() / 4 + e / 2 * 8; }
   __device__ __forceinline__ static int column_of(int n, int e) { return n * 8 + lane_id() % 4 * 2 + e % 2; }
 
-  __device__ __forceinline__ void clear() {
-    for (int i = lane_id(); i <= Tile::kCounters; i += kWarpSize) sCounters.set(i, 0);
-    sync_warp();
+  // ---- tests --------------------------------------------------------------------------------------------------------
+
+  // The support test of every pair. A hit is an instruction of the other pipe and an exact sum of powers of two: bits
+  // of the mantissa, 16 pairs a number. There is no branch, so the pairs of a lane overlap.
+  template <bool kRows>
+  __device__ __forceinline__ void support(const Products<Tile>& rProducts, Hits<Tile>& rHits) const {
+    constexpr bool kHasRho = std::is_same_v<T16, Half>;
+    constexpr int kRowFact = kRows ? kLimit : kBias;  // and the one beside it
+    constexpr int kColumnFact = kRows ? kBias : kLimit;
+    float rRowFact[kDown][2];
+    float rRowBeside[kDown][2];
+#pragma unroll
+    for (int m = 0; m < kDown; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int place = fact_place<Tile>(kRowFact, warp_row + row_of(m, half * 2));
+        rRowFact[m][half] = sFacts.get(place);
+        if constexpr (kHasRho) rRowBeside[m][half] = sFacts.get(place + 1);
+      }
+    }
+    float bits = 0x1p23f;
+#pragma unroll
+    for (int n = 0; n < kAcross; ++n) {
+      const Pack<float> rPair =
+          sFacts.get_pack(fact_place<Tile>(kColumnFact, Tile::kRows + warp_column + column_of(n, 0)));
+#pragma unroll
+      for (int m = 0; m < kDown; ++m) {
+        const int first = (n * kDown + m) * 4;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float bias = kRows ? rPair.elements[e % 2 * 2] : rRowFact[m][e / 2];
+          const float limit = kRows ? rRowFact[m][e / 2] : rPair.elements[e % 2 * 2];
+          float least = fused_multiply_add(-2.0f, rProducts[m][n][e], bias);
+          if constexpr (kHasRho) {
+            least = fused_multiply_add(-rRowBeside[m][e / 2], rPair.elements[e % 2 * 2 + 1], least);
+          }
+          bits = fused_multiply_add(one_unless_greater(least, limit), static_cast<float>(1 << (first + e) % 16), bits);
+        }
+        if (first % 16 == 12) {
+          const std::uint32_t found = bits_of(bits) & 0xffffu;
+          rHits[first / 32] = first % 32 < 16 ? found : rHits[first / 32] | found << 16;
+          bits = 0x1p23f;
+        }
+      }
+    }
   }
 
-  // Notes a fragment's hits: product << 32 | row << 8 | column. Lanes diverge here; few have a hit.
-  __device__ __forceinline__ void note(const bool (&rHits)[4], const float (&rFragment)[4], int m, int n) {
-    const std::uint32_t mine =
-        (rHits[0] ? 1u : 0u) + (rHits[1] ? 1u : 0u) + (rHits[2] ? 1u : 0u) + (rHits[3] ? 1u : 0u);
-    if (mine == 0) return;
-    auto place = static_cast<int>(sCounters.atomic_add(Tile::kCounters, mine));
+  // The far test is for pairs of one label: those whose folded labels agree are tested in keep().
+  __device__ __forceinline__ void alike(Hits<Tile>& rHits) const {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (!rHits[e]) continue;
-      const auto low = static_cast<std::uint32_t>(row_of(m, e) << 8 | column_of(n, e));
-      sHits.set(place++, static_cast<std::uint64_t>(bits_of(rFragment[e])) << 32 | low);
+    for (int n = 0; n < kAcross; ++n) {
+      const int c = Tile::kRows + warp_column + column_of(n, 0);
+      const std::uint32_t rColumnLabels[2] = {sLabels.get(c), sLabels.get(c + 1)};
+#pragma unroll
+      for (int m = 0; m < kDown; ++m) {
+        const int first = (n * kDown + m) * 4;
+        if (first % 32 == 0) rHits[first / 32] = 0;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const bool same = sLabels.get(warp_row + row_of(m, e)) == rColumnLabels[e % 2];
+          rHits[first / 32] |= same ? 1u << (first + e) % 32 : 0u;
+        }
+      }
+    }
+  }
+
+  // ---- append -------------------------------------------------------------------------------------------------------
+
+  // visit(fragment, e, row, column of the warp's tile) for each hit of this lane. Where it returns false the hit is
+  // forgotten. Lanes diverge here, and have few hits.
+  template <class Visit>
+  __device__ __forceinline__ static void for_each_hit(Hits<Tile>& rHits, const Visit& visit) {
+    constexpr int kTogether = Tile::kHitWords % 2 == 0 ? 2 : 1;  // words of one loop
+#pragma unroll
+    for (int w = 0; w < Tile::kHitWords; w += kTogether) {
+      std::uint32_t left = rHits[w];
+      std::uint32_t beyond = kTogether == 2 ? rHits[w + kTogether - 1] : 0;
+#pragma unroll 1
+      while ((left | beyond) != 0) {
+        const bool second = left == 0;
+        const std::uint32_t word = second ? beyond : left;
+        const std::uint32_t rest = word & (word - 1);
+        const int bit = find_first(word) + (second ? 32 : 0) + w * 32;
+        left = second ? 0 : rest;
+        beyond = second ? rest : beyond;
+        const int fragment = bit / 4;
+        const int e = bit % 4;
+        if (!visit(fragment, e, row_of(fragment % kDown, e), column_of(fragment / kDown, e))) {
+          (second ? rHits[w + kTogether - 1] : rHits[w]) &= ~(word ^ rest);
+        }
+      }
     }
   }
 
@@ -133,127 +213,97 @@ struct Epilogue {
     return limit < kInfinity && !(most < limit);
   }
 
-  // Moves the warp's hits to the buffers of their anchors, if there are more than `limit`. Anchors are the tile's rows
-  // (kRows false: its columns), candidates the others.
+  // Anchors are the tile's rows (kRows false: its columns), candidates the others.
   template <bool kRows, bool kFar>
-  __device__ __forceinline__ void flush_hits(int limit) {
-    sync_warp();
-    const auto hits = static_cast<int>(sCounters.get(Tile::kCounters));
-    sync_warp();  // no lane notes more before all have read it
-    if (hits <= limit) return;
-    const std::int64_t first_anchor = kRows ? row : column;
-    const std::int64_t capacity = kFar ? args.far_capacity : args.capacity;
-    std::uint32_t* gCounts = kFar ? args.far_counts : args.counts;
-    std::uint64_t* gBuffer = kFar ? args.far_buffer : args.buffer;
-
-    // A hit's rank among those of its anchor: score << 32 | rank << 16 | anchor << 8 | candidate.
-#pragma unroll 1
-    for (int i = lane_id(); i < hits; i += kWarpSize) {
-      const std::uint64_t hit = sHits.get(i);
-      const float product = float_from_bits(static_cast<std::uint32_t>(hit >> 32));
-      const int r = static_cast<int>(hit >> 8 & 0xffu);
-      const int c = static_cast<int>(hit & 0xffu);
-      std::uint32_t low = kNoHit;
-      float score = 0.0f;
-      if (row + r < args.anchors.count && column + c < args.candidates.count &&
-          (!kFar || passes_far<kRows>(product, r, c))) {
-        const float norm = sFacts.get(fact_place<Tile>(kNorm, kRows ? Tile::kRows + warp_column + c : warp_row + r));
-        score = finite_score(fused_multiply_add(-2.0f, product, norm));
-        const int anchor = kRows ? r : c;
-        low = sCounters.atomic_add(anchor, 1) << 16 | static_cast<std::uint32_t>(anchor << 8 | (kRows ? c : r));
+  __device__ __forceinline__ void count(Hits<Tile>& rHits) const {
+    const int rows_left = left(args.anchors.count - row, Tile::kWarpRows);
+    const int columns_left = left(args.candidates.count - column, Tile::kWarpColumns);
+    for_each_hit(rHits, [&](int fragment, int e, int r, int c) {
+      if (r >= rows_left || c >= columns_left) return false;
+      if constexpr (kFar) {
+        if (!passes_far<kRows>(sProducts.get(fragment * 4 * kWarpSize + e), r, c)) return false;
       }
-      sHits.set(i, static_cast<std::uint64_t>(bits_of(score)) << 32 | low);
-    }
-    sync_warp();
-    // One atomic an anchor reserves its entries; all lanes issue theirs together.
-#pragma unroll 1
-    for (int i = lane_id(); i < Tile::kCounters; i += kWarpSize) {
-      const std::uint32_t mine = sCounters.get(i);
-      if (mine > 0) sCounters.set(i, atomic_add(gCounts + first_anchor + i, mine));
-    }
-    sync_warp();
+      sCounters.atomic_add(kRows ? r : Tile::kWarpRows + c, 1);
+      return true;
+    });
+  }
+
+  template <bool kRows, bool kFar>
+  __device__ __forceinline__ void write(Hits<Tile>& rHits) const {
     const MatrixArgs<T16>& others = kRows ? args.candidates : args.anchors;
+    const std::int64_t first_anchor = kRows ? row : column;
     const std::int64_t first_candidate = kRows ? column : row;
-#pragma unroll 1
-    for (int i = lane_id(); i < hits; i += kWarpSize) {
-      const std::uint64_t hit = sHits.get(i);
-      const auto low = static_cast<std::uint32_t>(hit);
-      if (low == kNoHit) continue;
-      const int anchor = static_cast<int>(low >> 8 & 0xffu);
-      const std::int64_t place = static_cast<std::int64_t>(sCounters.get(anchor)) + (low >> 16);
-      const std::int64_t candidate =
-          others.first + (first_candidate + static_cast<std::int64_t>(low & 0xffu)) * others.step;
-      if (place < capacity) {
-        gBuffer[(first_anchor + anchor) * capacity + place] =
-            (hit & 0xffffffff00000000u) | static_cast<std::uint32_t>(candidate);
-      }
+    const std::int64_t capacity = kFar ? args.far_capacity : args.capacity;
+    std::uint64_t* gBuffer = kFar ? args.far_buffer : args.buffer;
+    for_each_hit(rHits, [&](int fragment, int e, int r, int c) {
+      const std::int64_t place = sCounters.atomic_add(kRows ? r : Tile::kWarpRows + c, 1);
+      if (place >= capacity) return true;
+      const float norm = sFacts.get(fact_place<Tile>(kNorm, kRows ? Tile::kRows + warp_column + c : warp_row + r));
+      const float product = sProducts.get(fragment * 4 * kWarpSize + e);
+      const float score = finite_score(fused_multiply_add(-2.0f, product, norm));
+      const std::int64_t candidate = others.first + (first_candidate + (kRows ? c : r)) * others.step;
+      gBuffer[(first_anchor + (kRows ? r : c)) * capacity + place] =
+          static_cast<std::uint64_t>(bits_of(score)) << 32 | static_cast<std::uint32_t>(candidate);
+      return true;
+    });
+  }
+
+  // Moves the warp's hits to the buffers of their anchors: they are counted, one atomic an anchor reserves places, and
+  // each hit takes one of them. A lane reads back only products that it put in shared memory itself.
+  template <bool kBoth, bool kFar>
+  __device__ __forceinline__ void append(const Products<Tile>& rProducts, Hits<Tile>& rOfRows, Hits<Tile>& rOfColumns) {
+    std::uint32_t any = 0;
+#pragma unroll
+    for (int w = 0; w < Tile::kHitWords; ++w) any |= rOfRows[w] | (kBoth ? rOfColumns[w] : 0);
+    if (!any_lane(any != 0)) return;
+#pragma unroll
+    for (int f = 0; f < kDown * kAcross; ++f) {
+      Pack<float> rFragment;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) rFragment.elements[e] = rProducts[f % kDown][f / kDown][e];
+      sProducts.set_pack(f * 4 * kWarpSize, rFragment);
+    }
+    constexpr int kAnchors = Tile::kWarpRows + (kBoth ? Tile::kWarpColumns : 0);
+    for (int i = lane_id(); i < kAnchors; i += kWarpSize) sCounters.set(i, 0);
+    sync_warp();
+    count<true, kFar>(rOfRows);
+    if constexpr (kBoth) count<false, kFar>(rOfColumns);
+    sync_warp();
+    std::uint32_t* gCounts = kFar ? args.far_counts : args.counts;
+    for (int i = lane_id(); i < kAnchors; i += kWarpSize) {  // all lanes issue theirs together
+      const std::uint32_t mine = sCounters.get(i);
+      const std::int64_t anchor = i < Tile::kWarpRows ? row + i : column + (i - Tile::kWarpRows);
+      if (mine > 0) sCounters.set(i, atomic_add(gCounts + anchor, mine));
     }
     sync_warp();
-    clear();
+    write<true, kFar>(rOfRows);
+    if constexpr (kBoth) write<false, kFar>(rOfColumns);
+    sync_warp();
   }
 
-  // After the fragments of row m. Half of the tile always fits the list; what is left of the first half may leave no
-  // room for the second.
-  template <bool kRows, bool kFar>
-  __device__ __forceinline__ void flush_after(int m) {
-    if (m == Tile::kFragmentsDown / 2 - 1) flush_hits<kRows, kFar>(Tile::kHits - Tile::kWarpPairs / 2);
-    if (m == Tile::kFragmentsDown - 1) flush_hits<kRows, kFar>(0);
-  }
-
-  // The support test. The facts of columns are read again for each row of fragments: registers are short here.
-  template <bool kRows>
-  __device__ __forceinline__ void support(const Products<Tile>& rProducts) {
-    constexpr bool kHasRho = std::is_same_v<T16, Half>;
-    constexpr int kRowFact = kRows ? kLimit : kBias;  // and the one beside it
-    constexpr int kColumnFact = kRows ? kBias : kLimit;
-#pragma unroll
-    for (int m = 0; m < Tile::kFragmentsDown; ++m) {
-      float rRowFact[2];
-      float rRowBeside[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int place = fact_place<Tile>(kRowFact, warp_row + row_of(m, half * 2));
-        rRowFact[half] = sFacts.get(place);
-        if constexpr (kHasRho) rRowBeside[half] = sFacts.get(place + 1);
-      }
-#pragma unroll
-      for (int n = 0; n < Tile::kFragmentsAcross; ++n) {
-        const Pack<float> rPair =
-            sFacts.get_pack(fact_place<Tile>(kColumnFact, Tile::kRows + warp_column + column_of(n, 0)));
-        bool rHits[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float bias = kRows ? rPair.elements[e % 2 * 2] : rRowFact[e / 2];
-          const float limit = kRows ? rRowFact[e / 2] : rPair.elements[e % 2 * 2];
-          float least = fused_multiply_add(-2.0f, rProducts[m][n][e], bias);
-          if constexpr (kHasRho) {
-            least = fused_multiply_add(-rRowBeside[e / 2], rPair.elements[e % 2 * 2 + 1], least);
-          }
-          rHits[e] = !(least > limit);
-        }
-        note(rHits, rProducts[m][n], m, n);
-      }
-      flush_after<kRows, false>(m);
+  // rows, columns: which of its anchors the warp serves. Columns are anchors in the symmetric case alone, kBoth.
+  template <bool kBoth>
+  __device__ __forceinline__ void append_support(const Products<Tile>& rProducts, bool rows, bool columns) {
+    Hits<Tile> rOfRows{};
+    Hits<Tile> rOfColumns{};
+    if (rows) support<true>(rProducts, rOfRows);
+    if constexpr (kBoth) {
+      if (columns) support<false>(rProducts, rOfColumns);
     }
+    append<kBoth, false>(rProducts, rOfRows, rOfColumns);
   }
-
-  // The far test is for pairs of one label: those whose folded labels agree are checked again in flush_hits().
-  template <bool kRows>
-  __device__ __forceinline__ void far(const Products<Tile>& rProducts) {
+  template <bool kBoth>
+  __device__ __forceinline__ void append_far(const Products<Tile>& rProducts, bool rows, bool columns) {
+    Hits<Tile> rAlike;
+    alike(rAlike);
+    Hits<Tile> rOfRows;
+    Hits<Tile> rOfColumns;
 #pragma unroll
-    for (int m = 0; m < Tile::kFragmentsDown; ++m) {
-      const std::uint32_t rRowLabels[2] = {sLabels.get(warp_row + row_of(m, 0)), sLabels.get(warp_row + row_of(m, 2))};
-#pragma unroll
-      for (int n = 0; n < Tile::kFragmentsAcross; ++n) {
-        const int c = Tile::kRows + warp_column + column_of(n, 0);
-        const std::uint32_t rColumnLabels[2] = {sLabels.get(c), sLabels.get(c + 1)};
-        bool rHits[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) rHits[e] = rRowLabels[e / 2] == rColumnLabels[e % 2];
-        note(rHits, rProducts[m][n], m, n);
-      }
-      flush_after<kRows, true>(m);
+    for (int w = 0; w < Tile::kHitWords; ++w) {
+      rOfRows[w] = rows ? rAlike[w] : 0;
+      rOfColumns[w] = kBoth && columns ? rAlike[w] : 0;
     }
+    append<kBoth, true>(rProducts, rOfRows, rOfColumns);
   }
 
   __device__ __forceinline__ void dense(const Products<Tile>& rProducts) {

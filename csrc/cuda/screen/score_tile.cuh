@@ -29,7 +29,7 @@ static_assert(kStageWidth % kMmaDepth == 0);
 enum Fact : int { kNorm = 0, kBias = 1, kRho = 2, kLimit = 3, kReach = 4, kFacts = 5 };
 
 // A block's tile of scores, its warps' shares, and what the epilogue makes of kBytes of shared memory when the products
-// are done: facts, labels, then for each warp a flag, counters and hits.
+// are done: facts, labels, then for each warp a flag, counters and its products.
 template <int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_, int kBytes>
 struct TileShape {
   static constexpr int kRows = kRows_;
@@ -45,22 +45,21 @@ struct TileShape {
   static constexpr int kFragmentsAcross = kWarpColumns / 8;
   static constexpr int kCopyRows = kThreads / kRowChunks;  // rows of half precision that the block copies at once
 
-  static constexpr int kCounters = kWarpRows > kWarpColumns ? kWarpRows : kWarpColumns;
+  static constexpr int kCounters = kWarpRows + kWarpColumns;
   static constexpr int kWarpPairs = kWarpRows * kWarpColumns;
+  static constexpr int kHitWords = kWarpPairs / kWarpSize / 32;  // a lane has a bit for each of its pairs
   static constexpr int kFactBytes = sn::cuda::shared_bytes<float>(kFacts * (kRows + kColumns));
   static constexpr int kLabelBytes = sn::cuda::shared_bytes<std::uint32_t>(kRows + kColumns);
   static constexpr int kFlagBytes = sn::cuda::shared_bytes<std::uint32_t>(kWarps);
-  static constexpr int kCounterBytes = sn::cuda::shared_bytes<std::uint32_t>(kWarps * (kCounters + 1));
-  static constexpr int kHits =
-      std::min(kWarpPairs, (kBytes - kFactBytes - kLabelBytes - kFlagBytes - kCounterBytes) / (8 * kWarps));
+  static constexpr int kCounterBytes = sn::cuda::shared_bytes<std::uint32_t>(kWarps * kCounters);
+  static constexpr int kProductBytes = sn::cuda::shared_bytes<float>(kWarps * kWarpPairs);
 
   static_assert(kRows % kWarpRows == 0 && kColumns % kWarpColumns == 0);
-  static_assert(kWarpRows % 32 == 0, "the list of hits is flushed after half of the rows of fragments");
   static_assert(kWarpColumns % 16 == 0, "ldmatrix brings the operands of two fragments across");
   static_assert(kRows % kCopyRows == 0 && kColumns % kCopyRows == 0);
   static_assert(kCopyRows % 8 == 0, "rows that a thread copies have the same swizzle");
-  static_assert(kHits >= kWarpPairs / 2, "half of a warp's tile fits its list");
-  static_assert(kWarpRows <= 256 && kWarpColumns <= 256, "a hit's place has 8 bits each way");
+  static_assert(kWarpPairs % (32 * kWarpSize) == 0, "the bits of a lane's hits are whole words");
+  static_assert(kFactBytes + kLabelBytes + kFlagBytes + kCounterBytes + kProductBytes <= kBytes);
 };
 
 template <class T16>

@@ -249,11 +249,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     const bool columns_too = serves_columns(block);
     const bool rows_too =
         !kSymmetric || place.row <= place.column * Tile::kBlocksAcross + static_cast<std::uint32_t>(block);
-    epilogue.clear();
-    if (rows_too) epilogue.template support<true>(rProducts);
-    if constexpr (kSymmetric) {
-      if (columns_too) epilogue.template support<false>(rProducts);
-    }
+    epilogue.template append_support<kSymmetric>(rProducts, rows_too, columns_too);
     if (!args.far) return;
     if (!memory.wants_far()) return;  // the whole block
     for_each_carried<Tile>([&](int q, int i) {
@@ -262,10 +258,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
       memory.sLabels.set(i, matrix_row >= 0 ? fold_label(load(matrix.labels + matrix_row)) : 0);
     });
     sync_block();
-    if (rows_too) epilogue.template far<true>(rProducts);
-    if constexpr (kSymmetric) {
-      if (columns_too) epilogue.template far<false>(rProducts);
-    }
+    epilogue.template append_far<kSymmetric>(rProducts, rows_too, columns_too);
   }
 }
 

@@ -135,6 +135,8 @@ void test_directed_rounding() {
   check(is_nan(add_up(NAN, 1.0f)) && is_nan(fma_down(1.0f, NAN, 1.0f)) && is_nan(sqrt_up(NAN)), "NaN");
   check(sqrt_up(0.0f) == 0.0f && sqrt_down(0.0f) == 0.0f && sqrt_up(HUGE_VALF) == HUGE_VALF, "sqrt at the ends");
   check(std::signbit(add_down(1.0f, -1.0f)) && !std::signbit(add_up(1.0f, -1.0f)), "zeros");
+  check(one_unless_greater(NAN, 1.0f) == 1.0f && one_unless_greater(1.0f, NAN) == 1.0f, "a NaN is not greater");
+  check(one_unless_greater(2.0f, 2.0f) == 1.0f && one_unless_greater(3.0f, 2.0f) == 0.0f, "one unless greater");
   check(minimum(NAN, 1.0f) == 1.0f && maximum(1.0f, NAN) == 1.0f, "minimum and maximum of NaN");
   check(std::signbit(minimum(0.0f, -0.0f)) && !std::signbit(maximum(-0.0f, 0.0f)), "minimum and maximum of zeros");
 }

@@ -134,34 +134,52 @@ struct WarpPlace {
   int column = warp_id() % Tile::kWarpsAcross * Tile::kWarpColumns;
 };
 
+// What a warp multiplies at one depth of a stage, in the fragments of mma_m16n8k16.
+template <class Tile>
+struct Operands {
+  std::uint32_t rRows[Tile::kFragmentsDown][4];
+  std::uint32_t rColumns[Tile::kFragmentsAcross / 2][4];
+};
+inline constexpr int kDepths = kStageWidth / kMmaDepth;  // of a stage
+
 template <class T16, class Tile>
-__device__ __forceinline__ void multiply_stage(Products<Tile>& rProducts, const Shared<T16>& sRows,
-                                               const Shared<T16>& sColumns, const WarpPlace<Tile>& warp) {
+__device__ __forceinline__ void load_operands(Operands<Tile>& operands, const Shared<T16>& sRows,
+                                              const Shared<T16>& sColumns, const WarpPlace<Tile>& warp, int depth) {
   // Element of the 16-byte chunk that this lane addresses at depth 0; depth d toggles bits of the chunk's place.
   const int row_place =
       (warp.row + lane_id() % 16) * kStageWidth + ((lane_id() / 16) ^ (lane_id() % 8)) * kChunkElements;
   const int column_place = (warp.column + lane_id() / 16 * 8 + lane_id() % 8) * kStageWidth +
                            ((lane_id() / 8 % 2) ^ (lane_id() % 8)) * kChunkElements;
 #pragma unroll
-  for (int depth = 0; depth < kStageWidth; depth += kMmaDepth) {
-    std::uint32_t rRows[Tile::kFragmentsDown][4];
-    std::uint32_t rColumns[Tile::kFragmentsAcross / 2][4];
+  for (int m = 0; m < Tile::kFragmentsDown; ++m) {
+    load_matrix_x4(operands.rRows[m], sRows, (row_place ^ depth * kMmaDepth) + m * 16 * kStageWidth);
+  }
 #pragma unroll
-    for (int m = 0; m < Tile::kFragmentsDown; ++m) {
-      load_matrix_x4(rRows[m], sRows, (row_place ^ depth) + m * 16 * kStageWidth);
+  for (int n = 0; n < Tile::kFragmentsAcross / 2; ++n) {
+    load_matrix_x4(operands.rColumns[n], sColumns, (column_place ^ depth * kMmaDepth) + n * 16 * kStageWidth);
+  }
+}
+
+template <class T16, class Tile>
+__device__ __forceinline__ void multiply(Products<Tile>& rProducts, const Operands<Tile>& operands) {
+#pragma unroll
+  for (int m = 0; m < Tile::kFragmentsDown; ++m) {
+#pragma unroll
+    for (int n = 0; n < Tile::kFragmentsAcross; ++n) {
+      const std::uint32_t rOperand[2] = {operands.rColumns[n / 2][n % 2 * 2], operands.rColumns[n / 2][n % 2 * 2 + 1]};
+      mma_m16n8k16<T16>(rProducts[m][n], operands.rRows[m], rOperand);
     }
+  }
+}
+
+template <class T16, class Tile>
+__device__ __forceinline__ void multiply_stage(Products<Tile>& rProducts, const Shared<T16>& sRows,
+                                               const Shared<T16>& sColumns, const WarpPlace<Tile>& warp) {
 #pragma unroll
-    for (int n = 0; n < Tile::kFragmentsAcross / 2; ++n) {
-      load_matrix_x4(rColumns[n], sColumns, (column_place ^ depth) + n * 16 * kStageWidth);
-    }
-#pragma unroll
-    for (int m = 0; m < Tile::kFragmentsDown; ++m) {
-#pragma unroll
-      for (int n = 0; n < Tile::kFragmentsAcross; ++n) {
-        const std::uint32_t rOperand[2] = {rColumns[n / 2][n % 2 * 2], rColumns[n / 2][n % 2 * 2 + 1]};
-        mma_m16n8k16<T16>(rProducts[m][n], rRows[m], rOperand);
-      }
-    }
+  for (int depth = 0; depth < kDepths; ++depth) {
+    Operands<Tile> operands;
+    load_operands<T16, Tile>(operands, sRows, sColumns, warp, depth);
+    multiply<T16, Tile>(rProducts, operands);
   }
 }
 

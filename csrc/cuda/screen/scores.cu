@@ -53,7 +53,9 @@ template <int kRows, int kColumns, int kWarpRows, int kWarpColumns, int kStages_
 struct Tile : TileShape<kRows, kColumns, kWarpRows, kWarpColumns, ring_bytes(kRows, kColumns, kStages_)> {
   using Shape = TileShape<kRows, kColumns, kWarpRows, kWarpColumns, ring_bytes(kRows, kColumns, kStages_)>;
   static constexpr int kStages = kStages_;
-  static constexpr int kMinBlocks = Shape::kWarpPairs > 64 * 32 ? 1 : SN_TILES_A_MULTIPROCESSOR;
+  static constexpr bool kAlone = Shape::kWarpPairs > 64 * 32;  // its products leave no registers for a second block
+  static constexpr int kMinBlocks = kAlone ? 1 : SN_TILES_A_MULTIPROCESSOR;
+  static constexpr bool kAhead = kAlone;  // operands are read a depth ahead: no other block multiplies meanwhile
   static constexpr int kStageElements = (kRows + kColumns) * kStageWidth;
   // A thread carries the facts of so many rows and columns of the tile.
   static constexpr int kCarried = (kRows + kColumns + Shape::kThreads - 1) / Shape::kThreads;
@@ -206,14 +208,42 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 #pragma unroll
     for (int stage = 0; stage < Tile::kStages - 1; ++stage) copy_stage(stage);
     int slot = 0;
-#pragma unroll 1
-    for (int stage = 0; stage < args.stages; ++stage) {
+    const auto next = [](int after) { return after + 1 == Tile::kStages ? 0 : after + 1; };
+    const auto arrive = [&] {
       async_wait<Tile::kStages - 2>();
-      sync_block();  // the stage has arrived, and the slot that is overwritten next has been read by all
-      copy_stage(slot == 0 ? Tile::kStages - 1 : slot - 1);
-      const Shared<T16> sStage = sRing.offset(slot * Tile::kStageElements);
-      multiply_stage<T16, Tile>(rProducts, sStage, sStage.offset(Tile::kRows * kStageWidth), warp);
-      slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
+      sync_block();  // the oldest stage has arrived, and the slot that is overwritten next has been read by all
+    };
+    if constexpr (Tile::kAhead) {
+      Operands<Tile> rOperands[2];
+      const auto load_depth = [&](int from, int depth) {
+        const Shared<T16> sStage = sRing.offset(from * Tile::kStageElements);
+        load_operands<T16, Tile>(rOperands[depth % 2], sStage, sStage.offset(Tile::kRows * kStageWidth), warp, depth);
+      };
+      arrive();
+      load_depth(slot, 0);
+#pragma unroll 1
+      for (int stage = 0; stage < args.stages; ++stage) {
+        copy_stage(slot == 0 ? Tile::kStages - 1 : slot - 1);
+#pragma unroll
+        for (int depth = 0; depth < kDepths - 1; ++depth) {
+          load_depth(slot, depth + 1);
+          multiply<T16, Tile>(rProducts, rOperands[depth % 2]);
+        }
+        // All operands of the stage are in registers. Behind the last stage its first ones are read again, for nothing.
+        if (stage + 1 < args.stages) slot = next(slot);
+        arrive();
+        load_depth(slot, 0);
+        multiply<T16, Tile>(rProducts, rOperands[(kDepths - 1) % 2]);
+      }
+    } else {
+#pragma unroll 1
+      for (int stage = 0; stage < args.stages; ++stage) {
+        arrive();
+        copy_stage(slot == 0 ? Tile::kStages - 1 : slot - 1);
+        const Shared<T16> sStage = sRing.offset(slot * Tile::kStageElements);
+        multiply_stage<T16, Tile>(rProducts, sStage, sStage.offset(Tile::kRows * kStageWidth), warp);
+        slot = next(slot);
+      }
     }
     async_wait<0>();
   }

@@ -174,6 +174,7 @@ def partly_listed() -> tuple[Case, sn_ops.SupportNeighbors]:
     "cut",
     [
         {"path": "direct", "strip_rows": 64},
+        {"path": "direct", "strip_rows": 128},
         {"path": "direct", "slice_elements": 128},
         {"path": "dense", "strip_rows": 40},
         {"path": "dense", "score_tile": 128},

@@ -134,7 +134,8 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
   if (settings.strip_rows > 0 && settings.strip_rows < plan.strip_rows) {
     plan.strip_rows = settings.strip_rows;
     plan.strips = (problem.N + plan.strip_rows - 1) / plan.strip_rows;
-    plan.triangular = problem.symmetric && plan.strips == 1;
+    plan.triangular = plan.path == ForwardPath::kDirect ? sn::cuda::direct_triangular(problem, plan.strip_rows)
+                                                        : problem.symmetric && plan.strips == 1;
   }
   if (plan.path == ForwardPath::kDirect) {
     if (settings.slice_elements > 0) {

@@ -24,6 +24,7 @@ constexpr int kPitch = static_cast<int>(kClusterPitch);
 constexpr int kPlane = kRows * kPitch;
 constexpr int kThreads = Tile<float>::kThreads;
 constexpr int kWarps = kThreads / kWarpSize;
+static_assert(kWarps == kClusterWarps, "what the plan counts on");
 constexpr int kPerLane = kRows / kWarpSize;  // candidates
 static_assert(kClusterRows == kDirectTile, "one tile holds every pair");
 static_assert(kPitch % 32 == 8, "a warp stores 4 rows of 8 sums in different banks");

@@ -28,6 +28,8 @@ struct TileArgs {
   std::int64_t slice_elements;
   std::int64_t tiles;  // of a slice
   std::int64_t tiles_across;
+  std::int64_t tiles_down;
+  std::int64_t first_tile;  // triangular: the strip's own rows are the candidates from this column of tiles on
   bool triangular;
   bool aligned;
   bool first_strip;
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(Tile<T>::kThreads, kTileBlocks<T>) tile_kernel
   std::int64_t across = block_id() % args.tiles;
   if (args.triangular) {
     while (across >= args.tiles_across - down) across -= args.tiles_across - down++;
-    across += down;
+    if (across >= args.first_tile) across += down;  // of its own rows those from the diagonal on
   } else {
     down = across / args.tiles_across;
     across %= args.tiles_across;
@@ -80,6 +82,10 @@ __global__ void __launch_bounds__(Tile<T>::kThreads, kTileBlocks<T>) tile_kernel
 
   const std::int64_t M = args.candidates.rows;
   Acc<T>* gPlane = args.gPartials + slice * args.plane;
+  // A tile beside the diagonal serves its columns as anchors, too, where those are of the strip.
+  const std::int64_t own = across - args.first_tile;
+  const bool both = args.triangular && own > down && own < args.tiles_down;
+  const std::int64_t first_anchor = args.first_tile * TileT::kRows;
 #pragma unroll
   for (int i = 0; i < TileT::kPairs; ++i) {
     const int row = TileT::row_of(i);
@@ -88,7 +94,7 @@ __global__ void __launch_bounds__(Tile<T>::kThreads, kTileBlocks<T>) tile_kernel
       const int column = TileT::column_of(j);
       if (row < x.rows && column < z.rows) {
         gPlane[(row0 + row) * M + column0 + column] = rSums[i][j];
-        if (args.triangular && down != across) gPlane[(column0 + column) * M + row0 + row] = rSums[i][j];
+        if (both) gPlane[(column0 + column - first_anchor) * M + first_anchor + row0 + row] = rSums[i][j];
       }
     }
   }
@@ -118,6 +124,8 @@ cudaError_t launch_tiles(const ForwardArgs& args, const ForwardPlan& plan, char*
       .slice_elements = plan.slice_elements,
       .tiles = tiles,
       .tiles_across = direct_tiles(1, M, false),
+      .tiles_down = direct_tiles(strip.rows, 1, false),
+      .first_tile = plan.triangular ? strip.begin / kDirectTile : 0,
       .triangular = plan.triangular,
       .aligned = rows_aligned(args.anchors, args.dtype) && rows_aligned(args.candidates, args.dtype),
       .first_strip = strip.begin == 0,

@@ -1,150 +1,348 @@
+// The cost model. A kernel takes a launch, then the longer of two times, smoothly joined: that of one block alone, and
+// that of all its work on all multiprocessors. Tiles of equal work come in waves instead. Everything grows with rows,
+// candidates and dimensions, so the cheapest of several paths does, too.
+//
+// Constants are microseconds, and what one multiprocessor of an H200 does in one. They were read from
+// benchmarks/results/nvidia-h200/2026-11-26-d45aac1840-measure.json (a "record" below), steps "paths", "kernels" and
+// "ceilings", except where it says "counted, not measured". The tests hold the model to all of its times.
 #include "cuda/plan/cost.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cuda/plan/sizes.h"
 
 namespace sn::cuda {
 namespace {
 
+// ---- devices --------------------------------------------------------------------------------------------------------
+
+// What a multiprocessor does in a microsecond, as a share of an H200's. Only the H200 was measured. For others:
+// counted, not measured, from the makers' tables of multiply-adds a clock (tensor cores: 1024 on 8.0, 512 on 8.6, 8.9
+// and 12.0; `mma.sync` gets no more on 9.0 and 10.0 than here) and of memory bandwidth over multiprocessors.
+struct Rates {
+  double tensor;
+  double ffma;
+  double dfma;  // fp64, of fp32's time
+  double memory;
+};
+Rates rates(const DeviceFacts& device) {
+  switch (device.major) {
+    case 8:
+      if (device.minor == 0) return {0.8, 0.5, 2.0, 0.55};
+      return {0.4, 1.0, 32.0, 0.3};
+    case 9:
+      return {1.0, 1.0, 2.0, 1.0};
+    case 10:
+      return {1.0, 1.0, 2.0, 1.6};
+    default:
+      return {0.4, 1.0, 32.0, 0.3};
+  }
+}
+
 // ---- constants ------------------------------------------------------------------------------------------------------
 
-// All from benchmarks/results/nvidia-h200/2026-11-26-d45aac1840-measure.json, steps "ceilings", "kernels" and "paths",
-// unless it says "counted, not measured". Microseconds, bytes and multiply-adds a microsecond, on 132 multiprocessors.
-constexpr double kDeviceMultiprocessors = 132.0;
-constexpr double kLaunch = 1.5;        // a kernel that does next to nothing: fallback, far thresholds 1.3 to 1.5
-constexpr double kMemory = 4.1e6;      // bytes: facts of 65536 x 2048, 805 MB in 198
-constexpr double kCache = 7.4e6;       // bytes from the L2: rows that the refinement sums
-constexpr double kTensor = 2.01e8;     // multiply-adds of 128 x 128 tiles: 8192 x 2048 against 8192 x 512
-constexpr double kDirectRate = 1.5e7;  // pairs and elements of the tiles of direct sums
+// Between two kernels of a graph, part of each kernel's time here. The record's null kernel has 0.50.
+constexpr double kGap = 0.55;
+// A kernel that finds nothing to do: fallback 1.4 to 1.5, far thresholds 1.0 to 1.5.
+constexpr double kIdle = 1.4;
+// Bytes: 65536 x 2048 of fp32, read and rounded to halves, 805 MB in 198.
+constexpr double kMemoryBytes = 4.1e6 / 132;
+// Bytes of rows that other anchors have read shortly before, from the L2: what is left of the refinement's 8192 x 2048
+// after 8192 x 512. The share of a matrix that the L2 does not hold comes at the second rate (65536 x 2048).
+constexpr double kCacheBytes = 6.9e6 / 132;
+constexpr double kFarBytes = 4.8e6 / 132;
+constexpr double kCacheSize = 50e6;
 
-double devices(const DeviceFacts& device) {
-  return std::max(1, device.multiprocessors) / kDeviceMultiprocessors;
+// Waves of equal blocks, a multiprocessor at a time: n + 1 blocks on n multiprocessors take nearly twice as long as n
+// (256 x 2048: 160 tiles in 17.4; 128 x 2048: 96 of half the size in 6.8). The step is a ramp: a model that jumped
+// could not be monotone, neighbours would differ.
+constexpr double kRamp = 0.25;
+double waves(double blocks, const DeviceFacts& device) {
+  const double x = blocks / std::max(1, device.multiprocessors);
+  if (x <= 1.0) return 1.0;
+  const double whole = std::floor(x);
+  return whole + std::min(1.0, (x - whole) / kRamp);
 }
 
-// ---- kernels --------------------------------------------------------------------------------------------------------
+// One block alone, and all blocks: between the longer of both and their sum.
+double joined(double alone, double together) {
+  return std::sqrt(alone * alone + together * together);
+}
+
+struct Machine {
+  const DeviceFacts& device;
+  Rates rate;
+  double processors;
+  explicit Machine(const DeviceFacts& facts)
+      : device(facts), rate(rates(facts)), processors(std::max(1, facts.multiprocessors)) {}
+  double memory_us(double bytes) const { return bytes / (kMemoryBytes * rate.memory * processors); }
+  // Work given as microseconds of one multiprocessor.
+  double spread(double us) const { return us / processors; }
+};
+
+double real(std::int64_t value) {
+  return static_cast<double>(value);
+}
+
+// The sum of us_of(rows) over strips of anchors, of which the last may be shorter.
+template <class UsOf>
+double all_strips(const ForwardPlan& plan, const Problem& problem, const UsOf& us_of) {
+  const std::int64_t before = std::max<std::int64_t>(plan.strips, 1) - 1;
+  const double last = us_of(problem.N - before * plan.strip_rows);
+  return before > 0 ? real(before) * us_of(plan.strip_rows) + last : last;
+}
+
+// ---- direct sums ----------------------------------------------------------------------------------------------------
+
+// Tiles of 64 x 64 pairs: microseconds for one element of D, 64 % of the multiply-adds. 64 x 2048: 5.8; 8 waves of 256
+// elements (1024 x 512 x 2048): 120 of 139.
+constexpr double kTilesStart = 2.5;
+constexpr double kTileElement = 0.057;
+constexpr double kHalfTiles = 1.1;  // half inputs: 512 x 2048 in 65.8 against 62.1, 1024 x 2048 in 298 against 270
+
+// Selection. Short rows (M <= 1024, K <= 32): a row alone, and rows one after the other on a multiprocessor.
+constexpr double kShortRowStart = 6.0;
+constexpr double kShortRowRank = 0.2;  // a neighbour: two reductions. Counted, not measured: K = 10 alone was
+constexpr double kShortRowEntry = 0.010;
+constexpr double kShortRows = 0.6;
+constexpr double kShortRowsEntry = 0.0021;
+constexpr std::int64_t kShortRow = 1024;
+constexpr std::int64_t kShortNeighbours = 32;
+// Longer rows: radix passes. 64 x 4096 x 128: 35 of 42; 64 x 16384 x 128: 87 of 104; 2048 x 2048 x 128: 148 of 180.
+constexpr double kLongRowStart = 18.0;
+constexpr double kLongRowEntry = 0.0046;
+constexpr double kLongRows = 4.5;
+constexpr double kLongRowsEntry = 0.0023;
+constexpr double kLongRowsKey = 0.033;  // 1024 x 512, K = 100: 132 against 79
+// The last block adds up the anchors: 12.3 for 8192, 58 to 72 for 65536.
+constexpr double kFinalRow = 0.0009;
+
+double tiles_us(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const Machine& machine) {
+  const double blocks = real(direct_tiles(rows, problem.M, plan.triangular)) * real(plan.d_slices);
+  double element = kTileElement / machine.rate.ffma;
+  if (problem.dtype == DType::kFloat64) element *= machine.rate.dfma;
+  if (element_bytes(problem.dtype) == 2) element *= kHalfTiles;
+  const double dims = std::min(real(plan.slice_elements), real(std::max<std::int64_t>(problem.D, 1)));
+  return kGap + kTilesStart + waves(blocks, machine.device) * dims * element;
+}
+
+double select_us(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const Machine& machine) {
+  const double M = real(problem.M);
+  const double K = real(plan.K);
+  const double partials = real(rows) * M * real(plan.d_slices) * real(accumulator_bytes(problem.dtype));
+  const double start = kGap + machine.spread(partials / kCacheBytes);
+  if (problem.M <= kShortRow && plan.K <= kShortNeighbours) {
+    const double alone = kShortRowStart + kShortRowRank * K + kShortRowEntry * M;
+    return start + joined(alone, machine.spread(real(rows) * (kShortRows + kShortRowsEntry * M)));
+  }
+  const double alone = kLongRowStart + kLongRowEntry * M;
+  // 256 rows of 4096 take as long as 64.
+  const double together = machine.spread(real(rows) * (kLongRows + kLongRowsEntry * M + kLongRowsKey * K));
+  return start + std::sqrt(joined(alone * alone, together * together));
+}
+
+void predict_direct(const ForwardPlan& plan, const Problem& problem, const Machine& machine, Cost* cost) {
+  cost->add("tiles", all_strips(plan, problem, [&](auto rows) { return tiles_us(plan, problem, rows, machine); }),
+            plan.strips);
+  cost->add("select",
+            kFinalRow * real(problem.N) +
+                all_strips(plan, problem, [&](auto rows) { return select_us(plan, problem, rows, machine); }),
+            plan.strips);
+}
+
+// One cluster: 16 x 64 in 19.6 (two anchors a warp), 16 x 128 in 14.7 (one), 64 x 64 in 63.3 (eight), 64 x 2048
+// in 27.1.
+constexpr double kClusterStart = 5.8;
+constexpr double kClusterAnchor = 4.0;  // of a warp
+constexpr double kClusterEntry = 0.05;  // of an anchor
+
+double cluster_us(const ForwardPlan& plan, const Problem& problem, const Machine& machine) {
+  const double turns = std::max(1.0, real(problem.N) / (kClusterWarps * plan.cluster));
+  const double elements = real(cluster_planes(plan)) * std::min(real(plan.slice_elements), real(problem.D));
+  return kGap + kClusterStart + elements * kTileElement / machine.rate.ffma +
+         turns * (kClusterAnchor + kClusterEntry * real(problem.M));
+}
+
+// ---- screening ------------------------------------------------------------------------------------------------------
+
+constexpr double kSampleWide = 6.0;  // fp32: 6.2 at D = 512, 7.9 at 2048
+constexpr double kSampleElement = 0.0008;
+constexpr double kSampleHalf = 1.3;
+constexpr double kFactsStart = 3.0;
+constexpr double kFactsRow = 0.033;  // 65536 x 128 of bf16: 19.7
 
 double sample_us(const Problem& problem) {
-  return problem.dtype == DType::kFloat32 ? 6.0 + 0.0008 * static_cast<double>(problem.D) : 1.2;
+  return kGap + (problem.dtype == DType::kFloat32 ? kSampleWide + kSampleElement * real(problem.D) : kSampleHalf);
 }
 
-// Reads the rows and writes their copies.
-double facts_us(const ForwardPlan& plan, const Problem& problem, double scale) {
-  const double element = static_cast<double>(element_bytes(problem.dtype));
-  const double D = static_cast<double>(problem.D);
-  const bool other = !problem.symmetric && plan.path != ForwardPath::kBank;
-  const double candidates = other ? static_cast<double>(problem.M) : 0.0;
-  const double anchors = static_cast<double>(problem.N);
+double facts_us(const ForwardPlan& plan, const Problem& problem, const Machine& machine) {
+  const bool others = !problem.symmetric && plan.path != ForwardPath::kBank;
+  const double candidates = others ? real(problem.M) : 0.0;
+  const double anchors = real(problem.N);
   const double copies = (plan.cast_anchors ? anchors : 0.0) + (plan.cast_candidates ? candidates : 0.0);
-  const double bytes = (anchors + candidates) * D * element + copies * 2.0 * static_cast<double>(plan.padded_dims);
-  return 3.0 + bytes / (kMemory * scale);
+  const double bytes = (anchors + candidates) * real(problem.D) * real(element_bytes(problem.dtype)) +
+                       copies * 2.0 * real(plan.padded_dims);
+  return kGap + kFactsStart + std::max(machine.memory_us(bytes), machine.spread(kFactsRow * (anchors + candidates)));
 }
 
-// Counted, not measured: the table (3 to 4 us behind a launch), the latency of an atomic for each batch of candidates,
-// look-ups at 10 cycles a warp (sizes.h).
-double positives_us(const ForwardPlan& plan, const Problem& problem, double scale) {
-  const auto groups = static_cast<double>(divide_up(problem.N, plan.positive_anchors));
-  const auto batches = static_cast<double>(divide_up(divide_up(problem.M, plan.positive_segments), kPositivesBatch));
-  return 5.0 + batches + groups * static_cast<double>(problem.M) / (0x1p19 * scale);
+// The search for positives (positives_shape): the table of a group of anchors, then for each batch of candidates of a
+// block the latency of an atomic, and one look-up for each group and candidate. Counted, not measured. The number of
+// groups, which falls where there are more look-ups than that shape wants, is followed by its limits here.
+constexpr double kPositivesStart = 5.0;
+constexpr double kPositivesBatchUs = 1.0;
+constexpr double kPositiveLookup = 132.0 / 524288.0;
+
+double positives_us(const Problem& problem, const Machine& machine) {
+  const double pairs = real(problem.N) * real(problem.M);
+  const double most = pairs / real(kFewPositiveAnchors) + real(problem.M);
+  const double least = pairs / real(kMostPositiveAnchors) + real(problem.M);
+  const double lookups = std::min(most, std::max(least, real(kPositiveLookups)));
+  const double batches = lookups / (machine.processors * real(kPositivesResident * kPositivesBatch));
+  return kGap + kPositivesStart + kPositivesBatchUs * std::max(1.0, batches) +
+         machine.spread(kPositiveLookup * lookups);
 }
 
-double thresholds_us(double rows, double entries, double scale) {
-  return 4.0 + rows * (0.002 + 7.0e-6 * entries) / scale;
+// A block a row: 256 rows of 1024 scores in 11.4, 8192 of 512 in 49, 65536 of 768 in 488.
+constexpr double kThresholdsStart = 3.5;
+constexpr double kThresholdsEntry = 0.0075;
+constexpr double kThresholdRows = 0.55;
+constexpr double kThresholdRowsEntry = 0.0005;
+constexpr double kKeptEntries = 16.0;  // entries a neighbour and row that a sample of one in 16 leaves
+
+double thresholds_us(double rows, double entries, const Machine& machine) {
+  return kGap + joined(kThresholdsStart + kThresholdsEntry * entries,
+                       machine.spread(rows * (kThresholdRows + kThresholdRowsEntry * entries)));
 }
 
-double refine_us(const ForwardPlan& plan, const Problem& problem, double rows, double scale) {
-  const double D = static_cast<double>(problem.D);
-  const double K = static_cast<double>(plan.K);
-  const double row_bytes = 2.5 * K * D * static_cast<double>(element_bytes(problem.dtype));
-  const double alone = 12.0 + 0.028 * D * K / 10.0;
-  const double scan = plan.path == ForwardPath::kDense ? 0.00003 * static_cast<double>(problem.M) : 0.0;
-  return std::max(alone, rows * (0.016 + scan + row_bytes / kCache) / scale);
+// Entries of a row: what a sample of one in r leaves. Exact sums of a row: the support set, its positives (four images
+// an identity, as in the record), and what the bounds of the entries leave, with one in 16 about as many again as K.
+constexpr double kListed = 3.0;
+constexpr double kBoundsLeave = 0.6;
+constexpr double kRefineStart = 7.0;
+constexpr double kRefineSum = 0.3;         // one after the other, in one warp: 1024 x 128 takes some 20, ..
+constexpr double kRefineElement = 2.5e-4;  // .. 1024 x 2048 takes 68.7
+constexpr double kRefineByte = 2.1e-4;
+constexpr double kRefineRows = 0.8;  // 8192 x 512: 206.7, 8192 x 2048: 432.8
+constexpr double kRefineRowsEntry = 0.008;
+constexpr double kRefineRowsElement = 2.6e-5;  // of a sum, beside its bytes
+// kDense finds its K-th bound among all scores of the row, three rows at a time on a multiprocessor: 64 x 65536 x 128
+// some 830 of 945, 2048 x 128 192 of 247, 512 x 8192 x 2048 some 280 of 397.
+constexpr double kDenseRows = 3.0;
+constexpr double kDenseEntry = 0.0128;
+constexpr double kDenseSum = 0.15;
+constexpr double kDenseElement = 3.0e-4;
+
+// What the screening keeps: so many candidates a neighbour.
+double kept_ratio(const ForwardPlan& plan) {
+  if (plan.path == ForwardPath::kDense) return 1.0;
+  return real(plan.second_stride > 0 ? plan.second_stride : plan.sample_stride);
 }
 
-double merge_us(double rows, double scale) {
-  return 5.0 + rows * 0.0009 / scale;
+double refine_us(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const Machine& machine) {
+  const double D = real(problem.D);
+  const double M = real(problem.M);
+  const double K = real(plan.K);
+  const double ratio = kept_ratio(plan);
+  const double sums = K + kListed + kBoundsLeave * ratio;
+  const double element = real(element_bytes(problem.dtype));
+  const double cached = std::min(1.0, kCacheSize / (M * D * element));
+  const double byte_us = cached / kCacheBytes + (1.0 - cached) / kFarBytes;
+  const double exact = sums * D * (kRefineRowsElement + element * byte_us);
+  if (plan.path == ForwardPath::kDense) {
+    const double alone = 1.0 + kDenseEntry * M + sums * (kDenseSum + kDenseElement * D);
+    return kGap + waves(real(rows) / kDenseRows, machine.device) * alone + machine.spread(real(rows) * exact);
+  }
+  const double alone = kRefineStart + sums * (kRefineSum + D * (kRefineElement + kRefineByte * element));
+  return kGap + joined(alone, machine.spread(real(rows) * (kRefineRows + kRefineRowsEntry * ratio * K + exact)));
+}
+
+constexpr double kMergeStart = 5.0;
+
+// ---- scores ---------------------------------------------------------------------------------------------------------
+
+// Multiply-adds of a multiprocessor by 128 x 128 tiles of mma.sync: 8192 x 2048 (414) against 8192 x 512 (154). Tiles
+// of 64 x 64 reach two thirds: 256 x 4096 x 2048 takes 20.3.
+constexpr double kTensor = 1.52e6;
+constexpr double kSmallTileShare = 0.66;
+constexpr double kScoresStart = 4.0;
+// Epilogue of a pair: written out; tested for its anchor; tested for both.
+constexpr double kDensePair = 2.0e-4;
+constexpr double kTestedPair = 1.5e-4;
+constexpr double kTwicePair = 2.1e-4;
+
+// The bank's kernel, a stage of 64 columns, and what its waves cost beside: 64 x 1024 x 2048 takes 100 longer than the
+// screening in two passes. 64 x 65536 x 2048 reads 537 MB in some 400.
+constexpr double kBankStage = 1.7;
+constexpr double kBankStart = 2.0;
+constexpr double kBankWave = 1.0;
+constexpr double kBankBytes = 1.4e6 / 132;
+constexpr std::int64_t kBankColumns = 128;
+
+double bank_pass_us(const ForwardPlan& plan, std::int64_t columns, const Machine& machine) {
+  const double stages = real(plan.padded_dims / kStageColumns);
+  const double count = waves(real(divide_up(columns, kBankColumns)), machine.device);
+  const double bytes = real(columns) * real(plan.padded_dims) * 4.0;
+  return kGap + kBankStart +
+         std::max(count * (kBankWave + kBankStage * stages),
+                  machine.spread(bytes / (kBankBytes * machine.rate.memory)));
 }
 
 }  // namespace
 
 double score_pass_us(const ScorePass& pass, const DeviceFacts& device) {
-  const double scale = devices(device);
-  const auto tiles_down = static_cast<double>(divide_up(pass.rows, pass.tile_rows));
-  const auto tiles_across = static_cast<double>(divide_up(pass.columns, pass.tile_columns));
-  const double tile_pairs = static_cast<double>(pass.tile_rows) * pass.tile_columns;
-  const double tiles = pass.symmetric ? tiles_down * (tiles_across + 1.0) / 2.0 : tiles_down * tiles_across;
-  const double share = pass.tile_rows < 128 ? 0.6 : 1.0;
-  const double epilogue = pass.symmetric ? 1.5e-6 : 1.1e-6;  // a pair
-  const double D = static_cast<double>(pass.dims);
-  const double tile_us = tile_pairs * (D / (kTensor * share) + epilogue);
-  // A block alone: its stages one after the other.
-  const double stages = D / static_cast<double>(kStageColumns);
-  const double alone = 3.0 + stages * (pass.tile_rows < 128 ? 0.29 : 0.5);
-  return kLaunch + std::max(alone, tiles * tile_us / scale);
+  const Rates rate = rates(device);
+  const double down = real(divide_up(pass.rows, pass.tile_rows));
+  const double across = real(divide_up(pass.columns, pass.tile_columns));
+  // Of a square, tiles on and above the diagonal: with as many rows as columns in a tile, down (down + 1) / 2.
+  const double tiles =
+      pass.symmetric ? across * (down + static_cast<double>(pass.tile_columns) / pass.tile_rows) / 2.0 : down * across;
+  const double pairs = static_cast<double>(pass.tile_rows) * pass.tile_columns;
+  const double share = pairs < 128.0 * 128.0 ? kSmallTileShare : 1.0;
+  const double epilogue = pass.dense ? kDensePair : pass.symmetric ? kTwicePair : kTestedPair;
+  const double tile_us = pairs * (real(pass.dims) / (kTensor * share * rate.tensor) + epilogue);
+  return kGap + kScoresStart + waves(tiles, device) * tile_us;
 }
 
 namespace {
 
-double plan_score_us(const ForwardPlan& plan, std::int64_t rows, std::int64_t columns, bool symmetric, bool dense,
-                     const DeviceFacts& device) {
+double scores_us(const ForwardPlan& plan, std::int64_t rows, std::int64_t columns, bool symmetric, bool dense,
+                 const Machine& machine) {
+  if (plan.path == ForwardPath::kBank) return bank_pass_us(plan, columns, machine);
   ScorePass pass{.rows = rows, .columns = columns, .dims = plan.padded_dims, .symmetric = symmetric, .dense = dense};
-  if (divide_up(rows, 128) * divide_up(columns, 128) < 256) pass.tile_rows = pass.tile_columns = 64;
-  const double us = score_pass_us(pass, device);
-  if (plan.path != ForwardPath::kBank) return us;
-  // Reads fp32 rows of the bank and converts them.
-  const double bytes = static_cast<double>(columns) * static_cast<double>(plan.padded_dims) * 4.0;
-  return 10.0 + std::max(us, bytes / (1.0e6 * devices(device)));
+  const double large = score_pass_us(pass, machine.device);
+  pass.tile_rows = pass.tile_columns = 64;
+  return std::min(large, score_pass_us(pass, machine.device));
 }
 
-void predict_cluster(const ForwardPlan& plan, const Problem& problem, Cost* cost) {
-  const double slices = static_cast<double>(cluster_planes(plan));
-  const double anchors = static_cast<double>(problem.N) / static_cast<double>(8 * plan.cluster);
-  cost->add("cluster", 10.0 + 3.0 * slices + 6.5 * anchors);
-}
-
-void predict_direct(const ForwardPlan& plan, const Problem& problem, const DeviceFacts& device, Cost* cost) {
-  const double scale = devices(device);
-  const auto strips = static_cast<double>(plan.strips);
-  const auto tiles = static_cast<double>(direct_tiles(plan.strip_rows, problem.M, plan.triangular));
-  const double tile = static_cast<double>(kDirectTile * kDirectTile);
-  const double slow = problem.dtype == DType::kFloat64 ? 2.0 : 1.0;
-  const double D = static_cast<double>(problem.D);
-  const double alone = 3.0 + 0.045 * static_cast<double>(plan.slice_elements);
-  const double tiles_us = std::max(alone, 3.0 + slow * tiles * tile * D / (kDirectRate * scale));
-  cost->add("tiles", strips * tiles_us, plan.strips);
-  const double M = static_cast<double>(problem.M);
-  const double rows = static_cast<double>(plan.strip_rows);
-  const double row_us = 0.008 + M * (problem.M > 1024 ? 0.00003 : 0.00001);
-  cost->add("select", strips * (10.0 + rows * row_us / scale), plan.strips);
-}
-
-void predict_screened(const ForwardPlan& plan, const Problem& problem, const DeviceFacts& device, Cost* cost) {
-  const double scale = devices(device);
-  const auto strips = static_cast<double>(plan.strips);
-  const auto rows = static_cast<double>(plan.strip_rows);
-  const bool dense = plan.path == ForwardPath::kDense;
-  const auto scores = [&](std::int64_t columns, bool symmetric, bool write) {
-    return strips * plan_score_us(plan, plan.strip_rows, columns, symmetric, write, device);
+void predict_screened(const ForwardPlan& plan, const Problem& problem, const Machine& machine, Cost* cost) {
+  const auto each = [&](const char* name, const auto& us_of) {
+    cost->add(name, all_strips(plan, problem, us_of), plan.strips);
+  };
+  const auto scores = [&](const char* name, std::int64_t columns, bool symmetric, bool dense) {
+    each(name, [&](auto rows) { return scores_us(plan, rows, columns, symmetric, dense, machine); });
+  };
+  const auto thresholds = [&](const char* name, double entries) {
+    each(name, [&](auto rows) { return thresholds_us(real(rows), entries, machine); });
   };
   cost->add("sample", sample_us(problem));
-  cost->add("facts", facts_us(plan, problem, scale));
-  cost->add("positives", positives_us(plan, problem, scale));
-  if (dense) {
-    cost->add("scores", scores(problem.M, false, true), plan.strips);
+  cost->add("facts", facts_us(plan, problem, machine));
+  cost->add("positives", positives_us(problem, machine));
+  if (plan.path == ForwardPath::kDense) {
+    scores("scores", problem.M, false, true);
   } else {
-    cost->add("sample scores", scores(plan.sample_columns, false, true), plan.strips);
-    const auto sample = static_cast<double>(plan.sample_columns);
-    cost->add("sample thresholds", strips * thresholds_us(rows, sample, scale), plan.strips);
-    if (may_have_large_identities(problem.M)) cost->add("far thresholds", strips * kLaunch, plan.strips);
+    scores("sample scores", plan.sample_columns, false, true);
+    thresholds("sample thresholds", real(plan.sample_columns));
+    if (may_have_large_identities(problem.M)) each("far thresholds", [](auto) { return kGap + kIdle; });
     if (plan.second_stride > 0) {
-      cost->add("second scores", scores(divide_up(problem.M, plan.second_stride), false, false), plan.strips);
-      cost->add("entry thresholds", strips * thresholds_us(rows, 160.0, scale), plan.strips);
+      scores("second scores", divide_up(problem.M, plan.second_stride), false, false);
+      thresholds("entry thresholds", kKeptEntries * real(plan.K));
     }
-    cost->add("scores", scores(problem.M, plan.triangular, false), plan.strips);
+    scores("scores", problem.M, plan.triangular, false);
   }
-  cost->add("refine", strips * refine_us(plan, problem, rows, scale), plan.strips);
-  cost->add("fallback", strips * kLaunch, plan.strips);
-  cost->add("merge", strips * merge_us(rows, scale), plan.strips);
+  each("refine", [&](auto rows) { return refine_us(plan, problem, rows, machine); });
+  each("fallback", [](auto) { return kGap + kIdle; });
+  each("merge", [](auto rows) { return kGap + kMergeStart + kFinalRow * real(rows); });
 }
 
 }  // namespace
@@ -152,38 +350,63 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Dev
 Cost predict_forward(const ForwardPlan& plan, const Problem& problem, const DeviceFacts& device, Batch batch) {
   static_cast<void>(batch);
   Cost cost;
+  const Machine machine(device);
   switch (plan.path) {
     case ForwardPath::kCluster:
-      predict_cluster(plan, problem, &cost);
+      cost.add("cluster", cluster_us(plan, problem, machine));
       break;
     case ForwardPath::kAuto:
     case ForwardPath::kDirect:
-      predict_direct(plan, problem, device, &cost);
+      predict_direct(plan, problem, machine, &cost);
       break;
     case ForwardPath::kDense:
     case ForwardPath::kScreen:
     case ForwardPath::kBank:
-      predict_screened(plan, problem, device, &cost);
+      predict_screened(plan, problem, machine, &cost);
       break;
   }
   return cost;
 }
 
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// Buckets: 8192 x 12 edges 2.8, 1.8 and 10; 65536 x 12 edges 6.9, 3.5 and 34.
+constexpr double kCountStart = 2.0;
+constexpr double kCountEdge = 0.0008;
+constexpr double kPrefixStart = 1.5;
+constexpr double kPrefixEdge = 0.0003;
+constexpr double kPlaceStart = 5.5;
+constexpr double kPlaceEdge = 0.0048;
+// Gather: 8192 x 2048 in 152 (bf16: 150), 65536 x 2048 in 1455, 65536 x 128 of bf16 in 139, 64 x 2048 in 7.1. A row of
+// an edge is an own or an incoming one; where it is both, it is fetched once.
+constexpr double kGatherStart = 5.5;
+constexpr double kGatherEdges = 1.5;
+constexpr double kGatherElement = 9.0e-5;  // instructions, whatever the type
+constexpr double kGatherEdge = 0.010;
+
+}  // namespace
+
 Cost predict_backward(const BackwardPlan& plan, const BackwardProblem& problem, const DeviceFacts& device) {
   Cost cost;
   if (plan.launches == 0) return cost;
-  const double scale = devices(device);
-  const double edges = static_cast<double>(problem.N) * static_cast<double>(problem.edges);
+  const Machine machine(device);
+  const double edges = real(problem.N) * real(problem.edges);
   if (plan.partitioned) {
-    cost.add("count", 2.0 + edges * 6.0e-6 / scale);
-    cost.add("prefix sums", kLaunch + edges * 2.0e-6 / scale);
-    cost.add("place", 6.0 + edges * 3.6e-5 / scale);
+    cost.add("count", kGap + kCountStart + machine.spread(kCountEdge * edges));
+    cost.add("prefix sums", kGap + kPrefixStart + machine.spread(kPrefixEdge * edges));
+    cost.add("place", kGap + kPlaceStart + machine.spread(kPlaceEdge * edges));
   }
-  const double row = static_cast<double>(problem.D) * static_cast<double>(element_bytes(problem.dtype));
+  const double D = real(problem.D);
   const bool both = problem.need_candidates && !problem.symmetric;
-  const double rows = static_cast<double>(problem.N) + (both ? static_cast<double>(problem.M) : 0.0);
-  const double bytes = (1.5 * edges + 2.0 * rows) * row;
-  cost.add("gather", 6.0 + bytes / (kCache * scale));
+  const double rows = real(problem.N) + (both ? real(problem.M) : 0.0);
+  const double row_bytes = D * real(element_bytes(problem.dtype));
+  const double fetched = kGatherEdges * edges;
+  const double kept = std::min(1.0, kCacheSize / std::max(1.0, real(problem.M) * row_bytes));
+  const double byte_us = kept / kCacheBytes + (1.0 - kept) / kFarBytes;
+  const double work = fetched * (kGatherEdge + kGatherElement * D + row_bytes * byte_us);
+  cost.add("gather", kGap + joined(kGatherStart, machine.spread(work) + machine.memory_us(2.0 * rows * row_bytes)));
   return cost;
 }
 

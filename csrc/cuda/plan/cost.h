@@ -11,9 +11,9 @@
 namespace sn::cuda {
 
 struct KernelCost {
-  const char* name = "";
-  std::int64_t launches = 0;
-  double us = 0.0;  // of all its launches
+  const char* name;
+  std::int64_t launches;
+  double us;  // of all its launches
 };
 
 // Microseconds of GPU time in a CUDA graph, kernels in the order of their first launch. Nothing is allocated.
@@ -30,7 +30,7 @@ class Cost {
   const KernelCost& kernel(int number) const { return kernels_[static_cast<std::size_t>(number)]; }
 
  private:
-  std::array<KernelCost, kMostKernels> kernels_{};
+  std::array<KernelCost, kMostKernels> kernels_;  // those beyond the count are not set: a plan costs nanoseconds
   int count_ = 0;
   double total_ = 0.0;
 };

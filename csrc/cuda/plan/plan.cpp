@@ -1,10 +1,11 @@
-// The one place where a problem meets its kernels. The thresholds between paths come from times of forced paths on an
-// NVIDIA H200 (benchmarks/results/nvidia-h200, steps "paths"; CUDA graphs, K = 10). For other devices they are a guess.
+// The one place where a problem meets its kernels. Of the paths that can serve it, it takes the one that the cost model
+// (cost.cpp) predicts to be the cheapest; there are no thresholds between paths.
 #include "cuda/plan/plan.h"
 
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/plan/cost.h"
 #include "cuda/plan/sizes.h"
 
 namespace sn::cuda {
@@ -14,33 +15,6 @@ namespace {
 constexpr std::int64_t kScratchEntries = std::int64_t{1} << 22;
 // Candidate buffers of one strip of the screening: 65536 anchors with 384 + 256 entries of 8 bytes are 320 MiB.
 constexpr std::int64_t kBufferBytes = std::int64_t{320} << 20;
-// Up to so many products, tiles of direct sums beat the longer chains of kernels: 640 x 2048 takes 78 us against
-// 111, half of 1024 x 1024 x 512 takes 79 against 94. Beyond one strip the tiles serve no second triangle and the
-// time doubles.
-constexpr std::int64_t kDirectProducts = std::int64_t{1} << 29;
-// Against few candidates of their own the chains cost more than they save: 16384 x 128 x 512 takes 226 us against 367,
-// 16384 x 256 x 512 takes 378 against 396 (16384 x 512 x 512: 697 against 447).
-constexpr std::int64_t kTinyRow = 256;
-constexpr std::int64_t kTinyProducts = std::int64_t{1} << 31;
-// Rows of more candidates are selected from by a radix search, which is slow for many anchors: 1536 x 128 takes 122 us
-// against 87. It pays for few anchors and not too many candidates: 256 x 4096 x 128 takes 54 against 86, 64 x 16384 x
-// 128 ties.
-constexpr std::int64_t kShortRow = 1024;
-constexpr std::int64_t kFewAnchors = 256;
-constexpr std::int64_t kLongRow = 8192;
-// Dense scores beat the screening below so many pairs: 768 x 2048 takes 123 us against 143 (1024 x 2048: 159 against
-// 155). With few anchors they do at this number, too (256 x 4096 x 2048: 149 against 207), unless rows are so long that
-// refining each takes longest.
-constexpr std::int64_t kDensePairs = std::int64_t{1} << 20;
-constexpr std::int64_t kDenseRow = 4096;
-// Reading a bank once pays while most of the work is converting it: 256 x 16384 x 128 takes 96 us against the
-// screening's 107, 256 x 65536 x 2048 takes 758 against 619.
-constexpr std::int64_t kBankDims = 128;
-// One cluster ties with tiles in two launches (15 us) where every warp has one anchor and every block one slice. With 8
-// anchors a warp it takes 64 us.
-constexpr std::int64_t kClusterAnchors = 32;
-constexpr std::int64_t kClusterWarps = 8;  // of a block
-
 // A sample of one in r leaves about r K candidates to look at, distributed as r times a Gamma(K) variable. So many
 // entries hold all of them but for about one row in 10^6 (r = 16, K = 10: 493).
 constexpr std::int64_t kSampleRatio = 16;
@@ -73,27 +47,47 @@ class Workspace {
   std::int64_t offset_ = 0;
 };
 
-void plan_cluster(ForwardPlan& plan, const Problem& problem) {
+// Every block has a slice where there are enough, and every warp an anchor where the device holds so many blocks.
+void plan_cluster(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
   plan.cluster = kClusterBlocks;
   plan.slice_elements = kChunk;
   while (direct_slices(problem.D, plan.slice_elements) > plan.cluster && plan.slice_elements < kLargestSlice) {
     plan.slice_elements *= 2;
   }
   plan.d_slices = direct_slices(problem.D, plan.slice_elements);
-  while (plan.cluster / 2 >= plan.d_slices) plan.cluster /= 2;
+  const auto spare = [&](int blocks) {
+    return blocks >= plan.d_slices && (blocks * kClusterWarps >= problem.N || plan.cluster > device.largest_cluster);
+  };
+  while (plan.cluster > 1 && spare(plan.cluster / 2)) plan.cluster /= 2;
   plan.strip_rows = problem.N;
   plan.strips = 1;
   plan.launches = 1;
   plan.workspace_bytes = 0;
 }
 
+// Smaller slices spread few tiles over all multiprocessors, larger ones leave the selection less to add up.
 void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
-  const DirectShape shape = direct_shape(problem, device, kScratchEntries);
-  plan.slice_elements = shape.slice_elements;
-  plan.d_slices = shape.d_slices;
-  plan.strip_rows = shape.strip_rows;
-  plan.strips = shape.strips;
-  plan.triangular = shape.triangular;
+  DirectShape best{};
+  double best_us = 0.0;
+  for (std::int64_t elements = kChunk; elements <= kLargestSlice; elements *= 2) {
+    const DirectShape shape = direct_shape(problem, elements, kScratchEntries);
+    plan.slice_elements = shape.slice_elements;
+    plan.d_slices = shape.d_slices;
+    plan.strip_rows = shape.strip_rows;
+    plan.strips = shape.strips;
+    plan.triangular = shape.triangular;
+    const double us = predict_forward(plan, problem, device).total();
+    if (best_us == 0.0 || us < best_us) {
+      best_us = us;
+      best = shape;
+    }
+    if (elements >= problem.D) break;
+  }
+  plan.slice_elements = best.slice_elements;
+  plan.d_slices = best.d_slices;
+  plan.strip_rows = best.strip_rows;
+  plan.strips = best.strips;
+  plan.triangular = best.triangular;
 
   Workspace workspace;
   plan.control = workspace.take(sizeof(Control));
@@ -172,31 +166,25 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
   plan.workspace_bytes = workspace.bytes();
 }
 
-bool direct_pays(const Problem& problem, const DeviceFacts& device) {
-  const std::int64_t pairs = problem.N * problem.M;
-  if (!problem.symmetric && problem.M <= kTinyRow) return pairs <= kTinyProducts / std::max<std::int64_t>(1, problem.D);
-  if (pairs > kDirectProducts || (problem.symmetric ? pairs / 2 : pairs) * problem.D > kDirectProducts) return false;
-  if (problem.M > kShortRow && (problem.N > kFewAnchors || problem.M > kLongRow)) return false;
-  return direct_shape(problem, device, kScratchEntries).strips == 1;
-}
-
-bool dense_pays(const Problem& problem) {
-  const std::int64_t pairs = problem.N * problem.M;
-  return problem.M <= kDenseRow && (problem.N <= kFewAnchors ? pairs <= kDensePairs : pairs < kDensePairs);
-}
-
-bool cluster_pays(const Problem& problem) {
+ForwardPlan plan_path(ForwardPath path, const Problem& problem, const DeviceFacts& device) {
   ForwardPlan plan;
-  plan_cluster(plan, problem);
-  return problem.N <= std::min(kClusterAnchors, kClusterWarps * plan.cluster) && plan.slice_elements == kChunk;
-}
-
-ForwardPath choose(const Problem& problem, const DeviceFacts& device) {
-  if (serves(ForwardPath::kCluster, problem, device) && cluster_pays(problem)) return ForwardPath::kCluster;
-  if (!serves(ForwardPath::kScreen, problem, device) || direct_pays(problem, device)) return ForwardPath::kDirect;
-  if (dense_pays(problem)) return ForwardPath::kDense;
-  return serves(ForwardPath::kBank, problem, device) && problem.D <= kBankDims ? ForwardPath::kBank
-                                                                               : ForwardPath::kScreen;
+  plan.path = path;
+  plan.K = std::min(problem.k, problem.M);
+  switch (path) {
+    case ForwardPath::kCluster:
+      plan_cluster(plan, problem, device);
+      break;
+    case ForwardPath::kAuto:
+    case ForwardPath::kDirect:
+      plan_direct(plan, problem, device);
+      break;
+    case ForwardPath::kDense:
+    case ForwardPath::kScreen:
+    case ForwardPath::kBank:
+      plan_screened(plan, problem, device);
+      break;
+  }
+  return plan;
 }
 
 }  // namespace
@@ -214,7 +202,7 @@ bool serves(ForwardPath path, const Problem& problem, const DeviceFacts& device)
         return false;
       }
       ForwardPlan plan;
-      plan_cluster(plan, problem);
+      plan_cluster(plan, problem, device);
       const std::int64_t planes = cluster_planes(plan);
       return plan.cluster <= device.largest_cluster &&
              planes <= std::min<std::int64_t>(kLargestPlanes, device.cluster_planes) &&
@@ -231,24 +219,20 @@ bool serves(ForwardPath path, const Problem& problem, const DeviceFacts& device)
 }
 
 ForwardPlan plan_forward(const Problem& problem, const DeviceFacts& device, ForwardPath wanted) {
-  ForwardPlan plan;
-  plan.path = wanted == ForwardPath::kAuto ? choose(problem, device) : wanted;
-  plan.K = std::min(problem.k, problem.M);
-  switch (plan.path) {
-    case ForwardPath::kCluster:
-      plan_cluster(plan, problem);
-      break;
-    case ForwardPath::kAuto:
-    case ForwardPath::kDirect:
-      plan_direct(plan, problem, device);
-      break;
-    case ForwardPath::kDense:
-    case ForwardPath::kScreen:
-    case ForwardPath::kBank:
-      plan_screened(plan, problem, device);
-      break;
+  if (wanted != ForwardPath::kAuto) return plan_path(wanted, problem, device);
+  ForwardPlan best = plan_path(ForwardPath::kDirect, problem, device);
+  double best_us = predict_forward(best, problem, device).total();
+  for (const ForwardPath path :
+       {ForwardPath::kCluster, ForwardPath::kDense, ForwardPath::kScreen, ForwardPath::kBank}) {
+    if (!serves(path, problem, device)) continue;
+    const ForwardPlan plan = plan_path(path, problem, device);
+    const double us = predict_forward(plan, problem, device).total();
+    if (us < best_us) {
+      best_us = us;
+      best = plan;
+    }
   }
-  return plan;
+  return best;
 }
 
 }  // namespace sn::cuda

@@ -101,7 +101,7 @@ struct ForwardPlan {
   // direct, cluster
   std::int64_t d_slices = 1;  // D is cut into so many aligned slices of slice_elements (the last may be shorter)
   std::int64_t slice_elements = 0;
-  bool triangular = false;  // half of the tiles serve both triangles
+  bool triangular = false;  // of a strip's rows with themselves half of the tiles serve both triangles
   int cluster = 1;
 
   // dense, screen, bank

@@ -29,8 +29,7 @@ constexpr std::int64_t direct_sort_keys(std::int64_t K) {
   return keys;
 }
 
-// How a problem is cut, with at most `scratch_entries` partial sums at a time (one anchor's, if those are more), and
-// slices enough to give every multiprocessor a block where D and the scratch allow.
+// How a problem is cut, with at most `scratch_entries` partial sums at a time (one anchor's, if those are more).
 struct DirectShape {
   std::int64_t slice_elements;
   std::int64_t d_slices;
@@ -41,29 +40,27 @@ struct DirectShape {
 constexpr std::int64_t direct_slices(std::int64_t D, std::int64_t slice_elements) {
   return D <= slice_elements ? 1 : divide_up(D, slice_elements);
 }
-// Tiles of one strip; at least one: a matrix without a counterpart is still checked for NaN and Inf.
+// Tiles of one strip; at least one: a matrix without a counterpart is still checked for NaN and Inf. triangular: of the
+// square that the strip's own rows make with themselves, those on and above the diagonal.
 constexpr std::int64_t direct_tiles(std::int64_t strip_rows, std::int64_t M, bool triangular) {
   const std::int64_t down = std::max<std::int64_t>(1, divide_up(strip_rows, kDirectTile));
   const std::int64_t across = std::max<std::int64_t>(1, divide_up(M, kDirectTile));
-  return triangular ? down * (down + 1) / 2 : down * across;
+  return down * across - (triangular ? down * (down - 1) / 2 : 0);
 }
-constexpr DirectShape direct_shape(const Problem& problem, const DeviceFacts& device, std::int64_t scratch_entries) {
+// Whether strips of an N x N problem begin where tiles do.
+constexpr bool direct_triangular(const Problem& problem, std::int64_t strip_rows) {
+  return problem.symmetric && (strip_rows >= problem.N || strip_rows % kDirectTile == 0);
+}
+constexpr DirectShape direct_shape(const Problem& problem, std::int64_t slice_elements, std::int64_t scratch_entries) {
   DirectShape shape{};
   const std::int64_t N = std::max<std::int64_t>(problem.N, 1);
   const std::int64_t M = std::max<std::int64_t>(problem.M, 1);
-  shape.slice_elements = kChunk;
-  while (shape.slice_elements < problem.D && shape.slice_elements < kLargestSlice) shape.slice_elements *= 2;
+  shape.slice_elements = slice_elements;
   shape.d_slices = direct_slices(problem.D, shape.slice_elements);
   shape.strip_rows = std::min(N, std::max<std::int64_t>(1, scratch_entries / shape.d_slices / M));
   if (shape.strip_rows > kDirectTile && shape.strip_rows < N) shape.strip_rows -= shape.strip_rows % kDirectTile;
   shape.strips = divide_up(N, shape.strip_rows);
-  shape.triangular = problem.symmetric && shape.strips == 1;
-  const std::int64_t tiles = direct_tiles(shape.strip_rows, M, shape.triangular);
-  while (shape.slice_elements > kChunk && tiles * shape.d_slices < device.multiprocessors &&
-         direct_slices(problem.D, shape.slice_elements / 2) <= scratch_entries / shape.strip_rows / M) {
-    shape.slice_elements /= 2;
-    shape.d_slices = direct_slices(problem.D, shape.slice_elements);
-  }
+  shape.triangular = direct_triangular(problem, shape.strip_rows);
   return shape;
 }
 
@@ -95,6 +92,7 @@ inline constexpr std::int64_t kClusterRows = 64;   // anchors, and candidates: o
 inline constexpr std::int64_t kLargestPlanes = 8;  // slices that one block of the cluster may keep
 inline constexpr int kClusterBlocks = 8;           // the largest cluster that needs no opt-in
 inline constexpr int kClusterMajor = 9;
+inline constexpr int kClusterWarps = 8;  // of a block
 // Sums of one anchor in a plane: 8 more than the tile has, against bank conflicts.
 inline constexpr std::int64_t kClusterPitch = 72;
 inline constexpr std::int64_t kClusterOther = 76 * 1024;  // bytes of shared memory beside the planes, an upper bound

@@ -212,8 +212,8 @@ READING = f"""## GPUs
 By device, each step from the newest record that ran it: ratios may compare times of two commits. Times are medians in
 microseconds; "both" is forward + backward, "graph" a replayed CUDA graph, "called" the same call from Python. A ~ marks
 an interquartile range above {render.NOISY:.0%} of the median. Expected times and ceilings are those of an
-{expected.DEVICE} in `benchmarks/gpu/expected.py`: the goal, or the prediction where there is no goal. A ratio is
-measured over expected.
+{expected.DEVICE} in `benchmarks/gpu/expected.py`: the goal, or the prediction where there is no goal. Those of forced
+paths, where a record has them, are the plan's own (`csrc/cuda/plan/cost.cpp`). A ratio is measured over expected.
 """
 
 

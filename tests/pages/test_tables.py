@@ -1,4 +1,5 @@
-"""Every figure in a table of README.md and docs/ comes from a record in benchmarks/results, or from the model's code.
+"""Every figure in a table of README.md and docs/ comes from a record in benchmarks/results, or from a model's code. So
+do those of csrc/cuda/README.md that have a marker.
 
 The comment before a table, `<!-- table:NAME argument ... -->`, says which of the functions below knows its rows.
 """
@@ -16,7 +17,7 @@ import pytest
 
 import records
 import render
-from support.pages import ROOT, Block, all_blocks
+from support.pages import PAGES, ROOT, Block, blocks
 
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = re.compile(r"[*~]*\d[\d.,]*( ± [\d.]+)?( ?(%|us|ms|s|MB|GB|GiB|x))?\**")
@@ -178,9 +179,17 @@ def model(rows: str, dims: str, element: str) -> Rows:
     return made
 
 
+def costs(name: str) -> Rows:
+    """Times of every path of the CUDA forward: predicted, planned in bold, and measured in brackets."""
+    import predict
+
+    return predict.costs(name)
+
+
 KNOWN: dict[str, Callable[..., Rows]] = {
     "compare": compare,
     "compare-short": compare_short,
+    "costs": costs,
     "cpu": cpu,
     "evaluation": evaluation,
     "gpu": gpu,
@@ -188,7 +197,8 @@ KNOWN: dict[str, Callable[..., Rows]] = {
     "model": model,
     "step": step,
 }
-TABLES = all_blocks("table")
+TABLES = [block for page in PAGES for block in blocks(page) if block.language == "table"]
+TABLES += [block for block in blocks(ROOT / "csrc" / "cuda" / "README.md") if block.marker.startswith("table:")]
 
 
 @pytest.fixture(autouse=True)

@@ -63,12 +63,13 @@ FUSED = ("float32", *HALVES)
 
 # Clusters of 1, 2, 4 and 8 blocks, and eight planes of shared memory.
 CLUSTER: Shapes = (
-    small(33, 64),
+    small(7, 64),
+    small(25, 64),
     small(50, 128, k=40),
     small(64, 200),
     Shape(63, 2048),
     Shape(64, 16384),
-    small(17, 70, 40),
+    small(16, 70, 40),
 )
 # The score tiles: D of one stage, off a stage, of many; 64 x 64 tiles, then 128 x 128, then several waves.
 DENSE: Shapes = (

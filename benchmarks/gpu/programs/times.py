@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 import expected
 import manifest
+import predict
 import protocol
 import records
 import sn_ops
@@ -234,6 +235,8 @@ def case_of(
     goal = None
     if backend == "cuda":
         goal = expected.expected_us(shape.N, shape.candidates, shape.D, shape.dtype, shape.bank, scope, wanted, how)
+        if goal is None and how == "graph" and scope == "forward":
+            goal = predict.predicted_us(predict.Shape(*astuple(shape)), taken or wanted)
     return {
         "label": shape.label,
         "N": shape.N,

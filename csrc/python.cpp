@@ -145,7 +145,7 @@ pybind11::dict cuda_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::in
       "path"_a = name_of(kCudaPaths, plan.path), "launches"_a = plan.launches,
       "workspace_bytes"_a = plan.workspace_bytes, "strip_rows"_a = plan.strip_rows, "strips"_a = plan.strips,
       "d_slices"_a = plan.d_slices, "slice_elements"_a = plan.slice_elements, "triangular"_a = plan.triangular,
-      "cluster"_a = plan.cluster, "sample_columns"_a = plan.sample_columns, "second_stride"_a = plan.second_stride,
+      "cluster"_a = plan.cluster, "sample_columns"_a = plan.sample_columns, "sample_group"_a = plan.sample_group,
       "buffer_capacity"_a = plan.buffer_capacity, "positive_anchors"_a = plan.positive_anchors,
       "positive_segments"_a = plan.positive_segments, "predicted_us"_a = cost.total(), "kernels"_a = kernels_of(cost));
 }

@@ -167,7 +167,6 @@ FIGURES: tuple[Figure, ...] = (
     Figure(65536, 65536, 128, "bfloat16", "forward", "later", 1100, kernel="scores", note="1000 to 1200, main loop"),
     Figure(65536, 65536, 128, "bfloat16", "forward", "predicted", 600, kernel="thresholds"),
     Figure(65536, 65536, 128, "bfloat16", "forward", "goal", 60, kernel="thresholds", note="from 420"),
-    Figure(65536, 65536, 128, "bfloat16", "forward", "predicted", 350, kernel="second sample"),
     # 65536 x 2048
     Figure(65536, 65536, 2048, "float32", "forward", "predicted", 31000),
     Figure(65536, 65536, 2048, "float32", "backward", "predicted", 2600),

@@ -64,14 +64,10 @@ cudaError_t run_screened(const ForwardArgs& args, const ForwardPlan& plan, char*
     const auto then = [&](auto enqueue) {
       if (steps.going()) steps.take(enqueue(args, plan, workspace, strip, stream));
     };
-    scores(ScoreMode::kDense, plan.sample_columns, plan.sample_stride);
+    scores(plan.sample_group > 1 ? ScoreMode::kSample : ScoreMode::kDense, plan.sample_columns, plan.sample_stride);
     if (plan.path != ForwardPath::kDense) {
-      then(enqueue_sample_thresholds);
+      then(enqueue_thresholds);
       if (large) then(enqueue_far_thresholds);
-      if (plan.second_stride > 0) {
-        scores(ScoreMode::kAppend, divide_up(M, plan.second_stride), plan.second_stride);
-        then(enqueue_entry_thresholds);
-      }
       scores(ScoreMode::kAppend, M, 1);
     }
     then(enqueue_refine);

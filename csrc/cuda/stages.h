@@ -59,9 +59,9 @@ cudaError_t enqueue_facts(const ForwardArgs& args, const ForwardPlan& plan, char
 // must have zeroed that and the counts. N and M are at least 1.
 cudaError_t enqueue_positives(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
 
-// Tensor-core scores of anchors against candidates: written out (dense), or tested against thresholds as they leave the
-// accumulators (append). The score of a pair is s_ij = n_j - 2 h_i . h_j; bound.cuh says what it proves. The consumer
-// may rely on this:
+// Tensor-core scores of anchors against candidates: written out (dense), gathered into bounds of groups (sample), or
+// tested against thresholds as they leave the accumulators (append). The score of a pair is s_ij = n_j - 2 h_i . h_j;
+// bound.cuh says what it proves. The consumer may rely on this:
 //
 // * Every pair of the requested range is scored once for its anchor, self pairs included: whoever reads the entries
 //   drops an anchor's own row (by SelfMap). Candidates of a subset are c * column_stride for c in [0, columns).
@@ -76,11 +76,16 @@ cudaError_t enqueue_positives(const ForwardArgs& args, const ForwardPlan& plan, 
 //
 // * Null rows (bound.cuh) beyond Control.last_null are not appended by the support test.
 //
+// * kSample: the candidates of the sample are shared out over sample_groups(plan) groups of plan.sample_group each, in
+//   some way, so that one group has no neighbours in the order of candidates. Of each group an upper bound of the
+//   distance, in units of the cast, of one of its candidates (certificate.cuh), +inf where no score means anything.
+//
 // * Control.unscreenable: nothing is written, but kBank notes what is not finite when it appends from all candidates.
 enum class ScoreMode : std::int32_t {
   kDense = 0,  // gScores[i - row_begin][c] for all anchors of the strip and all requested columns c, at plan.buffer
   kAppend =
-      1,  // support test, and far test where `far`; into plan.buffer, plan.far_buffer, plan.counts [2][strip_rows]
+      1,       // support test, and far test where `far`; into plan.buffer, plan.far_buffer, plan.counts [2][strip_rows]
+  kSample = 2  // gScores[i - row_begin][group], at plan.buffer
 };
 
 struct ScoreRequest {
@@ -102,12 +107,10 @@ cudaError_t enqueue_bank_scores(const ForwardArgs& args, const ForwardPlan& plan
 
 // Behind the screening: thresholds from a sample, exact keys of what the screening could not rule out, the certificate.
 
-// Sets T and u of the strip's anchors from the dense scores of the sample, and G to "never"; zeroes the counts.
-cudaError_t enqueue_sample_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
-                                      const Strip& strip, cudaStream_t stream);
-// Tightens T and u by the entries that a screening of a subset has left in the buffers; zeroes the counts.
-cudaError_t enqueue_entry_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
-                                     const Strip& strip, cudaStream_t stream);
+// Sets T and u of the strip's anchors from the scores of the sample (its groups', where plan.sample_group > 1), and G
+// to "never"; zeroes the counts.
+cudaError_t enqueue_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
+                               cudaStream_t stream);
 // Sets G and g2 of anchors that have more positives than are listed. Only needed where may_have_large_identities(M).
 cudaError_t enqueue_far_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
                                    const Strip& strip, cudaStream_t stream);

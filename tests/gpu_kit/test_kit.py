@@ -150,7 +150,8 @@ def test_the_smoke_test_reaches_every_path_and_dtype(core: ModuleType) -> None:
     assert max(plan["d_slices"] / plan["cluster"] for plan in clusters) == 8
     assert {plan["strips"] > 1 for plan in plans(core, "direct", "float32")} == {True, False}
     assert {plan["strips"] > 1 for plan in plans(core, "dense", "float32")} == {True, False}
-    assert {plan["second_stride"] > 0 for plan in plans(core, "screen", "float32")} == {True, False}
+    for path in ("screen", "bank"):
+        assert {plan["sample_group"] for plan in plans(core, path, "float32")} == {1, 8, 32}
     partitioned = {
         core.cuda_backward_plan(s.N, s.M or s.N, s.D, s.k, 0, s.M is None, **H200.facts)["partitioned"]
         for s in smoke.BACKWARD

@@ -156,11 +156,11 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
     const auto enough = [&](std::int64_t stride) { return stride > 0 && problem.M / stride > plan.K; };
     if (enough(settings.sample_stride)) plan.sample_stride = settings.sample_stride;
     plan.sample_columns = (problem.M + plan.sample_stride - 1) / plan.sample_stride;
-    if (enough(settings.second_stride)) plan.second_stride = settings.second_stride;
+    if (settings.sample_group > 0) plan.sample_group = settings.sample_group;
     if (settings.far_capacity > 0) plan.far_capacity = settings.far_capacity;
   }
   plan.counts.bytes = plan.strip_rows * 2 * 4;
-  plan.buffer.bytes = plan.strip_rows * std::max(plan.buffer_capacity * 8, plan.sample_columns * 4);
+  plan.buffer.bytes = sn::cuda::screened_buffer_bytes(plan);
   plan.far_buffer.bytes = plan.strip_rows * plan.far_capacity * 8;
   plan.queue.bytes = plan.strip_rows * 4;
   plan.launches = sn::cuda::screened_launches(plan, problem);

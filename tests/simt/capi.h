@@ -28,7 +28,7 @@ struct sn_simt_settings {
   std::int32_t slice_elements;  // direct: 64, 128 or 256
   std::int32_t score_tile;      // dense, screen: 64, 128 or 256 columns
   std::int32_t sample_stride;   // screen, bank
-  std::int32_t second_stride;   // screen, bank
+  std::int32_t sample_group;    // screen, bank: 1, 8 or 32
   std::int32_t far_capacity;    // screen, bank
 
   std::int32_t mma_model;  // simt::MmaModel; other than 0: no injected error

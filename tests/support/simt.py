@@ -63,7 +63,7 @@ class Settings:
     slice_elements: int = 0
     score_tile: int = 0
     sample_stride: int = 0
-    second_stride: int = 0
+    sample_group: int = 0
     far_capacity: int = 0
     mma_model: str = "none"
     positive_anchors: int = 0
@@ -175,7 +175,7 @@ class _Settings(ctypes.Structure):
         ("slice_elements", ctypes.c_int32),
         ("score_tile", ctypes.c_int32),
         ("sample_stride", ctypes.c_int32),
-        ("second_stride", ctypes.c_int32),
+        ("sample_group", ctypes.c_int32),
         ("far_capacity", ctypes.c_int32),
         ("mma_model", ctypes.c_int32),
         ("positive_anchors", ctypes.c_int32),

@@ -80,12 +80,14 @@ DENSE: Shapes = (
     Shape(2100, 64),
     Shape(40, 130, 3000),
 )
+# Single scores of the sample, groups of a lane, groups of a quad.
 SCREEN: Shapes = (small(150, 64), Shape(700, 200), Shape(1100, 2048), Shape(3000, 200), Shape(3000, 64, k=128))
 SCREEN += (small(20, 65, 300), Shape(200, 200, 20000), Shape(3000, 128, images=600))
+SCREEN += (Shape(300, 64, 20000, k=1),)
 DIRECT: Shapes = (small(70, 64), Shape(300, 200), Shape(129, 2048), Shape(1500, 64), small(40, 33, 90), Shape(4000, 64))
 DIRECT += (small(150, 20, k=140), Shape(1400, 33, k=1100))
 BANK: Shapes = (small(16, 64, 300), Shape(16, 64, 4096), Shape(200, 130, 30000), Shape(256, 2048, 5000))
-BANK += (Shape(64, 256, 65536, images=600),)
+BANK += (Shape(64, 256, 65536, images=600), Shape(100, 64, 40000, k=1))
 # One kernel; buckets of targets; hubs with many incoming edges; both gradients.
 BACKWARD: Shapes = (
     small(100, 65),

@@ -203,16 +203,15 @@ double positives_us(const Problem& problem, const Machine& machine) {
          machine.spread(kPositiveLookup * lookups);
 }
 
-// A block a row: 256 rows of 1024 scores in 11.4, 8192 of 512 in 49, 65536 of 768 in 488.
-constexpr double kThresholdsStart = 3.5;
-constexpr double kThresholdsEntry = 0.0075;
-constexpr double kThresholdRows = 0.55;
-constexpr double kThresholdRowsEntry = 0.0005;
-constexpr double kKeptEntries = 16.0;  // entries a neighbour and row that a sample of one in 16 leaves
+// Counted, not measured: a warp an anchor issues some 400 instructions and half a one a value, and reads what the sample
+// left. A multiprocessor issues four a clock.
+constexpr double kThresholdsStart = 1.5;
+constexpr double kThresholdRows = 0.058;
+constexpr double kThresholdValue = 0.7e-4;
 
-double thresholds_us(double rows, double entries, const Machine& machine) {
-  return kGap + joined(kThresholdsStart + kThresholdsEntry * entries,
-                       machine.spread(rows * (kThresholdRows + kThresholdRowsEntry * entries)));
+double thresholds_us(double rows, double values, const Machine& machine) {
+  return kGap + kThresholdsStart + machine.spread(rows * (kThresholdRows + kThresholdValue * values)) +
+         machine.memory_us(4.0 * rows * values);
 }
 
 // Entries of a row: what a sample of one in r leaves. Exact sums of a row: the support set, its positives (four images
@@ -236,7 +235,7 @@ constexpr double kDenseElement = 3.0e-4;
 // What the screening keeps: so many candidates a neighbour.
 double kept_ratio(const ForwardPlan& plan) {
   if (plan.path == ForwardPath::kDense) return 1.0;
-  return real(plan.second_stride > 0 ? plan.second_stride : plan.sample_stride);
+  return real(plan.sample_stride);
 }
 
 double refine_us(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const Machine& machine) {
@@ -244,7 +243,7 @@ double refine_us(const ForwardPlan& plan, const Problem& problem, std::int64_t r
   const double M = real(problem.M);
   const double K = real(plan.K);
   const double ratio = kept_ratio(plan);
-  const double sums = K + kListed + kBoundsLeave * ratio;
+  const double sums = K + kListed + kBoundsLeave * std::min(ratio, 16.0);  // a thinner sample leaves no more
   const double element = real(element_bytes(problem.dtype));
   const double cached = std::min(1.0, kCacheSize / (M * D * element));
   const double byte_us = cached / kCacheBytes + (1.0 - cached) / kFarBytes;
@@ -322,9 +321,6 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Mac
   const auto scores = [&](const char* name, std::int64_t columns, bool symmetric, bool dense) {
     each(name, [&](auto rows) { return scores_us(plan, rows, columns, symmetric, dense, machine); });
   };
-  const auto thresholds = [&](const char* name, double entries) {
-    each(name, [&](auto rows) { return thresholds_us(real(rows), entries, machine); });
-  };
   cost->add("sample", sample_us(problem));
   cost->add("facts", facts_us(plan, problem, machine));
   cost->add("positives", positives_us(problem, machine));
@@ -332,12 +328,8 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Mac
     scores("scores", problem.M, false, true);
   } else {
     scores("sample scores", plan.sample_columns, false, true);
-    thresholds("sample thresholds", real(plan.sample_columns));
+    each("thresholds", [&](auto rows) { return thresholds_us(real(rows), real(sample_groups(plan)), machine); });
     if (may_have_large_identities(problem.M)) each("far thresholds", [](auto) { return kGap + kIdle; });
-    if (plan.second_stride > 0) {
-      scores("second scores", divide_up(problem.M, plan.second_stride), false, false);
-      thresholds("entry thresholds", kKeptEntries * real(plan.K));
-    }
     scores("scores", problem.M, plan.triangular, false);
   }
   each("refine", [&](auto rows) { return refine_us(plan, problem, rows, machine); });

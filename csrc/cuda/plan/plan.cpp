@@ -15,21 +15,26 @@ namespace {
 constexpr std::int64_t kScratchEntries = std::int64_t{1} << 22;
 // Candidate buffers of one strip of the screening: 65536 anchors with 384 + 256 entries of 8 bytes are 320 MiB.
 constexpr std::int64_t kBufferBytes = std::int64_t{320} << 20;
-// A sample of one in r leaves about r K candidates to look at, distributed as r times a Gamma(K) variable. So many
-// entries hold all of them but for about one row in 10^6 (r = 16, K = 10: 493).
+// A sample of one candidate in r leaves about r K to look at, distributed as r times a Gamma(K) variable: 174 +- 55 for
+// r = 16, K = 10 and groups of 8.
 constexpr std::int64_t kSampleRatio = 16;
-std::int64_t expected_entries(std::int64_t K, std::int64_t ratio) {
-  const double k = static_cast<double>(K);
-  return ratio * static_cast<std::int64_t>(std::ceil(k + 5.0 * std::sqrt(k) + 5.0));
-}
 constexpr std::int64_t kSmallestBuffer = 512;
-// Very many anchors get a quarter less memory for a larger second sample. Errors of the scores leave a fifth more
-// entries at D = 2048, so one row in 10^4 has more than 32 r entries. With a sample of one in 16 it would be one row in
-// 200, by estimate; the fallback that served those rows took two thirds of the forward.
+// Very many anchors get a quarter less memory for a larger sample. Errors of the scores leave a fifth more entries at D
+// = 2048, so one row in 10^4 has more than 32 r entries. With a sample of one in 16 it would be one row in 200, by
+// estimate; the fallback that served those rows took two thirds of the forward.
 constexpr std::int64_t kLeanRatio = 12;
 constexpr std::int64_t kLeanEntries = 32;  // times the ratio: room for up to 10 neighbours
 constexpr std::int64_t kLeanNeighbours = 10;
 constexpr std::int64_t kLeanFrom = 32768;
+// Few anchors do not fill the machine with a sample, however small, and their buffers cost nothing: a sample of at
+// least so many candidates while that is at most one in kSampleRatio, buffers of kFewEntries to kMostFewEntries.
+constexpr std::int64_t kFewSample = 2048;
+constexpr std::int64_t kFewEntries = 2048;
+constexpr std::int64_t kMostFewEntries = 4096;
+// Groups per neighbour that the threshold is taken from: 4 leave 15 % more entries than single scores would, 15 leave
+// 4 %. Where lanes' groups are fewer, single scores are kept; where those of quads are, lanes' are.
+constexpr std::int64_t kLaneGroupShare = 4;
+constexpr std::int64_t kQuadGroupShare = 15;
 constexpr std::int64_t kFarCapacity = 256;
 constexpr std::int64_t kSmallestSample = 64;
 constexpr std::int64_t kSampleMultiple = 64;
@@ -99,11 +104,64 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
   plan.workspace_bytes = workspace.bytes();
 }
 
+// The probability that a row has more than `entries` of M candidates within the least bounds of K groups of a sample:
+// of those candidates, fewer than K groups then hold one. The sampled ones, and the groups that they fall to, are taken
+// as independent.
+double overflow_probability(std::int64_t entries, std::int64_t M, std::int64_t sample, std::int64_t group,
+                            std::int64_t K) {
+  if (entries >= M) return 0.0;
+  const double groups = static_cast<double>(sample) / static_cast<double>(group);
+  const double missed =
+      std::pow(1.0 - static_cast<double>(entries) / static_cast<double>(M), static_cast<double>(group));
+  double term = groups * std::log(missed);  // logarithm of the probability that so many groups hold one
+  double sum = 0.0;
+  for (std::int64_t held = 0; held < K && static_cast<double>(held) < groups; ++held) {
+    sum += std::exp(term);
+    term += std::log((groups - static_cast<double>(held)) / static_cast<double>(held + 1) * (1.0 - missed) / missed);
+  }
+  return sum;
+}
+
+// Entries that hold all but about one row in 10^6: 512 for 8192 candidates, one in 16 of them in single scores.
+std::int64_t likely_entries(std::int64_t M, std::int64_t sample, std::int64_t group, std::int64_t K) {
+  constexpr double kOverflow = 2e-6;
+  std::int64_t low = 1;  // kSampleMultiple times it may be too few
+  std::int64_t high = divide_up(M, kSampleMultiple);
+  while (low < high) {
+    const std::int64_t middle = (low + high) / 2;
+    if (overflow_probability(middle * kSampleMultiple, M, sample, group, K) <= kOverflow) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low * kSampleMultiple;
+}
+
+// A sample of one in `ratio`, and the buffer that it needs.
+void plan_sample(ForwardPlan& plan, const Problem& problem, std::int64_t ratio, bool lean) {
+  const std::int64_t M = problem.M;
+  const std::int64_t least = std::max<std::int64_t>(kSmallestSample, 2 * plan.K);
+  plan.sample_stride = std::max<std::int64_t>(1, std::min(ratio, M / least));
+  plan.sample_columns = divide_up(M, plan.sample_stride);
+  const auto has_groups = [&](std::int64_t group, std::int64_t share) {
+    return plan.sample_columns / group >= share * (plan.K + 1);
+  };
+  plan.sample_group = has_groups(kQuadGroup, kQuadGroupShare)   ? kQuadGroup
+                      : has_groups(kLaneGroup, kLaneGroupShare) ? kLaneGroup
+                                                                : 1;
+  const std::int64_t enough =
+      lean ? kLeanEntries * ratio : likely_entries(M, plan.sample_columns, plan.sample_group, plan.K);
+  const std::int64_t smallest = lean                    ? kLeanEntries * kLeanRatio
+                                : problem.N <= kFewRows ? kFewEntries
+                                                        : kSmallestBuffer;
+  plan.buffer_capacity = std::max({smallest, fallback_entries(plan.K), round_up(enough, kSampleMultiple)});
+}
+
 // What the screened paths share: the cast copies, facts of rows, lists of positives, buffers.
 void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
   const std::int64_t N = problem.N;
   const std::int64_t M = problem.M;
-  const std::int64_t K = plan.K;
   const bool dense = plan.path == ForwardPath::kDense;
   const bool in_place = problem.dtype != DType::kFloat32 && problem.aligned && problem.D % kCopyElements == 0;
   plan.padded_dims = round_up(problem.D, kStageColumns);
@@ -113,30 +171,24 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
   if (dense) {
     plan.sample_columns = M;
     plan.sample_stride = 1;
-    plan.buffer_capacity = fallback_entries(K);
+    plan.buffer_capacity = fallback_entries(plan.K);
     plan.far_capacity = 0;
     plan.strip_rows = std::min({N, std::max<std::int64_t>(1, kScratchEntries / M),
                                 std::max<std::int64_t>(1, kBufferBytes / (8 * plan.buffer_capacity))});
   } else {
-    // Two samplings of ratio sqrt(M / sample) each serve more candidates than one of ratio kSampleRatio can.
-    const bool lean = N >= kLeanFrom && K <= kLeanNeighbours;
-    const std::int64_t densest = lean ? kLeanRatio : kSampleRatio;
-    const std::int64_t smallest = lean ? kLeanEntries * kLeanRatio : kSmallestBuffer;
-    const std::int64_t least = std::max<std::int64_t>(kSmallestSample, 2 * K);
-    std::int64_t sample = std::max(least, round_up(M / densest, kSampleMultiple));
-    std::int64_t ratio = densest;
-    const std::int64_t largest =
-        2 * std::max(smallest, fallback_entries(K));  // scores that fit the place of the buffer
-    if (sample > largest) {
-      sample = largest;
-      ratio = std::max(densest, static_cast<std::int64_t>(std::ceil(std::sqrt(static_cast<double>(M) / sample))));
-      plan.second_stride = ratio;
+    // The place of the buffer also holds what the sample leaves: beyond some 500,000 candidates both grow as sqrt(M).
+    const bool lean = N >= kLeanFrom && plan.K <= kLeanNeighbours;
+    std::int64_t ratio = lean ? kLeanRatio : kSampleRatio;
+    if (N <= kFewRows) ratio = std::max(ratio, M / kFewSample);
+    plan_sample(plan, problem, ratio, lean);
+    while (N <= kFewRows && plan.buffer_capacity > kMostFewEntries && ratio > kSampleRatio) {
+      ratio = std::max(kSampleRatio, ratio * 7 / 8);
+      plan_sample(plan, problem, ratio, lean);
     }
-    sample = std::min(sample, M);
-    plan.sample_stride = M / sample;
-    plan.sample_columns = divide_up(M, plan.sample_stride);
-    const std::int64_t enough = lean ? kLeanEntries * ratio : expected_entries(K, ratio);
-    plan.buffer_capacity = std::max({smallest, fallback_entries(K), round_up(enough, kSampleMultiple)});
+    while (N > kFewRows && sample_groups(plan) * 4 > plan.buffer_capacity * 8 && plan.sample_columns > 1024) {
+      ratio = divide_up(ratio * 9, 8);
+      plan_sample(plan, problem, ratio, lean);
+    }
     plan.far_capacity = kFarCapacity;
     plan.strip_rows =
         std::min(N, std::max<std::int64_t>(1, kBufferBytes / (8 * (plan.buffer_capacity + kFarCapacity))));
@@ -159,7 +211,7 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
   plan.positive_count = workspace.take(N * 4);
   plan.positive_list = workspace.take(N * kPositiveEntries * 4);
   plan.counts = workspace.take(plan.strip_rows * 2 * 4);
-  plan.buffer = workspace.take(plan.strip_rows * std::max(plan.buffer_capacity * 8, plan.sample_columns * 4));
+  plan.buffer = workspace.take(screened_buffer_bytes(plan));
   plan.far_buffer = workspace.take(plan.strip_rows * plan.far_capacity * 8);
   plan.queue = workspace.take(plan.strip_rows * 4);
   plan.launches = screened_launches(plan, problem);

@@ -108,9 +108,9 @@ struct ForwardPlan {
   std::int64_t padded_dims = 0;  // D of the cast copy, a multiple of 64
   bool cast_anchors = false;     // false: the half-precision input serves in place
   bool cast_candidates = false;
-  std::int64_t sample_columns = 0;   // dense scores that give the first thresholds (kDense: M)
+  std::int64_t sample_columns = 0;   // candidates whose scores give the thresholds (kDense: M)
   std::int64_t sample_stride = 1;    // column c is candidate c * sample_stride
-  std::int64_t second_stride = 0;    // 0: none; else candidates c * second_stride are screened first to tighten them
+  std::int64_t sample_group = 1;     // columns of which one bound is kept, kLaneGroup or kQuadGroup; 1: every score
   std::int64_t buffer_capacity = 0;  // entries a row
   std::int64_t far_capacity = 0;
   int score_tile = 0;  // columns of a block's tile of scores: 64 (x 64), 128 (x 128), 256 (x 128); 0: by their number
@@ -131,7 +131,8 @@ struct ForwardPlan {
   Piece positive_count;   // int32 [N], of leaders: candidates with the label
   Piece positive_list;    // int32 [N][kPositiveEntries], of leaders
   Piece counts;           // uint32 [2][strip_rows]: entries in the buffer, in the far buffer
-  // uint64 [strip_rows][buffer_capacity]; dense scores, float [strip_rows][sample_columns], lie in the same place.
+  // uint64 [strip_rows][buffer_capacity]; what the sample leaves, float [strip_rows][sample_columns or
+  // sample_groups()], lies in the same place.
   Piece buffer;
   Piece far_buffer;  // uint64 [strip_rows][far_capacity]
   Piece queue;       // int32 [strip_rows]

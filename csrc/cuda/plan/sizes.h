@@ -141,6 +141,27 @@ inline float row_slack(std::int64_t padded_dims) {
   return 1.0f + 0x1p-20f + static_cast<float>(padded_dims / 32 + 16) * 0x1p-23f;
 }
 
+// Bounds that a sample leaves of each row. A group is the columns that one lane of a score kernel has of a row in 32
+// columns of its tile, or all 32: those of the four lanes that share the row. Tiles of the sample cover a multiple of
+// kSamplePad columns.
+inline constexpr std::int64_t kLaneGroup = 8;
+inline constexpr std::int64_t kQuadGroup = 32;
+inline constexpr std::int64_t kSamplePad = 128;
+static_assert(kSamplePad % kQuadGroup == 0);
+constexpr std::int64_t padded_sample(std::int64_t columns) {
+  return round_up(columns, kSamplePad);
+}
+constexpr std::int64_t sample_groups(const ForwardPlan& plan) {
+  return plan.sample_group == 1 ? plan.sample_columns : padded_sample(plan.sample_columns) / plan.sample_group;
+}
+// Of ForwardPlan::buffer.
+constexpr std::int64_t screened_buffer_bytes(const ForwardPlan& plan) {
+  return plan.strip_rows * std::max(plan.buffer_capacity * 8, sample_groups(plan) * 4);
+}
+
+// Up to so many anchors do not fill the machine a warp each.
+inline constexpr std::int64_t kFewRows = 1024;
+
 // enqueue_sample and enqueue_facts, a kernel each.
 inline constexpr std::int64_t kPrepareLaunches = 2;
 
@@ -210,12 +231,11 @@ constexpr bool may_have_large_identities(std::int64_t M) {
 // Kernels of run_screened: preparation and positives once, then for each strip
 //
 //   kDense           scores, refinement, fallback, merge
-//   kScreen, kBank   sample, thresholds, [thresholds of large identities], [second sample, thresholds], scores,
-//                    refinement, fallback, merge.
+//   kScreen, kBank   sample, thresholds, [thresholds of large identities], scores, refinement, fallback, merge.
 constexpr std::int64_t screened_launches(const ForwardPlan& plan, const Problem& problem) {
   std::int64_t per_strip = 4;
   if (plan.path != ForwardPath::kDense) {
-    per_strip += 2 + (may_have_large_identities(problem.M) ? 1 : 0) + (plan.second_stride > 0 ? 2 : 0);
+    per_strip += 2 + (may_have_large_identities(problem.M) ? 1 : 0);
   }
   return kPrepareLaunches + 1 + plan.strips * per_strip;
 }

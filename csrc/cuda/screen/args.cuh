@@ -34,10 +34,10 @@ struct RefineArgs {
   const std::int32_t* gPositiveCount;   // [N]
   const std::int32_t* gPositiveList;    // [N][kPositiveEntries]
 
-  const float* gScores;  // [rows][columns], where the buffer is
+  const float* gScores;  // [rows][columns], or least upper bounds [rows][groups]; where the buffer is
   std::int64_t columns;
   std::int64_t column_stride;
-  std::int64_t second_stride;
+  std::int64_t groups;
   std::uint32_t* gCounts;     // [strip_rows]
   std::uint32_t* gFarCounts;  // [strip_rows]
   std::uint64_t* gBuffer;     // [strip_rows][capacity]
@@ -86,7 +86,7 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
   return {.forward = args,
           .K = plan.K,
           .aligned = rows_aligned(args.anchors, args.dtype) && rows_aligned(args.candidates, args.dtype),
-          .many_rows = plan.path == ForwardPath::kScreen,
+          .many_rows = plan.path == ForwardPath::kScreen && strip.rows > kFewRows,
           .dense = plan.path == ForwardPath::kDense,
           .row_begin = strip.begin,
           .rows = strip.rows,
@@ -101,7 +101,7 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
           .gScores = piece<float>(workspace, plan.buffer),
           .columns = plan.sample_columns,
           .column_stride = plan.sample_stride,
-          .second_stride = plan.second_stride,
+          .groups = sample_groups(plan),
           .gCounts = counts,
           .gFarCounts = counts + plan.strip_rows,
           .gBuffer = piece<std::uint64_t>(workspace, plan.buffer),

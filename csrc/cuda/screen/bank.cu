@@ -38,7 +38,7 @@ struct BankTile : TileShape<static_cast<int>(kBankAnchorRows), kColumns, kWarpRo
 };
 using BankAppendTile = BankTile<128, 64, 64>;
 // A sample is a fraction of the bank: smaller tiles give every multiprocessor one.
-using BankDenseTile = BankTile<32, 32, 32>;
+using BankSampleTile = BankTile<32, 32, 32>;
 
 struct BankArgs {
   ScoreArgs<Half> score;  // candidates.rows, .stride, .n, .rho: not used
@@ -55,11 +55,16 @@ struct BankArgs {
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
+// Of the block's candidate `row`. Those of a sample are spread: scores.cu tells why.
+template <class Tile, ScoreMode kMode>
+__device__ __forceinline__ std::int64_t number_of(int row) {
+  return kMode == ScoreMode::kSample ? block_id() + row * block_count() : block_id() * Tile::kColumns + row;
+}
+
 // A thread's chunks of one stage of the candidates. Chunk 2c goes to place c, chunk 2c + 1 to place 8 + c: a converting
 // thread reads two neighbouring chunks, and eight such threads then read 128 bytes in a row.
-template <class Tile>
-__device__ __forceinline__ void copy_wide(const Shared<float>& sWide, const BankArgs& args, std::int64_t column,
-                                          std::int64_t first) {
+template <class Tile, ScoreMode kMode>
+__device__ __forceinline__ void copy_wide(const Shared<float>& sWide, const BankArgs& args, std::int64_t first) {
   constexpr int kPack = Pack<float>::kElements;
   const int chunk = thread_id() % Tile::kWideChunks;
   const int place = (chunk % 2 * (Tile::kWideChunks / 2) + chunk / 2) * kPack;
@@ -67,7 +72,7 @@ __device__ __forceinline__ void copy_wide(const Shared<float>& sWide, const Bank
 #pragma unroll
   for (int q = 0; q < Tile::kColumns / Tile::kWideRows; ++q) {
     const int row = thread_id() / Tile::kWideChunks + q * Tile::kWideRows;
-    const std::int64_t number = column + row;
+    const std::int64_t number = number_of<Tile, kMode>(row);
     const bool exists = number < args.score.candidates.count && begin < args.dims;
     const float* gChunk = args.candidates + number * args.score.candidates.step * args.candidate_stride + begin;
     if (!exists || (args.aligned && begin + kPack <= args.dims)) {
@@ -170,8 +175,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
     // Group g: stage g of the candidates and stage g - 1 of the anchors.
     const auto copy_group = [&](int group) {
       if (group < score.stages) {
-        copy_wide<Tile>(sWide.offset(group % kBankStages * Tile::kColumns * kStageWidth), args, column,
-                        static_cast<std::int64_t>(group) * kStageWidth);
+        copy_wide<Tile, kMode>(sWide.offset(group % kBankStages * Tile::kColumns * kStageWidth), args,
+                               static_cast<std::int64_t>(group) * kStageWidth);
       }
       if (group > 0 && group <= score.stages) {
         copy_operand<Half, Tile::kRows, Tile::kCopyRows>(
@@ -218,17 +223,23 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
 #pragma unroll
     for (int q = 0; q < Tile::kOwnRows; ++q) {
       const int row = thread_id() / kRowChunks + q * Tile::kCopyRows;
-      const bool exists = column + row < score.candidates.count;
+      const std::int64_t number = number_of<Tile, kMode>(row);
+      const bool exists = number < score.candidates.count;
       const bool fits = (sums.flags >> q & 0x101u) == 0;
       const bool differs = (sums.flags >> q & 0x10000u) != 0;
       const float norm = fits ? sums.rSquares[q] : 0.0f;
       const float bound = differs ? residual_bound(sums.rSquares[q], sums.rRests[q], args.row_slack) : 0.0f;
       const float rho = fits ? bound : kInfinity;
-      const std::int64_t candidate = (column + row) * score.candidates.step;
-      const bool skipped = is_null(norm, rho) && candidate > load(&score.control->last_null);
+      const std::int64_t candidate = number * score.candidates.step;
       memory.set(kNorm, Tile::kRows + row, norm);
-      memory.set(kBias, Tile::kRows + row, exists && !skipped ? support_bias(norm, rho, score.eta) : kInfinity);
-      memory.set(kRho, Tile::kRows + row, multiply_up(rho, kRhoMargin));
+      if constexpr (kMode == ScoreMode::kSample) {
+        memory.set(kBias, Tile::kRows + row, exists ? far_bias(norm, rho, score.eta) : kInfinity);
+        memory.set(kRho, Tile::kRows + row, rho);
+      } else {
+        const bool skipped = is_null(norm, rho) && candidate > load(&score.control->last_null);
+        memory.set(kBias, Tile::kRows + row, exists && !skipped ? support_bias(norm, rho, score.eta) : kInfinity);
+        memory.set(kRho, Tile::kRows + row, multiply_up(rho, kRhoMargin));
+      }
       if (exists) {
         args.n[candidate] = norm;
         args.rho[candidate] = rho;
@@ -244,12 +255,20 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
     const bool wants_far = score.far && is_anchor && load(score.thresholds.G + anchor) < kInfinity;
     memory.vote_for_far(wants_far);
   }
+  if constexpr (kMode == ScoreMode::kSample) {
+    const float norm = is_anchor ? load(score.anchors.n + anchor) : 0.0f;
+    const float rho = is_anchor ? load(score.anchors.rho + anchor) : 0.0f;
+    memory.set(kBias, thread_id(), far_bias(norm, rho, score.eta));
+    memory.set(kRho, thread_id(), rho);
+  }
   sync_block();
 
   // 3. Scores.
   Epilogue<Half, Tile> epilogue(score, memory, warp, 0, column);
   if constexpr (kMode == ScoreMode::kDense) {
     epilogue.dense(rProducts);
+  } else if constexpr (kMode == ScoreMode::kSample) {
+    epilogue.sample(rProducts);
   } else {
     epilogue.template append_support<false>(rProducts, true, false);
     if (!score.far) return;
@@ -288,10 +307,13 @@ cudaError_t enqueue_bank_scores(const ForwardArgs& args, const ForwardPlan& plan
       .rho = candidates.rho,
       .control = piece<Control>(workspace, plan.control),
   };
-  if (request.mode == ScoreMode::kDense) {
-    const LaunchShape shape{divide_up(request.columns, BankDenseTile::kColumns), BankDenseTile::kThreads,
-                            BankDenseTile::kSharedBytes};
-    return launch(bank_kernel<BankDenseTile, ScoreMode::kDense>, shape, stream, bank);
+  if (request.mode != ScoreMode::kAppend) {
+    const bool dense = request.mode == ScoreMode::kDense;
+    const LaunchShape shape{
+        divide_up(dense ? request.columns : padded_sample(request.columns), BankSampleTile::kColumns),
+        BankSampleTile::kThreads, BankSampleTile::kSharedBytes};
+    return dense ? launch(bank_kernel<BankSampleTile, ScoreMode::kDense>, shape, stream, bank)
+                 : launch(bank_kernel<BankSampleTile, ScoreMode::kSample>, shape, stream, bank);
   }
   const LaunchShape shape{divide_up(request.columns, BankAppendTile::kColumns), BankAppendTile::kThreads,
                           BankAppendTile::kSharedBytes};

@@ -35,6 +35,13 @@
 // to 8 of size n_i + n_j) and for second-order terms. So
 //   (n_i + s) - eta (n_i + n_j) <= A^2 <= (n_i + s) + eta (n_i + n_j),   |D - A| <= rho_i + rho_j.
 //
+// Upper bounds of a sample (of a group of candidates, the least). From the bound of n_i + n_j - 2 dot above, which has
+// no rounding of s yet,
+//   A^2 <= n_i (1 + eta) + (n_j (1 + eta) - 2 dot),   D <= A + rho_i + rho_j.
+// n_i (1 + eta) and Q_j = n_j (1 + eta) are rounded up. The bracket is evaluated as q = fma(-2, dot, Q_j): its one
+// rounding, at most u (2 |dot| + Q_j), takes the place of that of s. The rest is rounded up. A group is represented by
+// its member with the least q, whose rho goes along: another one may have a smaller bound, but this is a bound of one.
+//
 // Support. Let t* be a true distance, in these units, that no member of anchor i's true support exceeds, and t = t* +
 // rho_i. A member j has A <= t + rho_j, so
 //   n_j (1 - eta) - rho_j^2 - 2 t rho_j - 2 dot <= t^2 - n_i (1 - eta) =: T.
@@ -47,7 +54,7 @@
 // has A >= g - rho_j. If g <= 0 nothing follows and every positive is kept (G = -inf). Otherwise, also where rho_j > g
 // since A^2 >= 0,
 //   n_j (1 + eta) + 2 g rho_j - 2 dot >= g^2 - n_i (1 + eta) =: G.
-// Q_j = n_j (1 + eta) and rho_j (1 + 2^-20) are rounded up, G and g2 = 2 g down. Lowering g weakens the test: (n_i +
+// Q_j and rho_j (1 + 2^-20) are rounded up, G and g2 = 2 g down. Lowering g weakens the test: (n_i +
 // n_j)(1 + eta) - 2 dot >= A^2 >= (g - rho_j)^2 holds for every smaller g >= rho_j too, and below that the left side is
 // at least 2 g rho_j >= g^2.
 //
@@ -85,6 +92,13 @@ __device__ __forceinline__ float distance_lower(float n_i, float rho_i, float n_
 __device__ __forceinline__ float distance_upper(float n_i, float rho_i, float n_j, float rho_j, float score,
                                                 float eta) {
   const float square = fma_up(eta, add_up(n_i, n_j), add_up(n_i, score));
+  return add_up(sqrt_up(square > 0.0f ? square : 0.0f), add_up(rho_i, rho_j));
+}
+
+// From the parts that the score kernels have: `most` is n_i (1 + eta) of the anchor, q the least of a group, and rho_j
+// that of the same candidate. No candidate: q = +inf.
+__device__ __forceinline__ float group_upper(float most, float rho_i, float q, float rho_j) {
+  const float square = add_up(most, q);
   return add_up(sqrt_up(square > 0.0f ? square : 0.0f), add_up(rho_i, rho_j));
 }
 
@@ -148,7 +162,7 @@ __device__ __forceinline__ float support_bias(float n_j, float rho_j, float eta)
   const float rho = multiply_up(rho_j, kRhoMargin);
   return add_down(multiply_down(n_j, add_down(1.0f, -eta)), -multiply_up(rho, rho));
 }
-__device__ __forceinline__ float far_bias(float n_j, float rho_j, float eta) {  // Q_j
+__device__ __forceinline__ float far_bias(float n_j, float rho_j, float eta) {  // Q_j, of an anchor n_i (1 + eta)
   return rho_j < kInfinity ? multiply_up(n_j, add_up(1.0f, eta)) : kInfinity;
 }
 

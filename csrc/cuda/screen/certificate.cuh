@@ -15,8 +15,15 @@
 //   D <= U sqrt((1 + gamma) / (1 - gamma)) + sqrt(2 w / (1 - gamma)) <= U stretch + underflow =: reach,
 //   stretch = 1 + 2 gamma, underflow = sqrt(2 D_dims) 2^-74 2^e.
 // Candidates whose lower bound is above reach are out, all others get exact keys: the selection among those is the
-// selection among all. U is best from the K smallest upper bounds. Rounding it up, or taking it from a sample, from
-// whatever a buffer holds, or from a pass whose buffer overflowed, only loosens it.
+// selection among all. U is best from the K smallest upper bounds. Rounding it up, or taking it from a sample or from
+// whatever a buffer holds, only loosens it.
+//
+// Groups. Let the sampled candidates be shared out over groups, and let g be an upper bound of the distance of some
+// member of its group (bound.cuh; +inf where there is none). The K smallest g of different groups bound K different
+// candidates, so U is the K-th smallest g, or any larger number. The anchor's own row is one member of one group: where
+// it is in the sample, K + 1 groups have K others among them. Groups may be joined by taking the least of their g. Of G
+// groups the K-th least of all g is, on average, the sample's G ln(G / (G - K))-th candidate: with many groups hardly
+// more than the K-th.
 //
 // The buffer holds every candidate that a proven reach does not exclude (bound.cuh), unless it overflowed; then the row
 // is not certified. Dense scores hold everything.
@@ -115,19 +122,18 @@ __device__ __forceinline__ float far_reach_of(const RefineArgs& args, const Anch
   return reach > 0.0f ? reach : 0.0f;
 }
 
-// The wanted-th smallest upper bound of the entries, rounded up; +inf if there are not so many.
-template <class Stage>
+// The upper bound of an entry, for the search of the wanted-th; kNoBits for the anchor itself.
+__device__ __forceinline__ std::uint32_t upper_bits(const RefineArgs& args, const AnchorFacts& facts,
+                                                    const Entry& entry) {
+  return entry.index == facts.self ? kNoBits : bits_of(upper_bound(args, facts, entry));
+}
+
+// A bound of the wanted-th smallest upper bound of the entries (kth_smallest); +inf if there are not so many.
+template <int kStaged>
 __device__ __forceinline__ float wanted_upper(const RefineArgs& args, const AnchorFacts& facts, const Entries& entries,
-                                              const Stage& sStage, int staged, Shared<std::uint32_t> sBins) {
-  const auto compute = [&](std::int64_t e) {
-    const Entry entry = entries.at(e);
-    return entry.index == facts.self ? kNoBits : bits_of(upper_bound(args, facts, entry));
-  };
-  if (entries.count > staged) return kth_smallest(sBins, entries.count, facts.wanted, compute);
-  // A thread reads back what it wrote itself.
-  for (int e = thread_id(); e < entries.count; e += thread_count()) sStage.set(e, compute(e));
-  return kth_smallest(sBins, entries.count, facts.wanted,
-                      [&](std::int64_t e) { return sStage.get(static_cast<int>(e)); });
+                                              const Shared<std::uint32_t>& sStage, const Shared<std::uint32_t>& sWord) {
+  return kth_smallest<kStaged>(sStage, sWord, entries.count, static_cast<std::uint32_t>(facts.wanted),
+                               [&](std::int64_t e) { return upper_bits(args, facts, entries.at(e)); });
 }
 
 }  // namespace sn::cuda

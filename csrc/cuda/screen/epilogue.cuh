@@ -1,4 +1,4 @@
-// From a warp's products to scores: written out, or kept where they pass a threshold.
+// From a warp's products to scores: written out, gathered into bounds of groups, or kept where they pass a threshold.
 #pragma once
 
 #include <cstdint>
@@ -326,6 +326,49 @@ struct Epilogue {
             const float norm = sFacts.get(fact_place<Tile>(kNorm, Tile::kRows + warp_column + c));
             gRow[c] = finite_score(fused_multiply_add(-2.0f, rProducts[m][n][half * 2 + e], norm));
           }
+        }
+      }
+    }
+  }
+
+  // The least upper bound of each group of the sample (bound.cuh): kBias is n (1 + eta) of rows and columns, kRho their
+  // rho. A lane has kLaneGroup columns of a row in each kQuadGroup of the warp's tile.
+  __device__ __forceinline__ void sample(const Products<Tile>& rProducts) {
+    static_assert(Tile::kWarpColumns % kQuadGroup == 0 && kSamplePad % Tile::kColumns == 0);
+    constexpr bool kHasRho = std::is_same_v<T16, Half>;
+    constexpr int kAcross = static_cast<int>(kQuadGroup) / 8;  // fragments of a group
+    const int rows_left = left(args.anchors.count - row, Tile::kWarpRows);
+    const int quad_groups = args.quads ? 1 : 4;  // of a row in kQuadGroup columns
+    const bool writes = !args.quads || lane_id() % 4 == 0;
+    float* gFirst = args.scores + row * args.groups + column / kQuadGroup * quad_groups + lane_id() % 4;
+#pragma unroll
+    for (int m = 0; m < Tile::kFragmentsDown; ++m) {
+#pragma unroll
+      for (int first = 0; first < Tile::kFragmentsAcross; first += kAcross) {
+        float rLeast[2] = {kInfinity, kInfinity};
+        float rRho[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int n = first; n < first + kAcross; ++n) {
+          const Pack<float> rPair =
+              sFacts.get_pack(fact_place<Tile>(kBias, Tile::kRows + warp_column + column_of(n, 0)));
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float q = fused_multiply_add(-2.0f, rProducts[m][n][e], rPair.elements[e % 2 * 2]);
+            const bool less = q < rLeast[e / 2];  // NaN is not: its candidate or its anchor has no copy
+            rLeast[e / 2] = less ? q : rLeast[e / 2];
+            if constexpr (kHasRho) rRho[e / 2] = less ? rPair.elements[e % 2 * 2 + 1] : rRho[e / 2];
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int r = row_of(m, half * 2);
+          const int place = fact_place<Tile>(kBias, warp_row + r);
+          float bound = group_upper(sFacts.get(place), sFacts.get(place + 1), rLeast[half], rRho[half]);
+          if (args.quads) {
+            bound = minimum(bound, shuffle_xor(bound, 1));
+            bound = minimum(bound, shuffle_xor(bound, 2));
+          }
+          if (writes && r < rows_left) gFirst[r * args.groups + first / kAcross * quad_groups] = bound;
         }
       }
     }

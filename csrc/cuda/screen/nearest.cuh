@@ -15,7 +15,6 @@
 #include "cuda/memory.cuh"
 #include "cuda/plan/plan_types.h"
 #include "cuda/ptx.cuh"
-#include "cuda/screen/kth_smallest.cuh"
 #include "sn_math.h"
 
 namespace sn::cuda {
@@ -31,6 +30,7 @@ struct NearestShape {
   static constexpr int kPending = kKeys - static_cast<int>(kFastNeighbours);
   static constexpr int kVoteWords = 2 * kWarps;
   static constexpr int kStagedBounds = 2 * kKeys;  // floats that fit the place of the keys
+  static_assert(kStagedBounds % kThreads == 0);
   static_assert((kKeys & (kKeys - 1)) == 0, "sorting networks pad to powers of two");
   static_assert(kPending >= 2 * kThreads, "an offer of a whole block fits behind another one");
 };
@@ -48,7 +48,7 @@ class NearestK {
   using Shape = NearestShape<kWarps>;
   static constexpr int bytes(std::int64_t dims) {
     return shared_bytes<T>(kWarps * Sums::elements(dims)) + shared_bytes<std::uint64_t>(Shape::kKeys) +
-           shared_bytes<std::int32_t>(Shape::kPending) + shared_bytes<std::uint32_t>(kRadixBins) +
+           shared_bytes<std::int32_t>(Shape::kPending) + shared_bytes<std::uint32_t>(1) +
            shared_bytes<std::uint32_t>(Shape::kVoteWords);
   }
 
@@ -58,7 +58,7 @@ class NearestK {
               static_cast<const T*>(candidates.data), candidates.row_stride, dims, aligned),
         sKeys(arena.take<std::uint64_t>(Shape::kKeys)),
         sPending_(arena.take<std::int32_t>(Shape::kPending)),
-        sBins(arena.take<std::uint32_t>(kRadixBins)),
+        sWord(arena.take<std::uint32_t>(1)),
         sVotes_(arena.take<std::uint32_t>(Shape::kVoteWords)),
         K_(static_cast<int>(K)) {
     int slots = 1;
@@ -189,7 +189,7 @@ class NearestK {
   Shared<std::int32_t> sPending_;
 
  public:
-  Shared<std::uint32_t> sBins;  // for kth_smallest
+  Shared<std::uint32_t> sWord;  // of whoever needs one
 
  private:
   Shared<std::uint32_t> sVotes_;

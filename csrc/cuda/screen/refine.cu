@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
   float known_bound = facts.blind ? kInfinity : args.underflow_key;  // no member of the support set has a larger key
   if (!facts.blind && facts.wanted > 0) {
     const Shared<std::uint32_t> sStage = nearest.sKeys.template view<std::uint32_t>();
-    const float U = wanted_upper(args, facts, entries, sStage, NearestShape<kWarps>::kStagedBounds, nearest.sBins);
+    const float U = wanted_upper<NearestShape<kWarps>::kStagedBounds>(args, facts, entries, sStage, nearest.sWord);
     const float kappa = largest_key(args, facts, U);
     reach = reach_of(args, facts, U);
     known_bound = kappa < kSaneKey ? kappa : kInfinity;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
     } else if (phase != Phase::kListed) {
       count = far_entries.count;
       const bool farthest = phase == Phase::kFarthest;
-      reach = positive_reach(args, facts, far_entries, label, farthest, nearest.sBins);
+      reach = positive_reach(args, facts, far_entries, label, farthest, nearest.sWord);
       nearest.near = kNoKey;
       nearest.far = kNoKey;
     }

@@ -92,8 +92,10 @@ struct ScoreArgs {
   std::uint32_t* far_counts;
   std::uint64_t* buffer;
   std::uint64_t* far_buffer;
-  float* scores;  // [anchors.count][candidates.count]
+  float* scores;  // [anchors.count][candidates.count], of a sample's groups [anchors.count][groups]
   const Control* control;
+  std::int64_t groups;
+  bool quads;  // groups are of kQuadGroup columns, not of kLaneGroup
 };
 
 // ---- main loop ------------------------------------------------------------------------------------------------------
@@ -223,6 +225,8 @@ ScoreArgs<T16> score_args(const ForwardArgs& args, const ForwardPlan& plan, char
       .far_buffer = piece<std::uint64_t>(workspace, plan.far_buffer),
       .scores = piece<float>(workspace, plan.buffer),
       .control = piece<Control>(workspace, plan.control),
+      .groups = sample_groups(plan),
+      .quads = plan.sample_group == kQuadGroup,
   };
 }
 

@@ -21,7 +21,12 @@
 //    count, and the entries follow. So there is one global atomic a row and warp tile, issued together, however many
 //    hits there are.
 //
-// 5. Order of tiles. The grid walks bands of kBand tile rows, and the columns of a band one after the other: blocks
+// 5. Sample. A lane keeps the least q of its kLaneGroup columns of a row, and the rho that belongs to it: a multiply-
+//    add, a comparison and two selections a pair, then one bound a group. Batches come sorted by identity, so a tile's
+//    columns are spread over the whole sample: column c of tile t is its candidate c * tile_columns + t. Neighbours in
+//    the batch fall into different groups, as many as there are tiles.
+//
+// 6. Order of tiles. The grid walks bands of kBand tile rows, and the columns of a band one after the other: blocks
 //    that run at one time share few rows and columns. In the symmetric case the bands are of the upper triangle.
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
@@ -61,6 +66,7 @@ struct Tile : TileShape<kRows, kColumns, kWarpRows, kWarpColumns, ring_bytes(kRo
   static constexpr int kCarried = (kRows + kColumns + Shape::kThreads - 1) / Shape::kThreads;
   // The symmetric case cuts the matrix into square blocks of kRows; so many of them lie side by side in a tile.
   static constexpr int kBlocksAcross = kColumns / kRows;
+  static constexpr bool kServesSamples = kSamplePad % kColumns == 0;
   static_assert(kColumns % kRows == 0 && kRows % kWarpColumns == 0, "a warp's columns lie in one square block");
   static_assert(kBand % kBlocksAcross == 0, "a band begins at a whole tile of the diagonal");
   static_assert(kStages >= 3, "one stage is read, one is awaited, one is under way");
@@ -142,6 +148,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
                                      : tile_of_rectangle(id, args.tile_rows, args.tile_columns);
   const std::int64_t row = static_cast<std::int64_t>(place.row) * Tile::kRows;
   const std::int64_t column = static_cast<std::int64_t>(place.column) * Tile::kColumns;
+  // Number of the tile's first candidate, and from one to the next.
+  const std::int64_t first_candidate = kMode == ScoreMode::kSample ? static_cast<std::int64_t>(place.column) : column;
+  const std::int64_t spread = kMode == ScoreMode::kSample ? static_cast<std::int64_t>(args.tile_columns) : 1;
   // Columns right of the diagonal's square block serve as anchors, too; a block left of it is served by its mirror.
   const auto serves_columns = [&](int block) {
     return kSymmetric && place.row < place.column * Tile::kBlocksAcross + static_cast<std::uint32_t>(block);
@@ -153,7 +162,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   for_each_carried<Tile>([&](int q, int i) {
     const bool is_row = i < Tile::kRows;
     const MatrixArgs<T16>& matrix = is_row ? args.anchors : args.candidates;
-    const std::int64_t number = (is_row ? row : column) + (is_row ? i : i - Tile::kRows);
+    const std::int64_t number = is_row ? row + i : first_candidate + spread * (i - Tile::kRows);
     Carried& facts = rCarried[q];
     facts.matrix_row = number < matrix.count ? static_cast<int>(matrix.first + number * matrix.step) : -1;
     if (facts.matrix_row < 0) return;
@@ -177,7 +186,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     const T16* gRows =
         args.anchors.rows + args.anchors.first * args.anchors.stride + (row + copy_row) * args.anchors.pitch + element;
     const T16* gColumns = args.candidates.rows + args.candidates.first * args.candidates.stride +
-                          (column + copy_row) * args.candidates.pitch + element;
+                          (first_candidate + spread * copy_row) * args.candidates.pitch + element;
     // Which of the thread's rows and, kColumnBits up, columns exist.
     constexpr int kColumnBits = Tile::kRows / Tile::kCopyRows;
     static_assert(kColumnBits + Tile::kColumns / Tile::kCopyRows <= 32);
@@ -188,7 +197,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     }
 #pragma unroll
     for (int q = 0; q < Tile::kColumns / Tile::kCopyRows; ++q) {
-      valid |= column + copy_row + q * Tile::kCopyRows < args.candidates.count ? 1u << (kColumnBits + q) : 0u;
+      valid |= first_candidate + spread * (copy_row + q * Tile::kCopyRows) < args.candidates.count
+                   ? 1u << (kColumnBits + q)
+                   : 0u;
     }
     // Of the next stage; beyond the last one there is nothing to copy, but groups are counted.
     const auto copy_stage = [&](int slot) {
@@ -197,7 +208,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
         copy_operand<T16, Tile::kRows, Tile::kCopyRows>(sStage, gRows, Tile::kCopyRows * args.anchors.pitch,
                                                         element < args.anchors.dims ? valid : 0);
         copy_operand<T16, Tile::kColumns, Tile::kCopyRows>(sStage.offset(Tile::kRows * kStageWidth), gColumns,
-                                                           Tile::kCopyRows * args.candidates.pitch,
+                                                           Tile::kCopyRows * spread * args.candidates.pitch,
                                                            element < args.candidates.dims ? valid >> kColumnBits : 0);
         element += kStageWidth;
         gRows += kStageWidth;
@@ -266,6 +277,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
       const bool serves = i < Tile::kRows || serves_columns((i - Tile::kRows) / Tile::kRows);
       if (args.far && exists && serves && load(args.thresholds.G + facts.matrix_row) < kInfinity) wants_far = true;
     }
+    if constexpr (kMode == ScoreMode::kSample) {
+      memory.set(kBias, i, facts.matrix_row >= 0 ? far_bias(facts.norm, facts.rho, args.eta) : kInfinity);
+      memory.set(kRho, i, facts.rho);
+    }
   });
   if constexpr (kMode == ScoreMode::kAppend) memory.vote_for_far(wants_far);
   sync_block();
@@ -274,6 +289,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   Epilogue<T16, Tile> epilogue(args, memory, warp, row, column);
   if constexpr (kMode == ScoreMode::kDense) {
     epilogue.dense(rProducts);
+  } else if constexpr (kMode == ScoreMode::kSample) {
+    epilogue.sample(rProducts);
   } else {
     const int block = warp.column / Tile::kRows;
     const bool columns_too = serves_columns(block);
@@ -302,13 +319,20 @@ std::int64_t blocks_of(std::int64_t rows, std::int64_t columns, bool symmetric) 
 template <class T16, class Tile>
 cudaError_t launch_scores(ScoreArgs<T16> args, const ScoreRequest& request, cudaStream_t stream) {
   const std::int64_t rows = divide_up(args.anchors.count, Tile::kRows);
-  const std::int64_t columns = divide_up(args.candidates.count, Tile::kColumns);
+  const std::int64_t columns =
+      divide_up(request.mode == ScoreMode::kSample ? padded_sample(args.candidates.count) : args.candidates.count,
+                Tile::kColumns);
   args.tile_rows = static_cast<std::uint32_t>(rows);
   args.tile_columns = static_cast<std::uint32_t>(columns);
   const LaunchShape shape{blocks_of<Tile>(rows, columns, request.symmetric), Tile::kThreads, Tile::kSharedBytes};
   if (columns > kMaxBlocks / kBand) return cudaErrorInvalidConfiguration;
   if (request.mode == ScoreMode::kDense) {
     return launch(score_kernel<T16, Tile, ScoreMode::kDense, false>, shape, stream, args);
+  }
+  if constexpr (Tile::kServesSamples) {
+    if (request.mode == ScoreMode::kSample) {
+      return launch(score_kernel<T16, Tile, ScoreMode::kSample, false>, shape, stream, args);
+    }
   }
   return request.symmetric ? launch(score_kernel<T16, Tile, ScoreMode::kAppend, true>, shape, stream, args)
                            : launch(score_kernel<T16, Tile, ScoreMode::kAppend, false>, shape, stream, args);
@@ -326,6 +350,7 @@ cudaError_t launch_of_size(const ForwardArgs& args, const ForwardPlan& plan, cha
   const bool many = blocks_of<LargeTile>(rows, columns, request.symmetric) >= kFewTiles;
   switch (plan.score_tile == 0 ? (many ? LargeTile::kColumns : SmallTile::kColumns) : plan.score_tile) {
     case WideTile::kColumns:
+      if (request.mode == ScoreMode::kSample) return launch_scores<T16, LargeTile>(score, request, stream);
       return launch_scores<T16, WideTile>(score, request, stream);
     case LargeTile::kColumns:
       return launch_scores<T16, LargeTile>(score, request, stream);

@@ -1,11 +1,16 @@
-// Thresholds of the support test, from the dense scores of a sample or from the entries that the screening of a subset
-// has left in the buffers. certificate.cuh derives them.
+// Thresholds of the support test from the scores of a sample: of groups of candidates, the least upper bound of each,
+// or dense scores where the sample is small. certificate.cuh derives them.
+//
+// A warp an anchor: values in registers, the K-th by counts of the warp, no shared memory and no barrier. A sample of S
+// candidates costs an anchor the reading of 4 S / sample_group bytes and 5 to 10 counts of kValues comparisons.
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
+#include "cuda/plan/sizes.h"
 #include "cuda/ptx.cuh"
 #include "cuda/screen/args.cuh"
 #include "cuda/screen/bound.cuh"
 #include "cuda/screen/certificate.cuh"
+#include "cuda/screen/kth_smallest.cuh"
 #include "cuda/stages.h"
 
 namespace sn::cuda {
@@ -13,95 +18,112 @@ namespace {
 
 // ---- traits ---------------------------------------------------------------------------------------------------------
 
-constexpr int kThresholdThreads = 128;
-constexpr int kStagedSamples = 2048;
+constexpr int kThresholdWarps = 4;  // anchors of a block
+constexpr int kThresholdThreads = kThresholdWarps * kWarpSize;
 
-constexpr int kThresholdBytes = shared_bytes<std::uint32_t>(kStagedSamples) + shared_bytes<std::uint32_t>(kRadixBins);
+constexpr int kNullLoads = 8;  // candidates of a lane that are looked at together
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-// Sets or lowers Control.last_null (bound.cuh) from the candidates 0, stride, 2 stride, .. that a pass has scored, so
-// their facts are there. One block.
-template <bool kSample>
-__device__ __forceinline__ void find_last_null(const RefineArgs& args, Shared<std::uint32_t> sBins) {
-  const std::uint32_t known = atomic_load(&args.gControl->last_null);  // written below
+// Sets Control.last_null (bound.cuh) from the candidates 0, stride, 2 stride, .. that the sample has scored, so their
+// facts are there: the K + 1-st null row among them. One warp.
+__device__ __forceinline__ void find_last_null(const RefineArgs& args) {
   if (load(&args.gControl->unscreenable) != 0) return;
-  const std::int64_t stride = kSample ? args.column_stride : args.second_stride;
-  std::int64_t count = args.columns;
-  if constexpr (!kSample) {
-    // Only what would lower the limit is looked at: few columns. Where the sample had too few, there is no need.
-    if (known == kNoLastNull) return;
-    count = known / stride + 1;
-    const std::int64_t scored = (args.forward.candidates.rows + stride - 1) / stride;
-    if (scored < count) count = scored;
+  std::int64_t found = 0;
+  for (std::int64_t first = 0; first < args.columns; first += kNullLoads * kWarpSize) {
+    float rN[kNullLoads];
+#pragma unroll
+    for (int i = 0; i < kNullLoads; ++i) {
+      const std::int64_t column = first + i * kWarpSize + lane_id();
+      rN[i] = column < args.columns ? load(args.gCandidateN + column * args.column_stride) : 1.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kNullLoads; ++i) {
+      const std::int64_t candidate = (first + i * kWarpSize + lane_id()) * args.column_stride;
+      const bool null = rN[i] == 0.0f && is_null(rN[i], load(args.gCandidateRho + candidate));
+      const std::uint32_t nulls = ballot(null);
+      const bool last = null && found + popcount(nulls & lanes_below()) == args.K;
+      if (last) args.gControl->last_null = static_cast<std::uint32_t>(candidate);
+      found += popcount(nulls);
+    }
+    if (found > args.K) return;
   }
-  // An index is as good as the bits of a float: it comes back rounded up, and one too large for that as infinity.
-  const float last = kth_smallest(sBins, count, args.K + 1, [&](std::int64_t e) {
-    const std::int64_t candidate = e * stride;
-    return is_null(load(args.gCandidateN + candidate), load(args.gCandidateRho + candidate))
-               ? static_cast<std::uint32_t>(candidate)
-               : kNoBits;
-  });
-  if (thread_id() == 0 && last < kInfinity && bits_of(last) < known) args.gControl->last_null = bits_of(last);
 }
 
-// A block an anchor, and one for the null rows. kSample: entries are the sample's dense scores, T is set; else they are
-// a buffer, and T is lowered.
-template <bool kSample>
-__global__ void __launch_bounds__(kThresholdThreads, 8) thresholds_kernel(const __grid_constant__ RefineArgs args) {
-  SharedArena arena;
-  const Shared<std::uint32_t> sStage = arena.take<std::uint32_t>(kStagedSamples);
-  const Shared<std::uint32_t> sBins = arena.take<std::uint32_t>(kRadixBins);
-  const std::int64_t row = block_id();
-  if (row == args.rows) {
-    find_last_null<kSample>(args, sBins);
+// The first block looks at null rows, the others serve kThresholdWarps anchors each. Values beyond kValues a lane share
+// places, of which the least counts: groups are joined.
+template <bool kGroups, int kValues>
+__global__ void __launch_bounds__(kThresholdThreads) thresholds_kernel(const __grid_constant__ RefineArgs args) {
+  if (block_id() == 0) {
+    if (warp_id() == 0) find_last_null(args);
     return;
   }
+  const std::int64_t row = (block_id() - 1) * kThresholdWarps + warp_id();
+  if (row >= args.rows) return;
   const std::int64_t anchor = args.row_begin + row;
   const AnchorFacts facts = anchor_facts(args, anchor);
-  Entries entries{.gScores = nullptr, .gEntries = nullptr, .stride = args.column_stride, .count = args.columns};
-  if constexpr (kSample) {
-    entries.gScores = args.gScores + row * args.columns;
-  } else {
-    const std::int64_t count = args.gCounts[row];
-    entries.gEntries = args.gBuffer + row * args.capacity;
-    entries.count = count < args.capacity ? count : args.capacity;
-  }
   // The scores of a blind anchor are never used, and its place of the sample may never have been written.
   SupportThreshold threshold{-kInfinity, 0.0f};
   if (!facts.blind && facts.wanted > 0) {
-    const float U = wanted_upper(args, facts, entries, sStage, kStagedSamples, sBins);
+    const auto count = static_cast<int>(kGroups ? args.groups : args.columns);
+    const float* gRow = args.gScores + row * count;
+    std::uint32_t rValues[kValues];
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) rValues[v] = kNoBits;
+#pragma unroll 1
+    for (int first = lane_id(); first < count; first += kValues * kWarpSize) {
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) {
+        const int e = first + v * kWarpSize;
+        std::uint32_t bits = kNoBits;
+        if (e < count) {
+          if constexpr (kGroups) {
+            bits = bits_of(gRow[e]);
+          } else {
+            bits = upper_bits(args, facts, {gRow[e], e * static_cast<std::int32_t>(args.column_stride)});
+          }
+        }
+        rValues[v] = bits < rValues[v] ? bits : rValues[v];
+      }
+    }
+    // One group may hold the anchor itself; of dense scores it has been left out.
+    const bool with_self = kGroups && facts.self >= 0 &&
+                           static_cast<std::uint32_t>(facts.self) % static_cast<std::uint32_t>(args.column_stride) == 0;
+    const std::uint32_t wanted = static_cast<std::uint32_t>(facts.wanted) + (with_self ? 1u : 0u);
+    const float U = float_from_bits(warp_kth_smallest(rValues, wanted));
     const bool sane = largest_key(args, facts, U) < kSaneKey;
     threshold = support_threshold(sane ? reach_of(args, facts, U) : kInfinity, facts.n, facts.rho, args.eta);
   }
-  sync_block();  // all threads have read the count
-  if (thread_id() != 0) return;
-  if (kSample || threshold.T < args.thresholds.T[anchor]) {
-    args.thresholds.T[anchor] = threshold.T;
-    args.thresholds.u[anchor] = threshold.u;
-  }
-  if (kSample) {
-    args.thresholds.G[anchor] = kInfinity;
-    args.thresholds.g2[anchor] = 0.0f;
-  }
+  if (lane_id() != 0) return;
+  args.thresholds.T[anchor] = threshold.T;
+  args.thresholds.u[anchor] = threshold.u;
+  args.thresholds.G[anchor] = kInfinity;
+  args.thresholds.g2[anchor] = 0.0f;
   args.gCounts[row] = 0;
   args.gFarCounts[row] = 0;
+}
+
+// ---- launch ---------------------------------------------------------------------------------------------------------
+
+template <bool kGroups>
+cudaError_t launch_thresholds(const RefineArgs& args, cudaStream_t stream) {
+  const std::int64_t values = divide_up(kGroups ? args.groups : args.columns, std::int64_t{kWarpSize});
+  const LaunchShape shape{1 + divide_up(args.rows, std::int64_t{kThresholdWarps}), kThresholdThreads, 0};
+  if (values <= 4) return launch(thresholds_kernel<kGroups, 4>, shape, stream, args);
+  if (values <= 8) return launch(thresholds_kernel<kGroups, 8>, shape, stream, args);
+  if (values <= 16) return launch(thresholds_kernel<kGroups, 16>, shape, stream, args);
+  return launch(thresholds_kernel<kGroups, 32>, shape, stream, args);
 }
 
 }  // namespace
 
 // ---- dispatch -------------------------------------------------------------------------------------------------------
 
-cudaError_t enqueue_sample_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
-                                      const Strip& strip, cudaStream_t stream) {
-  const LaunchShape shape{strip.rows + 1, kThresholdThreads, kThresholdBytes};
-  return launch(thresholds_kernel<true>, shape, stream, refine_args(args, plan, workspace, strip));
-}
-
-cudaError_t enqueue_entry_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
-                                     const Strip& strip, cudaStream_t stream) {
-  const LaunchShape shape{strip.rows + 1, kThresholdThreads, kThresholdBytes};
-  return launch(thresholds_kernel<false>, shape, stream, refine_args(args, plan, workspace, strip));
+cudaError_t enqueue_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
+                               cudaStream_t stream) {
+  const RefineArgs kernel_args = refine_args(args, plan, workspace, strip);
+  return plan.sample_group > 1 ? launch_thresholds<true>(kernel_args, stream)
+                               : launch_thresholds<false>(kernel_args, stream);
 }
 
 }  // namespace sn::cuda

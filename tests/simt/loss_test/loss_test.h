@@ -134,7 +134,8 @@ struct Gradients {
 extern double mma_error_scale;
 
 sn_simt_settings settings_for(std::uint64_t seed, simt::MmaError error, ForwardPath path);
-// Changes the plan to that of a larger problem: several strips, both tiles of scores, a second sample, full buffers.
+// Changes the plan to that of a larger problem: several strips, all tiles of scores and groups of the sample,
+// full buffers.
 void vary(sn_simt_settings& settings, std::uint64_t word);
 Result forward(const Problem& p, const sn_simt_settings& settings);
 Gradients backward(const Problem& p, const Result& r, const sn_simt_settings& settings);

@@ -83,9 +83,9 @@ void for_runs(const Problem& p, const std::function<void(const Result&, const sn
       if (run > 0) vary(settings, seed * 2654435761u >> 7);
       where = p.name + ", path " + kPathNames[static_cast<int>(path)] + ", seed " + std::to_string(seed) + ", error " +
               std::to_string(settings.mma_error) + ", strips of " + std::to_string(settings.strip_rows) + ", slice " +
-              std::to_string(settings.slice_elements) + ", tile " + std::to_string(settings.score_tile) + ", strides " +
-              std::to_string(settings.sample_stride) + " and " + std::to_string(settings.second_stride) + ", far " +
-              std::to_string(settings.far_capacity);
+              std::to_string(settings.slice_elements) + ", tile " + std::to_string(settings.score_tile) + ", stride " +
+              std::to_string(settings.sample_stride) + ", groups of " + std::to_string(settings.sample_group) +
+              ", far " + std::to_string(settings.far_capacity);
       const double start = now();
       const Result r = forward(p, settings);
       seconds[static_cast<int>(path)] += now() - start;

@@ -1,6 +1,8 @@
 // Runs of the forward and the backward through the C interface.
 #include "loss_test.h"
 
+#include <array>
+
 namespace sn::loss_test {
 
 double mma_error_scale = 1.0;
@@ -21,7 +23,7 @@ sn_simt_settings settings_for(std::uint64_t seed, simt::MmaError error, ForwardP
           .slice_elements = 0,
           .score_tile = 0,
           .sample_stride = 0,
-          .second_stride = 0,
+          .sample_group = 0,
           .far_capacity = 0,
           .mma_model = 0,
           .positive_anchors = 0,
@@ -33,7 +35,7 @@ void vary(sn_simt_settings& settings, std::uint64_t word) {
   settings.slice_elements = 64 << word % 3;
   settings.score_tile = 64 << word / 3 % 3;
   settings.sample_stride = word / 5 % 2 == 0 ? 0 : 2;
-  settings.second_stride = word / 7 % 2 == 0 ? 0 : 3;
+  settings.sample_group = std::array{0, 1, 8, 32}[word / 7 % 4];
   settings.far_capacity = word / 11 % 2 == 0 ? 0 : 5;
   settings.positive_anchors = word / 13 % 2 == 0 ? 0 : 16;
   settings.positive_segments = word / 17 % 2 == 0 ? 0 : 5;

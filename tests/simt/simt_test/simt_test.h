@@ -1,5 +1,5 @@
 // Tests of the harness itself, a file per subject: every planted fault is caught under every schedule, and every
-// wrapper does what it should.
+// wrapper does what it should. And of kernels whose results no call shows.
 #pragma once
 
 #include <cstdint>
@@ -24,5 +24,6 @@ int overrun(const std::string& kind);     // what such a child does; returns if 
 void test_wrappers();                     // wrappers.cpp: collectives, atomics, clusters, schedules
 void test_products();                     // products.cpp: copies, matrices, mma and its models
 void test_numbers();                      // numbers.cpp: conversions and directed rounding
+void test_thresholds();                   // thresholds.cpp: what a sample proves
 
 }  // namespace sn::cuda

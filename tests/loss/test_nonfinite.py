@@ -159,6 +159,26 @@ def test_a_nan_upstream_is_not_lost(backend: str) -> None:
     assert gradient.isnan().any()
 
 
+@pytest.mark.parametrize("upstream", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize("bank", [False, True])
+def test_edges_without_a_coefficient_stay_without_a_gradient(fused_backend: str, bank: bool, upstream: float) -> None:
+    """The first identity is one row three times: with k = 2 its anchors know nobody but copies, at distance 0."""
+    case = problems.self_case(21, 20, 4, k=2, seed=3)
+    feats = torch.where((torch.arange(21) < 3)[:, None], case.feats[0], case.feats)
+    case = replace(case, feats=feats, labels=torch.where(torch.arange(21) < 3, 77, case.labels))
+    if bank:
+        case = replace(case, candidates=case.feats, candidate_labels=case.labels, self_index=0)
+    seen = []
+    for value in (0.0, upstream):
+        leaves = case.on(fused_backend).leaves()
+        losses = sn_ops.sn_loss(**leaves.arguments(), reduction="none", backend=fused_backend)
+        from_above = torch.linspace(1, 2, 21, device=losses.device)
+        from_above[:3] = value
+        seen.append(torch.autograd.grad(losses, leaves.inputs(), from_above))
+    for zero, gradient in zip(*seen, strict=True):
+        assert (gradient == zero).all() and (gradient != 0).any()
+
+
 @pytest.mark.parametrize("squeeze", ["span", "support", "nearest", "none"])
 @pytest.mark.parametrize("scale", [1e30, 3e38])
 def test_overflow_of_a_positive(backend: str, scale: float, squeeze: str) -> None:

@@ -347,6 +347,34 @@ ADVERSARIAL: dict[str, Callable[[int, int, int], Tensor]] = {
 }
 
 
+def line_rows(rows: int, seed: int, *, dims: int = 64) -> Tensor:
+    """Rows on one line, clustered about 33 points of it: a row is u times a pattern of signs.
+
+    All elements of a row are as large as each other, so a copy in half precision moves a whole row along the line. No
+    other rows come as close to what a bound allows: an error is all in the direction of the distances.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (dims,), generator=generator) * 2.0 - 1.0
+    points = torch.randint(-16, 17, (rows,), generator=generator) / 16.0
+    u = points + 2.0**-11 * (2 * torch.rand(rows, generator=generator) - 1)
+    return u[:, None] * signs
+
+
+def line_case(anchors: int, candidates: int | None = None, *, k: int, seed: int, large: int = 0) -> Case:
+    """Rows on a line, in the self case or against a bank; the first `large` of the candidates are of one identity, and
+    so is every other anchor."""
+    everyone = anchors + (candidates or 0)
+    feats = line_rows(everyone, seed)
+    labels = random_labels(everyone, 12, seed=seed)
+    first = 0 if candidates is None else anchors
+    if large:
+        labels[first : first + large] = 50
+        labels[:anchors:2] = 50
+    if candidates is None:
+        return Case(feats, labels, k=k)
+    return Case(feats[:anchors], labels[:anchors], feats[anchors:], labels[anchors:], k=k)
+
+
 def adversarial_case(name: str, rows: int, dims: int, *, k: int = 10, dtype: torch.dtype = torch.float32) -> Case:
     """An adversarial batch in the self case; identities of 4 images cut across its clusters."""
     feats = ADVERSARIAL[name](rows, dims, 3)

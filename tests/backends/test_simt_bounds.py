@@ -1,0 +1,67 @@
+"""Rows on which the bounds of the screening decide: whatever a bound leaves out, a neighbour is lost here.
+
+Such rows lie on a line (`problems.line_rows`): the rounding of a copy is all in the direction of the distances, as is
+the error of a product. Each path must select what direct sums do, bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+import sn_ops
+from support import judge, problems, simt_build
+from support.problems import Case
+
+simt_build.enable()
+from support import simt  # noqa: E402
+
+SEEDS = range(3)
+FAR_SEEDS = range(8)
+KINDS = ["self", "bank"]
+
+
+@cache
+def on_a_line(kind: str, k: int, seed: int, large: int = 0) -> tuple[Case, sn_ops.SupportNeighbors]:
+    """150 rows, or 20 against 200 others (60, where one identity is large), and their neighbours by direct sums."""
+    if kind == "self":
+        case = problems.line_case(220 if large else 150, k=k, seed=seed, large=large)
+    else:
+        case = problems.line_case(60 if large else 20, 200, k=k, seed=seed, large=large)
+    with simt.using(path="direct"):
+        return case, judge.neighbors_of(case, "simt")
+
+
+def check(kind: str, k: int, seed: int, path: str, mma_error: str, large: int = 0) -> None:
+    case, expected = on_a_line(kind, k, seed, large)
+    with simt.using(path=path, mma_error=mma_error):
+        found = judge.neighbors_of(case, "simt")
+    assert simt.last_report is not None and simt.last_report.path == path
+    judge.assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("mma_error", ["none", "plus"])
+@pytest.mark.parametrize("path", ["screen", "dense"])
+@pytest.mark.parametrize("k", [30, 50, 65])
+def test_support_of_rows_on_a_line(k: int, path: str, mma_error: str) -> None:
+    """Residuals of both rows, and errors of the products, enter every threshold."""
+    for seed in SEEDS:
+        check("self", k, seed, path, mma_error)
+
+
+@pytest.mark.parametrize("mma_error", ["none", "plus"])
+@pytest.mark.parametrize("path", ["screen", "bank"])
+@pytest.mark.parametrize("k", [40, 55, 75])
+def test_support_among_a_bank_on_a_line(k: int, path: str, mma_error: str) -> None:
+    """The bank's kernel finds residuals itself, by eight lanes a row."""
+    for seed in SEEDS:
+        check("bank", k, seed, path, mma_error)
+
+
+@pytest.mark.parametrize("mma_error", ["none", "plus"])
+@pytest.mark.parametrize(("kind", "path"), [("self", "screen"), ("bank", "screen"), ("bank", "bank")])
+def test_farthest_of_a_large_identity_on_a_line(kind: str, path: str, mma_error: str) -> None:
+    """More than 128 positives are not listed: the screening finds the farthest by a threshold of its own."""
+    for seed in FAR_SEEDS:
+        check(kind, 4, seed, path, mma_error, large=180)

@@ -1,0 +1,390 @@
+"""The mutants: faults of the kind that a tired engineer makes, and the tests that notice each.
+
+`tests/package/test_mutants.py` checks that each still applies and that its tests exist; `run.py` that they fail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LIBRARY = ("sn_simt",)
+BOUNDS = ("sn_simt_bounds",)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault."""
+
+    name: str
+    file: str
+    """Below the root of the tree."""
+    old: str
+    """Text that the file has exactly once."""
+    new: str
+    why: str
+    """What is wrong with it."""
+    killers: tuple[str, ...]
+    """What pytest is given: at least one of these tests must fail."""
+    builds: tuple[str, ...] = LIBRARY
+    """Targets of CMake that these tests load; none: they read the sources."""
+
+
+BACKENDS, PACKAGE = "tests/backends/", "tests/package/"
+FORMULAS = BACKENDS + "test_cuda_bounds.py::"
+LINES = BACKENDS + "test_simt_bounds.py::"
+EDGES = BACKENDS + "test_simt_edges.py::"
+PATHS = BACKENDS + "test_simt.py::"
+LINE_SUPPORT = (LINES + "test_support_of_rows_on_a_line", LINES + "test_support_among_a_bank_on_a_line")
+LINE_FAR = (LINES + "test_farthest_of_a_large_identity_on_a_line",)
+FENCES = (PACKAGE + "test_tickets.py::test_every_ticket_has_its_fences",)
+SCREEN, DIRECT, BACKWARD = "csrc/cuda/screen/", "csrc/cuda/direct/", "csrc/cuda/backward/"
+
+
+def _formulas() -> list[Mutant]:
+    """One operation of a formula rounds to the wrong side, or a term of it is missing."""
+    bound, certificate, args = SCREEN + "bound.cuh", SCREEN + "certificate.cuh", SCREEN + "args.cuh"
+    constants = "test_constants_and_certificates"
+    changes = [
+        # name, file, old, new, why, test
+        (
+            "lower-square-up", bound,
+            "const float square = add_down(add_down(n_i, score),",
+            "const float square = add_down(add_up(n_i, score),",
+            "a lower bound whose first sum is rounded up", "test_distances",
+        ),
+        (
+            "lower-root-up", bound,
+            "add_down(sqrt_down(square > 0.0f ? square : 0.0f), -add_up(rho_i, rho_j));",
+            "add_down(sqrt_up(square > 0.0f ? square : 0.0f), -add_up(rho_i, rho_j));",
+            "a lower bound whose root is rounded up", "test_distances",
+        ),
+        (
+            "upper-error-missing", bound,
+            "const float square = fma_up(eta, add_up(n_i, n_j), add_up(n_i, score));",
+            "const float square = fma_up(eta, n_j, add_up(n_i, score));",
+            "the error of a score without the anchor's norm", "test_distances",
+        ),
+        (
+            "support-T-down", bound,
+            "const float T = add_up(multiply_up(t, t), -least);",
+            "const float T = add_down(multiply_up(t, t), -least);",
+            "the support threshold rounded down", "test_thresholds_of_the_support",
+        ),
+        (
+            "support-least-up", bound,
+            "const float least = multiply_down(n_i, add_down(1.0f, -eta));",
+            "const float least = multiply_up(n_i, add_down(1.0f, -eta));",
+            "what is subtracted from the support threshold rounded up", "test_thresholds_of_the_support",
+        ),
+        (
+            "support-bias-up", bound,
+            "return add_down(multiply_down(n_j, add_down(1.0f, -eta)), -multiply_up(rho, rho));",
+            "return add_up(multiply_down(n_j, add_down(1.0f, -eta)), -multiply_up(rho, rho));",
+            "the candidate's side of the support test rounded up", "test_thresholds_of_the_support",
+        ),
+        (
+            "support-t-without-rho",
+            bound,
+            "const float t = add_up(reach, rho_i);",
+            "const float t = reach; static_cast<void>(rho_i);",
+            "the anchor's residual is forgotten",
+            "test_thresholds_of_the_support",
+        ),
+        (
+            "far-g-without-rho",
+            bound,
+            "const float g = add_down(reach, -rho_i);",
+            "const float g = reach; static_cast<void>(rho_i);",
+            "the anchor's residual is forgotten",
+            "test_thresholds_of_the_farthest",
+        ),
+        (
+            "rho-margin-missing", bound,
+            "inline constexpr float kRhoMargin = 1.0f + 0x1p-20f;", "inline constexpr float kRhoMargin = 1.0f;",
+            "no margin for the roundings of evaluating the test", "test_thresholds_of_the_support",
+        ),
+        (
+            "far-G-up", bound,
+            "const float G = add_down(multiply_down(g, g), -most);",
+            "const float G = add_down(multiply_up(g, g), -most);",
+            "the far threshold rounded up", "test_thresholds_of_the_farthest",
+        ),
+        (
+            "far-bias-sign", bound,
+            "return rho_j < kInfinity ? multiply_up(n_j, add_up(1.0f, eta)) : kInfinity;",
+            "return rho_j < kInfinity ? multiply_up(n_j, add_up(1.0f, -eta)) : kInfinity;",
+            "the error of a score with the wrong sign in the far test", "test_thresholds_of_the_farthest",
+        ),
+        (
+            "residual-of-centring-missing", bound,
+            "return add_up(fma_up(0x1p-23f, sqrt_up(squares), multiply_up(row_slack, sqrt_up(rests))), 0x1p-60f);",
+            "return add_up(multiply_up(row_slack, sqrt_up(rests)), 0x1p-60f); static_cast<void>(squares);",
+            "what centring rounds is not in rho", "test_residuals",
+        ),
+        (
+            "residual-slack-missing", bound,
+            "multiply_up(row_slack, sqrt_up(rests))", "sqrt_up(rests)",
+            "the roundings of the residual's own sum are not in rho", "test_residuals",
+        ),
+        (
+            "stretch-missing", args, ".stretch = up(1.0 + 2.0 * gamma),", ".stretch = 1.0f,",
+            "a key is taken for the exact square of a distance", constants,
+        ),
+        (
+            "shrink-up", args, ".shrink = down(1.0 - 2.0 * gamma),", ".shrink = up(1.0 + 2.0 * gamma),",
+            "gamma with the wrong sign", constants,
+        ),
+        (
+            "gamma-without-the-chunk", args,
+            "(64.0 + 5.0 + sections + 4.0) * 0x1p-24", "(5.0 + sections + 4.0) * 0x1p-24",
+            "the 64 roundings inside a chunk are forgotten", constants,
+        ),
+        (
+            "underflow-in-wrong-units", certificate,
+            "return fma_up(U, args.stretch, multiply_up(args.underflow_distance, facts.scale));",
+            "return fma_up(U, args.stretch, multiply_up(args.underflow_distance, facts.unscale));",
+            "what underflows is converted from the units that it should be converted to", constants,
+        ),
+        (
+            "largest-key-down", certificate,
+            "return fma_up(multiply_up(distance, args.stretch), distance, args.underflow_key);",
+            "return fma_up(distance, distance, args.underflow_key);",
+            "the largest key of a distance is taken for its square", constants,
+        ),
+        (
+            "eta-without-norms", "csrc/cuda/plan/sizes.h",
+            "(1.25 * dims + dims / 32.0 + 32.0) * 0x1p-23", "(1.25 * dims) * 0x1p-23",
+            "the errors of the norms and of evaluating a bound are forgotten", constants,
+        ),
+    ]  # fmt: skip
+    return [Mutant(n, f, old, new, why, (FORMULAS + test,), BOUNDS) for n, f, old, new, why, test in changes]
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    *_formulas(),
+    # ---- bounds, as the paths use them
+    Mutant(
+        "support-threshold-without-rho",
+        SCREEN + "thresholds.cu",
+        ", facts.n, facts.rho, args.eta);",
+        ", facts.n, 0.0f, args.eta);",
+        "the anchor's residual is forgotten",
+        LINE_SUPPORT,
+    ),
+    Mutant(
+        "far-threshold-without-rho",
+        SCREEN + "far_thresholds.cu",
+        ", facts.n, facts.rho, args.eta);",
+        ", facts.n, 0.0f, args.eta);",
+        "the anchor's residual is forgotten",
+        LINE_FAR,
+    ),
+    Mutant(
+        "refined-without-rho",
+        SCREEN + "refine.cu",
+        "lower_bound(args, facts, entry) <= reach;",
+        "lower_bound(args, facts, entry) + facts.rho <= reach;",
+        "candidates are ruled out as if the anchor's copy were exact",
+        LINE_SUPPORT,
+    ),
+    Mutant(
+        "support-test-without-rho",
+        SCREEN + "epilogue.cuh",
+        "if constexpr (kHasRho) {",
+        "if constexpr (kHasRho && false) {",
+        "the candidate's residual is forgotten",
+        LINE_SUPPORT,
+    ),
+    Mutant(
+        "bank-residuals-of-half-a-row",
+        SCREEN + "bank.cu",
+        "sums.rRests[q] = add(sums.rRests[q], shuffle_xor(sums.rRests[q], mask));",
+        "if (mask < kRowChunks / 2) sums.rRests[q] = add(sums.rRests[q], shuffle_xor(sums.rRests[q], mask));",
+        "residuals are summed over 4 of 8 lanes",
+        LINE_SUPPORT,
+    ),
+    Mutant(
+        "far-test-without-rho",
+        SCREEN + "epilogue.cuh",
+        "fused_multiply_add(load(args.thresholds.g2 + anchor), rho, fused_multiply_add(-2.0f, product, bias));",
+        "fused_multiply_add(0.0f, rho, fused_multiply_add(-2.0f, product, bias));",
+        "the candidate's residual is forgotten",
+        LINE_FAR,
+    ),
+    # ---- selection
+    Mutant(
+        "self-index-of-M",
+        "csrc/cuda/loss.cuh",
+        "return self >= 0 && self < args.candidates.rows ? self : -1;",
+        "return self >= 0 && self <= args.candidates.rows ? self : -1;",
+        "an index of exactly M is taken for a candidate, whose label is read out of bounds",
+        (EDGES + "test_a_self_index_that_is_no_candidate_means_none",),
+    ),
+    Mutant(
+        "strips-forget-nan",
+        DIRECT + "select.cu",
+        "    args.gControl->nonfinite = 1;",
+        "    args.gControl->nonfinite = 0;",
+        "NaN of an early strip is not handed to the last",
+        (EDGES + "test_strips_hand_on_that_something_is_not_finite",),
+    ),
+    Mutant(
+        "first-strip-forgets-nan",
+        DIRECT + "select.cu",
+        "std::uint32_t rFlag = args.gControl->nonfinite;",
+        "std::uint32_t rFlag = 0;",
+        "the last strip does not look at what the earlier ones found",
+        (EDGES + "test_strips_hand_on_that_something_is_not_finite",),
+    ),
+    Mutant(
+        "positives-list-too-short",
+        SCREEN + "positives.cu",
+        "static_cast<int>(kListedPositives) + 1;",
+        "static_cast<int>(kListedPositives);",
+        "an identity of 129 images, one of them the anchor, does not fit",
+        (EDGES + "test_identities_as_large_as_the_list_of_positives",),
+    ),
+    Mutant(
+        "positives-grid-of-small-blocks",
+        SCREEN + "positives.cu",
+        "const LaunchShape shape{divide_up(N, block_anchors),",
+        "const LaunchShape shape{divide_up(N, kFewAnchors) * kFewAnchors / block_anchors,",
+        "the grid is rounded with the small block: the last anchors of many have no positives",
+        (EDGES + "test_many_anchors_of_a_small_bank",),
+    ),
+    Mutant(
+        "strip-without-offset",
+        DIRECT + "tiles.cu",
+        ".anchors = rows_of<T>(args.anchors, strip.begin, strip.rows),",
+        ".anchors = rows_of<T>(args.anchors, 0, strip.rows),",
+        "every strip sums the anchors of the first",
+        (PATHS + "test_however_the_work_is_cut",),
+    ),
+    Mutant(
+        "key-that-ties-with-the-bound",
+        SCREEN + "nearest.cuh",
+        "const bool kept = !kBounded || d2 <= bound;",
+        "const bool kept = !kBounded || d2 < bound;",
+        "a key that ties with the last of the K is abandoned, whatever its index",
+        (PATHS + "test_every_path_selects_what_direct_sums_do",),
+    ),
+    Mutant(
+        "bf16-rows-that-vanish",
+        SCREEN + "facts.cu",
+        "rLargest <= kLargestValue && (rSquares >= kSmallestNorm || rLargest == 0.0f);",
+        "rLargest <= kLargestValue;",
+        "products of tiny rows underflow, and the bound is used all the same",
+        (PATHS + "test_subnormal_rows",),
+    ),
+    # ---- order of memory
+    Mutant(
+        "merge-fence-before-ticket",
+        SCREEN + "merge.cu",
+        "  fence_device();\n  sync_block();\n",
+        "  sync_block();\n",
+        "the ticket may be seen before the records",
+        FENCES,
+        (),
+    ),
+    Mutant(
+        "merge-fence-of-the-last",
+        SCREEN + "merge.cu",
+        "  if (sLast.get(0) == 0) return;\n  fence_device();\n",
+        "  if (sLast.get(0) == 0) return;\n",
+        "the last block may read records of before",
+        FENCES,
+        (),
+    ),
+    Mutant(
+        "select-fence-before-ticket",
+        DIRECT + "select.cu",
+        "    fence_device();\n    const std::uint32_t before",
+        "    const std::uint32_t before",
+        "the ticket may be seen before the records",
+        FENCES,
+        (),
+    ),
+    Mutant(
+        "select-fence-of-the-last",
+        DIRECT + "select.cu",
+        "  if (sLast.get(0) == 0) return;\n  fence_device();\n",
+        "  if (sLast.get(0) == 0) return;\n",
+        "the last block may read records of before",
+        FENCES,
+        (),
+    ),
+    # ---- backward
+    Mutant(
+        "gather-stride-of-32-bits",
+        BACKWARD + "rows.cuh",
+        "other + list.sources.get(edge) * stride",
+        "other + list.sources.get(edge) * static_cast<std::int32_t>(stride)",
+        "rows 2^31 elements apart are looked for elsewhere",
+        (EDGES + "test_rows_that_32_bits_do_not_reach",),
+    ),
+    Mutant(
+        "gather-own-row-of-32-bits",
+        BACKWARD + "gather.cu",
+        "\n    gather_list(strip, args.row_shift, list, count, gOwn + std::int64_t{target} * side.own_stride, gOther,",
+        "\n    const auto stride = static_cast<std::uint32_t>(side.own_stride);"
+        "\n    gather_list(strip, args.row_shift, list, count, gOwn + target * stride, gOther,",
+        "rows 2^32 elements apart are looked for elsewhere",
+        (EDGES + "test_rows_that_32_bits_do_not_reach",),
+    ),
+    Mutant(
+        "gather-pack-behind-the-row",
+        BACKWARD + "rows.cuh",
+        "rRow[p] = load_pack(row + (p * step < left ? p * step : 0));",
+        "rRow[p] = load_pack(row + (p * step <= left ? p * step : 0));",
+        "a pack is read behind the end of a row",
+        (EDGES + "test_nothing_is_read_behind_an_input",),
+    ),
+    Mutant(
+        "zero-times-infinity",
+        BACKWARD + "graph.cuh",
+        "  if (coefficient == Acc(0)) return Acc(0);\n",
+        "",
+        "a coefficient of 0 times an upstream of Inf or NaN is NaN",
+        ("tests/loss/test_nonfinite.py::test_edges_without_a_coefficient_stay_without_a_gradient",),
+    ),
+    Mutant(
+        "tail-one-too-long",
+        BACKWARD + "gather.cu",
+        "if (waiting + rank < kEdgeChunk) {",
+        "if (waiting + rank <= kEdgeChunk) {",
+        "an edge too many is written behind a target's tail, into the next one's",
+        (PATHS + "test_backward_with_and_without_buckets", PATHS + "test_loss_on_every_path"),
+    ),
+    Mutant(
+        "chunks-of-the-next-target",
+        BACKWARD + "gather.cu",
+        "if (round + by < chunk || round + by >= end) continue;",
+        "if (round + by < chunk || round + by > end) continue;",
+        "a target adds the first chunk of the next one",
+        (PATHS + "test_backward_with_and_without_buckets", PATHS + "test_loss_on_every_path"),
+    ),
+    Mutant(
+        "buckets-without-an-end",
+        BACKWARD + "place.cu",
+        "if (block_id() == 0 && bucket == count - 1) buckets.begins[count] = rBegin;",
+        "if (block_id() == 0 && bucket == count - 2) buckets.begins[count] = rBegin;",
+        "the last bucket ends where it begins",
+        (PATHS + "test_backward_with_and_without_buckets",),
+    ),
+    Mutant(
+        "buckets-out-of-order",
+        BACKWARD + "place.cu",
+        "popcount(peers & lanes_below()));",
+        "popcount(peers & ~lanes_below()) - 1);",
+        "edges of one bucket change their order",
+        (PATHS + "test_backward_with_and_without_buckets",),
+    ),
+    Mutant(
+        "bucket-of-the-group-before",
+        BACKWARD + "gather.cu",
+        "buckets.begins + (first >> args.buckets.shift);",
+        "buckets.begins + (first >> (args.buckets.shift + 1));",
+        "groups look for their edges in another bucket",
+        (PATHS + "test_backward_with_and_without_buckets",),
+    ),
+)

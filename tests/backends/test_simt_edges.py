@@ -92,6 +92,22 @@ def test_identities_as_large_as_the_list_of_positives(path: str, bank: bool, see
         assert simt.last_report is not None and simt.last_report.path == path
 
 
+@pytest.mark.parametrize("path", SCREENED)
+@pytest.mark.parametrize(("identities", "anchors"), [(64, 64), (150, 64), (200, 256)])
+def test_labels_that_meet_in_the_table(path: str, identities: int, anchors: int) -> None:
+    """As many labels as a block has anchors, of every magnitude, and as many again that are no anchor's: some have the
+    same place in a hash table, whatever the hash is, and some of those meet at every place there is."""
+    generator = torch.Generator().manual_seed(identities)
+    labels = torch.randint(-(2**63), 2**63 - 1, (2 * identities,), generator=generator)
+    labels = torch.where(torch.arange(2 * identities) % 3 == 0, torch.arange(2 * identities) << 40, labels)
+    case = Case(
+        torch.randn(identities, 8, generator=generator), labels[:identities],
+        torch.randn(4 * identities, 8, generator=generator), labels.repeat(2), k=2,
+    )  # fmt: skip
+    with simt.using(path=path, positive_anchors=anchors, positive_segments=3):
+        judge.assert_same_bits(judge.neighbors_of(case, "simt"), direct_sums(case))
+
+
 def test_many_anchors_of_a_small_bank() -> None:
     """Kernels take more anchors a block where there are many; those of the last block are not forgotten."""
     generator = torch.Generator().manual_seed(1)

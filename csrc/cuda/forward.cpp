@@ -22,7 +22,8 @@ class Steps {
   cudaError_t error_ = cudaSuccess;
 };
 
-// Tiles of direct sums, then selection, a strip of anchors at a time. Empty sides have a strip, too.
+// Tiles of direct sums, then selection, a strip of anchors at a time. Empty sides have a strip, too. Then the sum over
+// anchors, where they are many.
 cudaError_t run_direct(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
   for (std::int64_t number = 0; number < plan.strips; ++number) {
     const std::int64_t begin = number * plan.strip_rows;
@@ -31,7 +32,7 @@ cudaError_t run_direct(const ForwardArgs& args, const ForwardPlan& plan, char* w
     if (error == cudaSuccess) error = enqueue_select(args, plan, workspace, strip, stream);
     if (error != cudaSuccess) return error;
   }
-  return cudaSuccess;
+  return plan.shared_reduction ? enqueue_reduce(args, plan, workspace, stream) : cudaSuccess;
 }
 
 // The paths that screen with tensor cores and decide by exact sums: kDense, kScreen, kBank.

@@ -7,8 +7,12 @@
 //     Writes every output of the anchor and returns its record, in all lanes.
 //   final_reduction<A>(args, records, poison, memory)              one block, after all records
 //     records: an accessor like GlobalRecords. The bits are the same for any number of threads.
+//   sum_partial(records, N, partial, stage, memory, partials), then join_partials<A>(args, partials, memory)
+//     The same shared out: a block a partial, after all records of it, then the block that finishes last. Blocks of 256
+//     threads. poison_outputs<A>(args, share, shares) instead, where an input value was not finite.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "cuda/keys.cuh"
@@ -111,19 +115,18 @@ __device__ AnchorRecord finish_anchor(const ForwardArgs& args, std::int64_t anch
 
 // ---- all anchors ----------------------------------------------------------------------------------------------------
 
-// Sums are fixed by N alone: partial p adds the records p, p + kPartials, ... in order, then the partials meet in a
-// tree of halves. Counts are integers, which any order adds up to the same: by warp, then the warps'. (Not by atomics:
-// shared memory has none of 64 bits, and the loop that stands in for one took 20 us of a call on an H200.)
-inline constexpr int kPartials = 256;
-
+// The order of the sums is plan_types.h's: partial p adds the records p, p + kPartials, ... in order, then the partials
+// meet in a tree. One block does it alone (final_reduction), or each partial has a block (sum_partial) and the one that
+// finishes last joins them (join_partials): the bits are the same. Counts are added by warp, then the warps'. (Not by
+// atomics: shared memory has none of 64 bits, and the loop that stands in for one took 20 us of a call on an H200.)
 struct ReductionMemory {
-  Shared<double> sSums;           // [kSums][kPartials]
-  Shared<std::uint64_t> sCounts;  // [kCounts][kWarps]
-  static constexpr int kSums = 3;
-  static constexpr int kCounts = 5;
+  static constexpr int kSums = PartialRecord::kSums;
+  static constexpr int kCounts = PartialRecord::kCounts;
   static constexpr int kWarps = kMaxThreads / kWarpSize;
   static constexpr int kBytes = shared_bytes<double>(kSums * kPartials) + shared_bytes<std::uint64_t>(kCounts * kWarps);
   static_assert(kCounts <= kWarpSize, "a thread of the first warp adds up each count");
+  Shared<double> sSums;           // [kSums][kPartials]
+  Shared<std::uint64_t> sCounts;  // [kCounts][kWarps]
   __device__ __forceinline__ explicit ReductionMemory(SharedArena& arena)
       : sSums(arena.take<double>(kSums * kPartials)), sCounts(arena.take<std::uint64_t>(kCounts * kWarps)) {}
 };
@@ -143,25 +146,75 @@ struct GlobalRecords {
   }
 };
 
-// An input value was not finite: no selection is meaningful, and nothing finite may come out.
+// An input value was not finite: no selection is meaningful, and nothing finite may come out. Of `shares` blocks that
+// call it, each does its share.
 template <class A>
-__device__ void poison_outputs(const ForwardArgs& args) {
+__device__ void poison_outputs(const ForwardArgs& args, std::int64_t share = 0, std::int64_t shares = 1) {
   const std::int64_t N = args.anchors.rows;
   const std::int64_t M = args.candidates.rows;
   const std::int64_t K = args.options.k < M ? args.options.k : M;
   const A nan = quiet_nan<A>();
-  for (std::int64_t i = thread_id(); i < N * (K + kExtraEdges); i += thread_count()) {
+  const std::int64_t first = share * thread_count() + thread_id();
+  const std::int64_t step = shares * thread_count();
+  for (std::int64_t i = first; i < N * (K + kExtraEdges); i += step) {
     args.indices[i] = -1;
     static_cast<A*>(args.coefficients)[i] = A(0);
     if (args.squared != nullptr) static_cast<A*>(args.squared)[i] = nan;
   }
-  for (std::int64_t i = thread_id(); i < N; i += thread_count()) {
+  for (std::int64_t i = first; i < N; i += step) {
     args.nearest_positive[i] = -1;
     args.farthest_positive[i] = -1;
   }
   const std::int64_t losses = args.options.reduction == Reduction::kNone ? N : 1;
-  for (std::int64_t i = thread_id(); i < losses; i += thread_count()) static_cast<A*>(args.loss)[i] = nan;
-  for (int i = thread_id(); i < kStatsSize; i += thread_count()) args.stats[i] = quiet_nan<double>();
+  for (std::int64_t i = first; i < losses; i += step) static_cast<A*>(args.loss)[i] = nan;
+  for (std::int64_t i = first; i < kStatsSize; i += step) args.stats[i] = quiet_nan<double>();
+}
+
+// Adds up the counts of all threads, into the first place of each.
+__device__ __forceinline__ void meet_counts(std::uint64_t (&rCounts)[ReductionMemory::kCounts],
+                                            const ReductionMemory& memory) {
+#pragma unroll
+  for (int i = 0; i < ReductionMemory::kCounts; ++i) {
+#pragma unroll
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) rCounts[i] += shuffle_xor(rCounts[i], mask);
+    if (lane_id() == 0) memory.sCounts.set(i * ReductionMemory::kWarps + warp_id(), rCounts[i]);
+  }
+  sync_block();
+  if (thread_id() < ReductionMemory::kCounts) {
+    const Shared<std::uint64_t> sMine = memory.sCounts.offset(thread_id() * ReductionMemory::kWarps);
+    std::uint64_t count = 0;
+    for (int warp = 0; warp < thread_count() / kWarpSize; ++warp) count += sMine.get(warp);
+    sMine.set(0, count);
+  }
+}
+
+// The loss and the statistics, from the partials in `memory` and each thread's counts.
+template <class A>
+__device__ __forceinline__ void join_sums(const ForwardArgs& args, std::uint64_t (&rCounts)[ReductionMemory::kCounts],
+                                          const ReductionMemory& memory) {
+  meet_counts(rCounts, memory);  // read behind the barriers of the tree
+  for (int half = kPartials / 2; half > 0; half /= 2) {
+    for (int item = thread_id(); item < ReductionMemory::kSums * half; item += thread_count()) {
+      const int at = item / half * kPartials + item % half;
+      memory.sSums.set(at, add(memory.sSums.get(at), memory.sSums.get(at + half)));
+    }
+    sync_block();
+  }
+  if (thread_id() != 0) return;
+  const auto ratio = [](double sum, double of) { return of > 0.0 ? sum / of : 0.0; };
+  const auto count = [&](int which) {
+    return static_cast<double>(memory.sCounts.get(which * ReductionMemory::kWarps));
+  };
+  const double loss = memory.sSums.get(0);
+  const double valid = count(3);
+  if (args.options.reduction == Reduction::kMean) *static_cast<A*>(args.loss) = static_cast<A>(ratio(loss, valid));
+  if (args.options.reduction == Reduction::kSum) *static_cast<A*>(args.loss) = static_cast<A>(loss);
+  args.stats[kValidAnchors] = valid;
+  args.stats[kPositiveDistance] = ratio(memory.sSums.get(kPartials), count(0));
+  args.stats[kNegativeDistance] = ratio(memory.sSums.get(2 * kPartials), count(1));
+  args.stats[kNearestIsPositive] = ratio(count(4), valid);
+  args.stats[kSupportPositives] = ratio(count(2), valid);
+  args.stats[kPoison] = 0.0;
 }
 
 template <class A, class Records>
@@ -186,41 +239,95 @@ __device__ void final_reduction(const ForwardArgs& args, const Records& records,
     }
     for (int sum = 0; sum < ReductionMemory::kSums; ++sum) memory.sSums.set(sum * kPartials + partial, rSums[sum]);
   }
+  join_sums<A>(args, rCounts, memory);
+}
+
+// ---- all anchors, a block a partial ---------------------------------------------------------------------------------
+
+// A block brings the records of its partial to shared memory, so many at a time, all under way at once: 8 bytes a
+// thread and load, since neighbouring records of a partial lie kPartials apart. Then one thread a sum adds them in order
+// while the other warps count.
+struct PartialMemory {
+  static constexpr int kThreads = 256;
+  static constexpr int kRecords = 256;
+  static constexpr int kWords = sizeof(AnchorRecord) / sizeof(std::uint64_t);
+  static constexpr int kEach = kRecords * kWords / kThreads;
+  static constexpr int kBytes = shared_bytes<std::uint64_t>(kRecords * kWords);
+  static_assert(kRecords * kWords % kThreads == 0 && sizeof(AnchorRecord) % sizeof(std::uint64_t) == 0);
+  static_assert(offsetof(AnchorRecord, loss) == 0 && offsetof(AnchorRecord, positive_sum) == 8 &&
+                offsetof(AnchorRecord, negative_sum) == 16 && offsetof(AnchorRecord, positives) == 24 &&
+                offsetof(AnchorRecord, negatives) == 28 && offsetof(AnchorRecord, support_positives) == 32 &&
+                offsetof(AnchorRecord, flags) == 36);
+  Shared<std::uint64_t> sWords;  // [kRecords][kWords]
+  __device__ __forceinline__ explicit PartialMemory(SharedArena& arena)
+      : sWords(arena.take<std::uint64_t>(kRecords * kWords)) {}
+};
+
+// The whole block calls it; its own records are written before a barrier, all others in earlier launches.
+__device__ __forceinline__ void sum_partial(const AnchorRecord* gRecords, std::int64_t N, int partial,
+                                            const PartialMemory& stage, const ReductionMemory& memory,
+                                            PartialRecord* gPartials) {
+  constexpr int kWords = PartialMemory::kWords;
+  const auto* gWords = reinterpret_cast<const std::uint64_t*>(gRecords + partial);
+  const std::int64_t records = partial < N ? (N - partial + kPartials - 1) / kPartials : 0;
+  double rSum = 0.0;
+  std::uint64_t rCounts[ReductionMemory::kCounts] = {};
+  for (std::int64_t begin = 0; begin < records; begin += PartialMemory::kRecords) {
+    const int count =
+        static_cast<int>(records - begin < PartialMemory::kRecords ? records - begin : PartialMemory::kRecords);
+    std::uint64_t rWords[PartialMemory::kEach];
 #pragma unroll
-  for (int i = 0; i < ReductionMemory::kCounts; ++i) {
+    for (int e = 0; e < PartialMemory::kEach; ++e) {
+      const int word = e * PartialMemory::kThreads + thread_id();
+      rWords[e] = 0;
+      if (word >= count * kWords) continue;
+      rWords[e] = atomic_load(gWords + (begin + word / kWords) * (kPartials * kWords) + word % kWords);
+    }
+    sync_block();  // the last records have been added
 #pragma unroll
-    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) rCounts[i] += shuffle_xor(rCounts[i], mask);
-    if (lane_id() == 0) memory.sCounts.set(i * ReductionMemory::kWarps + warp_id(), rCounts[i]);
-  }
-  sync_block();
-  if (thread_id() < ReductionMemory::kCounts) {
-    const Shared<std::uint64_t> sMine = memory.sCounts.offset(thread_id() * ReductionMemory::kWarps);
-    std::uint64_t count = 0;
-    for (int warp = 0; warp < thread_count() / kWarpSize; ++warp) count += sMine.get(warp);
-    sMine.set(0, count);  // read behind the barriers of the tree
-  }
-  for (int half = kPartials / 2; half > 0; half /= 2) {
-    for (int item = thread_id(); item < ReductionMemory::kSums * half; item += thread_count()) {
-      const int at = item / half * kPartials + item % half;
-      memory.sSums.set(at, add(memory.sSums.get(at), memory.sSums.get(at + half)));
+    for (int e = 0; e < PartialMemory::kEach; ++e) {
+      stage.sWords.set(e * PartialMemory::kThreads + thread_id(), rWords[e]);
     }
     sync_block();
+    if (thread_id() < ReductionMemory::kSums) {
+#pragma unroll 8
+      for (int r = 0; r < count; ++r) rSum = add(rSum, double_from_bits(stage.sWords.get(r * kWords + thread_id())));
+    }
+    for (int r = thread_id() - kWarpSize; r < count; r += PartialMemory::kThreads - kWarpSize) {
+      if (r < 0) break;                                                  // the first warp adds
+      const std::uint64_t positives = stage.sWords.get(r * kWords + 3);  // and negatives
+      const std::uint64_t support = stage.sWords.get(r * kWords + 4);    // and flags
+      rCounts[0] += positives & 0xffffffffu;
+      rCounts[1] += positives >> 32;
+      rCounts[2] += support & 0xffffffffu;
+      rCounts[3] += support >> 32 & 1;
+      rCounts[4] += support >> 33 & 1;
+    }
   }
-  if (thread_id() != 0) return;
-  const auto ratio = [](double sum, double of) { return of > 0.0 ? sum / of : 0.0; };
-  const auto count = [&](int which) {
-    return static_cast<double>(memory.sCounts.get(which * ReductionMemory::kWarps));
-  };
-  const double loss = memory.sSums.get(0);
-  const double valid = count(3);
-  if (args.options.reduction == Reduction::kMean) *static_cast<A*>(args.loss) = static_cast<A>(ratio(loss, valid));
-  if (args.options.reduction == Reduction::kSum) *static_cast<A*>(args.loss) = static_cast<A>(loss);
-  args.stats[kValidAnchors] = valid;
-  args.stats[kPositiveDistance] = ratio(memory.sSums.get(kPartials), count(0));
-  args.stats[kNegativeDistance] = ratio(memory.sSums.get(2 * kPartials), count(1));
-  args.stats[kNearestIsPositive] = ratio(count(4), valid);
-  args.stats[kSupportPositives] = ratio(count(2), valid);
-  args.stats[kPoison] = 0.0;
+  meet_counts(rCounts, memory);
+  if (thread_id() < ReductionMemory::kSums) gPartials[partial].sums[thread_id()] = rSum;
+  if (thread_id() < ReductionMemory::kCounts) {
+    gPartials[partial].counts[thread_id()] = memory.sCounts.get(thread_id() * ReductionMemory::kWarps);
+  }
+}
+
+// By the block that knows that all partials of N records are written.
+template <class A>
+__device__ __forceinline__ void join_partials(const ForwardArgs& args, const PartialRecord* gPartials,
+                                              const ReductionMemory& memory) {
+  static_assert(PartialMemory::kThreads == kPartials, "a thread a partial");
+  std::uint64_t rCounts[ReductionMemory::kCounts] = {};
+  double rSums[ReductionMemory::kSums] = {};
+  if (thread_id() < args.anchors.rows) {
+    const PartialRecord* gMine = gPartials + thread_id();
+#pragma unroll
+    for (int sum = 0; sum < ReductionMemory::kSums; ++sum) rSums[sum] = atomic_load(gMine->sums + sum);
+#pragma unroll
+    for (int i = 0; i < ReductionMemory::kCounts; ++i) rCounts[i] = atomic_load(gMine->counts + i);
+  }
+  sync_block();  // the counts of this block's own partial have been read
+  for (int sum = 0; sum < ReductionMemory::kSums; ++sum) memory.sSums.set(sum * kPartials + thread_id(), rSums[sum]);
+  join_sums<A>(args, rCounts, memory);
 }
 
 }  // namespace sn::cuda

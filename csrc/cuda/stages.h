@@ -24,6 +24,9 @@ cudaError_t enqueue_tiles(const ForwardArgs& args, const ForwardPlan& plan, char
 cudaError_t enqueue_select(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                            cudaStream_t stream);
 
+// The sum over all anchors behind the last strip, with ForwardPlan::shared_reduction. Without it the selection sums.
+cudaError_t enqueue_reduce(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
+
 // At most 64 anchors and 64 candidates: the whole forward in one launch of one thread-block cluster. The device is of
 // compute capability 9.0 or above, the plan's path is kCluster and needs no workspace.
 cudaError_t enqueue_cluster(const ForwardArgs& args, const ForwardPlan& plan, cudaStream_t stream);

@@ -104,23 +104,12 @@ class Workspace {
 };
 
 std::vector<Piece*> pieces_of(sn::cuda::ForwardPlan& plan) {
-  return {&plan.control,
-          &plan.flags,
-          &plan.records,
-          &plan.partials,
-          &plan.sort_keys,
-          &plan.mean,
-          &plan.anchor_cast,
-          &plan.candidate_cast,
-          &plan.anchor_facts,
-          &plan.candidate_facts,
-          &plan.positive_leader,
-          &plan.positive_count,
-          &plan.positive_list,
-          &plan.counts,
-          &plan.buffer,
-          &plan.far_buffer,
-          &plan.queue};
+  return {&plan.control,         &plan.flags,           &plan.records,
+          &plan.partials,        &plan.sort_keys,       &plan.mean,
+          &plan.anchor_cast,     &plan.candidate_cast,  &plan.anchor_facts,
+          &plan.candidate_facts, &plan.positive_leader, &plan.positive_count,
+          &plan.positive_list,   &plan.counts,          &plan.buffer,
+          &plan.far_buffer,      &plan.queue,           &plan.partial_records};
 }
 std::vector<Piece*> pieces_of(sn::cuda::BackwardPlan& plan) {
   return {&plan.histogram,      &plan.totals,         &plan.begins,
@@ -137,6 +126,8 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
     plan.triangular = plan.path == ForwardPath::kDirect ? sn::cuda::direct_triangular(problem, plan.strip_rows)
                                                         : problem.symmetric && plan.strips == 1;
   }
+  if (settings.shared_reduction > 0) plan.shared_reduction = true;
+  plan.partial_records.bytes = sn::cuda::partial_record_bytes(plan);
   if (plan.path == ForwardPath::kDirect) {
     if (settings.slice_elements > 0) {
       plan.slice_elements = settings.slice_elements;

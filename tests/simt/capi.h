@@ -36,6 +36,7 @@ struct sn_simt_settings {
   // More changes to the plan.
   std::int32_t positive_anchors;   // dense, screen, bank: a power of two, at most 1024
   std::int32_t positive_segments;  // dense, screen, bank
+  std::int32_t shared_reduction;   // of every path but the cluster's; 1: whatever the number of anchors
 };
 
 // The outcome of a call.

@@ -68,6 +68,7 @@ class Settings:
     mma_model: str = "none"
     positive_anchors: int = 0
     positive_segments: int = 0
+    shared_reduction: int = 0
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ class _Settings(ctypes.Structure):
         ("mma_model", ctypes.c_int32),
         ("positive_anchors", ctypes.c_int32),
         ("positive_segments", ctypes.c_int32),
+        ("shared_reduction", ctypes.c_int32),
     ]
 
 

@@ -1,6 +1,6 @@
 // From partial sums to every output of a strip's anchors. A block takes an anchor: it adds up the slices in the one
 // order, selects the neighbours (select.cuh) and finishes the anchor (loss.cuh). The block that finishes last reads the
-// flags of the tiles and, in the last strip, sums over all anchors.
+// flags of the tiles and, in the last strip, sums over all anchors, unless they are so many that reduce.cu does.
 #include <algorithm>
 
 #include "cuda/direct/select.cuh"
@@ -24,8 +24,8 @@ struct SelectArgs {
   std::int64_t rows;       // of the strip
   std::int64_t plane;
   int slices;
-  int section_slices;  // slices of one section
-  bool last_strip;
+  int section_slices;           // slices of one section
+  bool reduces;                 // the last strip, of few anchors
   const std::uint32_t* gFlags;  // [flags]
   std::int64_t flags;
   Control* gControl;
@@ -72,10 +72,11 @@ __global__ void __launch_bounds__(kSelectThreads<kPerLane>, kSelectBlocks<kPerLa
   if (rFlag != 0) sLast.atomic_or(1, 1u);
   sync_block();
   const bool poison = sLast.get(1) != 0;
-  if (args.last_strip) {
+  if (args.reduces) {
     final_reduction<A>(args.forward, GlobalRecords{args.gRecords}, poison, reduction);
-  } else if (poison && thread_id() == 0) {
-    args.gControl->nonfinite = 1;
+  } else if (thread_id() == 0) {
+    args.gControl->ticket = 0;
+    if (poison) args.gControl->nonfinite = 1;
   }
 }
 
@@ -114,7 +115,7 @@ cudaError_t enqueue_select(const ForwardArgs& args, const ForwardPlan& plan, cha
       .plane = plan.strip_rows * M,
       .slices = static_cast<int>(plan.d_slices),
       .section_slices = static_cast<int>(kSection / plan.slice_elements),
-      .last_strip = strip.begin + strip.rows == args.anchors.rows,
+      .reduces = strip.begin + strip.rows == args.anchors.rows && !plan.shared_reduction,
       .gFlags = piece<std::uint32_t>(workspace, plan.flags),
       .flags = direct_tiles(strip.rows, M, plan.triangular) * plan.d_slices,
       .gControl = piece<Control>(workspace, plan.control),

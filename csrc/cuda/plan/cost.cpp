@@ -115,8 +115,17 @@ constexpr double kLongRowEntry = 0.0046;
 constexpr double kLongRows = 4.5;
 constexpr double kLongRowsEntry = 0.0023;
 constexpr double kLongRowsKey = 0.033;  // 1024 x 512, K = 100: 132 against 79
-// The last block adds up the anchors: 12.3 for 8192, 58 to 72 for 65536.
+// The last block adds up few anchors (alone it took 12.3 for 8192, 58 to 72 for 65536). Of many (sizes.h), blocks add the
+// partials and the last joins them: counted, not measured, 10 cycles for every kPartials-th record. On the direct path
+// they are a kernel of their own.
 constexpr double kFinalRow = 0.0009;
+constexpr double kPartialRow = 2.5e-5;
+constexpr double kReduceStart = 3.0;
+
+double final_us(std::int64_t N) {
+  const double alone = real(std::min(N, kAloneRecords));
+  return kFinalRow * alone + kPartialRow * (real(N) - alone);
+}
 
 double tiles_us(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const Machine& machine) {
   const double blocks = real(direct_tiles(rows, problem.M, plan.triangular)) * real(plan.d_slices);
@@ -146,9 +155,10 @@ void predict_direct(const ForwardPlan& plan, const Problem& problem, const Machi
   cost->add("tiles", all_strips(plan, problem, [&](auto rows) { return tiles_us(plan, problem, rows, machine); }),
             plan.strips);
   cost->add("select",
-            kFinalRow * real(problem.N) +
+            (plan.shared_reduction ? 0.0 : final_us(problem.N)) +
                 all_strips(plan, problem, [&](auto rows) { return select_us(plan, problem, rows, machine); }),
             plan.strips);
+  if (plan.shared_reduction) cost->add("reduce", kGap + kReduceStart + final_us(problem.N));
 }
 
 // One cluster: 16 x 64 in 19.6 (two anchors a warp), 16 x 128 in 14.7 (one), 64 x 64 in 63.3 (eight), 64 x 2048
@@ -334,7 +344,7 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Mac
   }
   each("refine", [&](auto rows) { return refine_us(plan, problem, rows, machine); });
   each("fallback", [](auto) { return kGap + kIdle; });
-  each("merge", [](auto rows) { return kGap + kMergeStart + kFinalRow * real(rows); });
+  cost->add("merge", real(plan.strips) * (kGap + kMergeStart) + final_us(problem.N), plan.strips);
 }
 
 }  // namespace

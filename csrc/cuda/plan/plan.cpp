@@ -72,6 +72,7 @@ void plan_cluster(ForwardPlan& plan, const Problem& problem, const DeviceFacts& 
 
 // Smaller slices spread few tiles over all multiprocessors, larger ones leave the selection less to add up.
 void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
+  plan.shared_reduction = shares_reduction(problem.N);
   DirectShape best{};
   double best_us = 0.0;
   for (std::int64_t elements = kChunk; elements <= kLargestSlice; elements *= 2) {
@@ -100,6 +101,7 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
   plan.flags = workspace.take(direct_flag_bytes(plan, problem));
   plan.partials = workspace.take(direct_partial_bytes(plan, problem));
   plan.sort_keys = workspace.take(direct_sort_key_bytes(plan, problem));
+  plan.partial_records = workspace.take(partial_record_bytes(plan));
   plan.launches = direct_launches(plan);
   plan.workspace_bytes = workspace.bytes();
 }
@@ -198,6 +200,7 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
   const PositivesShape positives = positives_shape(N, M, device.multiprocessors);
   plan.positive_anchors = positives.anchors;
   plan.positive_segments = positives.segments;
+  plan.shared_reduction = shares_reduction(N);
 
   Workspace workspace;
   plan.control = workspace.take(sizeof(Control));
@@ -214,6 +217,7 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
   plan.buffer = workspace.take(screened_buffer_bytes(plan));
   plan.far_buffer = workspace.take(plan.strip_rows * plan.far_capacity * 8);
   plan.queue = workspace.take(plan.strip_rows * 4);
+  plan.partial_records = workspace.take(partial_record_bytes(plan));
   plan.launches = screened_launches(plan, problem);
   plan.workspace_bytes = workspace.bytes();
 }

@@ -67,6 +67,16 @@ struct AnchorRecord {
   std::int32_t flags;  // bit 0: valid, bit 1: its nearest neighbour is a positive
 };
 
+// The sum over anchors is fixed by N alone: partial p adds the records p, p + kPartials, ... in order, then the partials
+// meet in a tree of halves. Counts are integers, which any order adds up to the same.
+inline constexpr int kPartials = 256;
+struct PartialRecord {
+  static constexpr int kSums = 3;
+  static constexpr int kCounts = 5;
+  double sums[kSums];             // loss, d over positives, d over negatives
+  std::uint64_t counts[kCounts];  // positives, negatives, positives in support sets, valid, nearest is positive
+};
+
 // Counters and facts of one call that kernels pass to each other. The first kernel of a path zeroes them.
 struct Control {
   std::uint32_t nonfinite;         // 1: a value of the input is NaN or Inf
@@ -117,6 +127,8 @@ struct ForwardPlan {
   std::int64_t positive_anchors = 0;   // of a block that looks for positives, a power of two
   std::int64_t positive_segments = 0;  // of candidates, a block each
 
+  bool shared_reduction = false;  // every partial of the sum over anchors is a block's; else one block sums alone
+
   Piece control;          // Control
   Piece flags;            // direct: uint32 per block of the tile kernel
   Piece records;          // AnchorRecord [N]
@@ -134,8 +146,9 @@ struct ForwardPlan {
   // uint64 [strip_rows][buffer_capacity]; what the sample leaves, float [strip_rows][sample_columns or
   // sample_groups()], lies in the same place.
   Piece buffer;
-  Piece far_buffer;  // uint64 [strip_rows][far_capacity]
-  Piece queue;       // int32 [strip_rows]
+  Piece far_buffer;       // uint64 [strip_rows][far_capacity]
+  Piece queue;            // int32 [strip_rows]
+  Piece partial_records;  // PartialRecord [kPartials], with shared_reduction
 };
 
 // Whether the backward first puts the edges in buckets of targets. The gradients do not depend on it, bit for bit.

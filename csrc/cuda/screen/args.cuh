@@ -47,7 +47,8 @@ struct RefineArgs {
 
   std::int32_t* gQueue;  // [strip_rows]
   Control* gControl;
-  AnchorRecord* gRecords;  // [N]
+  AnchorRecord* gRecords;    // [N]
+  PartialRecord* gPartials;  // [kPartials], null: one block sums over all anchors
   bool last_strip;
 
   // Constants of the bounds (certificate.cuh).
@@ -111,6 +112,7 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
           .gQueue = piece<std::int32_t>(workspace, plan.queue),
           .gControl = piece<Control>(workspace, plan.control),
           .gRecords = piece<AnchorRecord>(workspace, plan.records),
+          .gPartials = plan.shared_reduction ? piece<PartialRecord>(workspace, plan.partial_records) : nullptr,
           .last_strip = strip.begin + strip.rows == args.anchors.rows,
           .eta = screening_error(plan.padded_dims),
           .stretch = up(1.0 + 2.0 * gamma),

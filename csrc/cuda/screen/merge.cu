@@ -1,6 +1,8 @@
-// The last kernel of a strip on the screened paths. It joins the lists that the fallback (fallback.cu) has made
-// for each queued row. The block that finishes last empties the queue and, in the last strip, writes the loss
-// and the statistics.
+// The last kernel of a strip on the screened paths. It joins the lists that the fallback (fallback.cu) has made for each
+// queued row. A block serves the queued rows of one partial of the sum over anchors (loss.cuh), so in the last strip it
+// can add that partial up at once, whatever was queued: all other records of it were written by earlier launches. The
+// block that finishes last empties the queue and, in the last strip, joins the partials to the loss and the statistics.
+// Of few anchors it sums all records itself.
 #include "cuda/keys.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/loss.cuh"
@@ -14,9 +16,12 @@ namespace {
 
 // ---- traits ---------------------------------------------------------------------------------------------------------
 
-// Two blocks on each multiprocessor of an H200; any number is right.
-constexpr std::int64_t kMergeBlocks = 264;
 constexpr int kMergeThreads = 256;
+static_assert(kMergeThreads == PartialMemory::kThreads);
+// Entries of the queue that a block looks through at once for its own.
+constexpr int kQueueLoads = 4;
+constexpr int kQueueWindow = kQueueLoads * kMergeThreads;
+static_assert(shared_bytes<std::int32_t>(kQueueWindow) <= PartialMemory::kBytes, "they lie where records will");
 constexpr int kMergeKeys = static_cast<int>(kFallbackSegments * kFastNeighbours);
 static_assert((kMergeKeys & (kMergeKeys - 1)) == 0);
 static_assert(kFallbackSegments <= kWarpSize, "a lane a segment, for near and far");
@@ -28,7 +33,7 @@ __host__ __device__ constexpr std::int64_t merge_keys(std::int64_t K) {
 }
 constexpr int merge_bytes(std::int64_t K) {
   return shared_bytes<std::uint64_t>(static_cast<int>(merge_keys(K))) + ReductionMemory::kBytes +
-         shared_bytes<std::uint32_t>(1);
+         PartialMemory::kBytes + shared_bytes<std::uint32_t>(1);
 }
 static_assert(merge_bytes(kFastNeighbours) <= kPlainSharedBytes);
 
@@ -40,56 +45,87 @@ __device__ __forceinline__ std::uint64_t best_of(const std::uint64_t* gKeys, boo
   return least_key(lane_id() < count ? load(gKeys + lane_id()) : kNoKey);
 }
 
+// One queued row, by the whole block.
+__device__ __forceinline__ void merge_row(const RefineArgs& args, std::int32_t entry,
+                                          const Shared<std::uint64_t>& sKeys) {
+  const std::int64_t row = entry >> kNeedBits;
+  const std::int64_t anchor = args.row_begin + row;
+  const std::uint64_t* gLists = args.gBuffer + row * args.capacity;
+  const bool many = (entry & kNeedSupport) != 0;
+  const std::int64_t count = many ? kFallbackSegments * args.K : args.K;
+  sync_block();  // the previous row's keys have been read
+  for (std::int64_t e = thread_id(); e < count; e += kMergeThreads) sKeys.set(static_cast<int>(e), load(gLists + e));
+  sync_block();
+  if (many) sort_keys(BlockTeam(), sKeys, count);
+  if (warp_id() != 0) return;
+  // As many as there are: all but the anchor's own row, at most K. They are counted, not computed: should the
+  // tensor cores of a device ever break the claimed bound, a result may be wrong, but no index may be.
+  int found = 0;
+  for (std::int64_t e = 0; e < args.K; e += kWarpSize) {
+    const bool real = e + lane_id() < args.K && sKeys.get(static_cast<int>(e) + lane_id()) != kNoKey;
+    found += popcount(ballot(real));
+  }
+  const std::uint64_t near = best_of(gLists + kFallbackSegments * args.K, (entry & kNeedNear) != 0);
+  const std::uint64_t far = best_of(gLists + kFallbackSegments * (args.K + 1), (entry & kNeedFar) != 0);
+  const AnchorRecord record =
+      finish_anchor<float>(args.forward, anchor, args.K, found, sKeys, near_of<float>(near), far_of<float>(far));
+  if (lane_id() == 0) args.gRecords[anchor] = record;
+}
+
 __global__ void __launch_bounds__(kMergeThreads, 2) merge_kernel(const __grid_constant__ RefineArgs args) {
   SharedArena arena;
   const Shared<std::uint64_t> sKeys = arena.take<std::uint64_t>(static_cast<int>(merge_keys(args.K)));
   const ReductionMemory memory(arena);
-  const Shared<std::uint32_t> sLast = arena.take<std::uint32_t>(1);
+  const PartialMemory stage(arena);
+  const Shared<std::uint32_t> sWord = arena.take<std::uint32_t>(1);  // how many of the queue; then: the last block
+  const Shared<std::int32_t> sMine = stage.sWords.view<std::int32_t>();
   const bool poison = atomic_load(&args.gControl->nonfinite) != 0;
   const std::int64_t queued = poison ? 0 : atomic_load(&args.gControl->queued);
 
-  for (std::int64_t q = block_id(); q < queued; q += block_count()) {
-    const std::int32_t entry = args.gQueue[q];
-    const std::int64_t row = entry >> kNeedBits;
-    const std::int64_t anchor = args.row_begin + row;
-    const std::uint64_t* gLists = args.gBuffer + row * args.capacity;
-    const bool many = (entry & kNeedSupport) != 0;
-    const std::int64_t count = many ? kFallbackSegments * args.K : args.K;
-    sync_block();  // the previous row's keys have been read
-    for (std::int64_t e = thread_id(); e < count; e += kMergeThreads) sKeys.set(static_cast<int>(e), load(gLists + e));
+  for (std::int64_t begin = 0; begin < queued; begin += kQueueWindow) {
+    sync_block();  // the rows of the previous window are done
+    if (thread_id() == 0) sWord.set(0, 0u);
     sync_block();
-    if (many) sort_keys(BlockTeam(), sKeys, count);
-    if (warp_id() == 0) {
-      // As many as there are: all but the anchor's own row, at most K. They are counted, not computed: should the
-      // tensor cores of a device ever break the claimed bound, a result may be wrong, but no index may be.
-      int found = 0;
-      for (std::int64_t e = 0; e < args.K; e += kWarpSize) {
-        const bool real = e + lane_id() < args.K && sKeys.get(static_cast<int>(e) + lane_id()) != kNoKey;
-        found += popcount(ballot(real));
-      }
-      const std::uint64_t near = best_of(gLists + kFallbackSegments * args.K, (entry & kNeedNear) != 0);
-      const std::uint64_t far = best_of(gLists + kFallbackSegments * (args.K + 1), (entry & kNeedFar) != 0);
-      const AnchorRecord record =
-          finish_anchor<float>(args.forward, anchor, args.K, found, sKeys, near_of<float>(near), far_of<float>(far));
-      if (lane_id() == 0) args.gRecords[anchor] = record;
+#pragma unroll
+    for (int l = 0; l < kQueueLoads; ++l) {
+      const std::int64_t q = begin + l * kMergeThreads + thread_id();
+      if (q >= queued) continue;
+      const std::int32_t entry = args.gQueue[q];
+      if ((args.row_begin + (entry >> kNeedBits)) % kPartials != block_id()) continue;
+      sMine.set(static_cast<int>(sWord.atomic_add(0, 1u)), entry);
     }
+    sync_block();
+    const int mine = static_cast<int>(sWord.get(0));
+    for (int m = 0; m < mine; ++m) merge_row(args, sMine.get(m), sKeys);
   }
 
-  // The last block to arrive here knows that all records are written.
+  if (args.last_strip && poison) {
+    poison_outputs<float>(args.forward, block_id(), block_count());
+  } else if (args.last_strip && args.gPartials != nullptr) {
+    sync_block();  // this block's records are written
+    sum_partial(args.gRecords, args.forward.anchors.rows, static_cast<int>(block_id()), stage, memory, args.gPartials);
+  }
+
+  // The last block to arrive here knows that all records, or partials, are written.
   fence_device();
   sync_block();
   if (thread_id() == 0) {
-    sLast.set(0, atomic_add(&args.gControl->ticket, 1u) == static_cast<std::uint32_t>(block_count() - 1) ? 1u : 0u);
+    sWord.set(0, atomic_add(&args.gControl->ticket, 1u) == static_cast<std::uint32_t>(block_count() - 1) ? 1u : 0u);
   }
   sync_block();
-  if (sLast.get(0) == 0) return;
+  if (sWord.get(0) == 0) return;
   fence_device();
   if (thread_id() == 0) {
     atomic_add(&args.gControl->fallen_back, static_cast<std::uint32_t>(queued));
     atomic_store(&args.gControl->ticket, 0u);
     atomic_store(&args.gControl->queued, 0u);
   }
-  if (args.last_strip) final_reduction<float>(args.forward, GlobalRecords{args.gRecords}, poison, memory);
+  if (!args.last_strip || poison) return;
+  if (args.gPartials != nullptr) {
+    join_partials<float>(args.forward, args.gPartials, memory);
+  } else {
+    final_reduction<float>(args.forward, GlobalRecords{args.gRecords}, poison, memory);
+  }
 }
 
 }  // namespace
@@ -98,7 +134,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) merge_kernel(const __grid_co
 
 cudaError_t enqueue_merge(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                           cudaStream_t stream) {
-  const LaunchShape shape{strip.rows < kMergeBlocks ? strip.rows : kMergeBlocks, kMergeThreads, merge_bytes(plan.K)};
+  const LaunchShape shape{reduction_blocks(args.anchors.rows), kMergeThreads, merge_bytes(plan.K)};
   return launch(merge_kernel, shape, stream, refine_args(args, plan, workspace, strip));
 }
 

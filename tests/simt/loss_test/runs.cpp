@@ -27,7 +27,8 @@ sn_simt_settings settings_for(std::uint64_t seed, simt::MmaError error, ForwardP
           .far_capacity = 0,
           .mma_model = 0,
           .positive_anchors = 0,
-          .positive_segments = 0};
+          .positive_segments = 0,
+          .shared_reduction = 0};
 }
 
 void vary(sn_simt_settings& settings, std::uint64_t word) {
@@ -39,6 +40,7 @@ void vary(sn_simt_settings& settings, std::uint64_t word) {
   settings.far_capacity = word / 11 % 2 == 0 ? 0 : 5;
   settings.positive_anchors = word / 13 % 2 == 0 ? 0 : 16;
   settings.positive_segments = word / 17 % 2 == 0 ? 0 : 5;
+  settings.shared_reduction = static_cast<std::int32_t>(word / 19 % 2);
 }
 
 Result forward(const Problem& p, const sn_simt_settings& settings) {

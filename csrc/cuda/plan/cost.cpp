@@ -213,8 +213,29 @@ double positives_us(const Problem& problem, const Machine& machine) {
          machine.spread(kPositiveLookup * lookups);
 }
 
-// Counted, not measured: a warp an anchor issues some 400 instructions and half a one a value, and reads what the sample
-// left. A multiprocessor issues four a clock.
+// The sample of plan_sample, in real numbers that grow with N and M: a plan's own have steps, and need its buffers.
+struct Sample {
+  double columns;
+  double values;  // bounds that it leaves of a row: some are single scores, some of groups of 32
+  double ratio;   // candidates for each of the sample, so for each neighbour entries that the screening keeps
+};
+Sample sample_of(const Problem& problem, std::int64_t K) {
+  constexpr double kRatio = 16.0;
+  constexpr double kLeanRatio = 12.0;
+  constexpr double kFewSample = 2048.0;
+  constexpr double kSingleScores = 64.0;
+  const double M = real(problem.M);
+  const double least = std::max(64.0, 2.0 * real(K));
+  const bool few = problem.N <= kFewRows;
+  const bool lean = problem.N >= 32768 && K <= 10;
+  const double wanted = few ? std::min(M / kRatio, kFewSample) : M / (lean ? kLeanRatio : kRatio);
+  const double columns = std::min(M, std::max(least, wanted));
+  return {columns, std::min(columns, kSingleScores) + columns / 32.0,
+          std::max(1.0, std::min(few ? std::max(kRatio, M / kFewSample) : kRatio, M / least))};
+}
+
+// Counted, not measured: a warp an anchor issues some 400 instructions and half a one a value, and reads what the
+// sample left. A multiprocessor issues four a clock.
 constexpr double kThresholdsStart = 1.5;
 constexpr double kThresholdRows = 0.058;
 constexpr double kThresholdValue = 0.7e-4;
@@ -235,35 +256,36 @@ constexpr double kRefineByte = 2.1e-4;
 constexpr double kRefineRows = 0.8;  // 8192 x 512: 206.7, 8192 x 2048: 432.8
 constexpr double kRefineRowsEntry = 0.008;
 constexpr double kRefineRowsElement = 2.6e-5;  // of a sum, beside its bytes
-// kDense finds its K-th bound among all scores of the row, three rows at a time on a multiprocessor: 64 x 65536 x 128
-// some 830 of 945, 2048 x 128 192 of 247, 512 x 8192 x 2048 some 280 of 397.
-constexpr double kDenseRows = 3.0;
+// Four warps a row, three rows at a time on a multiprocessor: dense scores, the bank, few anchors. kDense finds its
+// K-th bound among all scores of the row: 64 x 65536 x 128 some 830 of 945, 2048 x 128 192 of 247, 512 x 8192 x 2048
+// some 280 of 397.
+constexpr double kSharedRows = 3.0;
+constexpr double kSharedSum = 0.15;
+constexpr double kSharedElement = 3.0e-4;
 constexpr double kDenseEntry = 0.0128;
-constexpr double kDenseSum = 0.15;
-constexpr double kDenseElement = 3.0e-4;
 
-// What the screening keeps: so many candidates a neighbour.
-double kept_ratio(const ForwardPlan& plan) {
-  if (plan.path == ForwardPath::kDense) return 1.0;
-  return real(plan.sample_stride);
-}
-
-double refine_us(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const Machine& machine) {
+double refine_us(const ForwardPlan& plan, const Problem& problem, const Sample& sample, std::int64_t rows,
+                 const Machine& machine) {
   const double D = real(problem.D);
   const double M = real(problem.M);
   const double K = real(plan.K);
-  const double ratio = kept_ratio(plan);
+  const bool dense = plan.path == ForwardPath::kDense;
+  const double ratio = dense ? 1.0 : sample.ratio;
   const double sums = K + kListed + kBoundsLeave * std::min(ratio, 16.0);  // a thinner sample leaves no more
   const double element = real(element_bytes(problem.dtype));
   const double cached = std::min(1.0, kCacheSize / (M * D * element));
   const double byte_us = cached / kCacheBytes + (1.0 - cached) / kFarBytes;
   const double exact = sums * D * (kRefineRowsElement + element * byte_us);
-  if (plan.path == ForwardPath::kDense) {
-    const double alone = 1.0 + kDenseEntry * M + sums * (kDenseSum + kDenseElement * D);
-    return kGap + waves(real(rows) / kDenseRows, machine.device) * alone + machine.spread(real(rows) * exact);
-  }
+  const double shared_sums = sums * (kSharedSum + kSharedElement * D);
+  const auto in_waves = [&](double alone) {
+    return kGap + waves(real(rows) / kSharedRows, machine.device) * alone + machine.spread(real(rows) * exact);
+  };
+  if (dense) return in_waves(1.0 + kDenseEntry * M + shared_sums);
+  // A warp a row, or four, whichever is cheaper: they are planned by the number of rows.
   const double alone = kRefineStart + sums * (kRefineSum + D * (kRefineElement + kRefineByte * element));
-  return kGap + joined(alone, machine.spread(real(rows) * (kRefineRows + kRefineRowsEntry * ratio * K + exact)));
+  const double own =
+      kGap + joined(alone, machine.spread(real(rows) * (kRefineRows + kRefineRowsEntry * ratio * K + exact)));
+  return rows > kFewRows ? own : std::min(own, in_waves(kRefineStart + shared_sums));
 }
 
 constexpr double kMergeStart = 5.0;
@@ -282,10 +304,10 @@ constexpr double kTwicePair = 2.1e-4;
 
 // The bank's kernel, a stage of 64 columns, and what its waves cost beside: 64 x 1024 x 2048 takes 100 longer than the
 // screening in two passes. 64 x 65536 x 2048 reads 537 MB in some 400.
-constexpr double kBankStage = 1.7;
-constexpr double kBankStart = 2.0;
-constexpr double kBankWave = 1.0;
-constexpr double kBankBytes = 1.4e6 / 132;
+constexpr double kBankStage = 2.2;
+constexpr double kBankStart = 2.5;
+constexpr double kBankWave = 4.0;
+constexpr double kBankBytes = 1.2e6 / 132;
 constexpr std::int64_t kBankColumns = 128;
 
 double bank_pass_us(const ForwardPlan& plan, std::int64_t columns, const Machine& machine) {
@@ -331,18 +353,19 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Mac
   const auto scores = [&](const char* name, std::int64_t columns, bool symmetric, bool dense) {
     each(name, [&](auto rows) { return scores_us(plan, rows, columns, symmetric, dense, machine); });
   };
+  const Sample sample = sample_of(problem, plan.K);
   cost->add("sample", sample_us(problem));
   cost->add("facts", facts_us(plan, problem, machine));
   cost->add("positives", positives_us(problem, machine));
   if (plan.path == ForwardPath::kDense) {
     scores("scores", problem.M, false, true);
   } else {
-    scores("sample scores", plan.sample_columns, false, true);
-    each("thresholds", [&](auto rows) { return thresholds_us(real(rows), real(sample_groups(plan)), machine); });
+    scores("sample scores", static_cast<std::int64_t>(sample.columns), false, true);
+    each("thresholds", [&](auto rows) { return thresholds_us(real(rows), sample.values, machine); });
     if (may_have_large_identities(problem.M)) each("far thresholds", [](auto) { return kGap + kIdle; });
     scores("scores", problem.M, plan.triangular, false);
   }
-  each("refine", [&](auto rows) { return refine_us(plan, problem, rows, machine); });
+  each("refine", [&](auto rows) { return refine_us(plan, problem, sample, rows, machine); });
   each("fallback", [](auto) { return kGap + kIdle; });
   cost->add("merge", real(plan.strips) * (kGap + kMergeStart) + final_us(problem.N), plan.strips);
 }

@@ -113,25 +113,36 @@ double overflow_probability(std::int64_t entries, std::int64_t M, std::int64_t s
                             std::int64_t K) {
   if (entries >= M) return 0.0;
   const double groups = static_cast<double>(sample) / static_cast<double>(group);
-  const double missed =
-      std::pow(1.0 - static_cast<double>(entries) / static_cast<double>(M), static_cast<double>(group));
-  double term = groups * std::log(missed);  // logarithm of the probability that so many groups hold one
+  double missed = 1.0 - static_cast<double>(entries) / static_cast<double>(M);
+  for (std::int64_t size = 1; size < group; size *= 2) missed *= missed;
+  // The probability that so many groups hold one. Where the first underflows, K of them hold one for certain.
+  double term = std::exp(groups * std::log(missed));
+  if (term == 0.0) return 0.0;
   double sum = 0.0;
+  const double odds = (1.0 - missed) / missed;
   for (std::int64_t held = 0; held < K && static_cast<double>(held) < groups; ++held) {
-    sum += std::exp(term);
-    term += std::log((groups - static_cast<double>(held)) / static_cast<double>(held + 1) * (1.0 - missed) / missed);
+    sum += term;
+    term *= (groups - static_cast<double>(held)) / static_cast<double>(held + 1) * odds;
   }
   return sum;
 }
 
-// Entries that hold all but about one row in 10^6: 512 for 8192 candidates, one in 16 of them in single scores.
+// Entries that hold all but about one row in 10^6: 512 for 8192 candidates, one in 16 of them in single scores. About
+// as many as K times the ratio are too few; from there on ever larger numbers are tried.
 std::int64_t likely_entries(std::int64_t M, std::int64_t sample, std::int64_t group, std::int64_t K) {
   constexpr double kOverflow = 2e-6;
-  std::int64_t low = 1;  // kSampleMultiple times it may be too few
-  std::int64_t high = divide_up(M, kSampleMultiple);
+  const auto enough = [&](std::int64_t entries) {
+    return overflow_probability(entries * kSampleMultiple, M, sample, group, K) <= kOverflow;
+  };
+  std::int64_t low = std::max<std::int64_t>(1, M / sample * K / kSampleMultiple);
+  std::int64_t high = 2 * low;
+  while (!enough(high)) {
+    low = high + 1;
+    high *= 2;
+  }
   while (low < high) {
     const std::int64_t middle = (low + high) / 2;
-    if (overflow_probability(middle * kSampleMultiple, M, sample, group, K) <= kOverflow) {
+    if (enough(middle)) {
       high = middle;
     } else {
       low = middle + 1;
@@ -160,8 +171,15 @@ void plan_sample(ForwardPlan& plan, const Problem& problem, std::int64_t ratio, 
   plan.buffer_capacity = std::max({smallest, fallback_entries(plan.K), round_up(enough, kSampleMultiple)});
 }
 
+// How much of a plan is wanted: what its prediction needs, or all.
+enum class Extent { kPredicted, kWhole };
+
+// Buffers of so many rows and candidates fit one strip whatever the sample: then a prediction need not know them.
+constexpr std::int64_t kSurelyOneStrip = 8192;
+constexpr std::int64_t kSurelyOneStripColumns = std::int64_t{1} << 18;
+
 // What the screened paths share: the cast copies, facts of rows, lists of positives, buffers.
-void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
+void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device, Extent extent) {
   const std::int64_t N = problem.N;
   const std::int64_t M = problem.M;
   const bool dense = plan.path == ForwardPath::kDense;
@@ -177,6 +195,8 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
     plan.far_capacity = 0;
     plan.strip_rows = std::min({N, std::max<std::int64_t>(1, kScratchEntries / M),
                                 std::max<std::int64_t>(1, kBufferBytes / (8 * plan.buffer_capacity))});
+  } else if (extent == Extent::kPredicted && N <= kSurelyOneStrip && M <= kSurelyOneStripColumns) {
+    plan.strip_rows = N;
   } else {
     // The place of the buffer also holds what the sample leaves: beyond some 500,000 candidates both grow as sqrt(M).
     const bool lean = N >= kLeanFrom && plan.K <= kLeanNeighbours;
@@ -197,6 +217,7 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
   }
   plan.strips = divide_up(N, plan.strip_rows);
   plan.triangular = problem.symmetric && plan.strips == 1;
+  if (extent == Extent::kPredicted) return;
   const PositivesShape positives = positives_shape(N, M, device.multiprocessors);
   plan.positive_anchors = positives.anchors;
   plan.positive_segments = positives.segments;
@@ -222,7 +243,7 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
   plan.workspace_bytes = workspace.bytes();
 }
 
-ForwardPlan plan_path(ForwardPath path, const Problem& problem, const DeviceFacts& device) {
+ForwardPlan plan_path(ForwardPath path, const Problem& problem, const DeviceFacts& device, Extent extent) {
   ForwardPlan plan;
   plan.path = path;
   plan.K = std::min(problem.k, problem.M);
@@ -237,7 +258,7 @@ ForwardPlan plan_path(ForwardPath path, const Problem& problem, const DeviceFact
     case ForwardPath::kDense:
     case ForwardPath::kScreen:
     case ForwardPath::kBank:
-      plan_screened(plan, problem, device);
+      plan_screened(plan, problem, device, extent);
       break;
   }
   return plan;
@@ -275,20 +296,21 @@ bool serves(ForwardPath path, const Problem& problem, const DeviceFacts& device)
 }
 
 ForwardPlan plan_forward(const Problem& problem, const DeviceFacts& device, ForwardPath wanted) {
-  if (wanted != ForwardPath::kAuto) return plan_path(wanted, problem, device);
-  ForwardPlan best = plan_path(ForwardPath::kDirect, problem, device);
-  double best_us = predict_forward(best, problem, device).total();
+  if (wanted != ForwardPath::kAuto) return plan_path(wanted, problem, device, Extent::kWhole);
+  const ForwardPlan direct = plan_path(ForwardPath::kDirect, problem, device, Extent::kWhole);
+  ForwardPath best = ForwardPath::kDirect;
+  double best_us = predict_forward(direct, problem, device).total();
   for (const ForwardPath path :
        {ForwardPath::kCluster, ForwardPath::kDense, ForwardPath::kScreen, ForwardPath::kBank}) {
     if (!serves(path, problem, device)) continue;
-    const ForwardPlan plan = plan_path(path, problem, device);
+    const ForwardPlan plan = plan_path(path, problem, device, Extent::kPredicted);
     const double us = predict_forward(plan, problem, device).total();
     if (us < best_us) {
       best_us = us;
-      best = plan;
+      best = path;
     }
   }
-  return best;
+  return best == ForwardPath::kDirect ? direct : plan_path(best, problem, device, Extent::kWhole);
 }
 
 }  // namespace sn::cuda

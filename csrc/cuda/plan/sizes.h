@@ -195,8 +195,8 @@ inline constexpr std::int64_t kBankSharedBytes = 224 * 1024;
 // * Segments give every multiprocessor a block, down to kLeastSegment candidates each, and as many blocks as fit all
 //   multiprocessors at once where each still has a batch of candidates for every thread.
 //
-// Time: a launch, a label and the table's few rounds (3 to 4 us, by count), then for each batch the latency of an atomic
-// (1 us), and groups x M look-ups at the rate above.
+// Time: a launch, a label and the table's few rounds (3 to 4 us, by count), then for each batch the latency of an
+// atomic (1 us), and groups x M look-ups at the rate above.
 struct PositivesShape {
   std::int64_t anchors;
   std::int64_t segments;

@@ -1,0 +1,286 @@
+"""The cost model of the CUDA backend: held to the record that it was read from, and to what any such model must be."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import cache
+from itertools import pairwise, product
+from statistics import fmean, quantiles
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+
+import records
+import render
+from support.cuda_paths import PATHS
+from support.pages import ROOT
+
+F32, F64, F16, BF16 = range(4)
+RECORD = ROOT / "benchmarks" / "results" / "nvidia-h200" / "2026-11-26-d45aac1840-measure.json"
+
+# capability, multiprocessors, shared bytes a block may have: from the smallest to the largest that is supported
+DEVICES = {
+    "sm_80": ((8, 0), 108, 166912),
+    "sm_86": ((8, 6), 28, 101376),
+    "sm_89": ((8, 9), 128, 101376),
+    "sm_90": ((9, 0), 132, 232448),
+    "sm_100": ((10, 0), 148, 232448),
+    "sm_120": ((12, 0), 170, 101376),
+}
+
+
+def plan(core: ModuleType, n: int, m: int, d: int, device: str = "sm_90", **options: Any) -> dict[str, Any]:
+    capability, multiprocessors, shared = DEVICES[device]
+    options = {"k": 10, "dtype": F32, "symmetric": n == m} | options
+    facts = {"capability": capability, "multiprocessors": multiprocessors, "shared_bytes": shared}
+    return dict(core.cuda_plan(N=n, M=m, D=d, **facts, **options))
+
+
+# --------------------------------------------------------------------------------------------------
+# The record
+# --------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """One forced path of the record, in a CUDA graph."""
+
+    N: int
+    M: int
+    D: int
+    k: int
+    dtype: int
+    symmetric: bool
+    path: str
+    us: float
+
+
+@cache
+def recorded() -> list[Case]:
+    dtypes = {"float32": F32, "float16": F16, "bfloat16": BF16}
+    return [
+        Case(
+            *(c[key] for key in ("N", "M", "D", "k")), dtypes[c["dtype"]], c["M"] == c["N"] and not c["bank"], path, us
+        )
+        for c in render.cases_of(records.read(RECORD), "paths")
+        if (path := c["path"]) is not None and (us := c["median_us"]) is not None
+    ]
+
+
+def together(*parts: float) -> float:
+    return math.sqrt(sum(part * part for part in parts))
+
+
+def old_positives(case: Case) -> float:
+    """One block walked all candidates for its anchors: 18.8 us for 1024, 23.6 for 8192, 76.4 for 256 x 65536."""
+    return 18.5 + case.M * (8e-4 + 1.4e-8 * case.N)
+
+
+def old_thresholds(case: Case) -> float:
+    """A block an anchor: 256 rows of 1024 scores in 11.4, 8192 of 512 in 49, 65536 of 768 in 488. More than 16,384
+    candidates had a second sample: 20.3 and 4.9 for 256 x 65536 x 2048."""
+    sample = min(max(64, 2 * case.k, case.M / 16), 1024)
+    second = 12 + 0.0069 * case.D if case.M > 16384 else 0
+    return 0.55 + together(3.5 + 0.0075 * sample, case.N * (0.55 + 0.0005 * sample) / 132) + second
+
+
+def old_refine(case: Case) -> float:
+    """A warp a row on the screen path, however few: 68.7 of 1024 x 2048."""
+    element = 4 if case.dtype == F32 else 2
+    stride = min(16, case.M / max(64, 2 * case.k))
+    sums = case.k + 3 + 0.6 * stride
+    alone = 7 + sums * (0.3 + case.D * (2.5e-4 + 2.1e-4 * element))
+    exact = sums * case.D * (2.6e-5 + element * 132 / 6.9e6)
+    return 0.55 + together(alone, case.N * (0.8 + 0.008 * stride * case.k + exact) / 132)
+
+
+OLD_KERNELS: dict[str, Callable[[Case], float]] = {"positives": old_positives, "thresholds": old_thresholds}
+"""What kernels cost when the record was made that have been replaced since, from its step `kernels`."""
+
+SLOW_ROWS = {(64, 65536, 128), (256, 4096, 2048)}
+"""Rows of these went to the fallback on the screened paths, which no shape tells."""
+
+
+def as_recorded(case: Case, facts: dict[str, Any]) -> float:
+    """The prediction, had the kernels stayed what they were."""
+    old = OLD_KERNELS | ({"refine": old_refine} if case.path == "screen" else {})
+    return sum(old[name](case) if name in old else us for name, _, us in facts["kernels"])
+
+
+def changed(case: Case, facts: dict[str, Any]) -> bool:
+    """Whether its plan is another one than the record's: strips of direct sums leave out a triangle since, and small
+    clusters have more blocks."""
+    if case.path == "direct":
+        return case.symmetric and facts["strips"] > 1
+    return case.path == "cluster" and facts["cluster"] > facts["d_slices"]
+
+
+def options(case: Case) -> dict[str, Any]:
+    return {"k": case.k, "dtype": case.dtype, "symmetric": case.symmetric}
+
+
+def changed_cluster(core: ModuleType, case: Case) -> bool:
+    return changed(case._replace(path="cluster"), plan(core, *case[:3], **options(case), path="cluster"))
+
+
+@pytest.fixture
+def ratios(core: ModuleType) -> dict[str, dict[Case, float]]:
+    """Path -> case -> predicted over measured."""
+    found: dict[str, dict[Case, float]] = defaultdict(dict)
+    for case in recorded():
+        facts = plan(core, *case[:3], **options(case), path=case.path)
+        if not changed(case, facts):
+            found[case.path][case] = as_recorded(case, facts) / case.us
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "cases", "spread"),
+    [("cluster", 7, 1.1), ("direct", 46, 1.3), ("dense", 45, 1.4), ("screen", 45, 1.25), ("bank", 16, 1.35)],
+)
+def test_the_model_says_what_was_measured(
+    ratios: dict[str, dict[Case, float]], path: str, cases: int, spread: float
+) -> None:
+    """Right on average, and never off by more than `spread`."""
+    found = {case: ratio for case, ratio in ratios[path].items() if case[:3] not in SLOW_ROWS or path == "direct"}
+    assert len(ratios[path]) >= cases
+    mean = math.exp(fmean(map(math.log, found.values())))
+    assert 0.92 <= mean <= 1.08, mean
+    off = {case: round(ratio, 2) for case, ratio in found.items() if not 1 / spread <= ratio <= spread}
+    assert not off
+    assert quantiles(found.values(), n=10)[0] > 0.8
+
+
+def by_shape() -> dict[tuple[Any, ...], list[Case]]:
+    shapes: dict[tuple[Any, ...], list[Case]] = defaultdict(list)
+    for case in recorded():
+        shapes[case[:6]].append(case)
+    return shapes
+
+
+def test_the_cheapest_prediction_was_nearly_the_fastest(core: ModuleType) -> None:
+    """With the record's kernels: the measured time of the path that the model would have taken, over the best one's."""
+    regrets = {}
+    for shape, cases in by_shape().items():
+        facts = {case: plan(core, *shape[:3], **options(case), path=case.path) for case in cases}
+        known = [case for case in cases if not changed(case, facts[case])]
+        chosen = min(known, key=lambda case: as_recorded(case, facts[case]))
+        regrets[shape] = chosen.us / min(case.us for case in cases)
+    assert len(regrets) >= 55
+    assert {shape: round(regret, 2) for shape, regret in regrets.items() if not regret <= 1.15} == {}
+    assert fmean(regrets.values()) <= 1.02
+
+
+def test_the_planned_path_is_nearly_the_fastest(core: ModuleType) -> None:
+    """With the kernels as they are: measured times, less what newer kernels are predicted to save."""
+    regrets = {}
+    for shape, cases in by_shape().items():
+        times = {}
+        for case in cases:
+            facts = plan(core, *shape[:3], **options(case), path=case.path)
+            known = facts["predicted_us"] if changed(case, facts) else as_recorded(case, facts)
+            times[case.path] = case.us * facts["predicted_us"] / known
+        chosen = plan(core, *shape[:3], **options(cases[0]))["path"]
+        regrets[shape] = times[chosen] / min(times.values())
+        if chosen == "cluster" and changed_cluster(core, cases[0]):
+            del regrets[shape]
+    assert len(regrets) >= 52
+    assert {shape: round(regret, 2) for shape, regret in regrets.items() if not regret <= 1.15} == {}
+    assert fmean(regrets.values()) <= 1.02
+
+
+# --------------------------------------------------------------------------------------------------
+# Whatever the constants
+# --------------------------------------------------------------------------------------------------
+
+EDGES = (8, 16, 32, 64, 96, 128, 192, 256, 320, 448, 512, 640, 724, 768, 1024, 1280, 1536, 2048, 3072, 4096, 8192)
+LARGE = (16384, 32768, 65536)
+
+
+def around(edges: Iterable[int]) -> list[int]:
+    return sorted({max(1, edge + step) for edge in edges for step in (-1, 0, 1)})
+
+
+def tiles(n: int, symmetric: bool) -> float:
+    down = -(-n // 64)
+    return down * (down + 1) / 2 if symmetric else down
+
+
+def steps(core: ModuleType, sizes: list[int], shape_of: Callable[[int], tuple[int, int, int]], **options: Any) -> Any:
+    """Pairs of neighbouring sizes, each with its planned path and prediction."""
+    facts = [(size, plan(core, *shape_of(size), **options)) for size in sizes]
+    return pairwise((size, each["path"], each["predicted_us"]) for size, each in facts)
+
+
+Walk = tuple[str, Callable[[int], tuple[int, int, int]], bool]
+WALKS: list[Walk] = [
+    *((f"N x {d}", lambda n, d=d: (n, n, d), True) for d in (64, 512, 2048)),
+    *((f"N against {m} x 512", lambda n, m=m: (n, m, 512), False) for m in (64, 256, 4096, 65536)),
+    *((f"{n} against M x 512", lambda m, n=n: (n, m, 512), False) for n in (64, 256, 4096, 65536)),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "k"), [(F32, 10), (BF16, 10), (F32, 100)])
+def test_more_rows_are_never_cheaper_nor_much_dearer(core: ModuleType, device: str, dtype: int, k: int) -> None:
+    """One row more may cost a row of tiles more. At a change of path, slice, strip or sample it costs at most 1.3 times
+    as much on the device that was measured. Known: rows of more than 1024, and more than 32 neighbours, are selected
+    from by a radix search."""
+    limit = 1.3 if device == "sm_90" else 1.45
+    for name, shape_of, symmetric in WALKS:
+        sizes = around((*EDGES, *LARGE))[: -1 if symmetric else None]  # beyond 65536 there are strips
+        most = 0.0
+        for (n, before, us), (m, after, more) in steps(
+            core, sizes, shape_of, device=device, dtype=dtype, k=k, symmetric=symmetric
+        ):
+            most = max(most, us)
+            assert more >= 0.97 * most, (name, n, m, before, after, us, more)
+            if m != n + 1 or n == 1024 or (k > 32 and n <= 64):
+                continue
+            growth = tiles(m, symmetric) / tiles(n, symmetric)
+            assert more <= max(limit, 1.05 * growth) * us, (name, n, before, after, us, more)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "k"), [(F64, 10), (F32, 200)])
+def test_direct_sums_alone_grow_with_rows(core: ModuleType, device: str, dtype: int, k: int) -> None:
+    """Types and numbers of neighbours that no other path serves. Strips are whole tiles: a few per cent up or down, and
+    another wave of tiles for one row more."""
+    for name, shape_of, symmetric in WALKS[:5]:
+        most = 0.0
+        for (n, _, us), (m, _, more) in steps(
+            core, around(EDGES), shape_of, device=device, dtype=dtype, k=k, symmetric=symmetric
+        ):
+            most = max(most, us)
+            assert more >= 0.95 * most, (name, n, m, us, more)
+            if m == n + 1 and n != 1024 and not (k > 32 and n <= 64):
+                growth = tiles(m, symmetric) / tiles(n, symmetric)
+                assert more <= max(2.0, 1.45 * growth) * us, (name, n, us, more)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [F32, F64, F16])
+def test_more_dimensions_are_never_cheaper(core: ModuleType, device: str, dtype: int) -> None:
+    """Of halves in whole copies of 8 elements: others are cast first."""
+    for n, m in ((16, 16), (64, 64), (256, 256), (1024, 1024), (8192, 8192), (256, 16384)):
+        most = 0.0
+        for (d, _, us), (_, _, more) in steps(
+            core, [*range(8, 264, 8), *range(320, 4161, 64)], lambda d, n=n, m=m: (n, m, d), device=device, dtype=dtype
+        ):
+            most = max(most, us)
+            assert more >= most * (1 - 1e-9), (n, m, d)
+            assert more <= 2.1 * us, (n, m, d)
+
+
+def test_every_prediction_is_a_time(core: ModuleType) -> None:
+    sizes, dims = (1, 63, 1000, 65536, 1_000_000), (1, 64, 4096)
+    seen = set()
+    for device, n, m, d, path in product(DEVICES, sizes, sizes, dims, ("auto", *PATHS)):
+        with suppress(ValueError):
+            facts = plan(core, n, m, d, device, path=path)
+            seen.add(facts["path"])
+            assert all(0.0 < us < 1e12 for _, _, us in facts["kernels"]), (device, n, m, d, path)
+    assert seen == set(PATHS)

@@ -16,6 +16,13 @@ namespace {
 // ---- traits ---------------------------------------------------------------------------------------------------------
 
 // The bank's tile: all anchors of the call against some candidates, which arrive in fp32.
+//
+// A stage of 64 columns of the full tile is 2.1 M multiply-adds, 1625 clocks at what `mma.sync` is known to reach (1290 a
+// clock); 1920 clocks of shared memory (KB: 128 of operands, 32 + 32 of copies, 32 + 16 of converting); 1725 clocks of
+// the H200's memory for 32 KB; and converting takes a warp several times the instructions of multiplying. So each of
+// the four is as good as full, and a stage costs their longest only where they overlap: half of the warps, one of two on
+// each scheduler, convert while the others multiply. Smaller warp tiles, of 16 warps, would overlap as well but read half
+// as much again from shared memory, which is the longest of the four.
 constexpr int kBankStages = 3;
 constexpr int kBankCopies = 2;  // of the candidates in half precision: one is multiplied, one is made
 constexpr int bank_bytes(int rows, int columns) {
@@ -23,22 +30,23 @@ constexpr int bank_bytes(int rows, int columns) {
          shared_bytes<float>(kBankStages * columns * kStageWidth) +
          shared_bytes<std::uint16_t>(kBankCopies * columns * kStageWidth);
 }
-template <int kColumns, int kWarpRows, int kWarpColumns>
-struct BankTile : TileShape<static_cast<int>(kBankAnchorRows), kColumns, kWarpRows, kWarpColumns,
-                            bank_bytes(static_cast<int>(kBankAnchorRows), kColumns)> {
-  using Shape = TileShape<static_cast<int>(kBankAnchorRows), kColumns, kWarpRows, kWarpColumns,
-                          bank_bytes(static_cast<int>(kBankAnchorRows), kColumns)>;
+template <int kRows, int kColumns, int kWarpRows, int kWarpColumns>
+struct BankTile : TileShape<kRows, kColumns, kWarpRows, kWarpColumns, bank_bytes(kRows, kColumns)> {
+  using Shape = TileShape<kRows, kColumns, kWarpRows, kWarpColumns, bank_bytes(kRows, kColumns)>;
   static constexpr int kWideChunks = kStageWidth / Pack<float>::kElements;  // 16-byte chunks of a row in fp32
   static constexpr int kWideRows = Shape::kThreads / kWideChunks;  // rows in fp32 that the block copies at once
   static constexpr int kOwnRows = kColumns / Shape::kCopyRows;     // a thread converts one chunk of so many
-  static_assert(Shape::kThreads == kBankAnchorRows, "a thread brings the facts of one anchor");
+  static_assert(Shape::kThreads >= kRows, "a thread brings the facts of one anchor");
+  static_assert(Shape::kWarps == 8, "warps 0 to 3 and 4 to 7 meet on the four schedulers");
   static_assert(kColumns % kWideRows == 0);
   static_assert(kOwnRows <= 8, "flags of a thread's rows are bits of two bytes");
   static_assert(Shape::kSharedBytes <= kBankSharedBytes);
 };
-using BankAppendTile = BankTile<128, 64, 64>;
+using BankAppendTile = BankTile<static_cast<int>(kBankAnchorRows), 128, 64, 64>;
+// Of few anchors a quarter of the products, and reading the bank is all that is left.
+using BankFewTile = BankTile<64, 128, 32, 32>;
 // A sample is a fraction of the bank: smaller tiles give every multiprocessor one.
-using BankSampleTile = BankTile<32, 32, 32>;
+using BankSampleTile = BankTile<static_cast<int>(kBankAnchorRows), 32, 32, 32>;
 
 struct BankArgs {
   ScoreArgs<Half> score;  // candidates.rows, .stride, .n, .rho: not used
@@ -111,12 +119,17 @@ __device__ __forceinline__ void convert_stage(const Shared<float>& sWide, const 
     std::uint32_t differs = 0;  // bits: as a flag it would cost registers
 #pragma unroll
     for (int i = 0; i < kChunkElements; ++i) {
-      const float value = rValues[i / 4].elements[i % 4];
-      const float centred = subtract(value, rMeans[i / 4].elements[i % 4]);
+      const float centred = subtract(rValues[i / 4].elements[i % 4], rMeans[i / 4].elements[i % 4]);
       differs |= bits_of(centred) & 0x7fffffffu;
       rCopy.elements[i] = copy_element(centred, scale, squares, rests);
-      if (!is_finite(value)) sums.flags |= 1u << q;
-      if (!is_finite(rCopy.elements[i])) sums.flags |= 0x100u << q;
+    }
+    // A value that is not finite has no finite copy, and squares of finite copies do not overflow.
+    if (!is_finite(squares)) {
+      sums.flags |= 0x100u << q;
+#pragma unroll
+      for (int i = 0; i < kChunkElements; ++i) {
+        if (!is_finite(rValues[i / 4].elements[i % 4])) sums.flags |= 1u << q;
+      }
     }
     if (differs != 0) sums.flags |= 0x10000u << q;
     sums.rSquares[q] = add(sums.rSquares[q], squares);
@@ -142,7 +155,8 @@ __device__ __forceinline__ void look_for_nonfinite(const BankArgs& args) {
 
 // The candidates are read once, in fp32, by the one block that scores them against all anchors. In a round of the loop
 // the tensor cores multiply stage s, while stage s + 1 of the candidates is converted into the other copy and two more
-// stages are under way from memory. A multiprocessor holds one block of 224 KB, up to 64 KB of it in flight.
+// stages are under way from memory. Every warp does both, half of them in the other order: both are always at work. A
+// multiprocessor holds one block of 224 KB, up to 64 KB of it in flight.
 template <class Tile, ScoreMode kMode>
 __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_constant__ BankArgs args) {
   const ScoreArgs<Half>& score = args.score;
@@ -200,9 +214,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
       async_wait<1>();
       sync_block();  // group stage + 1 has arrived, copy `stage` is made; what the last round read is free
       copy_group(stage + 3);
-      multiply_stage<Half, Tile>(rProducts, sAnchors.offset(stage % kBankStages * Tile::kRows * kStageWidth),
-                                 sCopies.offset(stage % kBankCopies * Tile::kColumns * kStageWidth), warp);
-      if (stage + 1 < score.stages) convert(stage + 1);
+#pragma unroll 1
+      for (int turn = 0; turn < 2; ++turn) {
+        if ((turn == 0) == (warp_id() < Tile::kWarps / 2)) {
+          multiply_stage<Half, Tile>(rProducts, sAnchors.offset(stage % kBankStages * Tile::kRows * kStageWidth),
+                                     sCopies.offset(stage % kBankCopies * Tile::kColumns * kStageWidth), warp);
+        } else if (stage + 1 < score.stages) {
+          convert(stage + 1);
+        }
+      }
     }
     async_wait<0>();
   }
@@ -247,11 +267,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
       }
     }
   }
-  const std::int64_t anchor = score.anchors.first + thread_id();
-  const bool is_anchor = thread_id() < score.anchors.count;
   if constexpr (kMode == ScoreMode::kAppend) {
-    memory.set(kLimit, thread_id(), is_anchor ? load(score.thresholds.T + anchor) : -kInfinity);
-    memory.set(kReach, thread_id(), is_anchor ? load(score.thresholds.u + anchor) : 0.0f);
+    const std::int64_t anchor = score.anchors.first + thread_id();
+    const bool is_anchor = thread_id() < score.anchors.count;
+    if (thread_id() < Tile::kRows) {
+      memory.set(kLimit, thread_id(), is_anchor ? load(score.thresholds.T + anchor) : -kInfinity);
+      memory.set(kReach, thread_id(), is_anchor ? load(score.thresholds.u + anchor) : 0.0f);
+    }
     const bool wants_far = score.far && is_anchor && load(score.thresholds.G + anchor) < kInfinity;
     memory.vote_for_far(wants_far);
   }
@@ -284,9 +306,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
   }
 }
 
+// ---- launch ---------------------------------------------------------------------------------------------------------
+
+template <class Tile, ScoreMode kMode>
+cudaError_t launch_bank(const BankArgs& bank, std::int64_t columns, cudaStream_t stream) {
+  const LaunchShape shape{divide_up(columns, Tile::kColumns), Tile::kThreads, Tile::kSharedBytes};
+  return launch(bank_kernel<Tile, kMode>, shape, stream, bank);
+}
+
 }  // namespace
 
-// ---- launch ---------------------------------------------------------------------------------------------------------
+// ---- dispatch -------------------------------------------------------------------------------------------------------
 
 cudaError_t enqueue_bank_scores(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
                                 const ScoreRequest& request, cudaStream_t stream) {
@@ -307,17 +337,15 @@ cudaError_t enqueue_bank_scores(const ForwardArgs& args, const ForwardPlan& plan
       .rho = candidates.rho,
       .control = piece<Control>(workspace, plan.control),
   };
-  if (request.mode != ScoreMode::kAppend) {
-    const bool dense = request.mode == ScoreMode::kDense;
-    const LaunchShape shape{
-        divide_up(dense ? request.columns : padded_sample(request.columns), BankSampleTile::kColumns),
-        BankSampleTile::kThreads, BankSampleTile::kSharedBytes};
-    return dense ? launch(bank_kernel<BankSampleTile, ScoreMode::kDense>, shape, stream, bank)
-                 : launch(bank_kernel<BankSampleTile, ScoreMode::kSample>, shape, stream, bank);
+  if (request.mode == ScoreMode::kDense) {
+    return launch_bank<BankSampleTile, ScoreMode::kDense>(bank, request.columns, stream);
   }
-  const LaunchShape shape{divide_up(request.columns, BankAppendTile::kColumns), BankAppendTile::kThreads,
-                          BankAppendTile::kSharedBytes};
-  return launch(bank_kernel<BankAppendTile, ScoreMode::kAppend>, shape, stream, bank);
+  if (request.mode == ScoreMode::kSample) {
+    return launch_bank<BankSampleTile, ScoreMode::kSample>(bank, padded_sample(request.columns), stream);
+  }
+  return request.rows <= BankFewTile::kRows
+             ? launch_bank<BankFewTile, ScoreMode::kAppend>(bank, request.columns, stream)
+             : launch_bank<BankAppendTile, ScoreMode::kAppend>(bank, request.columns, stream);
 }
 
 }  // namespace sn::cuda

@@ -242,6 +242,20 @@ def test_a_bank_is_certified_as_it_is_read() -> None:
     assert report.refined <= 20 * 60
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 129), (63, 385), (64, 127), (65, 128), (128, 130), (256, 257)])
+def test_tiles_of_a_bank(rows: int, columns: int) -> None:
+    """Around the edges of the tile of few anchors and of all; one identity is too large to list, one row not finite."""
+    case = problems.bank_case(rows, columns, 130, 9, seed=rows)
+    assert case.candidates is not None and case.candidate_labels is not None
+    labels = torch.where(torch.arange(columns) % 2 == 0, 0, case.candidate_labels)
+    case = Case(case.feats, case.labels % 3, case.candidates, labels, k=10)
+    assert check(case, direct_sums(case), "bank", seed=columns).path == "bank"
+    candidates = case.candidates.clone()
+    candidates[columns - 1, 64] = torch.inf
+    case = replace(case, candidates=candidates)
+    assert check(case, direct_sums(case), "bank", seed=columns).path == "bank"
+
+
 @cache
 def nearly_empty_bank(k: int) -> tuple[Case, sn_ops.SupportNeighbors]:
     """A bank of zeros but for a few rows, anchors of zeros among others, and their neighbours by direct sums."""

@@ -214,14 +214,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
       async_wait<1>();
       sync_block();  // group stage + 1 has arrived, copy `stage` is made; what the last round read is free
       copy_group(stage + 3);
-#pragma unroll 1
-      for (int turn = 0; turn < 2; ++turn) {
-        if ((turn == 0) == (warp_id() < Tile::kWarps / 2)) {
-          multiply_stage<Half, Tile>(rProducts, sAnchors.offset(stage % kBankStages * Tile::kRows * kStageWidth),
-                                     sCopies.offset(stage % kBankCopies * Tile::kColumns * kStageWidth), warp);
-        } else if (stage + 1 < score.stages) {
-          convert(stage + 1);
-        }
+      const auto multiply = [&] {
+        multiply_stage<Half, Tile>(rProducts, sAnchors.offset(stage % kBankStages * Tile::kRows * kStageWidth),
+                                   sCopies.offset(stage % kBankCopies * Tile::kColumns * kStageWidth), warp);
+      };
+      const bool converts = stage + 1 < score.stages;
+      if (warp_id() < Tile::kWarps / 2) {
+        multiply();
+        if (converts) convert(stage + 1);
+      } else {
+        if (converts) convert(stage + 1);
+        multiply();
       }
     }
     async_wait<0>();
@@ -267,9 +270,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
       }
     }
   }
+  const std::int64_t anchor = score.anchors.first + thread_id();
+  const bool is_anchor = thread_id() < score.anchors.count;
   if constexpr (kMode == ScoreMode::kAppend) {
-    const std::int64_t anchor = score.anchors.first + thread_id();
-    const bool is_anchor = thread_id() < score.anchors.count;
     if (thread_id() < Tile::kRows) {
       memory.set(kLimit, thread_id(), is_anchor ? load(score.thresholds.T + anchor) : -kInfinity);
       memory.set(kReach, thread_id(), is_anchor ? load(score.thresholds.u + anchor) : 0.0f);
@@ -278,6 +281,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
     memory.vote_for_far(wants_far);
   }
   if constexpr (kMode == ScoreMode::kSample) {
+    static_assert(Tile::kThreads == Tile::kRows);
     const float norm = is_anchor ? load(score.anchors.n + anchor) : 0.0f;
     const float rho = is_anchor ? load(score.anchors.rho + anchor) : 0.0f;
     memory.set(kBias, thread_id(), far_bias(norm, rho, score.eta));

@@ -132,8 +132,21 @@ __device__ __forceinline__ std::uint32_t upper_bits(const RefineArgs& args, cons
 template <int kStaged>
 __device__ __forceinline__ float wanted_upper(const RefineArgs& args, const AnchorFacts& facts, const Entries& entries,
                                               const Shared<std::uint32_t>& sStage, const Shared<std::uint32_t>& sWord) {
-  return kth_smallest<kStaged>(sStage, sWord, entries.count, static_cast<std::uint32_t>(facts.wanted),
-                               [&](std::int64_t e) { return upper_bits(args, facts, entries.at(e)); });
+  struct Fetched {
+    Entry entry;
+    float n;
+    float rho;
+  };
+  return kth_smallest<kStaged>(
+      sStage, sWord, entries.count, static_cast<std::uint32_t>(facts.wanted),
+      [&](std::int64_t e) -> Fetched {
+        const Entry entry = entries.at(e);
+        return {entry, load(args.gCandidateN + entry.index), load(args.gCandidateRho + entry.index)};
+      },
+      [&](const Fetched& fetched) {
+        if (fetched.entry.index == facts.self) return kNoBits;
+        return bits_of(distance_upper(facts.n, facts.rho, fetched.n, fetched.rho, fetched.entry.score, args.eta));
+      });
 }
 
 }  // namespace sn::cuda

@@ -63,28 +63,41 @@ __device__ __forceinline__ std::uint32_t warp_kth_smallest(const std::uint32_t (
   return low;
 }
 
-// An upper bound of the k-th smallest of the values bits_at(0 .. count - 1), bits of floats >= 0 or kNoBits; +inf if
-// there are fewer than k >= 1. The whole block calls it and gets the same value. It is the k-th itself up to kStaged
-// values, and beyond that unless more than kStaged of them tie with an upper bound of it.
+// An upper bound of the k-th smallest of the values bits_of(fetch(0 .. count - 1)), bits of floats >= 0 or kNoBits;
+// +inf if there are fewer than k >= 1. fetch() loads what bits_of() computes with, so that a batch waits once. The
+// whole block calls it and gets the same value. It is the k-th itself up to kStaged values, and beyond that unless more
+// than kStaged of them tie with an upper bound of it.
 //
 // Every warp looks at all staged values, so one barrier serves. Where there are too many, values share places, of which
 // the least counts: the k-th smallest place is not below the k-th smallest value. What is above it is left out of a
 // second round.
 //
 // sStage: kStaged words; sWord: one. Others may use both right after; before, behind a barrier.
-template <int kStaged, class BitsAt>
+template <int kStaged, class Fetch, class BitsOf>
 __device__ __forceinline__ float kth_smallest(const Shared<std::uint32_t>& sStage, const Shared<std::uint32_t>& sWord,
-                                              std::int64_t count, std::uint32_t k, const BitsAt& bits_at) {
+                                              std::int64_t count, std::uint32_t k, const Fetch& fetch,
+                                              const BitsOf& bits_of) {
   static_assert(kStaged % kWarpSize == 0 && (kStaged & (kStaged - 1)) == 0);
   constexpr int kLaneValues = kStaged / kWarpSize;
   std::uint32_t limit = kNoBits;
   auto staged = static_cast<int>(count < kStaged ? count : kStaged);
   if (thread_id() == 0) sWord.set(0, 0u);
-  for (std::int64_t e = thread_id(); e < count; e += thread_count()) {
-    // kStaged is a multiple of the number of threads: a thread's places are its own.
-    const int place = static_cast<int>(e) & (kStaged - 1);
-    const std::uint32_t bits = bits_at(e);
-    if (e < kStaged || bits < sStage.get(place)) sStage.set(place, bits);
+  constexpr int kBatch = 4;
+  for (std::int64_t first = thread_id(); first < count; first += kBatch * thread_count()) {
+    decltype(fetch(first)) rFetched[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const std::int64_t e = first + b * thread_count();
+      rFetched[b] = fetch(e < count ? e : first);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const std::int64_t e = first + b * thread_count();
+      // kStaged is a multiple of the number of threads: a thread's places are its own.
+      const int place = static_cast<int>(e) & (kStaged - 1);
+      const std::uint32_t bits = bits_of(rFetched[b]);
+      if (e < count && (e < kStaged || bits < sStage.get(place))) sStage.set(place, bits);
+    }
   }
   for (;;) {
     sync_block();
@@ -102,7 +115,7 @@ __device__ __forceinline__ float kth_smallest(const Shared<std::uint32_t>& sStag
     if (limit >= kInfinityBits) return float_from_bits(kInfinityBits);
     for (std::int64_t first = 0; first < count; first += thread_count()) {
       const std::int64_t e = first + thread_id();
-      const std::uint32_t bits = e < count ? bits_at(e) : kNoBits;
+      const std::uint32_t bits = e < count ? bits_of(fetch(e)) : kNoBits;
       const std::uint32_t kept = ballot(bits <= limit);
       if (kept == 0) continue;
       std::uint32_t begin = 0;

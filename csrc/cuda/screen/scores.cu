@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   for_each_carried<Tile>([&](int q, int i) {
     const bool is_row = i < Tile::kRows;
     const MatrixArgs<T16>& matrix = is_row ? args.anchors : args.candidates;
-    const std::int64_t number = is_row ? row + i : first_candidate + spread * (i - Tile::kRows);
+    const std::int64_t number = (is_row ? row : first_candidate) + (is_row ? i : spread * (i - Tile::kRows));
     Carried& facts = rCarried[q];
     facts.matrix_row = number < matrix.count ? static_cast<int>(matrix.first + number * matrix.step) : -1;
     if (facts.matrix_row < 0) return;
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     }
 #pragma unroll
     for (int q = 0; q < Tile::kColumns / Tile::kCopyRows; ++q) {
-      valid |= first_candidate + spread * (copy_row + q * Tile::kCopyRows) < args.candidates.count
+      valid |= first_candidate + spread * copy_row + spread * q * Tile::kCopyRows < args.candidates.count
                    ? 1u << (kColumnBits + q)
                    : 0u;
     }

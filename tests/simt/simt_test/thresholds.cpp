@@ -71,7 +71,7 @@ void test_sample(const Sampled& s, simt::MmaError error, unsigned seed) {
   Rows anchors(s, s.N, seed);
   Rows others(s, s.M, seed + 1);
   Rows& pool = symmetric ? anchors : others;
-  if (s.outlier >= 0) pool.set(s.dtype, static_cast<std::size_t>(s.outlier * s.D), s.nan ? NAN : 0x1p40f);
+  if (s.outlier >= 0) pool.set(s.dtype, static_cast<std::size_t>(s.outlier * s.D), s.nan ? NAN : 0x1p100f);
   const std::vector<std::int64_t> labels(static_cast<std::size_t>(std::max(s.N, s.M)));
   ForwardArgs args{};
   args.dtype = s.dtype;
@@ -83,8 +83,13 @@ void test_sample(const Sampled& s, simt::MmaError error, unsigned seed) {
   args.symmetric = symmetric;
   args.options.k = s.K;
 
-  const Problem problem{
-      .N = s.N, .M = s.M, .D = s.D, .k = s.K, .dtype = s.dtype, .symmetric = symmetric, .aligned = false};
+  const Problem problem{.N = s.N,
+                        .M = s.M,
+                        .D = s.D,
+                        .k = s.K,
+                        .dtype = s.dtype,
+                        .symmetric = symmetric,
+                        .aligned = rows_aligned(args.anchors, s.dtype)};
   ForwardPlan plan = plan_forward(problem, DeviceFacts(), s.path);
   plan.score_tile = s.tile;
   plan.strip_rows = s.strip > 0 ? s.strip : s.N;
@@ -220,6 +225,13 @@ void test_thresholds() {
        .K = 3,
        .path = ForwardPath::kBank,
        .offset = -1,
+       .outlier = 77},
+      {.name = "a row without a copy, in place",
+       .N = 140,
+       .M = 140,
+       .D = 40,
+       .K = 3,
+       .dtype = DType::kBFloat16,
        .outlier = 77},
       {.name = "NaN", .N = 140, .M = 140, .D = 40, .K = 3, .outlier = 32, .nan = true},
       {.name = "NaN in half precision",

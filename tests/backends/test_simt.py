@@ -356,3 +356,25 @@ def test_backward_with_and_without_buckets(name: str, partition: str) -> None:
             grads.append(torch.autograd.grad(loss, leaves.inputs()))
             assert simt.last_report is not None and simt.last_report.partitioned == (chosen == "always")
     judge.assert_same_bits(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("partition", ["never", "always"])
+@pytest.mark.parametrize("name", ["bank", "hub", "wide"])
+def test_slices_of_the_backward_do_not_show(name: str, partition: str, dtype: torch.dtype) -> None:
+    """Slices of D of one pack a lane and of two: the same sums in the same order, hubs and ragged ends included."""
+    case = {
+        "bank": problems.bank_case(30, 50, 301, 8, self_kind="offset"),
+        "hub": problems.self_case(90, 260, 8, k=5),
+        "wide": problems.self_case(40, 530, 8, k=35),
+    }[name].to(dtype)
+    if name == "hub":  # the first row is everyone's nearest
+        case.feats[0] = 0
+    grads = []
+    for packs in (1, 2):
+        leaves = case.leaves()
+        with simt.using(partition=partition, packs_per_lane=packs, seed=packs):
+            loss = sn_ops.sn_loss(**leaves.arguments(), backend="simt")
+            grads.append(torch.autograd.grad(loss, leaves.inputs()))
+        assert all(bool((grad != 0).any(dim=0).all()) for grad in grads[-1])
+    judge.assert_same_bits(*grads)

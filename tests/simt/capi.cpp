@@ -251,6 +251,11 @@ extern "C" SN_SIMT_EXPORT int sn_simt_backward(const sn::BackwardArgs* args, con
     sn::cuda::BackwardProblem problem = sn::cuda::problem_of(*args);
     problem.partition = static_cast<sn::cuda::Partition>(settings->partition);
     sn::cuda::BackwardPlan plan = sn::cuda::plan_backward(problem, facts_of(*settings));
+    if (settings->packs_per_lane > 0 && sn::element_bytes(problem.dtype) > 2 && plan.slices > 0) {
+      plan.slice_elements = plan.slice_elements / plan.packs_per_lane * settings->packs_per_lane;
+      plan.packs_per_lane = settings->packs_per_lane;
+      plan.slices = (problem.D + plan.slice_elements - 1) / plan.slice_elements;
+    }
     report->workspace_bytes = plan.workspace_bytes;
     report->partitioned = plan.partitioned ? 1 : 0;
     const std::int64_t row = problem.D * sn::element_bytes(args->dtype);

@@ -37,6 +37,7 @@ struct sn_simt_settings {
   std::int32_t positive_anchors;   // dense, screen, bank: a power of two, at most 1024
   std::int32_t positive_segments;  // dense, screen, bank
   std::int32_t shared_reduction;   // of every path but the cluster's; 1: whatever the number of anchors
+  std::int32_t packs_per_lane;     // of the backward, fp32 and fp64: 1 or 2
 };
 
 // The outcome of a call.

@@ -69,6 +69,7 @@ class Settings:
     positive_anchors: int = 0
     positive_segments: int = 0
     shared_reduction: int = 0
+    packs_per_lane: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ class _Settings(ctypes.Structure):
         ("positive_anchors", ctypes.c_int32),
         ("positive_segments", ctypes.c_int32),
         ("shared_reduction", ctypes.c_int32),
+        ("packs_per_lane", ctypes.c_int32),
     ]
 
 

@@ -28,7 +28,8 @@ sn_simt_settings settings_for(std::uint64_t seed, simt::MmaError error, ForwardP
           .mma_model = 0,
           .positive_anchors = 0,
           .positive_segments = 0,
-          .shared_reduction = 0};
+          .shared_reduction = 0,
+          .packs_per_lane = 0};
 }
 
 void vary(sn_simt_settings& settings, std::uint64_t word) {

@@ -6,6 +6,7 @@ the error of a product. Each path must select what direct sums do, bit for bit.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -65,3 +66,23 @@ def test_farthest_of_a_large_identity_on_a_line(kind: str, path: str, mma_error:
     """More than 128 positives are not listed: the screening finds the farthest by a threshold of its own."""
     for seed in FAR_SEEDS:
         check(kind, 4, seed, path, mma_error, large=180)
+
+
+@pytest.mark.parametrize("mma_error", ["none", "plus"])
+@pytest.mark.parametrize("group", [8, 32])
+@pytest.mark.parametrize("path", ["screen", "bank"])
+def test_thresholds_of_groups_on_a_line(path: str, group: int, mma_error: str) -> None:
+    """Of a large sample the least bound of each group is kept; the anchor itself may be one of them."""
+    for seed in SEEDS:
+        for k in (3, 9):
+            if path == "screen":
+                case = problems.line_case(700, k=k, seed=seed)
+            else:
+                case = problems.line_case(20, 700, k=k, seed=seed)
+                case = replace(case, feats=case.candidates[5:25], self_index=5)  # type: ignore[index]
+            with simt.using(path="direct"):
+                expected = judge.neighbors_of(case, "simt")
+            with simt.using(path=path, mma_error=mma_error, sample_group=group, sample_stride=1):
+                found = judge.neighbors_of(case, "simt")
+                assert simt.last_report is not None and simt.last_report.path == path
+            judge.assert_same_bits(found, expected)

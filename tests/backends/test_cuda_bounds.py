@@ -102,6 +102,22 @@ def test_thresholds_of_the_farthest(pairs: tuple[Array, Array]) -> None:
     above(Q, n_j * (1 + eta), n_j, "Q")
 
 
+def test_groups() -> None:
+    """The least bound of a group, with the residual of the same member; no member: infinity."""
+    random, count = np.random.default_rng(4), 20000
+    inputs, found = floats(count, 4), floats(count)
+    inputs[:, 0] = uniform(random, -12, 12, count)
+    inputs[:, 2] = inputs[:, 0] * uniform(random, -8, 3, count) - inputs[:, 0]
+    for column in (1, 3):
+        inputs[:, column] = np.sqrt(inputs[:, 0]) * uniform(random, -14, -1, count)
+    inputs[0] = [1, 0.5, np.inf, 0]
+    library().sn_simt_groups(ctypes.c_int64(count), pointer(inputs), pointer(found))
+    most, rho_i, q, rho_j = inputs[1:].astype(Real).T
+    assert found[0] == np.inf
+    root = np.sqrt(np.maximum(most + q, 0))
+    above(found[1:], root + rho_i + rho_j, (most + np.abs(q)) / np.sqrt(ULPS * most) + rho_i + rho_j, "a group's bound")
+
+
 def test_nothing_is_known_of_a_row_without_a_copy() -> None:
     """An infinite residual: distances from 0 to infinity, everything is kept."""
     inputs, outputs = floats(2, 7), floats(2, 8)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 
 import sn_ops
 from support import judge, problems, simt_build
@@ -86,3 +87,18 @@ def test_thresholds_of_groups_on_a_line(path: str, group: int, mma_error: str) -
                 found = judge.neighbors_of(case, "simt")
                 assert simt.last_report is not None and simt.last_report.path == path
             judge.assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("k", [1, 10])
+@pytest.mark.parametrize("path", ["screen", "bank"])
+def test_null_rows_beside_the_anchor(path: str, k: int) -> None:
+    """Of a bank of zeros the first k + 1 are kept, one of which may be the anchor: no row is left for the fallback."""
+    own, labels = torch.arange(20) - 2, torch.arange(300) % 9
+    bank = torch.where((torch.arange(300) % 50 == 49)[:, None], 1.0, torch.zeros(300, 16))
+    case = Case(bank[:20] * 0, labels[:20], bank, labels, torch.where(own < 0, -1, own), k=k)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path=path, sample_stride=1):
+        judge.assert_same_bits(judge.neighbors_of(case, "simt"), expected)
+        assert simt.last_report is not None and simt.last_report.path == path
+        assert simt.last_report.fallen_back == 0

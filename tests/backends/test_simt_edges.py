@@ -125,6 +125,18 @@ def test_many_anchors_of_a_small_bank() -> None:
     assert ((found.nearest_positive < 0) == (case.labels == 2)).all()
 
 
+@pytest.mark.parametrize("partition", ["never", "always"])
+def test_hubs_over_several_windows(partition: str) -> None:
+    """Ten rows that nearly all others select: neighbours in a group of targets, each with chunks of edges and a rest in
+    every window of 2048 edges."""
+    generator = torch.Generator().manual_seed(7)
+    feats = torch.nn.functional.normalize(torch.randn(420, 5, generator=generator), dim=1)
+    feats[20:30] *= 0.05
+    case = Case(feats, torch.arange(420) % 60, k=10)
+    with simt.using(path="direct", partition=partition):
+        judge.check_loss(case, "simt", judge.check_neighbors(case, "simt"), alpha=2.0, reductions=("mean",))
+
+
 def far_apart(x: Tensor) -> Tensor:
     return memory.far_apart(x, 2**31)
 

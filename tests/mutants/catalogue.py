@@ -36,6 +36,7 @@ EDGES = BACKENDS + "test_simt_edges.py::"
 PATHS = BACKENDS + "test_simt.py::"
 LINE_SUPPORT = (LINES + "test_support_of_rows_on_a_line", LINES + "test_support_among_a_bank_on_a_line")
 LINE_FAR = (LINES + "test_farthest_of_a_large_identity_on_a_line",)
+LINE_GROUPS = (LINES + "test_thresholds_of_groups_on_a_line",)
 FENCES = (PACKAGE + "test_tickets.py::test_every_ticket_has_its_fences",)
 SCREEN, DIRECT, BACKWARD = "csrc/cuda/screen/", "csrc/cuda/direct/", "csrc/cuda/backward/"
 
@@ -97,6 +98,11 @@ def _formulas() -> list[Mutant]:
             "const float g = reach; static_cast<void>(rho_i);",
             "the anchor's residual is forgotten",
             "test_thresholds_of_the_farthest",
+        ),
+        (
+            "group-square-down", bound,
+            "const float square = add_up(most, q);", "const float square = add_down(most, q);",
+            "the bound of a group rounded down", "test_groups",
         ),
         (
             "rho-margin-missing", bound,
@@ -204,6 +210,54 @@ MUTANTS: tuple[Mutant, ...] = (
         LINE_SUPPORT,
     ),
     Mutant(
+        "groups-forget-the-anchor",
+        SCREEN + "thresholds.cu",
+        "+ (with_self ? 1u : 0u);",
+        "+ (with_self ? 0u : 0u);",
+        "the group that holds the anchor itself is counted among the K",
+        LINE_GROUPS,
+    ),
+    Mutant(
+        "groups-with-the-rho-of-another",
+        SCREEN + "epilogue.cuh",
+        "rRho[e / 2] = less ? rPair.elements[e % 2 * 2 + 1] : rRho[e / 2];",
+        "rRho[e / 2] = rPair.elements[e % 2 * 2 + 1];",
+        "a group's least bound goes with the residual of its last member",
+        LINE_GROUPS,
+    ),
+    Mutant(
+        "kth-is-the-one-before",
+        SCREEN + "kth_smallest.cuh",
+        "if (within == k) {",
+        "if (within + 1 == k) {",
+        "the threshold is that of K - 1 neighbours",
+        (*LINE_GROUPS, PATHS + "test_large_batch_takes_the_screening"),
+    ),
+    Mutant(
+        "null-rows-one-too-few",
+        SCREEN + "thresholds.cu",
+        "popcount(nulls & lanes_below()) == args.K;",
+        "popcount(nulls & lanes_below()) == args.K - 1;",
+        "K null rows are kept, of which one may be the anchor",
+        (LINES + "test_null_rows_beside_the_anchor",),
+    ),
+    Mutant(
+        "sample-padded-with-candidates",
+        SCREEN + "scores.cu",
+        "memory.set(kBias, i, facts.matrix_row >= 0 ? far_bias(facts.norm, facts.rho, args.eta) : kInfinity);",
+        "memory.set(kBias, i, far_bias(facts.norm, facts.rho, args.eta));",
+        "what pads the last tile of a sample counts as a candidate",
+        (*LINE_GROUPS, PATHS + "test_however_the_work_is_cut"),
+    ),
+    Mutant(
+        "bank-sample-padded-with-candidates",
+        SCREEN + "bank.cu",
+        "memory.set(kBias, Tile::kRows + row, exists ? far_bias(norm, rho, score.eta) : kInfinity);",
+        "memory.set(kBias, Tile::kRows + row, far_bias(norm, rho, score.eta));",
+        "what pads the last tile of a sample counts as a candidate",
+        (*LINE_GROUPS, PATHS + "test_rows_of_zeros_tie_by_thousands"),
+    ),
+    Mutant(
         "far-test-without-rho",
         SCREEN + "epilogue.cuh",
         "fused_multiply_add(load(args.thresholds.g2 + anchor), rho, fused_multiply_add(-2.0f, product, bias));",
@@ -223,8 +277,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "strips-forget-nan",
         DIRECT + "select.cu",
-        "    args.gControl->nonfinite = 1;",
-        "    args.gControl->nonfinite = 0;",
+        "if (poison) args.gControl->nonfinite = 1;",
+        "if (poison) args.gControl->nonfinite = 0;",
         "NaN of an early strip is not handed to the last",
         (EDGES + "test_strips_hand_on_that_something_is_not_finite",),
     ),
@@ -313,11 +367,53 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "merge-fence-of-the-last",
         SCREEN + "merge.cu",
-        "  if (sLast.get(0) == 0) return;\n  fence_device();\n",
-        "  if (sLast.get(0) == 0) return;\n",
+        "  if (sWord.get(0) == 0) return;\n  fence_device();\n",
+        "  if (sWord.get(0) == 0) return;\n",
         "the last block may read records of before",
         FENCES,
         (),
+    ),
+    Mutant(
+        "reduce-fence-before-ticket",
+        DIRECT + "reduce.cu",
+        "  fence_device();\n  sync_block();\n",
+        "  sync_block();\n",
+        "the ticket may be seen before the partial sums",
+        FENCES,
+        (),
+    ),
+    Mutant(
+        "reduce-fence-of-the-last",
+        DIRECT + "reduce.cu",
+        "  if (sLast.get(0) == 0) return;\n  fence_device();\n",
+        "  if (sLast.get(0) == 0) return;\n",
+        "the last block may read partial sums of before",
+        FENCES,
+        (),
+    ),
+    Mutant(
+        "ticket-not-given-back",
+        DIRECT + "select.cu",
+        "    args.gControl->ticket = 0;\n",
+        "",
+        "the blocks behind count from where the selection ended, and nobody is last",
+        (BACKENDS + "test_simt_reduction.py::test_sums_by_their_definition",),
+    ),
+    Mutant(
+        "partial-rounded-down",
+        "csrc/cuda/loss.cuh",
+        "partial < N ? (N - partial + kPartials - 1) / kPartials : 0;",
+        "partial < N ? (N - partial) / kPartials : 0;",
+        "a partial sum lacks its last record",
+        (BACKENDS + "test_simt_reduction.py::test_sums_by_their_definition",),
+    ),
+    Mutant(
+        "queued-row-of-another-partial",
+        SCREEN + "merge.cu",
+        "if ((args.row_begin + (entry >> kNeedBits)) % kPartials != block_id()) continue;",
+        "if ((entry >> kNeedBits) % kPartials != block_id()) continue;",
+        "in later strips a block sums records that another one writes",
+        (BACKENDS + "test_simt_reduction.py::test_queued_rows_are_summed_as_well",),
     ),
     Mutant(
         "select-fence-before-ticket",
@@ -393,7 +489,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "if (waiting + rank < kEdgeChunk) {",
         "if (waiting + rank <= kEdgeChunk) {",
         "an edge too many is written behind a target's tail, into the next one's",
-        (PATHS + "test_backward_with_and_without_buckets", PATHS + "test_loss_on_every_path"),
+        (EDGES + "test_hubs_over_several_windows",),
     ),
     Mutant(
         "chunks-of-the-next-target",

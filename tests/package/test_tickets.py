@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+WITH_TICKETS = [f"csrc/cuda/{name}" for name in ("direct/reduce.cu", "direct/select.cu", "screen/merge.cu")]
 TICKET = re.compile(r"atomic_add\([^;]*?[tT]icket")
 FENCE = "fence_device();"
 BARRIER = re.compile(r"sync_(?:block|warp)\(\);")
@@ -57,11 +58,11 @@ def sources() -> dict[str, str]:
 
 def test_every_ticket_has_its_fences() -> None:
     with_tickets = {name: text for name, text in sources().items() if TICKET.search(without_comments(text))}
-    assert {"csrc/cuda/direct/select.cu", "csrc/cuda/screen/merge.cu"} <= set(with_tickets)
+    assert set(WITH_TICKETS) <= set(with_tickets)
     assert {name: faults(text) for name, text in with_tickets.items()} == {name: [] for name in with_tickets}
 
 
-@pytest.mark.parametrize("name", ["csrc/cuda/direct/select.cu", "csrc/cuda/screen/merge.cu"])
+@pytest.mark.parametrize("name", WITH_TICKETS)
 def test_a_missing_fence_or_barrier_is_found(name: str) -> None:
     text = without_comments(sources()[name])
     ticket = TICKET.search(text)

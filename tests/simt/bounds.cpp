@@ -27,6 +27,13 @@ extern "C" SN_SIMT_EXPORT void sn_simt_bounds(std::int64_t count, const float (*
   }
 }
 
+// Inputs: n_i (1 + eta), rho_i, the least q of a group and rho_j of the same member. Output: group_upper.
+extern "C" SN_SIMT_EXPORT void sn_simt_groups(std::int64_t count, const float (*inputs)[4], float* outputs) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    outputs[i] = sn::cuda::group_upper(inputs[i][0], inputs[i][1], inputs[i][2], inputs[i][3]);
+  }
+}
+
 // Inputs: squares and rests of a row, its slack. Output: rho.
 extern "C" SN_SIMT_EXPORT void sn_simt_residuals(std::int64_t count, const float (*inputs)[3], float* outputs) {
   for (std::int64_t i = 0; i < count; ++i) {

@@ -344,15 +344,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "const bool kept = !kBounded || d2 <= bound;",
         "const bool kept = !kBounded || d2 < bound;",
         "a key that ties with the last of the K is abandoned, whatever its index",
-        (PATHS + "test_every_path_selects_what_direct_sums_do",),
-    ),
-    Mutant(
-        "bf16-rows-that-vanish",
-        SCREEN + "facts.cu",
-        "rLargest <= kLargestValue && (rSquares >= kSmallestNorm || rLargest == 0.0f);",
-        "rLargest <= kLargestValue;",
-        "products of tiny rows underflow, and the bound is used all the same",
-        (PATHS + "test_subnormal_rows",),
+        (EDGES + "test_ties_in_the_fallback",),
     ),
     # ---- order of memory
     Mutant(
@@ -497,7 +489,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "if (round + by < chunk || round + by >= end) continue;",
         "if (round + by < chunk || round + by > end) continue;",
         "a target adds the first chunk of the next one",
-        (PATHS + "test_backward_with_and_without_buckets", PATHS + "test_loss_on_every_path"),
+        (EDGES + "test_hubs_over_several_windows",),
     ),
     Mutant(
         "buckets-without-an-end",

@@ -139,7 +139,10 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
     plan.launches = sn::cuda::direct_launches(plan);
     return;
   }
-  if (settings.score_tile > 0) plan.score_tile = settings.score_tile;
+  if (settings.score_tile > 0) {
+    plan.score_tile = settings.score_tile;
+    plan.sample_tile = std::min(settings.score_tile, 128);
+  }
   if (settings.positive_anchors > 0) plan.positive_anchors = settings.positive_anchors;
   if (settings.positive_segments > 0) plan.positive_segments = settings.positive_segments;
   if (plan.path != ForwardPath::kDense) {

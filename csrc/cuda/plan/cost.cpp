@@ -115,9 +115,9 @@ constexpr double kLongRowEntry = 0.0046;
 constexpr double kLongRows = 4.5;
 constexpr double kLongRowsEntry = 0.0023;
 constexpr double kLongRowsKey = 0.033;  // 1024 x 512, K = 100: 132 against 79
-// The last block adds up few anchors (alone it took 12.3 for 8192, 58 to 72 for 65536). Of many (sizes.h), blocks add the
-// partials and the last joins them: counted, not measured, 10 cycles for every kPartials-th record. On the direct path
-// they are a kernel of their own.
+// The last block adds up few anchors (alone it took 12.3 for 8192, 58 to 72 for 65536). Of many (sizes.h), blocks add
+// the partials and the last joins them: counted, not measured, 10 cycles for every kPartials-th record. On the direct
+// path they are a kernel of their own.
 constexpr double kFinalRow = 0.0009;
 constexpr double kPartialRow = 2.5e-5;
 constexpr double kReduceStart = 3.0;
@@ -296,6 +296,11 @@ constexpr double kMergeStart = 5.0;
 // of 64 x 64 reach two thirds: 256 x 4096 x 2048 takes 20.3.
 constexpr double kTensor = 1.52e6;
 constexpr double kSmallTileShare = 0.66;
+// Tiles of 128 x 256, counted, not measured: warps of 64 x 64 read 0.086 bytes of shared memory for a multiply-add, the
+// others 0.156, at which 128 bytes a clock allow no more than was measured. Alone on its multiprocessor, a block waits
+// for its first stages while nobody multiplies.
+constexpr double kWideTileShare = 1.3;
+constexpr double kWideWait = 1.5;
 constexpr double kScoresStart = 4.0;
 // Epilogue of a pair: written out; tested for its anchor; tested for both.
 constexpr double kDensePair = 2.0e-4;
@@ -329,41 +334,73 @@ double score_pass_us(const ScorePass& pass, const DeviceFacts& device) {
   const double tiles =
       pass.symmetric ? across * (down + static_cast<double>(pass.tile_columns) / pass.tile_rows) / 2.0 : down * across;
   const double pairs = static_cast<double>(pass.tile_rows) * pass.tile_columns;
-  const double share = pairs < 128.0 * 128.0 ? kSmallTileShare : 1.0;
+  const bool wide = pass.tile_columns > 128;
+  const double share = wide ? kWideTileShare : pass.tile_columns < 128 ? kSmallTileShare : 1.0;
   const double epilogue = pass.dense ? kDensePair : pass.symmetric ? kTwicePair : kTestedPair;
-  const double tile_us = pairs * (real(pass.dims) / (kTensor * share * rate.tensor) + epilogue);
+  const double tile_us =
+      pairs * (real(pass.dims) / (kTensor * share * rate.tensor) + epilogue) + (wide ? kWideWait : 0.0);
   return kGap + kScoresStart + waves(tiles, device) * tile_us;
 }
 
 namespace {
 
-double scores_us(const ForwardPlan& plan, std::int64_t rows, std::int64_t columns, bool symmetric, bool dense,
+int cheapest(ScorePass pass, bool wide, const DeviceFacts& device, double* least) {
+  int best = 0;
+  for (const int columns : {64, 128, 256}) {
+    if (columns == 256 && (!wide || device.shared_bytes < kWideTileBytes)) break;
+    pass.tile_columns = columns;
+    pass.tile_rows = std::min(columns, 128);
+    const double us = score_pass_us(pass, device);
+    if (best == 0 || us < *least) {
+      *least = us;
+      best = columns;
+    }
+  }
+  return best;
+}
+
+enum class ScoresFor { kSample, kDense, kAppend };
+
+}  // namespace
+
+int cheapest_score_tile(ScorePass pass, bool wide, const DeviceFacts& device) {
+  double us = 0.0;
+  return cheapest(pass, wide, device, &us);
+}
+
+namespace {
+
+double scores_us(const ForwardPlan& plan, std::int64_t rows, std::int64_t columns, ScoresFor what,
                  const Machine& machine) {
   if (plan.path == ForwardPath::kBank) return bank_pass_us(plan, columns, machine);
-  ScorePass pass{.rows = rows, .columns = columns, .dims = plan.padded_dims, .symmetric = symmetric, .dense = dense};
-  const double large = score_pass_us(pass, machine.device);
-  pass.tile_rows = pass.tile_columns = 64;
-  return std::min(large, score_pass_us(pass, machine.device));
+  ScorePass pass{.rows = rows,
+                 .columns = columns,
+                 .dims = plan.padded_dims,
+                 .symmetric = what == ScoresFor::kAppend && plan.triangular,
+                 .dense = what != ScoresFor::kAppend};
+  double least = 0.0;
+  cheapest(pass, what != ScoresFor::kSample, machine.device, &least);
+  return least;
 }
 
 void predict_screened(const ForwardPlan& plan, const Problem& problem, const Machine& machine, Cost* cost) {
   const auto each = [&](const char* name, const auto& us_of) {
     cost->add(name, all_strips(plan, problem, us_of), plan.strips);
   };
-  const auto scores = [&](const char* name, std::int64_t columns, bool symmetric, bool dense) {
-    each(name, [&](auto rows) { return scores_us(plan, rows, columns, symmetric, dense, machine); });
+  const auto scores = [&](const char* name, std::int64_t columns, ScoresFor what) {
+    each(name, [&](auto rows) { return scores_us(plan, rows, columns, what, machine); });
   };
   const Sample sample = sample_of(problem, plan.K);
   cost->add("sample", sample_us(problem));
   cost->add("facts", facts_us(plan, problem, machine));
   cost->add("positives", positives_us(problem, machine));
   if (plan.path == ForwardPath::kDense) {
-    scores("scores", problem.M, false, true);
+    scores("scores", problem.M, ScoresFor::kDense);
   } else {
-    scores("sample scores", static_cast<std::int64_t>(sample.columns), false, true);
+    scores("sample scores", static_cast<std::int64_t>(sample.columns), ScoresFor::kSample);
     each("thresholds", [&](auto rows) { return thresholds_us(real(rows), sample.values, machine); });
     if (may_have_large_identities(problem.M)) each("far thresholds", [](auto) { return kGap + kIdle; });
-    scores("scores", problem.M, plan.triangular, false);
+    scores("scores", problem.M, ScoresFor::kAppend);
   }
   each("refine", [&](auto rows) { return refine_us(plan, problem, sample, rows, machine); });
   each("fallback", [](auto) { return kGap + kIdle; });

@@ -57,4 +57,8 @@ struct ScorePass {
 };
 double score_pass_us(const ScorePass& pass, const DeviceFacts& device);
 
+// The columns of the tile that makes this pass cheapest, by waves and cost: 64 (x 64), 128 (x 128), or 256 (x 128)
+// where a block may have its shared memory and `wide` allows it.
+int cheapest_score_tile(ScorePass pass, bool wide, const DeviceFacts& device);
+
 }  // namespace sn::cuda

@@ -222,6 +222,12 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
   plan.positive_anchors = positives.anchors;
   plan.positive_segments = positives.segments;
   plan.shared_reduction = shares_reduction(N);
+  ScorePass pass{.rows = plan.strip_rows, .columns = M, .dims = plan.padded_dims};
+  pass.symmetric = plan.triangular && !dense;
+  pass.dense = dense;
+  plan.score_tile = cheapest_score_tile(pass, true, device);
+  pass = {.rows = plan.strip_rows, .columns = plan.sample_columns, .dims = plan.padded_dims, .dense = true};
+  plan.sample_tile = cheapest_score_tile(pass, false, device);
 
   Workspace workspace;
   plan.control = workspace.take(sizeof(Control));

@@ -67,8 +67,8 @@ struct AnchorRecord {
   std::int32_t flags;  // bit 0: valid, bit 1: its nearest neighbour is a positive
 };
 
-// The sum over anchors is fixed by N alone: partial p adds the records p, p + kPartials, ... in order, then the partials
-// meet in a tree of halves. Counts are integers, which any order adds up to the same.
+// The sum over anchors is fixed by N alone: partial p adds the records p, p + kPartials, ... in order, then the
+// partials meet in a tree of halves. Counts are integers, which any order adds up to the same.
 inline constexpr int kPartials = 256;
 struct PartialRecord {
   static constexpr int kSums = 3;
@@ -123,7 +123,8 @@ struct ForwardPlan {
   std::int64_t sample_group = 1;     // columns of which one bound is kept, kLaneGroup or kQuadGroup; 1: every score
   std::int64_t buffer_capacity = 0;  // entries a row
   std::int64_t far_capacity = 0;
-  int score_tile = 0;  // columns of a block's tile of scores: 64 (x 64), 128 (x 128), 256 (x 128); 0: by their number
+  int score_tile = 0;                  // columns of a block's tile of scores: 64 (x 64), 128 (x 128), 256 (x 128)
+  int sample_tile = 0;                 // of the sample's: 64 or 128
   std::int64_t positive_anchors = 0;   // of a block that looks for positives, a power of two
   std::int64_t positive_segments = 0;  // of candidates, a block each
 

@@ -338,19 +338,13 @@ cudaError_t launch_scores(ScoreArgs<T16> args, const ScoreRequest& request, cuda
                            : launch(score_kernel<T16, Tile, ScoreMode::kAppend, false>, shape, stream, args);
 }
 
-// Fewer large tiles than this leave multiprocessors of a large device without work.
-constexpr std::int64_t kFewTiles = 256;
-
 template <class T16>
 cudaError_t launch_of_size(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
                            const ScoreRequest& request, cudaStream_t stream) {
   const ScoreArgs<T16> score = score_args<T16>(args, plan, workspace, request);
-  const std::int64_t rows = divide_up(request.rows, LargeTile::kRows);
-  const std::int64_t columns = divide_up(request.columns, LargeTile::kColumns);
-  const bool many = blocks_of<LargeTile>(rows, columns, request.symmetric) >= kFewTiles;
-  switch (plan.score_tile == 0 ? (many ? LargeTile::kColumns : SmallTile::kColumns) : plan.score_tile) {
+  const bool sample = request.mode != ScoreMode::kAppend && plan.path != ForwardPath::kDense;
+  switch (sample ? plan.sample_tile : plan.score_tile) {
     case WideTile::kColumns:
-      if (request.mode == ScoreMode::kSample) return launch_scores<T16, LargeTile>(score, request, stream);
       return launch_scores<T16, WideTile>(score, request, stream);
     case LargeTile::kColumns:
       return launch_scores<T16, LargeTile>(score, request, stream);

@@ -92,6 +92,7 @@ void test_sample(const Sampled& s, simt::MmaError error, unsigned seed) {
                         .aligned = rows_aligned(args.anchors, s.dtype)};
   ForwardPlan plan = plan_forward(problem, DeviceFacts(), s.path);
   plan.score_tile = s.tile;
+  plan.sample_tile = s.tile;
   plan.strip_rows = s.strip > 0 ? s.strip : s.N;
   plan.sample_stride = s.stride;
   plan.sample_columns = divide_up(s.M, s.stride);

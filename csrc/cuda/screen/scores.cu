@@ -7,9 +7,9 @@
 //
 // 2. Registers. A warp of the large tile owns 64 x 32 scores, 64 accumulators a lane. With 24 registers of operands and
 //    the addresses it stays within 128, so two blocks share a multiprocessor (2 x 96 KB where it has 228): while one is
-//    in its epilogue or waits for its first stages, the other multiplies. A 128 x 256 tile would save a quarter of the
+//    in its epilogue or waits for its first stages, the other multiplies. The tile of 128 x 256 saves a quarter of the
 //    operand traffic, but its one block a multiprocessor leaves the tensor cores idle in every epilogue, and the
-//    epilogue is what limits small D.
+//    epilogue is what limits small D: the plan takes the tile that waves x cost make the cheapest (plan/cost.cpp).
 //
 // 3. Facts. A thread loads what the epilogue needs of one row or column of the tile before the main loop, keeps it in
 //    registers, and puts it in shared memory when the ring is free. This costs neither latency nor shared memory, and

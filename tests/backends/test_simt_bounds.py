@@ -102,3 +102,28 @@ def test_null_rows_beside_the_anchor(path: str, k: int) -> None:
         judge.assert_same_bits(judge.neighbors_of(case, "simt"), expected)
         assert simt.last_report is not None and simt.last_report.path == path
         assert simt.last_report.fallen_back == 0
+
+
+@pytest.mark.parametrize("group", [8, 32])
+@pytest.mark.parametrize("path", ["screen", "bank"])
+def test_a_group_has_its_own_residual_and_may_be_the_anchors(path: str, group: int) -> None:
+    """Beside the anchor, at 0: two rows at a distance of 1 and one of 1 + 2^-13, whose copies are exact, then some of
+    1 + 2^-12 whose copies are at 1. A threshold that is too low by one of them keeps these and loses the third."""
+    dims, k, rows = 64, 3, 640
+    bank = 4.0 * torch.eye(dims)[torch.arange(rows) % dims]
+    places = torch.arange(0, rows, 32)  # a group each
+    bank[places[3]] = 0.0
+    for at, place in enumerate(places[4:7]):
+        bank[place] = torch.eye(dims)[at]
+    bank[places[6], 40] = 2.0**-6
+    signs = torch.randint(0, 2, (8, 16), generator=torch.Generator().manual_seed(1)) * 2.0 - 1.0
+    bank[places[8:16]] = 0.0
+    bank[places[8:16], 8:24] = 0.25 * (1 + 2.0**-12) * signs
+    case = Case(bank[places[3:4]], torch.zeros(1).long(), bank, torch.arange(rows) % 7, int(places[3]), k=k)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    assert expected.indices.tolist() == [places[4:7].tolist()]
+    with simt.using(path=path, sample_stride=1, sample_group=group):
+        judge.assert_same_bits(judge.neighbors_of(case, "simt"), expected)
+        assert simt.last_report is not None and simt.last_report.path == path
+        assert simt.last_report.fallen_back == 0

@@ -36,7 +36,10 @@ EDGES = BACKENDS + "test_simt_edges.py::"
 PATHS = BACKENDS + "test_simt.py::"
 LINE_SUPPORT = (LINES + "test_support_of_rows_on_a_line", LINES + "test_support_among_a_bank_on_a_line")
 LINE_FAR = (LINES + "test_farthest_of_a_large_identity_on_a_line",)
-LINE_GROUPS = (LINES + "test_thresholds_of_groups_on_a_line",)
+LINE_GROUPS = (
+    LINES + "test_a_group_has_its_own_residual_and_may_be_the_anchors",
+    LINES + "test_thresholds_of_groups_on_a_line",
+)
 FENCES = (PACKAGE + "test_tickets.py::test_every_ticket_has_its_fences",)
 SCREEN, DIRECT, BACKWARD = "csrc/cuda/screen/", "csrc/cuda/direct/", "csrc/cuda/backward/"
 

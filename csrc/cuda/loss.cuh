@@ -245,8 +245,8 @@ __device__ void final_reduction(const ForwardArgs& args, const Records& records,
 // ---- all anchors, a block a partial ---------------------------------------------------------------------------------
 
 // A block brings the records of its partial to shared memory, so many at a time, all under way at once: 8 bytes a
-// thread and load, since neighbouring records of a partial lie kPartials apart. Then one thread a sum adds them in order
-// while the other warps count.
+// thread and load, since neighbouring records of a partial lie kPartials apart. Then one thread a sum adds them in
+// order while the other warps count.
 struct PartialMemory {
   static constexpr int kThreads = 256;
   static constexpr int kRecords = 256;

@@ -17,8 +17,8 @@
 //      g, g + 32 / L, ..., and the groups meet in a butterfly before the rounding. L depends on D and the type alone.
 //
 // A block of 8 warps serves 8 targets, a warp each, in a slice of D. Blocks of one slice are neighbours in the grid, so
-// the slice of all rows stays in the second-level cache while they run, as far as it fits (plan_backward.cpp). For every
-// window of 2048 edges:
+// the slice of all rows stays in the second-level cache while they run, as far as it fits (plan_backward.cpp). For
+// every window of 2048 edges:
 //
 // 1. Each warp reads an eighth of the window and lists, in shared memory, the edges that belong to one of the
 //    8 targets.

@@ -1,6 +1,6 @@
 // The sum over many anchors behind the last strip of the direct path: a block a partial (loss.cuh), and the one that
-// finishes last joins them. Of few anchors the selection (select.cu) sums by itself. Where an input value was not finite
-// the blocks share out what becomes NaN instead.
+// finishes last joins them. Of few anchors the selection (select.cu) sums by itself. Where an input value was not
+// finite the blocks share out what becomes NaN instead.
 #include "cuda/launch.cuh"
 #include "cuda/loss.cuh"
 #include "cuda/memory.cuh"

@@ -28,10 +28,10 @@ constexpr std::int64_t kSmallestPart = 256;
 constexpr std::int64_t kMostParts = 1024;
 constexpr std::int64_t kPartsMultiple = 8;
 
-// How wide a slice is. Blocks of one slice are neighbours in the grid (gather.cu), so a slice of all rows that are read,
-// N of them or M, is what the second-level cache should hold. One of its two partitions on an H200 is 30 MB, so 24 MB
-// are kept near: two packs a lane, 1 KB a row, up to 24576 rows. Lanes of a row are given by D and the type alone (they
-// fix the order of the sums), so the only narrower slice is one pack a lane: 24 MB at 49152 rows, 34 MB at 65536.
+// How wide a slice is. Blocks of one slice are neighbours in the grid (gather.cu), so a slice of all rows that are
+// read, N of them or M, is what the second-level cache should hold. One of its two partitions on an H200 is 30 MB, so
+// 24 MB are kept near: two packs a lane, 1 KB a row, up to 24576 rows. Lanes of a row are given by D and the type alone
+// (they fix the order of the sums), so the only narrower slice is one pack a lane: 24 MB at 49152 rows, 34 MB at 65536.
 //
 // It was counted whether that pays, from times of the gather in the record nvidia-h200/2026-11-26-d45aac1840-measure,
 // divided by blocks. It does not, however many rows there are, since a block spends most of its time on finding its
@@ -42,8 +42,8 @@ constexpr std::int64_t kPartsMultiple = 8;
 //   65536 x 2048, fp32, 256 elements, 67 MB                            22.2 ns, so 3.8 for what is not near
 //
 // Half the slice saves 1.4 ns of elements and at most 3.8 of distance, and costs a second block of 17.0. A gather that
-// found its edges once for several slices would change this: narrower slices pay once a block of 128 elements takes less
-// than half of 22.2 ns.
+// found its edges once for several slices would change this: narrower slices pay once a block of 128 elements takes
+// less than half of 22.2 ns.
 constexpr double kWideBlock = 18.4;    // ns, near
 constexpr double kNarrowBlock = 17.0;  // ns, near
 constexpr double kFarBlock = 22.2;     // ns, wide, 67 MB

@@ -1,8 +1,8 @@
-// The last kernel of a strip on the screened paths. It joins the lists that the fallback (fallback.cu) has made for each
-// queued row. A block serves the queued rows of one partial of the sum over anchors (loss.cuh), so in the last strip it
-// can add that partial up at once, whatever was queued: all other records of it were written by earlier launches. The
-// block that finishes last empties the queue and, in the last strip, joins the partials to the loss and the statistics.
-// Of few anchors it sums all records itself.
+// The last kernel of a strip on the screened paths. It joins the lists that the fallback (fallback.cu) has made for
+// each queued row. A block serves the queued rows of one partial of the sum over anchors (loss.cuh), so in the last
+// strip it can add that partial up at once, whatever was queued: all other records of it were written by earlier
+// launches. The block that finishes last empties the queue and, in the last strip, joins the partials to the loss and
+// the statistics. Of few anchors it sums all records itself.
 #include "cuda/keys.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/loss.cuh"

@@ -1,6 +1,6 @@
-// Finding positives takes N x M comparisons of 64-bit labels, or one look-up a candidate. A block has a group of anchors
-// and a segment of candidates. It puts the labels of its anchors into a hash table in shared memory and streams the
-// candidates past it. Anchors of a group with the same label share a list, kept by the first of them, the leader.
+// Finding positives takes N x M comparisons of 64-bit labels, or one look-up a candidate. A block has a group of
+// anchors and a segment of candidates. It puts the labels of its anchors into a hash table in shared memory and streams
+// the candidates past it. Anchors of a group with the same label share a list, kept by the first of them, the leader.
 // Candidates are appended by an atomic, one for all lanes of a warp that met the same identity.
 //
 // Nobody copies or sorts a list: whoever reads one leaves out the anchor's own row (positives_of in args.cuh). Where a

@@ -72,6 +72,11 @@ cudaError_t run_screened(const ForwardArgs& args, const ForwardPlan& plan, char*
       scores(ScoreMode::kAppend, M, 1);
     }
     then(enqueue_refine);
+    if (plan.rescreen) {
+      then(enqueue_groups);
+      then(enqueue_rescores);
+      then(enqueue_second_refine);
+    }
     then(enqueue_fallback);
     then(enqueue_merge);
   }

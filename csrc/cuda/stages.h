@@ -118,9 +118,18 @@ cudaError_t enqueue_thresholds(const ForwardArgs& args, const ForwardPlan& plan,
 cudaError_t enqueue_far_thresholds(const ForwardArgs& args, const ForwardPlan& plan, char* workspace,
                                    const Strip& strip, cudaStream_t stream);
 // From the dense scores (kDense) or the buffers to every output of the strip's anchors. Those that cannot be certified
-// are queued for the fallback. Zeroes the counts.
+// are queued. Zeroes the counts, but those of rows that wait for a second refinement.
 cudaError_t enqueue_refine(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                            cudaStream_t stream);
+
+// Where plan.rescreen: rows that the refinement left undecided are grouped, screened again from near by, and refined
+// again (rescreen/rescreen.cuh). What is undecided then stays queued for the fallback.
+cudaError_t enqueue_groups(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
+                           cudaStream_t stream);
+cudaError_t enqueue_rescores(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
+                             cudaStream_t stream);
+cudaError_t enqueue_second_refine(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
+                                  cudaStream_t stream);
 
 // The exact search for anchors that the refinement could not certify, and the sum over all anchors. Both kernels have
 // fixed grids: segments of the queued rows, then their lists merged. After the last strip the last block of the second

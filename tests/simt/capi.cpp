@@ -109,7 +109,8 @@ std::vector<Piece*> pieces_of(sn::cuda::ForwardPlan& plan) {
           &plan.anchor_cast,     &plan.candidate_cast,  &plan.anchor_facts,
           &plan.candidate_facts, &plan.positive_leader, &plan.positive_count,
           &plan.positive_list,   &plan.counts,          &plan.buffer,
-          &plan.far_buffer,      &plan.queue,           &plan.partial_records};
+          &plan.far_buffer,      &plan.queue,           &plan.partial_records,
+          &plan.waiting,         &plan.rescreen_tiles};
 }
 std::vector<Piece*> pieces_of(sn::cuda::BackwardPlan& plan) {
   return {&plan.histogram,      &plan.totals,         &plan.begins,
@@ -153,10 +154,18 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
     if (settings.sample_group > 0) plan.sample_group = settings.sample_group;
     if (settings.far_capacity > 0) plan.far_capacity = settings.far_capacity;
   }
+  if (settings.no_rescreen != 0) plan.rescreen = false;
   plan.counts.bytes = plan.strip_rows * 2 * 4;
   plan.buffer.bytes = sn::cuda::screened_buffer_bytes(plan);
   plan.far_buffer.bytes = plan.strip_rows * plan.far_capacity * 8;
   plan.queue.bytes = plan.strip_rows * 4;
+  if (settings.buffer_capacity > 0 && plan.path != ForwardPath::kDense) {
+    plan.buffer_capacity = std::max<std::int64_t>(settings.buffer_capacity, sn::cuda::fallback_entries(plan.K));
+    plan.buffer.bytes = sn::cuda::screened_buffer_bytes(plan);
+  }
+  plan.waiting.bytes = plan.rescreen ? plan.strip_rows * 3 * 4 : 0;
+  plan.rescreen_tiles.bytes =
+      plan.rescreen ? sn::cuda::rescreen_tile_count(plan.strip_rows) * sn::cuda::kRescreenTileBytes : 0;
   plan.launches = sn::cuda::screened_launches(plan, problem);
 }
 

@@ -38,6 +38,8 @@ struct sn_simt_settings {
   std::int32_t positive_segments;  // dense, screen, bank
   std::int32_t shared_reduction;   // of every path but the cluster's; 1: whatever the number of anchors
   std::int32_t packs_per_lane;     // of the backward, fp32 and fp64: 1 or 2
+  std::int32_t buffer_capacity;    // screen, bank: at least what the fallback needs
+  std::int32_t no_rescreen;        // screen, bank: not 0: rows are screened once
 };
 
 // The outcome of a call.

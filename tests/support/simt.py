@@ -70,6 +70,8 @@ class Settings:
     positive_segments: int = 0
     shared_reduction: int = 0
     packs_per_lane: int = 0
+    buffer_capacity: int = 0
+    no_rescreen: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Report:
     workspace_bytes: int
     refined: int
     fallen_back: int
+    rescreened: int
+    certified: int
 
 
 settings = Settings()
@@ -184,6 +188,8 @@ class _Settings(ctypes.Structure):
         ("positive_segments", ctypes.c_int32),
         ("shared_reduction", ctypes.c_int32),
         ("packs_per_lane", ctypes.c_int32),
+        ("buffer_capacity", ctypes.c_int32),
+        ("no_rescreen", ctypes.c_int32),
     ]
 
 
@@ -197,7 +203,13 @@ class _Control(ctypes.Structure):
         ("exponent", ctypes.c_int32),
         ("refined", ctypes.c_uint32),
         ("fallen_back", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32 * 8),
+        ("large_identities", ctypes.c_uint32),
+        ("last_null", ctypes.c_uint32),
+        ("waiting", ctypes.c_uint32),
+        ("rescreen_tiles", ctypes.c_uint32),
+        ("rescreened", ctypes.c_uint32),
+        ("certified", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32 * 2),
     ]
 
 
@@ -227,6 +239,8 @@ def _run(function: ctypes._NamedFuncPointer, args: ctypes.Structure) -> None:
         workspace_bytes=report.workspace_bytes,
         refined=report.control.refined,
         fallen_back=report.control.fallen_back,
+        rescreened=report.control.rescreened,
+        certified=report.control.certified,
     )
     if error != 0:
         raise RuntimeError(f"sn_simt: {report.fault.decode()} ({settings})")

@@ -383,7 +383,27 @@ double scores_us(const ForwardPlan& plan, std::int64_t rows, std::int64_t column
   return least;
 }
 
-void predict_screened(const ForwardPlan& plan, const Problem& problem, const Machine& machine, Cost* cost) {
+// All counted, not measured. One block goes over the rows that wait five times, 1024 at once.
+double groups_us(double waiting) {
+  return kGap + kIdle + 0.005 * waiting;
+}
+
+// A block takes a tile of waiting rows against its segment of the candidates; before that a sample of all, and one pass
+// over its rows. Eight warps issue some 370 instructions a stage of a tile of 64 x 128.
+double rescores_us(const ForwardPlan& plan, const Problem& problem, double waiting, const Machine& machine) {
+  if (waiting < 1.0) return kGap + kIdle;
+  constexpr double kStage = 0.55;
+  constexpr double kBlocks = 264.0;
+  const double tiles = std::ceil(waiting / real(kRescreenRows));
+  const double across = std::ceil(real(problem.M) / 128.0);
+  const double segments = std::min(across, std::ceil(kBlocks / tiles));
+  const double ratio = std::clamp(real(problem.M) / (24.0 * real(plan.K + 1)), 1.0, 16.0);
+  const double sweeps = 1.0 + std::ceil(across / ratio) + std::ceil(across / segments);
+  return kGap + waves(tiles * segments, machine.device) * sweeps * kStage * real(plan.padded_dims / kStageColumns);
+}
+
+void predict_screened(const ForwardPlan& plan, const Problem& problem, const Machine& machine, Batch batch,
+                      Cost* cost) {
   const auto each = [&](const char* name, const auto& us_of) {
     cost->add(name, all_strips(plan, problem, us_of), plan.strips);
   };
@@ -403,6 +423,13 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Mac
     scores("scores", problem.M, ScoresFor::kAppend);
   }
   each("refine", [&](auto rows) { return refine_us(plan, problem, sample, rows, machine); });
+  if (plan.rescreen) {
+    const bool waits = batch == Batch::kClusters;
+    each("groups", [&](auto rows) { return groups_us(waits ? real(rows) : 0.0); });
+    each("rescores", [&](auto rows) { return rescores_us(plan, problem, waits ? real(rows) : 0.0, machine); });
+    each("second refine",
+         [&](auto rows) { return waits ? refine_us(plan, problem, sample, rows, machine) : kGap + kIdle; });
+  }
   each("fallback", [](auto) { return kGap + kIdle; });
   cost->add("merge", real(plan.strips) * (kGap + kMergeStart) + final_us(problem.N), plan.strips);
 }
@@ -410,7 +437,6 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Mac
 }  // namespace
 
 Cost predict_forward(const ForwardPlan& plan, const Problem& problem, const DeviceFacts& device, Batch batch) {
-  static_cast<void>(batch);
   Cost cost;
   const Machine machine(device);
   switch (plan.path) {
@@ -424,7 +450,7 @@ Cost predict_forward(const ForwardPlan& plan, const Problem& problem, const Devi
     case ForwardPath::kDense:
     case ForwardPath::kScreen:
     case ForwardPath::kBank:
-      predict_screened(plan, problem, machine, &cost);
+      predict_screened(plan, problem, machine, batch, &cost);
       break;
   }
   return cost;

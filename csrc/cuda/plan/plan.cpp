@@ -217,6 +217,7 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
   }
   plan.strips = divide_up(N, plan.strip_rows);
   plan.triangular = problem.symmetric && plan.strips == 1;
+  plan.rescreen = plan.path != ForwardPath::kDense && N >= kSmallestGroup;
   if (extent == Extent::kPredicted) return;
   const PositivesShape positives = positives_shape(N, M, device.multiprocessors);
   plan.positive_anchors = positives.anchors;
@@ -245,6 +246,8 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
   plan.far_buffer = workspace.take(plan.strip_rows * plan.far_capacity * 8);
   plan.queue = workspace.take(plan.strip_rows * 4);
   plan.partial_records = workspace.take(partial_record_bytes(plan));
+  plan.waiting = workspace.take(plan.rescreen ? plan.strip_rows * 3 * 4 : 0);
+  plan.rescreen_tiles = workspace.take(plan.rescreen ? rescreen_tile_count(plan.strip_rows) * kRescreenTileBytes : 0);
   plan.launches = screened_launches(plan, problem);
   plan.workspace_bytes = workspace.bytes();
 }

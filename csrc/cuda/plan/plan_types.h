@@ -89,7 +89,11 @@ struct Control {
   std::uint32_t fallen_back;       // rows that the fallback served
   std::uint32_t large_identities;  // 1: some anchor may have more positives than are listed
   std::uint32_t last_null;         // null rows (bound.cuh) with a larger index are in no support set
-  std::uint32_t reserved[6];
+  std::uint32_t waiting;           // rows that are refined again
+  std::uint32_t rescreen_tiles;    // tiles of rows that are screened again
+  std::uint32_t rescreened;        // statistics: rows of them
+  std::uint32_t certified;         // and those whose support set this decided
+  std::uint32_t reserved[2];
 };
 static_assert(sizeof(Control) == 64);
 
@@ -150,6 +154,11 @@ struct ForwardPlan {
   Piece far_buffer;       // uint64 [strip_rows][far_capacity]
   Piece queue;            // int32 [strip_rows]
   Piece partial_records;  // PartialRecord [kPartials], with shared_reduction
+
+  // screen, bank: undecided rows are screened again (rescreen/rescreen.cuh)
+  bool rescreen = false;
+  Piece waiting;         // int32 [3][strip_rows]: entries of the queue, their leaders, rows by leader
+  Piece rescreen_tiles;  // RescreenTile [rescreen_tile_count(strip_rows)]
 };
 
 // Whether the backward first puts the edges in buckets of targets. The gradients do not depend on it, bit for bit.

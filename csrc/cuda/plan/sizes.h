@@ -239,6 +239,21 @@ constexpr bool refinable(const ForwardPlan& plan) {
          plan.buffer_capacity >= fallback_entries(plan.K);
 }
 
+// Rows that are screened again, in tiles of rows with one leader. Leaders of fewer rows are not worth a tile: those go
+// to the fallback.
+inline constexpr std::int64_t kRescreenRows = 64;
+inline constexpr std::int64_t kSmallestGroup = 16;
+inline constexpr std::int64_t kRescreenBuckets = 2048;  // at most so many groups
+inline constexpr std::int64_t kRescreenTileBytes = 12;
+constexpr std::int64_t rescreen_tile_count(std::int64_t rows) {
+  return rows / kRescreenRows + std::min(kRescreenBuckets, rows / kSmallestGroup);
+}
+inline constexpr std::int64_t kRescreenLaunches = 3;
+// A refinement leaves a row with more survivors than this to the rescreening.
+constexpr std::int64_t many_survivors(std::int64_t K) {
+  return 3 * K + 32;
+}
+
 // Identities larger than the list exist only among more candidates than it holds.
 constexpr bool may_have_large_identities(std::int64_t M) {
   return M > kListedPositives;
@@ -247,12 +262,14 @@ constexpr bool may_have_large_identities(std::int64_t M) {
 // Kernels of run_screened: preparation and positives once, then for each strip
 //
 //   kDense           scores, refinement, fallback, merge
-//   kScreen, kBank   sample, thresholds, [thresholds of large identities], scores, refinement, fallback, merge.
+//   kScreen, kBank   sample, thresholds, [thresholds of large identities], scores, refinement, groups, their scores,
+//                    second refinement, fallback, merge.
 constexpr std::int64_t screened_launches(const ForwardPlan& plan, const Problem& problem) {
   std::int64_t per_strip = 4;
   if (plan.path != ForwardPath::kDense) {
     per_strip += 2 + (may_have_large_identities(problem.M) ? 1 : 0);
   }
+  if (plan.rescreen) per_strip += kRescreenLaunches;
   return kPrepareLaunches + 1 + plan.strips * per_strip;
 }
 

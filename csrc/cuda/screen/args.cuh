@@ -14,6 +14,8 @@
 
 namespace sn::cuda {
 
+struct RescreenTile;
+
 struct RefineArgs {
   ForwardArgs forward;
   std::int64_t K;
@@ -46,6 +48,13 @@ struct RefineArgs {
   std::int64_t far_capacity;
 
   std::int32_t* gQueue;  // [strip_rows]
+  // Rows that wait for the second refinement (rescreen/rescreen.cuh).
+  bool rescreen;
+  std::int64_t many_survivors;  // more of them make a row wait
+  std::int32_t* gWaiting;       // [strip_rows] entries of the queue
+  std::int32_t* gLeaders;       // [strip_rows] of them
+  std::int32_t* gOrder;         // [strip_rows] rows by leader
+  RescreenTile* gTiles;
   Control* gControl;
   AnchorRecord* gRecords;    // [N]
   PartialRecord* gPartials;  // [kPartials], null: one block sums over all anchors
@@ -57,6 +66,9 @@ struct RefineArgs {
   float shrink;
   float underflow_distance;
   float underflow_key;
+  // Of copies that are made anew (rescreen/rescreen.cuh).
+  float row_slack;
+  float rounding_floor;
 };
 
 // The positives of an anchor.
@@ -110,6 +122,12 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
           .gFarBuffer = piece<std::uint64_t>(workspace, plan.far_buffer),
           .far_capacity = plan.far_capacity,
           .gQueue = piece<std::int32_t>(workspace, plan.queue),
+          .rescreen = plan.rescreen,
+          .many_survivors = many_survivors(plan.K),
+          .gWaiting = piece<std::int32_t>(workspace, plan.waiting),
+          .gLeaders = piece<std::int32_t>(workspace, plan.waiting) + plan.strip_rows,
+          .gOrder = piece<std::int32_t>(workspace, plan.waiting) + 2 * plan.strip_rows,
+          .gTiles = piece<RescreenTile>(workspace, plan.rescreen_tiles),
           .gControl = piece<Control>(workspace, plan.control),
           .gRecords = piece<AnchorRecord>(workspace, plan.records),
           .gPartials = plan.shared_reduction ? piece<PartialRecord>(workspace, plan.partial_records) : nullptr,
@@ -118,7 +136,9 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
           .stretch = up(1.0 + 2.0 * gamma),
           .shrink = down(1.0 - 2.0 * gamma),
           .underflow_distance = up(std::sqrt(2.0 * D) * 0x1p-74),
-          .underflow_key = up(2.0 * D * 0x1p-149)};
+          .underflow_key = up(2.0 * D * 0x1p-149),
+          .row_slack = row_slack(plan.padded_dims),
+          .rounding_floor = up(std::sqrt(static_cast<double>(plan.padded_dims)) * 0x1p-24)};
 }
 
 }  // namespace sn::cuda

@@ -102,6 +102,17 @@ __device__ __forceinline__ float group_upper(float most, float rho_i, float q, f
   return add_up(sqrt_up(square > 0.0f ? square : 0.0f), add_up(rho_i, rho_j));
 }
 
+// The same of an entry that carries its square and the errors of its row (rescreen/rescreen.cuh).
+__device__ __forceinline__ float framed_lower(float square, float error, float rho) {
+  const float least = add_down(square, -error);
+  const float distance = add_down(sqrt_down(least > 0.0f ? least : 0.0f), -rho);
+  return distance > 0.0f ? distance : 0.0f;
+}
+__device__ __forceinline__ float framed_upper(float square, float error, float rho) {
+  const float most = add_up(square, error);
+  return add_up(sqrt_up(most > 0.0f ? most : 0.0f), rho);
+}
+
 struct SupportThreshold {
   float T, u;
 };

@@ -108,6 +108,21 @@ __device__ __forceinline__ float upper_bound(const RefineArgs& args, const Ancho
                         load(args.gCandidateRho + entry.index), entry.score, args.eta);
 }
 
+// A row that was screened again: its entries carry squares, and share the errors (rescreen/rescreen.cuh).
+struct FramedFacts : AnchorFacts {
+  bool framed;
+  float error;
+  float spread;
+};
+__device__ __forceinline__ float lower_bound(const RefineArgs& args, const FramedFacts& facts, const Entry& entry) {
+  if (facts.framed) return framed_lower(entry.score, facts.error, facts.spread);
+  return lower_bound(args, static_cast<const AnchorFacts&>(facts), entry);
+}
+__device__ __forceinline__ float upper_bound(const RefineArgs& args, const FramedFacts& facts, const Entry& entry) {
+  if (facts.framed) return framed_upper(entry.score, facts.error, facts.spread);
+  return upper_bound(args, static_cast<const AnchorFacts&>(facts), entry);
+}
+
 // kappa, in the input's units.
 __device__ __forceinline__ float largest_key(const RefineArgs& args, const AnchorFacts& facts, float U) {
   const float distance = multiply_up(U, facts.unscale);
@@ -123,14 +138,14 @@ __device__ __forceinline__ float far_reach_of(const RefineArgs& args, const Anch
 }
 
 // The upper bound of an entry, for the search of the wanted-th; kNoBits for the anchor itself.
-__device__ __forceinline__ std::uint32_t upper_bits(const RefineArgs& args, const AnchorFacts& facts,
-                                                    const Entry& entry) {
+template <class Facts>
+__device__ __forceinline__ std::uint32_t upper_bits(const RefineArgs& args, const Facts& facts, const Entry& entry) {
   return entry.index == facts.self ? kNoBits : bits_of(upper_bound(args, facts, entry));
 }
 
 // A bound of the wanted-th smallest upper bound of the entries (kth_smallest); +inf if there are not so many.
-template <int kStaged>
-__device__ __forceinline__ float wanted_upper(const RefineArgs& args, const AnchorFacts& facts, const Entries& entries,
+template <int kStaged, class Facts>
+__device__ __forceinline__ float wanted_upper(const RefineArgs& args, const Facts& facts, const Entries& entries,
                                               const Shared<std::uint32_t>& sStage, const Shared<std::uint32_t>& sWord) {
   struct Fetched {
     Entry entry;

@@ -1,10 +1,19 @@
 // Exact keys of what the screening could not rule out, a block an anchor: the support set, near and far, and every
-// output of the anchors that can be certified (certificate.cuh). The others are queued for the fallback (fallback.cu).
+// output of the anchors that can be certified (certificate.cuh). The others are queued.
+//
+// Where rows may be screened again (rescreen/rescreen.cuh) this happens twice. The first time, a row of which too many
+// entries survive is left undecided, too: it is likely to be one of a tight cluster, whose other rows have as many.
+// Entries and counts of undecided rows stay. The second time blocks take the waiting rows in turn, those of groups with
+// new entries, the others with the old ones and as many sums as it takes; what is undecided then goes to the fallback
+// (fallback.cu).
+#include <type_traits>
+
 #include "cuda/keys.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/loss.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/rescreen/rescreen.cuh"
 #include "cuda/screen/args.cuh"
 #include "cuda/screen/certificate.cuh"
 #include "cuda/screen/nearest.cuh"
@@ -20,6 +29,11 @@ namespace {
 constexpr int kManyRowsWarps = 1;
 constexpr int kFewRowsWarps = 4;
 constexpr int kBlockWarps = 12;  // warps of all its blocks that a multiprocessor shall hold: 168 registers a thread
+constexpr int kAgainWarps = 8;   // at least, of the second refinement: bounds of two kinds take registers
+template <int kWarps, bool kAgain>
+constexpr int kMinBlocks = (kAgain ? kAgainWarps : kBlockWarps) / kWarps;
+// Of the second refinement: so many multiprocessors full, as an H200 has; any number is right.
+constexpr std::int64_t kAgainMultiprocessors = 132;
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
@@ -63,18 +77,27 @@ enum class Phase : std::int32_t {
   kDone
 };
 
-// A block an anchor.
-template <class T, int kWarps>
-__global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
-    refine_kernel(const __grid_constant__ RefineArgs args) {
-  if (atomic_load(&args.gControl->nonfinite) != 0) return;  // the last kernel poisons every output
+// The first refinement, or what it left.
+template <bool kAgain>
+using FactsOf = std::conditional_t<kAgain, FramedFacts, AnchorFacts>;
+template <bool kAgain>
+__device__ __forceinline__ FactsOf<kAgain> facts_of(const RefineArgs& args, std::int64_t anchor) {
+  if constexpr (kAgain) {
+    const float mark = args.thresholds.u[anchor];
+    const bool framed = (bits_of(mark) & kLeaderMark) == 0;
+    return {anchor_facts(args, anchor), framed, mark, args.thresholds.g2[anchor]};
+  } else {
+    return anchor_facts(args, anchor);
+  }
+}
+
+// The whole block, one row of the strip.
+template <class T, int kWarps, bool kAgain>
+__device__ __forceinline__ void refine_row(const RefineArgs& args, NearestK<T, kWarps>& nearest, std::int64_t row) {
   constexpr int kThreads = kWarps * kWarpSize;
-  SharedArena arena;
   const ForwardArgs& forward = args.forward;
-  NearestK<T, kWarps> nearest(arena, forward.candidates, forward.dims, args.aligned, args.K);
-  const std::int64_t row = block_id();
   const std::int64_t anchor = args.row_begin + row;
-  const AnchorFacts facts = anchor_facts(args, anchor);
+  const FactsOf<kAgain> facts = facts_of<kAgain>(args, anchor);
   const std::int64_t label = load(forward.anchor_labels + anchor);
   const ListedPositives positives = positives_of(args, anchor, facts.self, label);
   const bool all_listed = positives.all_listed();
@@ -94,11 +117,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
   } else {
     const std::int64_t count = args.gCounts[row];
     const std::int64_t far_count = args.gFarCounts[row];
-    sync_block();
-    if (thread_id() == 0) {
-      args.gCounts[row] = 0;
-      args.gFarCounts[row] = 0;
-    }
     entries.gEntries = args.gBuffer + row * args.capacity;
     entries.count = count < args.capacity ? count : args.capacity;
     complete = complete && count == entries.count;
@@ -114,6 +132,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
     const float kappa = largest_key(args, facts, U);
     reach = reach_of(args, facts, U);
     known_bound = kappa < kSaneKey ? kappa : kInfinity;
+    if constexpr (kAgain) complete = complete && !(facts.framed && facts.error == kInfinity);
   }
   complete = complete && known_bound < kInfinity;
 
@@ -121,6 +140,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
   std::uint64_t near_found = kNoKey;
   std::uint64_t far_found = kNoKey;
   Phase phase = complete ? Phase::kScreened : Phase::kZeros;
+  bool too_many = false;
+  std::int64_t survivors = all_listed ? -std::int64_t{positives.count} : 0;  // of the screening, beside those listed
   while (phase != Phase::kDone) {
     std::int64_t first = 0;
     std::int64_t count = listed;
@@ -172,7 +193,22 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
       }
       const bool tracked = phase == Phase::kScreened ? first < 0 : phase != Phase::kZeros;
       nearest.offer(present, candidate, tracked);
-      if (nearest.full() || first + kThreads >= count) nearest.flush(insert);
+      if (!nearest.full() && first + kThreads < count) continue;
+      if constexpr (!kAgain) {
+        if (args.rescreen && phase == Phase::kScreened) {
+          survivors += nearest.pending();
+          if (survivors > args.many_survivors) {
+            too_many = true;
+            break;
+          }
+        }
+      }
+      nearest.flush(insert);
+    }
+    if (too_many) {
+      too_many = false;
+      phase = Phase::kZeros;
+      continue;
     }
 
     if (insert) {
@@ -213,6 +249,17 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
   }
   if (thread_id() == 0) atomic_add(&args.gControl->refined, nearest.evaluated);
 
+  const bool waits = !kAgain && args.rescreen && (needs & kNeedSupport) != 0;
+  if (thread_id() == 0 && !args.dense && !waits) {
+    args.gCounts[row] = 0;
+    args.gFarCounts[row] = 0;
+  }
+  if constexpr (kAgain) {
+    if (facts.framed && (needs & kNeedSupport) == 0 && thread_id() == 0) {
+      atomic_add(&args.gControl->certified, 1u);
+    }
+  }
+
   if (needs == 0) {
     sync_block();  // all threads have read the keys that finishing marks
     if (warp_id() != 0) return;
@@ -231,25 +278,67 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlockWarps / kWarps)
       if ((needs & kNeedFar) == 0) gLists[kFallbackSegments * (args.K + 1)] = nearest.far;
     }
   }
+  if (waits) {
+    // The least index among what may be nearest: rows of a cluster agree on it, if they have seen the same members. A
+    // row without bounds may be anywhere.
+    std::uint32_t rLeast = kNoLeader;
+    for (std::int64_t e = thread_id(); e < entries.count && known_bound < kInfinity; e += kThreads) {
+      const Entry entry = entries.at(e);
+      const std::uint32_t leader = kLeaderMark | static_cast<std::uint32_t>(entry.index);
+      if (leader < rLeast && lower_bound(args, facts, entry) <= reach &&
+          load(args.gCandidateRho + entry.index) < kInfinity) {
+        rLeast = leader;
+      }
+    }
+    sync_warp();
+    const std::uint32_t leader = ~block_max(nearest.sWord, ~rLeast);
+    if (thread_id() == 0) args.thresholds.u[anchor] = float_from_bits(leader);
+  }
   if (thread_id() == 0) {
     // T is no longer needed: the fallback keeps its bound there.
+    if (kAgain && args.thresholds.T[anchor] < known_bound) known_bound = args.thresholds.T[anchor];
     args.thresholds.T[anchor] = known_bound;
     const std::uint32_t place = atomic_add(&args.gControl->queued, 1u);
     args.gQueue[place] = static_cast<std::int32_t>(row) << kNeedBits | needs;
   }
 }
 
+// First a block an anchor, then blocks that take the waiting rows in turn.
+template <class T, int kWarps, bool kAgain>
+__global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks<kWarps, kAgain>)
+    refine_kernel(const __grid_constant__ RefineArgs args) {
+  if (atomic_load(&args.gControl->nonfinite) != 0) return;  // the last kernel poisons every output
+  const std::int64_t rows = kAgain ? load(&args.gControl->waiting) : args.rows;
+  if (kAgain && block_id() >= rows) return;
+  SharedArena arena;
+  NearestK<T, kWarps> nearest(arena, args.forward.candidates, args.forward.dims, args.aligned, args.K);
+  if constexpr (kAgain) {
+    for (std::int64_t place = block_id(); place < rows; place += block_count()) {
+      sync_block();  // the previous row's keys have been read
+      refine_row<T, kWarps, true>(args, nearest, load(args.gWaiting + place) >> kNeedBits);
+    }
+  } else {
+    refine_row<T, kWarps, false>(args, nearest, block_id());
+  }
+}
+
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
-template <class T, int kWarps>
+template <class T, int kWarps, bool kAgain>
 cudaError_t launch_refine_warps(const RefineArgs& args, cudaStream_t stream) {
-  const LaunchShape shape{args.rows, kWarps * kWarpSize, NearestK<T, kWarps>::bytes(args.forward.dims)};
-  return launch(refine_kernel<T, kWarps>, shape, stream, args);
+  const std::int64_t most = kAgainMultiprocessors * kMinBlocks<kWarps, true>;
+  const std::int64_t blocks = kAgain && most < args.rows ? most : args.rows;
+  const LaunchShape shape{blocks, kWarps * kWarpSize, NearestK<T, kWarps>::bytes(args.forward.dims)};
+  return launch(refine_kernel<T, kWarps, kAgain>, shape, stream, args);
 }
-template <class T>
-cudaError_t launch_refine(const RefineArgs& args, cudaStream_t stream) {
-  return args.many_rows ? launch_refine_warps<T, kManyRowsWarps>(args, stream)
-                        : launch_refine_warps<T, kFewRowsWarps>(args, stream);
+template <bool kAgain>
+cudaError_t launch_refine(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
+                          cudaStream_t stream) {
+  const RefineArgs kernel_args = refine_args(args, plan, workspace, strip);
+  return for_narrow_type(args.dtype, [&]<class T>() {
+    return kernel_args.many_rows ? launch_refine_warps<T, kManyRowsWarps, kAgain>(kernel_args, stream)
+                                 : launch_refine_warps<T, kFewRowsWarps, kAgain>(kernel_args, stream);
+  });
 }
 
 }  // namespace
@@ -258,8 +347,11 @@ cudaError_t launch_refine(const RefineArgs& args, cudaStream_t stream) {
 
 cudaError_t enqueue_refine(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                            cudaStream_t stream) {
-  return for_narrow_type(
-      args.dtype, [&]<class T>() { return launch_refine<T>(refine_args(args, plan, workspace, strip), stream); });
+  return launch_refine<false>(args, plan, workspace, strip, stream);
+}
+cudaError_t enqueue_second_refine(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
+                                  cudaStream_t stream) {
+  return launch_refine<true>(args, plan, workspace, strip, stream);
 }
 
 }  // namespace sn::cuda

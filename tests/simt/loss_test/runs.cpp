@@ -29,7 +29,9 @@ sn_simt_settings settings_for(std::uint64_t seed, simt::MmaError error, ForwardP
           .positive_anchors = 0,
           .positive_segments = 0,
           .shared_reduction = 0,
-          .packs_per_lane = 0};
+          .packs_per_lane = 0,
+          .buffer_capacity = 0,
+          .no_rescreen = 0};
 }
 
 void vary(sn_simt_settings& settings, std::uint64_t word) {
@@ -42,6 +44,7 @@ void vary(sn_simt_settings& settings, std::uint64_t word) {
   settings.positive_anchors = word / 13 % 2 == 0 ? 0 : 16;
   settings.positive_segments = word / 17 % 2 == 0 ? 0 : 5;
   settings.shared_reduction = static_cast<std::int32_t>(word / 19 % 2);
+  settings.buffer_capacity = word / 23 % 2;
 }
 
 Result forward(const Problem& p, const sn_simt_settings& settings) {

@@ -1,0 +1,171 @@
+"""Rows that the first screening cannot decide: clusters tighter than its bound and larger than a buffer.
+
+The CUDA kernels on emulated threads. Every case says which rung serves its rows, by the counts of the call, and every
+selection is held, bit for bit, against direct sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from support import judge, simt_build
+from support.problems import Case
+
+simt_build.enable()
+from support import simt  # noqa: E402
+
+SMALLEST_BUFFER = 1  # what the fallback needs: 192 entries for 10 neighbours
+
+
+def clusters(rows: int, dims: int, centers: int, radius: float, *, bank: int = 0, k: int = 10, ids: int = 150) -> Case:
+    """Rows around a few unit vectors, in no order."""
+    generator = torch.Generator().manual_seed(7)
+    points = torch.nn.functional.normalize(torch.randn(centers, dims, generator=generator), dim=1)
+    of = torch.randint(centers, (rows + bank,), generator=generator)
+    feats = points[of] + radius * torch.randn(rows + bank, dims, generator=generator) / dims**0.5
+    labels = torch.randint(ids, (rows + bank,), generator=generator)
+    if bank == 0:
+        return Case(feats, labels, k=k)
+    return Case(feats[:rows], labels[:rows], k=k, candidates=feats[rows:], candidate_labels=labels[rows:])
+
+
+def check(case: Case, *, path: str = "screen", buffer: int = SMALLEST_BUFFER, **settings: object) -> simt.Report:
+    """The path selects as direct sums do, bit for bit. What it counted is returned."""
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path=path, buffer_capacity=buffer, **settings):
+        found = judge.neighbors_of(case, "simt")
+    judge.assert_same_bits(found, expected)
+    report = simt.last_report
+    assert report is not None and report.path == path
+    return report
+
+
+def assert_decided(report: simt.Report, rows: int) -> None:
+    """The second screening has decided all rows, and left few sums to the refinement."""
+    assert (report.rescreened, report.certified, report.fallen_back) == (rows, rows, 0)
+    assert report.refined <= 40 * rows
+
+
+def test_loose_clusters_are_decided_by_the_first_screening() -> None:
+    report = check(clusters(400, 40, 2, 0.5))
+    assert (report.rescreened, report.fallen_back) == (0, 0)
+
+
+@pytest.mark.parametrize("radius", [1e-3, 1e-6, 0.0])
+def test_tight_clusters_are_decided_by_the_second(radius: float) -> None:
+    """However tight they are, duplicates included."""
+    assert_decided(check(clusters(400, 70, 2, radius), seed=2), 400)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """The grid of half precision makes many duplicates of few points."""
+    assert_decided(check(clusters(400, 72, 2, 3e-3).to(dtype)), 400)
+
+
+@pytest.mark.parametrize("path", ["screen", "bank"])
+def test_banks(path: str) -> None:
+    """Groups of few anchors."""
+    report = check(clusters(60, 68, 2, 1e-4, bank=600), path=path)
+    assert report.rescreened == report.certified and report.rescreened + report.fallen_back == 60
+    assert report.rescreened >= 16
+
+
+def test_strips_and_unaligned_rows() -> None:
+    """Rows of odd length; leaders of other strips."""
+    case = clusters(400, 67, 2, 1e-4)
+    report = check(case, strip_rows=150)
+    assert report.certified == report.rescreened >= 350
+
+
+@pytest.mark.parametrize("k", [1, 40])
+def test_numbers_of_neighbors(k: int) -> None:
+    """Buffers that are large enough: many survivors in them make a row wait, too."""
+    report = check(clusters(480, 20, 2, 1e-4, k=k), buffer=0)
+    assert (report.rescreened, report.certified, report.fallen_back) == (480, 480, 0)
+
+
+def test_very_many_neighbors() -> None:
+    """Half of a cluster are neighbours: the groups of bounds are few, and their threshold loose."""
+    report = check(clusters(520, 12, 1, 1e-5, k=128, bank=520), seed=3)
+    assert report.fallen_back == 0
+
+
+def test_few_rows_go_to_the_fallback() -> None:
+    """A tile of rows is not worth it for less than a group."""
+    report = check(clusters(10, 40, 2, 1e-4, bank=600))
+    assert (report.rescreened, report.fallen_back) == (0, 10)
+
+
+def test_what_no_bound_can_tell_apart_goes_to_the_fallback() -> None:
+    """Rows at one distance from each other: the index decides, which no score shows."""
+    rows = 230
+    point = torch.nn.functional.normalize(torch.randn(rows, generator=torch.Generator().manual_seed(3)), dim=0)
+    feats = torch.cat([point + 2.0**-9 * torch.eye(rows), -point + 2.0**-9 * torch.eye(rows)[:60]])
+    report = check(Case(feats, torch.arange(290) % 70, k=10))
+    assert report.rescreened >= 180 and report.fallen_back == 230
+
+
+def test_duplicates_of_several_points() -> None:
+    """Behind the first k + 1 of a point none counts: their buffers hold the sample's share of them."""
+    generator = torch.Generator().manual_seed(5)
+    points = torch.nn.functional.normalize(torch.randn(3, 48, generator=generator), dim=1)
+    of = torch.randint(3, (780,), generator=generator)
+    report = check(Case(points[of], torch.randint(100, (780,), generator=generator), k=4))
+    assert (report.rescreened, report.certified, report.fallen_back) == (780, 780, 0)
+    assert report.refined <= 780 * 100  # a point has 260
+
+
+def with_outliers(feats: Tensor) -> Tensor:
+    """Row 0 far outside of the copies' range, row 1 outside of a frame's."""
+    feats = feats.clone()
+    feats[0] *= 1e9
+    feats[1] *= 3e3
+    return feats
+
+
+def test_outliers_lead_no_group() -> None:
+    """A row without bounds is among the nearest of all as far as bounds can tell."""
+    case = clusters(400, 40, 2, 1e-4)
+    report = check(replace(case, feats=with_outliers(case.feats)))
+    assert report.certified >= 390
+    assert report.fallen_back <= 10
+
+
+def line(rows: int, seed: int) -> Tensor:
+    """Multiples of one pattern of signs, near a grid: whole rows round the same way."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.randint(-16, 17, (rows, 1), generator=generator) / 16
+    u = grid + 2.0**-11 * (2 * torch.rand(rows, 1, generator=generator) - 1)
+    return u * torch.where(torch.rand(64, generator=generator) < 0.5, -1.0, 1.0)
+
+
+@pytest.mark.parametrize("k", [30, 55])
+def test_rows_on_a_line(k: int) -> None:
+    """The residuals of two rows point the same way, the worst that the bound allows."""
+    point = torch.randn(64, generator=torch.Generator().manual_seed(2))
+    feats = torch.cat([point + 2.0**-13 * line(300, 1), -point + 2.0**-13 * line(300, 2)])
+    report = check(Case(feats, torch.arange(600) % 90, k=k))
+    assert report.rescreened >= 590
+
+
+@pytest.mark.parametrize("mma_error", ["extreme", "plus", "minus"])
+def test_no_error_within_the_bound_shows(mma_error: str) -> None:
+    """Products as wrong as the bound allows."""
+    assert_decided(check(clusters(400, 70, 2, 1e-3), mma_error=mma_error, mma_seed=3), 400)
+
+
+@pytest.mark.parametrize("model", ["hopper", "ampere"])
+def test_models_of_real_tensor_cores(model: str) -> None:
+    assert_decided(check(clusters(400, 70, 2, 1e-4), mma_model=model), 400)
+
+
+def test_larger_errors_are_noticed() -> None:
+    """Ten times the bound changes selections: the checks above are not idle."""
+    with pytest.raises(AssertionError):
+        check(clusters(400, 70, 2, 1e-3), mma_error="plus", mma_error_scale=10.0)

@@ -169,6 +169,60 @@ def _formulas() -> list[Mutant]:
     return [Mutant(n, f, old, new, why, (FORMULAS + test,), BOUNDS) for n, f, old, new, why, test in changes]
 
 
+def _tiles() -> list[Mutant]:
+    """Tiles of scores: which pairs a warp serves, how it finds and writes its hits, when an operand may be read."""
+    scores, epilogue, bank = SCREEN + "scores.cu", SCREEN + "epilogue.cuh", SCREEN + "bank.cu"
+    once = "test_each_pair_is_appended_once"
+    changes = [
+        # name, file, old, new, why, test
+        (
+            "diagonal-served-by-nobody", scores,
+            "!kSymmetric || place.row <= place.column *", "!kSymmetric || place.row < place.column *",
+            "rows of the diagonal's square blocks are not served", once,
+        ),
+        (
+            "diagonal-served-twice", scores,
+            "return kSymmetric && place.row < place.column *", "return kSymmetric && place.row <= place.column *",
+            "columns of the diagonal's square blocks are served, too", once,
+        ),
+        (
+            "staircase-of-equal-steps", scores,
+            "while (id >= kAcross * (step + 1) && step + 1 < steps) id -= kAcross * ++step;",
+            "while (id > kAcross * (step + 1) && step + 1 < steps) id -= kAcross * ++step;",
+            "the last tile of a step is taken for the one below it", once,
+        ),
+        (
+            "hits-of-the-first-words", epilogue,
+            "const int bit = find_first(word) + (second ? 32 : 0) + w * 32;",
+            "const int bit = find_first(word) + (second ? 32 : 0);",
+            "hits of a lane's second half are taken for those of its first", once,
+        ),
+        (
+            "entry-behind-the-buffer", epilogue,
+            "if (place >= capacity) return true;", "if (place > capacity) return true;",
+            "an entry too many is written behind a row's buffer", "test_however_the_work_is_cut",
+        ),
+        (
+            "operands-before-they-arrive", scores,
+            "        arrive();\n        load_depth(slot, 0);\n        multiply",
+            "        load_depth(slot, 0);\n        multiply",
+            "the next stage is read while its copies are under way", "test_however_the_work_is_cut",
+        ),
+        (
+            "bank-last-stage-not-made", bank,
+            "const bool converts = stage + 1 < score.stages;", "const bool converts = stage + 2 < score.stages;",
+            "the last stage multiplies an old copy of the candidates", "test_tiles_of_a_bank",
+        ),
+        (
+            "bank-forgets-infinity", bank,
+            "if (!is_finite(rValues[i / 4].elements[i % 4])) sums.flags |= 1u << q;",
+            "if (!is_finite(rMeans[i / 4].elements[i % 4])) sums.flags |= 1u << q;",
+            "a value of the bank that is not finite is not reported", "test_tiles_of_a_bank",
+        ),
+    ]  # fmt: skip
+    return [Mutant(name, file, old, new, why, (PATHS + test,)) for name, file, old, new, why, test in changes]
+
+
 MUTANTS: tuple[Mutant, ...] = (
     *_formulas(),
     # ---- bounds, as the paths use them
@@ -518,4 +572,5 @@ MUTANTS: tuple[Mutant, ...] = (
         "groups look for their edges in another bucket",
         (PATHS + "test_backward_with_and_without_buckets",),
     ),
+    *_tiles(),
 )

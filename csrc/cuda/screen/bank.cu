@@ -17,12 +17,12 @@ namespace {
 
 // The bank's tile: all anchors of the call against some candidates, which arrive in fp32.
 //
-// A stage of 64 columns of the full tile is 2.1 M multiply-adds, 1625 clocks at what `mma.sync` is known to reach (1290 a
-// clock); 1920 clocks of shared memory (KB: 128 of operands, 32 + 32 of copies, 32 + 16 of converting); 1725 clocks of
-// the H200's memory for 32 KB; and converting takes a warp several times the instructions of multiplying. So each of
-// the four is as good as full, and a stage costs their longest only where they overlap: half of the warps, one of two on
-// each scheduler, convert while the others multiply. Smaller warp tiles, of 16 warps, would overlap as well but read half
-// as much again from shared memory, which is the longest of the four.
+// A stage of 64 columns of the full tile is 2.1 M multiply-adds, 1625 clocks at the 1290 a clock that `mma.sync` is
+// said to reach; 1920 clocks of shared memory (KB: 128 of operands, 32 + 32 of copies, 32 + 16 of converting); 1725
+// clocks of an H200's memory for 32 KB; and 1670 clocks of instructions, half of them for converting. Each of the four
+// is as good as full, so a stage costs their longest only where they overlap: half of the warps, one of two on each
+// scheduler, convert while the others multiply. 16 warps of 64 x 32 would overlap as well, but read half as much again
+// from shared memory, which is the longest of the four.
 constexpr int kBankStages = 3;
 constexpr int kBankCopies = 2;  // of the candidates in half precision: one is multiplied, one is made
 constexpr int bank_bytes(int rows, int columns) {

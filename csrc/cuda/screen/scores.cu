@@ -7,19 +7,23 @@
 //
 // 2. Registers. A warp of the large tile owns 64 x 32 scores, 64 accumulators a lane. With 24 registers of operands and
 //    the addresses it stays within 128, so two blocks share a multiprocessor (2 x 96 KB where it has 228): while one is
-//    in its epilogue or waits for its first stages, the other multiplies. The tile of 128 x 256 saves a quarter of the
-//    operand traffic, but its one block a multiprocessor leaves the tensor cores idle in every epilogue, and the
-//    epilogue is what limits small D: the plan takes the tile that waves x cost make the cheapest (plan/cost.cpp).
+//    in its epilogue or waits for its first stages, the other multiplies. A multiply-add takes 0.125 bytes of shared
+//    memory there, copies included: at 128 bytes a clock 1024 of them, of which an H200 reached 930. A warp of the wide
+//    tile owns 64 x 64: 0.086 bytes, and a quarter less from the L2. Its block has a multiprocessor to itself. So its
+//    warps read operands a depth ahead, across the barrier of a stage; but nobody multiplies during its epilogue, which
+//    is most of the time where D is small: the plan takes the tile that waves x cost make the cheapest (plan/cost.cpp).
+//    Devices with 99 KB of shared memory do not have it: their tensor cores take at most 512 multiply-adds a clock,
+//    which the large tile feeds.
 //
-// 3. Facts. A thread loads what the epilogue needs of one row or column of the tile before the main loop, keeps it in
-//    registers, and puts it in shared memory when the ring is free. This costs neither latency nor shared memory, and
-//    three stages fit the 99 KB of the smaller devices.
+// 3. Facts. A thread loads what the epilogue needs of one or two rows or columns of the tile before the main loop,
+//    keeps it in registers, and puts it in shared memory when the ring is free. This costs neither latency nor shared
+//    memory, and three stages of the large tile fit the 99 KB of the smaller devices.
 //
-// 4. Append. A pair takes two multiply-adds and a comparison (one multiply-add where there is no rho); the four pairs
-//    of a lane's fragment share one branch. Hits go to a list of the warp in shared memory. When the tile is done, each
-//    hit gets its rank among those of its anchor, one lane an anchor adds the anchor's number of hits to its global
-//    count, and the entries follow. So there is one global atomic a row and warp tile, issued together, however many
-//    hits there are.
+// 4. Append. A pair takes two multiply-adds (one where there is no rho), a comparison, and a multiply-add that notes
+//    the hit as a power of two; no branch separates the pairs. When all are tested, products go to shared memory, for
+//    lanes to pick those of their hits. Hits are counted by anchor, one lane an anchor adds the number to the anchor's
+//    global count, and each hit takes one of the places. So there is one global atomic an anchor and warp tile, issued
+//    together, however many hits there are.
 //
 // 5. Sample. A lane keeps the least q of its kLaneGroup columns of a row, and the rho that belongs to it: a multiply-
 //    add, a comparison and two selections a pair, then one bound a group. Batches come sorted by identity, so a tile's

@@ -43,6 +43,11 @@ constexpr std::array<PathName<ForwardPath>, 6> kCudaPaths{{
     {ForwardPath::kBank, "bank"},
 }};
 
+constexpr std::array<PathName<sn::cuda::Batch>, 2> kBatches{{
+    {sn::cuda::Batch::kRandom, "random"},
+    {sn::cuda::Batch::kClusters, "clusters"},
+}};
+
 template <class Names, class Path>
 const char* name_of(const Names& names, Path path) {
   for (const auto& entry : names) {
@@ -124,7 +129,7 @@ pybind11::list kernels_of(const sn::cuda::Cost& cost) {
 
 pybind11::dict cuda_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype, bool symmetric,
                          bool aligned, const std::string& path, std::pair<int, int> capability, int multiprocessors,
-                         int shared_bytes, int largest_cluster, int cluster_planes) {
+                         int shared_bytes, int largest_cluster, int cluster_planes, const std::string& batch) {
   expect_problem("cuda_plan", N, M, D, k, dtype);
   const sn::cuda::DeviceFacts device =
       device_facts(capability, multiprocessors, shared_bytes, largest_cluster, cluster_planes);
@@ -140,7 +145,8 @@ pybind11::dict cuda_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::in
     throw std::invalid_argument("cuda_plan: path: " + path + " cannot serve this problem on this device");
   }
   const sn::cuda::ForwardPlan plan = sn::cuda::plan_forward(problem, device, wanted);
-  const sn::cuda::Cost cost = sn::cuda::predict_forward(plan, problem, device);
+  const sn::cuda::Cost cost =
+      sn::cuda::predict_forward(plan, problem, device, path_named("cuda_plan: batch", kBatches, batch));
   return pybind11::dict(
       "path"_a = name_of(kCudaPaths, plan.path), "launches"_a = plan.launches,
       "workspace_bytes"_a = plan.workspace_bytes, "strip_rows"_a = plan.strip_rows, "strips"_a = plan.strips,
@@ -197,12 +203,14 @@ PYBIND11_MODULE(_C, module) {
       "cuda_plan", &cuda_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"), py::arg("dtype"),
       py::arg("symmetric"), py::arg("aligned") = true, py::arg("path") = "auto", capability, multiprocessors,
       shared_bytes, py::arg("largest_cluster") = sn::cuda::DeviceFacts{}.largest_cluster,
-      py::arg("cluster_planes") = sn::cuda::DeviceFacts{}.cluster_planes,
+      py::arg("cluster_planes") = sn::cuda::DeviceFacts{}.cluster_planes, py::arg("batch") = "random",
       "How the CUDA forward would run on a device with these facts (default: an H200's): path, launches, "
       "workspace_bytes, strips and tiles. largest_cluster, cluster_planes: blocks of the largest cluster that the "
       "device holds, and planes of sums a block of it may keep. predicted_us is what the cost model expects of a call "
       "in "
-      "a CUDA graph, kernels its parts: (name, launches, microseconds). ValueError where a forced path cannot serve.");
+      "a CUDA graph, kernels its parts: (name, launches, microseconds); batch is what the features look like, random "
+      "or "
+      "clusters (too tight for the scores: every row is screened again). ValueError where a forced path cannot serve.");
   module.def(
       "cuda_backward_plan", &cuda_backward_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"),
       py::arg("dtype"), py::arg("symmetric"), capability, multiprocessors, shared_bytes,

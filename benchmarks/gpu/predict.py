@@ -14,6 +14,7 @@ import argparse
 import difflib
 import importlib
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,7 +93,7 @@ SHAPES = (
 """Those of the table: what the goals name, and both sides of where the plan changes its mind."""
 
 
-def planned(shape: Shape, path: str = "auto") -> dict[str, Any]:
+def planned(shape: Shape, path: str = "auto", batch: str = "random") -> dict[str, Any]:
     """What `cuda_plan` says of a forward on an H200. Raises ValueError where a forced path cannot serve."""
     return dict(
         _C.cuda_plan(
@@ -103,6 +104,7 @@ def planned(shape: Shape, path: str = "auto") -> dict[str, Any]:
             dtype=DTYPES[shape.dtype],
             symmetric=shape.candidates == shape.N and not shape.bank,
             path=path,
+            batch=batch,
         )
     )
 
@@ -148,7 +150,28 @@ def costs(record: str) -> list[list[str]]:
     return rows
 
 
-TABLES = {"costs": (["N x D", *PATHS], costs)}
+HARD = (
+    ("8 clusters of 256, nearly duplicates", Shape(2048, 512), "clusters"),
+    ("features collapsed to one point and roundings", Shape(8192, 2048), "clusters"),
+    ("all rows identical", Shape(8192, 2048), "random"),
+)
+"""Batches that the first screening cannot decide, and what the model takes them for. Rows that are all identical are
+finished by the first refinement: the first of them are at distance 0."""
+
+
+def hard_batches() -> list[list[str]]:
+    """Rows of the table: predicted for the batch, for random features of its shape, and their ratio."""
+    rows = []
+    for name, shape, batch in HARD:
+        hard, random = (float(planned(shape, batch=each)["predicted_us"]) for each in (batch, "random"))
+        rows.append([name, shape.text, render.digits(hard), render.digits(random), f"{hard / random:.2f}"])
+    return rows
+
+
+TABLES: dict[str, tuple[list[str], Callable[..., list[list[str]]]]] = {
+    "costs": (["N x D", *PATHS], costs),
+    "hard-batches": (["batch", "N x D", "forward", "random", "ratio"], hard_batches),
+}
 """Marker of a table -> its header, and what makes its rows from the marker's arguments."""
 
 

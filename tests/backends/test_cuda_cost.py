@@ -294,3 +294,11 @@ def test_every_prediction_is_a_time(core: ModuleType) -> None:
             seen.add(facts["path"])
             assert all(0.0 < us < 1e12 for _, _, us in facts["kernels"]), (device, n, m, d, path)
     assert seen == set(PATHS)
+
+
+def test_no_batch_falls_off_a_cliff(core: ModuleType) -> None:
+    """Every row screened again costs at most three times a batch of random features."""
+    for n, d in ((2048, 512), (8192, 2048), (4096, 512), (65536, 128)):
+        facts = [plan(core, n, n, d, path="screen", batch=batch) for batch in ("random", "clusters")]
+        us = [each["predicted_us"] for each in facts]
+        assert us[0] < us[1] <= 3.0 * us[0], (n, d, us)

@@ -186,6 +186,13 @@ def costs(name: str) -> Rows:
     return predict.costs(name)
 
 
+def hard_batches() -> Rows:
+    """Times of batches that the first screening cannot decide, beside random ones."""
+    import predict
+
+    return predict.hard_batches()
+
+
 KNOWN: dict[str, Callable[..., Rows]] = {
     "compare": compare,
     "compare-short": compare_short,
@@ -194,6 +201,7 @@ KNOWN: dict[str, Callable[..., Rows]] = {
     "evaluation": evaluation,
     "gpu": gpu,
     "gpu-rivals": gpu_rivals,
+    "hard-batches": hard_batches,
     "model": model,
     "step": step,
 }

@@ -288,6 +288,12 @@ double refine_us(const ForwardPlan& plan, const Problem& problem, const Sample& 
   return rows > kFewRows ? own : std::min(own, in_waves(kRefineStart + shared_sums));
 }
 
+// Rows that overflowed their buffers: bounds of all entries, no exact sums.
+double undecided_us(const ForwardPlan& plan, std::int64_t rows, const Machine& machine) {
+  const double row = kRefineRows + kRefineRowsEntry * real(plan.buffer_capacity);
+  return kGap + joined(kRefineStart, machine.spread(real(rows) * row));
+}
+
 constexpr double kMergeStart = 5.0;
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
@@ -422,7 +428,10 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Mac
     if (may_have_large_identities(problem.M)) each("far thresholds", [](auto) { return kGap + kIdle; });
     scores("scores", problem.M, ScoresFor::kAppend);
   }
-  each("refine", [&](auto rows) { return refine_us(plan, problem, sample, rows, machine); });
+  each("refine", [&](auto rows) {
+    return batch == Batch::kClusters ? undecided_us(plan, rows, machine)
+                                     : refine_us(plan, problem, sample, rows, machine);
+  });
   if (plan.rescreen) {
     const bool waits = batch == Batch::kClusters;
     each("groups", [&](auto rows) { return groups_us(waits ? real(rows) : 0.0); });

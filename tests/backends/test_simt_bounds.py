@@ -92,9 +92,9 @@ def test_thresholds_of_groups_on_a_line(path: str, group: int, mma_error: str) -
 @pytest.mark.parametrize("k", [1, 10])
 @pytest.mark.parametrize("path", ["screen", "bank"])
 def test_null_rows_beside_the_anchor(path: str, k: int) -> None:
-    """Of a bank of zeros the first k + 1 are kept, one of which may be the anchor: no row is left for the fallback."""
+    """Of the zeros behind the first row k + 1 are kept, of which one may be the anchor: nothing falls back."""
     own, labels = torch.arange(20) - 2, torch.arange(300) % 9
-    bank = torch.where((torch.arange(300) % 50 == 49)[:, None], 1.0, torch.zeros(300, 16))
+    bank = torch.where((torch.arange(300) % 50 == 0)[:, None], 1.0, torch.zeros(300, 16))
     case = Case(bank[:20] * 0, labels[:20], bank, labels, torch.where(own < 0, -1, own), k=k)
     with simt.using(path="direct"):
         expected = judge.neighbors_of(case, "simt")
@@ -124,6 +124,23 @@ def test_a_group_has_its_own_residual_and_may_be_the_anchors(path: str, group: i
         expected = judge.neighbors_of(case, "simt")
     assert expected.indices.tolist() == [places[4:7].tolist()]
     with simt.using(path=path, sample_stride=1, sample_group=group):
+        judge.assert_same_bits(judge.neighbors_of(case, "simt"), expected)
+        assert simt.last_report is not None and simt.last_report.path == path
+        assert simt.last_report.fallen_back == 0
+
+
+@pytest.mark.parametrize("group", [8, 32])
+@pytest.mark.parametrize("path", ["screen", "bank"])
+def test_what_pads_a_sample_is_no_candidate(path: str, group: int) -> None:
+    """Every row is farther from all others than from the mean, where what fills the last tile would lie."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.nn.functional.normalize(torch.randn(200, 64, generator=generator), dim=1)
+    case = Case(rows, torch.arange(200) % 90, k=3)
+    if path == "bank":
+        case = Case(rows[:20], case.labels[:20], rows, case.labels, 0, k=3)
+    with simt.using(path="direct"):
+        expected = judge.neighbors_of(case, "simt")
+    with simt.using(path=path, sample_stride=1, sample_group=group, mma_error="none"):
         judge.assert_same_bits(judge.neighbors_of(case, "simt"), expected)
         assert simt.last_report is not None and simt.last_report.path == path
         assert simt.last_report.fallen_back == 0

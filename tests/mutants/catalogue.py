@@ -304,7 +304,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "memory.set(kBias, i, facts.matrix_row >= 0 ? far_bias(facts.norm, facts.rho, args.eta) : kInfinity);",
         "memory.set(kBias, i, far_bias(facts.norm, facts.rho, args.eta));",
         "what pads the last tile of a sample counts as a candidate",
-        (*LINE_GROUPS, PATHS + "test_however_the_work_is_cut"),
+        (LINES + "test_what_pads_a_sample_is_no_candidate",),
     ),
     Mutant(
         "bank-sample-padded-with-candidates",
@@ -312,7 +312,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "memory.set(kBias, Tile::kRows + row, exists ? far_bias(norm, rho, score.eta) : kInfinity);",
         "memory.set(kBias, Tile::kRows + row, far_bias(norm, rho, score.eta));",
         "what pads the last tile of a sample counts as a candidate",
-        (*LINE_GROUPS, PATHS + "test_rows_of_zeros_tie_by_thousands"),
+        (LINES + "test_what_pads_a_sample_is_no_candidate",),
     ),
     Mutant(
         "far-test-without-rho",

@@ -302,9 +302,9 @@ constexpr double kMergeStart = 5.0;
 // of 64 x 64 reach two thirds: 256 x 4096 x 2048 takes 20.3.
 constexpr double kTensor = 1.52e6;
 constexpr double kSmallTileShare = 0.66;
-// Tiles of 128 x 256, counted, not measured: warps of 64 x 64 read 0.086 bytes of shared memory for a multiply-add, the
-// others 0.156, at which 128 bytes a clock allow no more than was measured. Alone on its multiprocessor, a block waits
-// for its first stages while nobody multiplies.
+// Tiles of 128 x 256, counted, not measured: warps of 64 x 64 move 0.086 bytes of shared memory for a multiply-add,
+// those of the large tile 0.125, at which 128 bytes a clock allow little more than was measured. Alone on its
+// multiprocessor, a block waits for its first stages while nobody multiplies.
 constexpr double kWideTileShare = 1.3;
 constexpr double kWideWait = 1.5;
 constexpr double kScoresStart = 4.0;

@@ -127,9 +127,9 @@ def test_many_anchors_of_a_small_bank() -> None:
 
 @pytest.mark.parametrize("path", ["screen", "bank"])
 def test_ties_in_the_fallback(path: str) -> None:
-    """Everything as far from the anchors, and too far for the screening to have a scale: the lowest indices win, also
+    """Everything as far from the anchors, and too near for the screening to have a scale: the lowest indices win, also
     where positives of higher ones have been summed before."""
-    rows = 2.0**62 * torch.eye(16)[torch.arange(300) % 16]
+    rows = 2.0**-62 * torch.eye(16)[torch.arange(300) % 16]
     case = Case(torch.zeros(20, 16), torch.zeros(20).long(), rows, (torch.arange(300) // 5 + 1) % 2, k=4)
     expected = direct_sums(case)
     assert (expected.indices == torch.arange(4)).all()

@@ -62,9 +62,7 @@ class Case(NamedTuple):
 def recorded() -> list[Case]:
     dtypes = {"float32": F32, "float16": F16, "bfloat16": BF16}
     return [
-        Case(
-            *(c[key] for key in ("N", "M", "D", "k")), dtypes[c["dtype"]], c["M"] == c["N"] and not c["bank"], path, us
-        )
+        Case(c["N"], c["M"], c["D"], c["k"], dtypes[c["dtype"]], c["M"] == c["N"] and not c["bank"], path, us)
         for c in render.cases_of(records.read(RECORD), "paths")
         if (path := c["path"]) is not None and (us := c["median_us"]) is not None
     ]
@@ -275,11 +273,14 @@ def test_direct_sums_alone_grow_with_rows(core: ModuleType, device: str, dtype: 
 @pytest.mark.parametrize("dtype", [F32, F64, F16])
 def test_more_dimensions_are_never_cheaper(core: ModuleType, device: str, dtype: int) -> None:
     """Of halves in whole copies of 8 elements: others are cast first."""
+    dims = [*range(8, 264, 8), *range(320, 4161, 64)]
     for n, m in ((16, 16), (64, 64), (256, 256), (1024, 1024), (8192, 8192), (256, 16384)):
+
+        def shape(d: int, n: int = n, m: int = m) -> tuple[int, int, int]:
+            return n, m, d
+
         most = 0.0
-        for (d, _, us), (_, _, more) in steps(
-            core, [*range(8, 264, 8), *range(320, 4161, 64)], lambda d, n=n, m=m: (n, m, d), device=device, dtype=dtype
-        ):
+        for (d, _, us), (_, _, more) in steps(core, dims, shape, device=device, dtype=dtype):
             most = max(most, us)
             assert more >= most * (1 - 1e-9), (n, m, d)
             assert more <= 2.1 * us, (n, m, d)

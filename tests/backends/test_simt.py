@@ -250,6 +250,7 @@ def test_tiles_of_a_bank(rows: int, columns: int) -> None:
     labels = torch.where(torch.arange(columns) % 2 == 0, 0, case.candidate_labels)
     case = Case(case.feats, case.labels % 3, case.candidates, labels, k=10)
     assert check(case, direct_sums(case), "bank", seed=columns).path == "bank"
+    assert case.candidates is not None
     candidates = case.candidates.clone()
     candidates[columns - 1, 64] = torch.inf
     case = replace(case, candidates=candidates)

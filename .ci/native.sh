@@ -47,7 +47,8 @@ cpp_core() {
 # The CUDA kernels compiled for this CPU, on emulated threads: tests/simt/simt.h says what that proves.
 kernels_on_the_host() {
   configure_sanitized &&
-    cmake --build "$work/sanitize" --target sn_simt_test sn_simt_loss_test && "$work/sanitize/sn_simt_test" &&
+    cmake --build "$work/sanitize" --target sn_simt_test sn_simt_loss_test &&
+    SN_SIMT_LAUNCH_LOG="$work/launches.txt" "$work/sanitize/sn_simt_test" &&
     SN_SIMT_LAUNCH_LOG="$work/launches.txt" "$work/sanitize/sn_simt_loss_test"
 }
 

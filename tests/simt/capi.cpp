@@ -155,6 +155,7 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
     if (settings.far_capacity > 0) plan.far_capacity = settings.far_capacity;
   }
   if (settings.no_rescreen != 0) plan.rescreen = false;
+  if (settings.few_rows > 0) plan.few_rows = settings.few_rows;
   plan.counts.bytes = plan.strip_rows * 2 * 4;
   plan.buffer.bytes = sn::cuda::screened_buffer_bytes(plan);
   plan.far_buffer.bytes = plan.strip_rows * plan.far_capacity * 8;

@@ -40,6 +40,7 @@ struct sn_simt_settings {
   std::int32_t packs_per_lane;     // of the backward, fp32 and fp64: 1 or 2
   std::int32_t buffer_capacity;    // screen, bank: at least what the fallback needs
   std::int32_t no_rescreen;        // screen, bank: not 0: rows are screened once
+  std::int32_t few_rows;           // screen: a warp refines a row of strips with more rows than this
 };
 
 // The outcome of a call.

@@ -72,6 +72,7 @@ class Settings:
     packs_per_lane: int = 0
     buffer_capacity: int = 0
     no_rescreen: int = 0
+    few_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ class _Settings(ctypes.Structure):
         ("packs_per_lane", ctypes.c_int32),
         ("buffer_capacity", ctypes.c_int32),
         ("no_rescreen", ctypes.c_int32),
+        ("few_rows", ctypes.c_int32),
     ]
 
 

@@ -218,6 +218,7 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
   plan.strips = divide_up(N, plan.strip_rows);
   plan.triangular = problem.symmetric && plan.strips == 1;
   plan.rescreen = plan.path != ForwardPath::kDense && N >= kSmallestGroup;
+  plan.few_rows = kFewRows;
   if (extent == Extent::kPredicted) return;
   const PositivesShape positives = positives_shape(N, M, device.multiprocessors);
   plan.positive_anchors = positives.anchors;

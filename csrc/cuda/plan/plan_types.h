@@ -159,6 +159,8 @@ struct ForwardPlan {
   bool rescreen = false;
   Piece waiting;         // int32 [3][strip_rows]: entries of the queue, their leaders, rows by leader
   Piece rescreen_tiles;  // RescreenTile [rescreen_tile_count(strip_rows)]
+
+  std::int64_t few_rows = 0;  // screen: a warp refines a row where a strip has more rows than this, else several do
 };
 
 // Whether the backward first puts the edges in buckets of targets. The gradients do not depend on it, bit for bit.

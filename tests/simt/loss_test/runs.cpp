@@ -31,13 +31,14 @@ sn_simt_settings settings_for(std::uint64_t seed, simt::MmaError error, ForwardP
           .shared_reduction = 0,
           .packs_per_lane = 0,
           .buffer_capacity = 0,
-          .no_rescreen = 0};
+          .no_rescreen = 0,
+          .few_rows = 0};
 }
 
 void vary(sn_simt_settings& settings, std::uint64_t word) {
   settings.strip_rows = word % 2 == 0 ? 0 : static_cast<std::int32_t>(17 + word / 2 % 40);
   settings.slice_elements = 64 << word % 3;
-  settings.score_tile = 64 << word / 3 % 3;
+  settings.score_tile = 64 << word / 31 % 3;
   settings.sample_stride = word / 5 % 2 == 0 ? 0 : 2;
   settings.sample_group = std::array{0, 1, 8, 32}[word / 7 % 4];
   settings.far_capacity = word / 11 % 2 == 0 ? 0 : 5;
@@ -45,6 +46,7 @@ void vary(sn_simt_settings& settings, std::uint64_t word) {
   settings.positive_segments = word / 17 % 2 == 0 ? 0 : 5;
   settings.shared_reduction = static_cast<std::int32_t>(word / 19 % 2);
   settings.buffer_capacity = word / 23 % 2;
+  settings.few_rows = word / 29 % 2;
 }
 
 Result forward(const Problem& p, const sn_simt_settings& settings) {

@@ -197,6 +197,8 @@ void test_thresholds() {
        .offset = 3},
       {.name = "K = 128", .N = 20, .M = 1500, .D = 16, .K = 128, .offset = 7},
       {.name = "K = 128, joined groups", .N = 3, .M = 1500, .D = 16, .K = 128, .group = 1, .offset = 7},
+      {.name = "more than 4 scores a lane", .N = 9, .M = 250, .D = 16, .K = 6, .group = 1, .offset = 11},
+      {.name = "more than 8 groups a lane", .N = 9, .M = 3000, .D = 8, .K = 6, .offset = 11},
       {.name = "quads", .N = 70, .M = 1500, .D = 16, .K = 6, .group = 32, .offset = 11, .tile = 128},
       {.name = "quads of a bank",
        .N = 11,

@@ -55,11 +55,13 @@ class Kind(NamedTuple):
 HOT = {
     "score_kernel": Kind("HMMA", epilogue=True),
     "bank_kernel": Kind("HMMA", epilogue=True),
+    "rescore_kernel": Kind("HMMA"),  # its epilogues lie in a loop over tiles
     "tile_kernel": Kind("FMA", trips=16),  # direct/tile.cuh asserts them
     "refine_kernel": Kind("FMA"),
     "facts_kernel": Kind("FMA"),
     "gather_kernel": Kind("FMA"),
     "thresholds_kernel": Kind("LDG"),
+    "groups_kernel": Kind("LDG"),
     "positives_kernel": Kind("LDG"),
     "select_kernel": Kind("LDG"),
 }

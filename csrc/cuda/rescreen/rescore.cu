@@ -101,16 +101,12 @@ struct RawChunk {
   __device__ __forceinline__ float value(int i) const {
     return widen(packs[i / Pack<T>::kElements].elements[i % Pack<T>::kElements]);
   }
-  // 0 where all bits are the same.
-  __device__ __forceinline__ std::uint32_t difference(const RawChunk& other) const {
-    std::uint32_t bits = 0;
+  // Whether some element has another value: 0 and -0 are the same.
+  __device__ __forceinline__ bool differs_from(const RawChunk& other) const {
+    bool differs = false;
 #pragma unroll
-    for (int i = 0; i < kChunkElements; ++i) {
-      const int e = i % Pack<T>::kElements;
-      bits |=
-          bits_of(packs[i / Pack<T>::kElements].elements[e]) ^ bits_of(other.packs[i / Pack<T>::kElements].elements[e]);
-    }
-    return bits;
+    for (int i = 0; i < kChunkElements; ++i) differs = differs || value(i) != other.value(i);
+    return differs;
   }
 };
 template <class T>
@@ -192,7 +188,7 @@ struct Rescore {
 #pragma unroll
     for (int q = 0; q < Tile::kOwnRows; ++q) gRows[q] = source(first_place + q * Tile::kCopyRows, number, end, step);
     float rSquares[Tile::kOwnRows] = {};
-    std::uint32_t rDiffers[Tile::kOwnRows] = {};  // from the leader, in some bit
+    std::uint32_t rDiffers[Tile::kOwnRows] = {};  // from the leader
     RawChunk<T> rRaw[Tile::kOwnRows];
     const auto load_stage = [&](std::int64_t first) {
 #pragma unroll
@@ -219,7 +215,7 @@ struct Rescore {
             rCopy.elements[i + e] = copy;
           }
         }
-        rDiffers[q] |= rRaw[q].difference(rLeader);
+        if (rRaw[q].differs_from(rLeader)) rDiffers[q] = 1;
         rSquares[q] = add(rSquares[q], squares);
         const int place = first_place + q * Tile::kCopyRows;
         memory.sCopies.set_pack(

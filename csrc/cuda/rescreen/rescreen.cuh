@@ -17,14 +17,14 @@
 //        w to 11 bits: |w - h| <= 2^-11 |h| for each element, or 2^-25 where h is subnormal. So
 //          |v - h| <= |h| (2^-11 + 2^-23) + sqrt(Dp) 2^-25 (1 + 2^-23) + 2^-126
 //               <= (2^-11 (1 + 2^-9) sqrt(n) + sqrt(Dp) 2^-24) row_slack       (rounding_bound)
-//        where row_slack covers the error of n and the roundings here. If all bits of x and r agree, w = 0 is exact and
+//        where row_slack covers the error of n and the roundings here. If x = r in every element, w = 0 is exact and
 //        rho = 0. n is a sum of sums: at most 8 + Dp / 64 + 3 additions, fewer than bound.cuh allows.
 //
 //   Far candidates. One that does not fit has an element above 65000 in these units. Where |v_i| and reach are at most
 //   kFrameReach = 2^14 each, its distance is above reach: it is left out. An anchor with a larger reach or norm, or one
 //   that does not fit, gives up (E below = +inf). The norm is larger only where f meets the limit of its range.
 //
-//   Null rows are here those that equal the leader in every bit, such as the duplicates of a point. What bound.cuh
+//   Null rows are here those that equal the leader in every element, such as the duplicates of a point. What bound.cuh
 //   says of them holds: behind the first K + 1 none is in a support set. The sample gives an index that so many of them
 //   do not exceed.
 //

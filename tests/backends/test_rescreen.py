@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from support import judge, simt_build
-from support.problems import Case
+from support.problems import Case, adversarial_case, line_rows
 
 simt_build.enable()
 from support import simt  # noqa: E402
@@ -92,8 +92,8 @@ def test_numbers_of_neighbors(k: int) -> None:
 
 def test_very_many_neighbors() -> None:
     """Half of a cluster are neighbours: the groups of bounds are few, and their threshold loose."""
-    report = check(clusters(520, 12, 1, 1e-5, k=128, bank=520), seed=3)
-    assert report.fallen_back == 0
+    report = check(clusters(120, 12, 2, 1e-5, k=128, bank=1040), seed=3)
+    assert (report.rescreened, report.certified, report.fallen_back) == (120, 120, 0)
 
 
 def test_few_rows_go_to_the_fallback() -> None:
@@ -137,19 +137,12 @@ def test_outliers_lead_no_group() -> None:
     assert report.fallen_back <= 10
 
 
-def line(rows: int, seed: int) -> Tensor:
-    """Multiples of one pattern of signs, near a grid: whole rows round the same way."""
-    generator = torch.Generator().manual_seed(seed)
-    grid = torch.randint(-16, 17, (rows, 1), generator=generator) / 16
-    u = grid + 2.0**-11 * (2 * torch.rand(rows, 1, generator=generator) - 1)
-    return u * torch.where(torch.rand(64, generator=generator) < 0.5, -1.0, 1.0)
-
-
 @pytest.mark.parametrize("k", [30, 55])
 def test_rows_on_a_line(k: int) -> None:
     """The residuals of two rows point the same way, the worst that the bound allows."""
     point = torch.randn(64, generator=torch.Generator().manual_seed(2))
-    feats = torch.cat([point + 2.0**-13 * line(300, 1), -point + 2.0**-13 * line(300, 2)])
+    sides = torch.where(torch.arange(600) < 300, 1.0, -1.0)
+    feats = sides[:, None] * point + 2.0**-13 * line_rows(600, 1)
     report = check(Case(feats, torch.arange(600) % 90, k=k))
     assert report.rescreened >= 590
 
@@ -169,3 +162,19 @@ def test_larger_errors_are_noticed() -> None:
     """Ten times the bound changes selections: the checks above are not idle."""
     with pytest.raises(AssertionError):
         check(clusters(400, 70, 2, 1e-3), mma_error="plus", mma_error_scale=10.0)
+
+
+@pytest.mark.parametrize("path", ["screen", "bank"])
+def test_the_second_refinement_sums_few_of_many_entries(path: str) -> None:
+    """One candidate in 16 makes the thresholds: some 170 entries a row, of which its own bounds leave few."""
+    report = check(clusters(60, 40, 2, 1e-4, bank=8500, ids=2000), path=path, buffer=0)
+    assert_decided(report, 60)
+
+
+def test_identical_rows_are_finished_by_the_first_refinement() -> None:
+    """As the cost model has it: nothing is scored, and nothing waits. Ten sums a row, and its listed positives."""
+    case = adversarial_case("all-identical", 300, 40)
+    report = check(case)
+    listed = int((case.labels[:, None] == case.labels[None, :]).sum()) - 300
+    assert (report.rescreened, report.fallen_back) == (0, 0)
+    assert report.refined == 300 * case.k + listed

@@ -2,11 +2,11 @@
 // a sample of the candidates and tests all candidates, or its share of them, against those. rescreen.cuh derives what
 // they prove.
 //
-// Both operands arrive in the input's type and leave as copies of what they are seen from the leader: each thread
-// subtracts, scales and rounds an eighth of its rows and adds up their squares. While the
-// tensor cores multiply a stage, the next one is on its way to registers. Few tiles are cut into segments of the
-// candidates, so that all multiprocessors have work; each segment finds the thresholds of its rows for itself, which
-// costs a sixteenth of all scores each time and no launch.
+// Both operands arrive in the input's type and leave as half-precision copies of what they are seen from the leader:
+// each thread subtracts, scales and rounds an eighth of its rows and adds up their squares. While the tensor cores
+// multiply a stage, the next one is on its way to registers. Few tiles are cut into segments of the candidates, so that
+// all multiprocessors have work; each segment finds the thresholds of its rows for itself, which costs a sixteenth of
+// all scores each time and no launch.
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/plan/sizes.h"

@@ -103,9 +103,10 @@ __device__ __forceinline__ float lower_bound(const RefineArgs& args, const Ancho
   return distance_lower(facts.n, facts.rho, load(args.gCandidateN + entry.index),
                         load(args.gCandidateRho + entry.index), entry.score, args.eta);
 }
-__device__ __forceinline__ float upper_bound(const RefineArgs& args, const AnchorFacts& facts, const Entry& entry) {
-  return distance_upper(facts.n, facts.rho, load(args.gCandidateN + entry.index),
-                        load(args.gCandidateRho + entry.index), entry.score, args.eta);
+// n, rho: the candidate's.
+__device__ __forceinline__ float upper_bound(const RefineArgs& args, const AnchorFacts& facts, const Entry& entry,
+                                             float n, float rho) {
+  return distance_upper(facts.n, facts.rho, n, rho, entry.score, args.eta);
 }
 
 // A row that was screened again: its entries carry squares, and share the errors (rescreen/rescreen.cuh).
@@ -118,9 +119,14 @@ __device__ __forceinline__ float lower_bound(const RefineArgs& args, const Frame
   if (facts.framed) return framed_lower(entry.score, facts.error, facts.spread);
   return lower_bound(args, static_cast<const AnchorFacts&>(facts), entry);
 }
-__device__ __forceinline__ float upper_bound(const RefineArgs& args, const FramedFacts& facts, const Entry& entry) {
+__device__ __forceinline__ float upper_bound(const RefineArgs& args, const FramedFacts& facts, const Entry& entry,
+                                             float n, float rho) {
   if (facts.framed) return framed_upper(entry.score, facts.error, facts.spread);
-  return upper_bound(args, static_cast<const AnchorFacts&>(facts), entry);
+  return upper_bound(args, static_cast<const AnchorFacts&>(facts), entry, n, rho);
+}
+template <class Facts>
+__device__ __forceinline__ float upper_bound(const RefineArgs& args, const Facts& facts, const Entry& entry) {
+  return upper_bound(args, facts, entry, load(args.gCandidateN + entry.index), load(args.gCandidateRho + entry.index));
 }
 
 // kappa, in the input's units.
@@ -160,7 +166,7 @@ __device__ __forceinline__ float wanted_upper(const RefineArgs& args, const Fact
       },
       [&](const Fetched& fetched) {
         if (fetched.entry.index == facts.self) return kNoBits;
-        return bits_of(distance_upper(facts.n, facts.rho, fetched.n, fetched.rho, fetched.entry.score, args.eta));
+        return bits_of(upper_bound(args, facts, fetched.entry, fetched.n, fetched.rho));
       });
 }
 

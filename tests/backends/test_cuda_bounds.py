@@ -118,6 +118,28 @@ def test_groups() -> None:
     above(found[1:], root + rho_i + rho_j, (most + np.abs(q)) / np.sqrt(ULPS * most) + rho_i + rho_j, "a group's bound")
 
 
+def test_rows_that_are_screened_again() -> None:
+    """Squares and errors of their own units, and a residual that is not measured (rescreen.cuh)."""
+    random, count = np.random.default_rng(5), 20000
+    inputs, found = floats(count, 6), floats(count, 3)
+    inputs[:, 0] = uniform(random, -12, 12, count)
+    inputs[:, 1] = inputs[:, 0] * uniform(random, -16, 2, count)
+    inputs[:, 2] = np.sqrt(inputs[:, 0]) * uniform(random, -14, -1, count)
+    inputs[:, 3] = uniform(random, -20, 20, count)
+    inputs[:, 4] = 1 + uniform(random, -20, -10, count)
+    inputs[:, 5] = uniform(random, -24, -16, count)
+    library().sn_simt_frames(ctypes.c_int64(count), pointer(inputs), pointer(found))
+    square, error, rho, norm, slack, floor = inputs.astype(Real).T
+    lower, upper, residual = found.T
+    for bound, of, sign, check in ((lower, square - error, -1, below), (upper, square + error, 1, above)):
+        root = np.sqrt(np.maximum(of, 0))
+        size = (square + error) / np.maximum(root, np.sqrt(ULPS * square)) + rho
+        check(bound, np.maximum(root + sign * rho, 0), size, "a distance")
+    # Half a unit in the last of 11 bits, and one rounding of a float before.
+    real = ((Real(2) ** -11 + Real(2) ** -23) * np.sqrt(norm) + floor) * slack
+    assert (residual >= real).all() and (residual <= real * (1 + Real(2) ** -8)).all()
+
+
 def test_nothing_is_known_of_a_row_without_a_copy() -> None:
     """An infinite residual: distances from 0 to infinity, everything is kept."""
     inputs, outputs = floats(2, 7), floats(2, 8)

@@ -152,14 +152,15 @@ def test_more_records_than_a_block_has_room_for() -> None:
 
 
 @pytest.mark.parametrize("strip_rows", [0, 200])
-@pytest.mark.parametrize("name", ["clusters-1e-6", "all-identical"])
-def test_queued_rows_are_summed_as_well(name: str, strip_rows: int) -> None:
-    """A block of the merge serves the queued rows of its partial before it sums it."""
-    case = problems.adversarial_case(name, 530, 24)
+def test_queued_rows_are_summed_as_well(strip_rows: int) -> None:
+    """A block of the merge serves the queued rows of its partial before it sums it, in the last strip, too."""
+    case = problems.adversarial_case("clusters-1e-6", 530, 24)
     expected = forward(case, SUM, "direct")
-    for shared in (0, 1):
-        found = forward(case, SUM, "screen", shared_reduction=shared, strip_rows=strip_rows, seed=7 + shared)
+    for shared, seed in ((0, 7), (1, 8), (1, 9), (1, 10)):
+        settings = {"shared_reduction": shared, "strip_rows": strip_rows, "no_rescreen": 1, "buffer_capacity": 1}
+        found = forward(case, SUM, "screen", seed=seed, **settings)
         judge.assert_same_bits(found, expected)
+        assert simt.last_report is not None and simt.last_report.fallen_back > 300
 
 
 @pytest.mark.parametrize("reduction", [MEAN, SUM, NONE])

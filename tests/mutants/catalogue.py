@@ -5,168 +5,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-LIBRARY = ("sn_simt",)
-BOUNDS = ("sn_simt_bounds",)
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One fault."""
-
-    name: str
-    file: str
-    """Below the root of the tree."""
-    old: str
-    """Text that the file has exactly once."""
-    new: str
-    why: str
-    """What is wrong with it."""
-    killers: tuple[str, ...]
-    """What pytest is given: at least one of these tests must fail."""
-    builds: tuple[str, ...] = LIBRARY
-    """Targets of CMake that these tests load; none: they read the sources."""
-
-
-BACKENDS, PACKAGE = "tests/backends/", "tests/package/"
-FORMULAS = BACKENDS + "test_cuda_bounds.py::"
-LINES = BACKENDS + "test_simt_bounds.py::"
-EDGES = BACKENDS + "test_simt_edges.py::"
-PATHS = BACKENDS + "test_simt.py::"
-LINE_SUPPORT = (LINES + "test_support_of_rows_on_a_line", LINES + "test_support_among_a_bank_on_a_line")
-LINE_FAR = (LINES + "test_farthest_of_a_large_identity_on_a_line",)
-LINE_GROUPS = (
-    LINES + "test_a_group_has_its_own_residual_and_may_be_the_anchors",
-    LINES + "test_thresholds_of_groups_on_a_line",
+from mutants.formulas import formulas
+from mutants.mutant import (
+    BACKENDS,
+    BACKWARD,
+    DIRECT,
+    EDGES,
+    FENCES,
+    LINE_FAR,
+    LINE_GROUPS,
+    LINE_SUPPORT,
+    LINES,
+    PATHS,
+    RESCREEN,
+    SCREEN,
+    Mutant,
 )
-FENCES = (PACKAGE + "test_tickets.py::test_every_ticket_has_its_fences",)
-SCREEN, DIRECT, BACKWARD = "csrc/cuda/screen/", "csrc/cuda/direct/", "csrc/cuda/backward/"
-
-
-def _formulas() -> list[Mutant]:
-    """One operation of a formula rounds to the wrong side, or a term of it is missing."""
-    bound, certificate, args = SCREEN + "bound.cuh", SCREEN + "certificate.cuh", SCREEN + "args.cuh"
-    constants = "test_constants_and_certificates"
-    changes = [
-        # name, file, old, new, why, test
-        (
-            "lower-square-up", bound,
-            "const float square = add_down(add_down(n_i, score),",
-            "const float square = add_down(add_up(n_i, score),",
-            "a lower bound whose first sum is rounded up", "test_distances",
-        ),
-        (
-            "lower-root-up", bound,
-            "add_down(sqrt_down(square > 0.0f ? square : 0.0f), -add_up(rho_i, rho_j));",
-            "add_down(sqrt_up(square > 0.0f ? square : 0.0f), -add_up(rho_i, rho_j));",
-            "a lower bound whose root is rounded up", "test_distances",
-        ),
-        (
-            "upper-error-missing", bound,
-            "const float square = fma_up(eta, add_up(n_i, n_j), add_up(n_i, score));",
-            "const float square = fma_up(eta, n_j, add_up(n_i, score));",
-            "the error of a score without the anchor's norm", "test_distances",
-        ),
-        (
-            "support-T-down", bound,
-            "const float T = add_up(multiply_up(t, t), -least);",
-            "const float T = add_down(multiply_up(t, t), -least);",
-            "the support threshold rounded down", "test_thresholds_of_the_support",
-        ),
-        (
-            "support-least-up", bound,
-            "const float least = multiply_down(n_i, add_down(1.0f, -eta));",
-            "const float least = multiply_up(n_i, add_down(1.0f, -eta));",
-            "what is subtracted from the support threshold rounded up", "test_thresholds_of_the_support",
-        ),
-        (
-            "support-bias-up", bound,
-            "return add_down(multiply_down(n_j, add_down(1.0f, -eta)), -multiply_up(rho, rho));",
-            "return add_up(multiply_down(n_j, add_down(1.0f, -eta)), -multiply_up(rho, rho));",
-            "the candidate's side of the support test rounded up", "test_thresholds_of_the_support",
-        ),
-        (
-            "support-t-without-rho",
-            bound,
-            "const float t = add_up(reach, rho_i);",
-            "const float t = reach; static_cast<void>(rho_i);",
-            "the anchor's residual is forgotten",
-            "test_thresholds_of_the_support",
-        ),
-        (
-            "far-g-without-rho",
-            bound,
-            "const float g = add_down(reach, -rho_i);",
-            "const float g = reach; static_cast<void>(rho_i);",
-            "the anchor's residual is forgotten",
-            "test_thresholds_of_the_farthest",
-        ),
-        (
-            "group-square-down", bound,
-            "const float square = add_up(most, q);", "const float square = add_down(most, q);",
-            "the bound of a group rounded down", "test_groups",
-        ),
-        (
-            "rho-margin-missing", bound,
-            "inline constexpr float kRhoMargin = 1.0f + 0x1p-20f;", "inline constexpr float kRhoMargin = 1.0f;",
-            "no margin for the roundings of evaluating the test", "test_thresholds_of_the_support",
-        ),
-        (
-            "far-G-up", bound,
-            "const float G = add_down(multiply_down(g, g), -most);",
-            "const float G = add_down(multiply_up(g, g), -most);",
-            "the far threshold rounded up", "test_thresholds_of_the_farthest",
-        ),
-        (
-            "far-bias-sign", bound,
-            "return rho_j < kInfinity ? multiply_up(n_j, add_up(1.0f, eta)) : kInfinity;",
-            "return rho_j < kInfinity ? multiply_up(n_j, add_up(1.0f, -eta)) : kInfinity;",
-            "the error of a score with the wrong sign in the far test", "test_thresholds_of_the_farthest",
-        ),
-        (
-            "residual-of-centring-missing", bound,
-            "return add_up(fma_up(0x1p-23f, sqrt_up(squares), multiply_up(row_slack, sqrt_up(rests))), 0x1p-60f);",
-            "return add_up(multiply_up(row_slack, sqrt_up(rests)), 0x1p-60f); static_cast<void>(squares);",
-            "what centring rounds is not in rho", "test_residuals",
-        ),
-        (
-            "residual-slack-missing", bound,
-            "multiply_up(row_slack, sqrt_up(rests))", "sqrt_up(rests)",
-            "the roundings of the residual's own sum are not in rho", "test_residuals",
-        ),
-        (
-            "stretch-missing", args, ".stretch = up(1.0 + 2.0 * gamma),", ".stretch = 1.0f,",
-            "a key is taken for the exact square of a distance", constants,
-        ),
-        (
-            "shrink-up", args, ".shrink = down(1.0 - 2.0 * gamma),", ".shrink = up(1.0 + 2.0 * gamma),",
-            "gamma with the wrong sign", constants,
-        ),
-        (
-            "gamma-without-the-chunk", args,
-            "(64.0 + 5.0 + sections + 4.0) * 0x1p-24", "(5.0 + sections + 4.0) * 0x1p-24",
-            "the 64 roundings inside a chunk are forgotten", constants,
-        ),
-        (
-            "underflow-in-wrong-units", certificate,
-            "return fma_up(U, args.stretch, multiply_up(args.underflow_distance, facts.scale));",
-            "return fma_up(U, args.stretch, multiply_up(args.underflow_distance, facts.unscale));",
-            "what underflows is converted from the units that it should be converted to", constants,
-        ),
-        (
-            "largest-key-down", certificate,
-            "return fma_up(multiply_up(distance, args.stretch), distance, args.underflow_key);",
-            "return fma_up(distance, distance, args.underflow_key);",
-            "the largest key of a distance is taken for its square", constants,
-        ),
-        (
-            "eta-without-norms", "csrc/cuda/plan/sizes.h",
-            "(1.25 * dims + dims / 32.0 + 32.0) * 0x1p-23", "(1.25 * dims) * 0x1p-23",
-            "the errors of the norms and of evaluating a bound are forgotten", constants,
-        ),
-    ]  # fmt: skip
-    return [Mutant(n, f, old, new, why, (FORMULAS + test,), BOUNDS) for n, f, old, new, why, test in changes]
 
 
 def _tiles() -> list[Mutant]:
@@ -224,7 +78,7 @@ def _tiles() -> list[Mutant]:
 
 
 MUTANTS: tuple[Mutant, ...] = (
-    *_formulas(),
+    *formulas(),
     # ---- bounds, as the paths use them
     Mutant(
         "support-threshold-without-rho",
@@ -571,6 +425,30 @@ MUTANTS: tuple[Mutant, ...] = (
         "buckets.begins + (first >> (args.buckets.shift + 1));",
         "groups look for their edges in another bucket",
         (PATHS + "test_backward_with_and_without_buckets",),
+    ),
+    Mutant(
+        "second-refinement-forgets-the-frame",
+        SCREEN + "certificate.cuh",
+        "return bits_of(upper_bound(args, facts, fetched.entry, fetched.n, fetched.rho));",
+        "return bits_of(distance_upper(facts.n, facts.rho, fetched.n, fetched.rho, fetched.entry.score, args.eta));",
+        "squares of the second screening are taken for scores of the first",
+        (RESCREEN + "test_the_second_refinement_sums_few_of_many_entries",),
+    ),
+    Mutant(
+        "minus-zero-is-another-point",
+        "csrc/cuda/rescreen/rescore.cu",
+        "differs = differs || value(i) != other.value(i);",
+        "differs = differs || bits_of(value(i)) != bits_of(other.value(i));",
+        "rows of +0 and -0 are not cut by their index",
+        (PATHS + "test_rows_of_zeros_tie_by_thousands",),
+    ),
+    Mutant(
+        "groups-of-any-leader",
+        "csrc/cuda/rescreen/groups.cu",
+        "if (leader == kNoLeader || sOwners.get(bucket_of(leader)) != leader) {",
+        "if (leader == kNoLeader) {",
+        "rows whose bucket belongs to another leader are screened from that one, in places of other rows",
+        (RESCREEN + "test_tight_clusters_are_decided_by_the_second", RESCREEN + "test_duplicates_of_several_points"),
     ),
     *_tiles(),
 )

@@ -26,7 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from mutants.catalogue import MUTANTS, Mutant  # noqa: E402
+from mutants.catalogue import MUTANTS  # noqa: E402
+from mutants.mutant import Mutant  # noqa: E402
 
 PATIENCE = 900
 """Seconds that the tests of one mutant may take: a kernel that never ends is noticed too."""

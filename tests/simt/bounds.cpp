@@ -1,6 +1,7 @@
 // The formulas of csrc/cuda/screen/bound.cuh and certificate.cuh as plain calls: tests/backends/test_cuda_bounds.py.
 #include "cuda/screen/bound.cuh"
 
+#include "cuda/rescreen/rescreen.cuh"
 #include "cuda/screen/args.cuh"
 #include "cuda/screen/certificate.cuh"
 #include "simt.h"
@@ -31,6 +32,18 @@ extern "C" SN_SIMT_EXPORT void sn_simt_bounds(std::int64_t count, const float (*
 extern "C" SN_SIMT_EXPORT void sn_simt_groups(std::int64_t count, const float (*inputs)[4], float* outputs) {
   for (std::int64_t i = 0; i < count; ++i) {
     outputs[i] = sn::cuda::group_upper(inputs[i][0], inputs[i][1], inputs[i][2], inputs[i][3]);
+  }
+}
+
+// Of a row that is screened again. Inputs: a square, its error and the residuals of an entry; a row's n, its slack and
+// the floor of its residual. Outputs: bounds of the distance from below and above; rho.
+extern "C" SN_SIMT_EXPORT void sn_simt_frames(std::int64_t count, const float (*inputs)[6], float (*outputs)[3]) {
+  using namespace sn::cuda;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const auto [square, error, rho, norm, slack, floor] = inputs[i];
+    outputs[i][0] = framed_lower(square, error, rho);
+    outputs[i][1] = framed_upper(square, error, rho);
+    outputs[i][2] = rounding_bound(norm, slack, floor);
   }
 }
 

@@ -43,9 +43,10 @@ constexpr std::array<PathName<ForwardPath>, 6> kCudaPaths{{
     {ForwardPath::kBank, "bank"},
 }};
 
-constexpr std::array<PathName<sn::cuda::Batch>, 2> kBatches{{
+constexpr std::array<PathName<sn::cuda::Batch>, 3> kBatches{{
     {sn::cuda::Batch::kRandom, "random"},
     {sn::cuda::Batch::kClusters, "clusters"},
+    {sn::cuda::Batch::kIdentical, "identical"},
 }};
 
 template <class Names, class Path>
@@ -207,10 +208,9 @@ PYBIND11_MODULE(_C, module) {
       "How the CUDA forward would run on a device with these facts (default: an H200's): path, launches, "
       "workspace_bytes, strips and tiles. largest_cluster, cluster_planes: blocks of the largest cluster that the "
       "device holds, and planes of sums a block of it may keep. predicted_us is what the cost model expects of a call "
-      "in "
-      "a CUDA graph, kernels its parts: (name, launches, microseconds); batch is what the features look like, random "
-      "or "
-      "clusters (too tight for the scores: every row is screened again). ValueError where a forced path cannot serve.");
+      "in a CUDA graph, kernels its parts: (name, launches, microseconds). batch is what the features look like: "
+      "random, clusters (too tight for the scores: every row is screened again) or identical (one point). ValueError "
+      "where a forced path cannot serve.");
   module.def(
       "cuda_backward_plan", &cuda_backward_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"),
       py::arg("dtype"), py::arg("symmetric"), capability, multiprocessors, shared_bytes,

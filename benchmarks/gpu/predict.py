@@ -35,7 +35,8 @@ DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 
 
 class Shape(NamedTuple):
-    """N anchors of D dimensions against M candidates, or themselves. `bank`: these have labels of their own."""
+    """N anchors of D dimensions against M candidates, or themselves. `bank`: these have labels of their own; else N < M
+    means that the anchors are the first of the candidates, as where batches are gathered from several processes."""
 
     N: int
     D: int
@@ -48,6 +49,13 @@ class Shape(NamedTuple):
     def candidates(self) -> int:
         """M, which is N in the self case."""
         return self.M or self.N
+
+    @property
+    def label(self) -> str:
+        """How records call it."""
+        kind = "bank " if self.bank else "gather " if self.M else ""
+        against = f" x {self.M}" if self.M else ""
+        return f"{kind}{self.N}{against} x {self.D} {self.dtype}" + (f" k {self.k}" if self.k != 10 else "")
 
     @property
     def text(self) -> str:
@@ -153,10 +161,9 @@ def costs(record: str) -> list[list[str]]:
 HARD = (
     ("8 clusters of 256, nearly duplicates", Shape(2048, 512), "clusters"),
     ("features collapsed to one point and roundings", Shape(8192, 2048), "clusters"),
-    ("all rows identical", Shape(8192, 2048), "random"),
+    ("all rows identical, identities of up to 128", Shape(8192, 2048), "identical"),
 )
-"""Batches that the first screening cannot decide, and what the model takes them for. Rows that are all identical are
-finished by the first refinement: the first of them are at distance 0."""
+"""Batches that the first screening cannot decide, and what the model takes them for (csrc/cuda/plan/cost.h)."""
 
 
 def hard_batches() -> list[list[str]]:

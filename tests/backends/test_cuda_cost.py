@@ -17,27 +17,10 @@ import pytest
 import records
 import render
 from support.cuda_paths import PATHS
+from support.cuda_plans import BF16, DEVICES, F16, F32, F64, plan
 from support.pages import ROOT
 
-F32, F64, F16, BF16 = range(4)
 RECORD = ROOT / "benchmarks" / "results" / "nvidia-h200" / "2026-11-26-d45aac1840-measure.json"
-
-# capability, multiprocessors, shared bytes a block may have: from the smallest to the largest that is supported
-DEVICES = {
-    "sm_80": ((8, 0), 108, 166912),
-    "sm_86": ((8, 6), 28, 101376),
-    "sm_89": ((8, 9), 128, 101376),
-    "sm_90": ((9, 0), 132, 232448),
-    "sm_100": ((10, 0), 148, 232448),
-    "sm_120": ((12, 0), 170, 101376),
-}
-
-
-def plan(core: ModuleType, n: int, m: int, d: int, device: str = "sm_90", **options: Any) -> dict[str, Any]:
-    capability, multiprocessors, shared = DEVICES[device]
-    options = {"k": 10, "dtype": F32, "symmetric": n == m} | options
-    facts = {"capability": capability, "multiprocessors": multiprocessors, "shared_bytes": shared}
-    return dict(core.cuda_plan(N=n, M=m, D=d, **facts, **options))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -298,8 +281,9 @@ def test_every_prediction_is_a_time(core: ModuleType) -> None:
 
 
 def test_no_batch_falls_off_a_cliff(core: ModuleType) -> None:
-    """Every row screened again costs at most three times a batch of random features."""
+    """Every row screened again costs at most three times a batch of random features; of one point nothing is scored."""
     for n, d in ((2048, 512), (8192, 2048), (4096, 512), (65536, 128)):
-        facts = [plan(core, n, n, d, path="screen", batch=batch) for batch in ("random", "clusters")]
-        us = [each["predicted_us"] for each in facts]
-        assert us[0] < us[1] <= 3.0 * us[0], (n, d, us)
+        facts = [plan(core, n, n, d, path="screen", batch=batch) for batch in ("random", "clusters", "identical")]
+        random, clusters, identical = (each["predicted_us"] for each in facts)
+        assert random < clusters <= 3.0 * random, (n, d)
+        assert 0.0 < identical < random, (n, d)

@@ -12,33 +12,14 @@ import pytest
 import torch
 
 from support.cuda_paths import PATHS
+from support.cuda_plans import BF16, DEVICES, F16, F32, F64, plan
 
-F32, F64, F16, BF16 = range(4)
 ELEMENT = {F32: 4, F64: 8, F16: 2, BF16: 2}
 SCRATCH = 2**22
 """Entries: no N x M scratch is larger."""
 
-# capability, multiprocessors, shared bytes a block may have: from the smallest to the largest that is supported
-DEVICES = {
-    "sm_80": ((8, 0), 108, 166912),
-    "sm_86": ((8, 6), 28, 101376),
-    "sm_89": ((8, 9), 128, 101376),
-    "sm_90": ((9, 0), 132, 232448),
-    "sm_100": ((10, 0), 148, 232448),
-    "sm_120": ((12, 0), 170, 101376),
-}
 SHAPES = [0, 1, 2, 63, 64, 65, 257, 1024, 1025, 8192, 65536, 1_000_000]
 DIMS = [1, 64, 127, 512, 2048, 2049, 4096]
-
-
-def plan(core: ModuleType, n: int, m: int, d: int, device: str = "sm_90", **options: Any) -> dict[str, Any]:
-    capability, multiprocessors, shared = DEVICES[device]
-    options = {"k": 10, "dtype": F32, "symmetric": n == m} | options
-    return dict(
-        core.cuda_plan(
-            N=n, M=m, D=d, capability=capability, multiprocessors=multiprocessors, shared_bytes=shared, **options
-        )
-    )
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -18,6 +18,7 @@ import torch
 import counters
 import device
 import manifest
+import predict
 import probe
 import protocol
 import records
@@ -322,7 +323,7 @@ def test_counters_are_read() -> None:
 
 
 def test_every_time_becomes_a_case_of_the_schema() -> None:
-    shape = times.Shape(64, 2048, 65536, bank=True)
+    shape = predict.Shape(64, 2048, 65536, bank=True)
     case = times.case_of(shape, "cuda", "auto", "bank", "both", "graph", [3.0, 1.0, 2.0])
     assert set(case) == set(records.Case.__annotations__)
     assert (case["median_us"], case["expected_us"], case["M"]) == (2.0, 180, 65536)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ import protocol
 import records
 import sn_ops
 from device import DTYPES, Gpu, Pretended, open_device
+from predict import Shape
 from protocol import say
 
 sys.path.append(str(manifest.HERE.parent))
@@ -39,31 +39,6 @@ SAMPLE_S = 3e-3
 MOST_SAMPLES = 30
 SAMPLING_S = 0.35  # of one time
 ALPHA, WEIGHT = 50.0, 0.1
-
-
-@dataclass(frozen=True)
-class Shape:
-    """N anchors of D dimensions against M candidates. `bank`: these have labels of their own; else N < M means that
-    the anchors are the first of the candidates, as where batches are gathered from several processes."""
-
-    N: int
-    D: int
-    M: int = 0
-    bank: bool = False
-    dtype: str = "float32"
-    k: int = 10
-
-    @property
-    def candidates(self) -> int:
-        """M, which is N in the self case."""
-        return self.M or self.N
-
-    @property
-    def label(self) -> str:
-        """How tables call it."""
-        kind = "bank " if self.bank else "gather " if self.M else ""
-        against = f" x {self.M}" if self.M else ""
-        return f"{kind}{self.N}{against} x {self.D} {self.dtype}" + (f" k {self.k}" if self.k != 10 else "")
 
 
 LOSS = (
@@ -236,7 +211,7 @@ def case_of(
     if backend == "cuda":
         goal = expected.expected_us(shape.N, shape.candidates, shape.D, shape.dtype, shape.bank, scope, wanted, how)
         if goal is None and how == "graph" and scope == "forward":
-            goal = predict.predicted_us(predict.Shape(*astuple(shape)), taken or wanted)
+            goal = predict.predicted_us(shape, taken or wanted)
     return {
         "label": shape.label,
         "N": shape.N,

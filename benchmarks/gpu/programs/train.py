@@ -12,7 +12,8 @@ import torch
 import manifest
 import protocol
 from device import Gpu, Pretended, open_device
-from times import Loss, Shape, case_of, graph_samples, inputs_of, ours, pass_of, theirs, told
+from predict import Shape
+from times import Loss, case_of, graph_samples, inputs_of, ours, pass_of, theirs, told
 
 sys.path.append(str(manifest.HERE.parent))
 

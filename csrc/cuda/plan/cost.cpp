@@ -220,18 +220,14 @@ struct Sample {
   double ratio;   // candidates for each of the sample, so for each neighbour entries that the screening keeps
 };
 Sample sample_of(const Problem& problem, std::int64_t K) {
-  constexpr double kRatio = 16.0;
-  constexpr double kLeanRatio = 12.0;
-  constexpr double kFewSample = 2048.0;
   constexpr double kSingleScores = 64.0;
   const double M = real(problem.M);
-  const double least = std::max(64.0, 2.0 * real(K));
+  const double least = real(least_sample(K));
   const bool few = problem.N <= kFewRows;
-  const bool lean = problem.N >= 32768 && K <= 10;
-  const double wanted = few ? std::min(M / kRatio, kFewSample) : M / (lean ? kLeanRatio : kRatio);
-  const double columns = std::min(M, std::max(least, wanted));
-  return {columns, std::min(columns, kSingleScores) + columns / 32.0,
-          std::max(1.0, std::min(few ? std::max(kRatio, M / kFewSample) : kRatio, M / least))};
+  const double most = M / real(takes_lean_sample(problem.N, K) ? kLeanRatio : kSampleRatio);
+  const double columns = std::min(M, std::max(least, few ? std::min(most, real(kFewSample)) : most));
+  const double ratio = few ? std::max(real(kSampleRatio), M / real(kFewSample)) : real(kSampleRatio);
+  return {columns, std::min(columns, kSingleScores) + columns / 32.0, std::max(1.0, std::min(ratio, M / least))};
 }
 
 // Counted, not measured: a warp an anchor issues some 400 instructions and half a one a value, and reads what the
@@ -303,9 +299,10 @@ constexpr double kMergeStart = 5.0;
 constexpr double kTensor = 1.52e6;
 constexpr double kSmallTileShare = 0.66;
 // Tiles of 128 x 256, counted, not measured: warps of 64 x 64 move 0.086 bytes of shared memory for a multiply-add,
-// those of the large tile 0.125, at which 128 bytes a clock allow little more than was measured. Alone on its
+// those of the large tile 0.125, at which 128 bytes a clock allow little more than the 930 multiply-adds a clock that
+// were measured. Of the 1290 that `mma.sync` is said to reach, nine tenths are 1.25 times as many. Alone on its
 // multiprocessor, a block waits for its first stages while nobody multiplies.
-constexpr double kWideTileShare = 1.3;
+constexpr double kWideTileShare = 1.25;
 constexpr double kWideWait = 1.5;
 constexpr double kScoresStart = 4.0;
 // Epilogue of a pair: written out; tested for its anchor; tested for both.
@@ -413,10 +410,12 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Mac
   const auto each = [&](const char* name, const auto& us_of) {
     cost->add(name, all_strips(plan, problem, us_of), plan.strips);
   };
+  const bool identical = batch == Batch::kIdentical;
   const auto scores = [&](const char* name, std::int64_t columns, ScoresFor what) {
-    each(name, [&](auto rows) { return scores_us(plan, rows, columns, what, machine); });
+    each(name, [&](auto rows) { return identical ? kGap + kIdle : scores_us(plan, rows, columns, what, machine); });
   };
-  const Sample sample = sample_of(problem, plan.K);
+  Sample sample = sample_of(problem, plan.K);
+  if (identical) sample.ratio = 0.0;  // no entries: the K lowest indices are at distance 0
   cost->add("sample", sample_us(problem));
   cost->add("facts", facts_us(plan, problem, machine));
   cost->add("positives", positives_us(problem, machine));

@@ -37,8 +37,11 @@ class Cost {
 
 // What the features look like, as far as it costs time. Shapes do not say it: the plan is made for kRandom.
 enum class Batch : std::int32_t {
-  kRandom = 0,   // every row is certified
-  kClusters = 1  // a few clusters tighter than the scores' errors and larger than a buffer: every row is screened again
+  kRandom = 0,  // every row is certified
+  kClusters =
+      1,  // a few clusters tighter than the scores' errors and larger than a buffer: every row is screened again
+  kIdentical =
+      2  // one point, in identities that are listed whole: nothing is scored, the first refinement finishes all
 };
 
 Cost predict_forward(const ForwardPlan& plan, const Problem& problem, const DeviceFacts& device,

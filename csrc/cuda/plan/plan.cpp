@@ -15,20 +15,9 @@ namespace {
 constexpr std::int64_t kScratchEntries = std::int64_t{1} << 22;
 // Candidate buffers of one strip of the screening: 65536 anchors with 384 + 256 entries of 8 bytes are 320 MiB.
 constexpr std::int64_t kBufferBytes = std::int64_t{320} << 20;
-// A sample of one candidate in r leaves about r K to look at, distributed as r times a Gamma(K) variable: 174 +- 55 for
-// r = 16, K = 10 and groups of 8.
-constexpr std::int64_t kSampleRatio = 16;
 constexpr std::int64_t kSmallestBuffer = 512;
-// Very many anchors get a quarter less memory for a larger sample. Errors of the scores leave a fifth more entries at D
-// = 2048, so one row in 10^4 has more than 32 r entries. With a sample of one in 16 it would be one row in 200, by
-// estimate; the fallback that served those rows took two thirds of the forward.
-constexpr std::int64_t kLeanRatio = 12;
-constexpr std::int64_t kLeanEntries = 32;  // times the ratio: room for up to 10 neighbours
-constexpr std::int64_t kLeanNeighbours = 10;
-constexpr std::int64_t kLeanFrom = 32768;
-// Few anchors do not fill the machine with a sample, however small, and their buffers cost nothing: a sample of at
-// least so many candidates while that is at most one in kSampleRatio, buffers of kFewEntries to kMostFewEntries.
-constexpr std::int64_t kFewSample = 2048;
+constexpr std::int64_t kLeanEntries = 32;  // times kLeanRatio: room for up to 10 neighbours
+// Buffers of up to kFewRows anchors.
 constexpr std::int64_t kFewEntries = 2048;
 constexpr std::int64_t kMostFewEntries = 4096;
 // Groups per neighbour that the threshold is taken from: 4 leave 15 % more entries than single scores would, 15 leave
@@ -36,7 +25,6 @@ constexpr std::int64_t kMostFewEntries = 4096;
 constexpr std::int64_t kLaneGroupShare = 4;
 constexpr std::int64_t kQuadGroupShare = 15;
 constexpr std::int64_t kFarCapacity = 256;
-constexpr std::int64_t kSmallestSample = 64;
 constexpr std::int64_t kSampleMultiple = 64;
 
 class Workspace {
@@ -154,7 +142,7 @@ std::int64_t likely_entries(std::int64_t M, std::int64_t sample, std::int64_t gr
 // A sample of one in `ratio`, and the buffer that it needs.
 void plan_sample(ForwardPlan& plan, const Problem& problem, std::int64_t ratio, bool lean) {
   const std::int64_t M = problem.M;
-  const std::int64_t least = std::max<std::int64_t>(kSmallestSample, 2 * plan.K);
+  const std::int64_t least = least_sample(plan.K);
   plan.sample_stride = std::max<std::int64_t>(1, std::min(ratio, M / least));
   plan.sample_columns = divide_up(M, plan.sample_stride);
   const auto has_groups = [&](std::int64_t group, std::int64_t share) {
@@ -199,7 +187,7 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
     plan.strip_rows = N;
   } else {
     // The place of the buffer also holds what the sample leaves: beyond some 500,000 candidates both grow as sqrt(M).
-    const bool lean = N >= kLeanFrom && plan.K <= kLeanNeighbours;
+    const bool lean = takes_lean_sample(N, plan.K);
     std::int64_t ratio = lean ? kLeanRatio : kSampleRatio;
     if (N <= kFewRows) ratio = std::max(ratio, M / kFewSample);
     plan_sample(plan, problem, ratio, lean);

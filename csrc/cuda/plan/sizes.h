@@ -178,6 +178,23 @@ constexpr std::int64_t screened_buffer_bytes(const ForwardPlan& plan) {
 // Up to so many anchors do not fill the machine a warp each.
 inline constexpr std::int64_t kFewRows = 1024;
 
+// How thin the sample is (plan_sample; the cost model follows it). A sample of one candidate in r leaves about r K to
+// look at, distributed as r times a Gamma(K) variable: 174 +- 55 for r = 16, K = 10 and groups of 8.
+inline constexpr std::int64_t kSampleRatio = 16;
+// Very many anchors get a quarter less memory for a larger sample. Errors of the scores leave a fifth more entries at D
+// = 2048, so one row in 10^4 has more than 32 r entries. With a sample of one in 16 it would be one row in 200, by
+// estimate; the fallback that served those rows took two thirds of the forward.
+inline constexpr std::int64_t kLeanRatio = 12;
+constexpr bool takes_lean_sample(std::int64_t N, std::int64_t K) {
+  return N >= 32768 && K <= 10;
+}
+// Up to kFewRows anchors do not fill the machine with a sample, however small, and their buffers cost nothing: at least
+// so many candidates while that is at most one in kSampleRatio.
+inline constexpr std::int64_t kFewSample = 2048;
+constexpr std::int64_t least_sample(std::int64_t K) {
+  return std::max<std::int64_t>(64, 2 * K);
+}
+
 // enqueue_sample and enqueue_facts, a kernel each.
 inline constexpr std::int64_t kPrepareLaunches = 2;
 

@@ -102,6 +102,19 @@ def test_few_rows_go_to_the_fallback() -> None:
     assert (report.rescreened, report.fallen_back) == (0, 10)
 
 
+def test_small_groups_take_no_places_of_others() -> None:
+    """Ten points, each of 60 equal candidates: four have 30 anchors, the others 10, which are not worth a tile."""
+    generator = torch.Generator().manual_seed(9)
+    points = torch.nn.functional.normalize(torch.randn(10, 40, generator=generator), dim=1)
+    of = torch.cat([torch.arange(100) % 10, torch.arange(80) % 4, torch.arange(600) % 10])
+    feats = points[of]
+    labels = torch.arange(780) % 77
+    case = Case(feats[:180], labels[:180], k=1, candidates=feats[180:], candidate_labels=labels[180:])
+    report = check(case, buffer=512)  # all that see a point see it whole, and agree on its first candidate
+    # The point of candidate 0 is done before; anchors without a group keep their entries and are refined from those.
+    assert (report.rescreened, report.certified, report.fallen_back) == (90, 90, 0)
+
+
 def test_what_no_bound_can_tell_apart_goes_to_the_fallback() -> None:
     """Rows at one distance from each other: the index decides, which no score shows."""
     rows = 230

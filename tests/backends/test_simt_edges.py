@@ -157,8 +157,8 @@ def far_apart(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_rows_that_32_bits_do_not_reach(path: str, dtype: torch.dtype) -> None:
-    """Offsets of rows have 64 bits in every kernel."""
-    near = [problems.self_case(3, 64, 1, k=2, seed=1), problems.bank_case(3, 3, 64, 1, k=2, seed=2)]
+    """Offsets of rows have 64 bits in every kernel. Rows are so many that a screening decides between them."""
+    near = [problems.self_case(40, 64, 9, k=2, seed=1), problems.bank_case(3, 40, 64, 9, k=2, seed=2)]
     for case in (each.to(dtype) for each in near):
         candidates = None if case.candidates is None else far_apart(case.candidates)
         apart = replace(case, feats=far_apart(case.feats), candidates=candidates)

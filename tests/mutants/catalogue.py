@@ -448,7 +448,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "if (leader == kNoLeader || sOwners.get(bucket_of(leader)) != leader) {",
         "if (leader == kNoLeader) {",
         "rows whose bucket belongs to another leader are screened from that one, in places of other rows",
-        (RESCREEN + "test_tight_clusters_are_decided_by_the_second", RESCREEN + "test_duplicates_of_several_points"),
+        (RESCREEN + "test_small_groups_take_no_places_of_others",),
     ),
     *_tiles(),
 )

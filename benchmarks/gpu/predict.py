@@ -84,6 +84,7 @@ SHAPES = (
     Shape(8192, 2048, dtype="bfloat16"),
     Shape(65536, 128, dtype="bfloat16"),
     Shape(65536, 2048),
+    Shape(100000, 128, dtype="bfloat16"),
     Shape(64, 128, 16384, bank=True),
     Shape(64, 128, 65536, bank=True),
     Shape(64, 2048, 16384, bank=True),

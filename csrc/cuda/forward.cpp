@@ -55,8 +55,7 @@ cudaError_t run_screened(const ForwardArgs& args, const ForwardPlan& plan, char*
       request.rows = strip.rows;
       request.columns = columns;
       request.column_stride = stride;
-      // Tiles that serve both triangles need the thresholds of all rows at once.
-      request.symmetric = mode == ScoreMode::kAppend && columns == M && plan.triangular && strip.rows == N;
+      request.symmetric = mode == ScoreMode::kAppend && plan.triangular;
       request.far = mode == ScoreMode::kAppend && columns == M && large;
       if (!steps.going()) return;
       steps.take(plan.path == ForwardPath::kBank ? enqueue_bank_scores(args, plan, workspace, request, stream)

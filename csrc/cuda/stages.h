@@ -97,7 +97,8 @@ struct ScoreRequest {
   std::int64_t rows = 0;           // anchors of the strip, at most plan.strip_rows
   std::int64_t columns = 0;        // candidates taken
   std::int64_t column_stride = 1;  // column c is candidate c * column_stride < M
-  // kAppend, self case, all rows and all candidates: half of the tiles serve both triangles. Needs plan.triangular.
+  // kAppend, self case, all candidates: of the strip's rows with themselves, tiles on and above the diagonal serve both
+  // triangles. Needs plan.triangular.
   bool symmetric = false;
   bool far = false;  // kAppend: G and g2 are set and far_buffer is there; false: they are not touched
 };

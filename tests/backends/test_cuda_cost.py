@@ -188,7 +188,7 @@ def test_the_planned_path_is_nearly_the_fastest(core: ModuleType) -> None:
 # --------------------------------------------------------------------------------------------------
 
 EDGES = (8, 16, 32, 64, 96, 128, 192, 256, 320, 448, 512, 640, 724, 768, 1024, 1280, 1536, 2048, 3072, 4096, 8192)
-LARGE = (16384, 32768, 65536)
+LARGE = (16384, 32768, 65536, 98304, 131072, 262144)
 
 
 def around(edges: Iterable[int]) -> list[int]:
@@ -222,7 +222,7 @@ def test_more_rows_are_never_cheaper_nor_much_dearer(core: ModuleType, device: s
     from by a radix search."""
     limit = 1.3 if device == "sm_90" else 1.45
     for name, shape_of, symmetric in WALKS:
-        sizes = around((*EDGES, *LARGE))[: -1 if symmetric else None]  # beyond 65536 there are strips
+        sizes = around((*EDGES, *LARGE))
         most = 0.0
         for (n, before, us), (m, after, more) in steps(
             core, sizes, shape_of, device=device, dtype=dtype, k=k, symmetric=symmetric

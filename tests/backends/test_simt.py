@@ -181,9 +181,12 @@ def partly_listed() -> tuple[Case, sn_ops.SupportNeighbors]:
         {"path": "screen", "strip_rows": 70},
         {"path": "screen", "score_tile": 128},
         {"path": "screen", "score_tile": 128, "strip_rows": 150},
+        {"path": "screen", "score_tile": 64, "strip_rows": 64},
+        {"path": "screen", "score_tile": 128, "strip_rows": 128},
         {"path": "dense", "score_tile": 256},
         {"path": "screen", "score_tile": 256},
         {"path": "screen", "score_tile": 256, "strip_rows": 150},
+        {"path": "screen", "score_tile": 256, "strip_rows": 256},
         {"path": "screen", "sample_stride": 3, "sample_group": 8},
         {"path": "screen", "far_capacity": 1},
     ],
@@ -204,7 +207,7 @@ def everything_kept(rows: int, columns: int | None, dtype: torch.dtype) -> Case:
         feats[:, ::4] += last_bits * torch.finfo(dtype).eps
         return feats
 
-    labels = problems.random_labels(rows, 4, seed=1)
+    labels = problems.random_labels(rows, max(4, rows // 80), seed=1)  # identities that are listed whole
     if columns is None:
         return Case(nearly_ones(rows), labels, k=10)
     return Case(nearly_ones(rows), labels, nearly_ones(columns), problems.random_labels(columns, 4, seed=2), k=10)
@@ -222,6 +225,26 @@ def test_each_pair_is_appended_once(rows: int, score_tile: int, dtype: torch.dty
     case = everything_kept(rows, None, dtype)
     report = check(case, direct_sums(case), "screen", score_tile=score_tile, seed=rows, no_rescreen=1)
     assert report.refined == rows * (rows - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("score_tile", "strip_rows", "rows"),
+    [
+        # Strips before and behind; one row left over; one row missing; more than one tile of a strip.
+        *((64, 64, 193), (64, 128, 255), (64, 192, 400)),
+        *((128, 128, 257), (128, 128, 383), (128, 256, 600)),
+        *((256, 256, 257), (256, 256, 600), (256, 512, 513)),
+        # Strips that do not begin with tiles share nothing.
+        *((64, 100, 250), (256, 128, 385)),
+    ],
+)
+def test_each_pair_of_strips_is_appended_once(score_tile: int, strip_rows: int, rows: int, dtype: torch.dtype) -> None:
+    """As many pairs as of one strip: of each strip's own square half of the tiles serve both triangles, columns before
+    and behind it are ordinary ones."""
+    case = everything_kept(rows, None, dtype)
+    settings = {"score_tile": score_tile, "strip_rows": strip_rows, "seed": rows, "no_rescreen": 1}
+    assert check(case, direct_sums(case), "screen", **settings).refined == rows * (rows - 1)
 
 
 @pytest.mark.parametrize("score_tile", [64, 128, 256])

@@ -66,6 +66,23 @@ def test_strips_hand_on_that_something_is_not_finite(path: str, reduction: str) 
             assert gradient.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("score_tile", "strip_rows", "rows"), [(64, 0, 100), (64, 64, 150), (128, 0, 200), (256, 0, 300)]
+)
+def test_nothing_is_kept_for_rows_that_a_tile_has_beyond_the_matrix(
+    score_tile: int, strip_rows: int, rows: int, dtype: torch.dtype
+) -> None:
+    """A product with NaN or Inf passes every test, whoever the anchor would be: rows and columns behind the last ones
+    have no buffer."""
+    case = problems.self_case(rows, 40, 9, seed=2).to(dtype)
+    feats = case.feats.clone()
+    feats[[3, rows - 60, rows - 2], [5, 0, 1]] = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
+    case = Case(feats, case.labels, k=5)
+    with simt.using(path="screen", score_tile=score_tile, strip_rows=strip_rows):
+        judge.assert_same_bits(judge.neighbors_of(case, "simt"), direct_sums(case))
+
+
 @cache
 def about_the_length_of_the_list(bank: bool) -> tuple[Case, sn_ops.SupportNeighbors]:
     """Identities of 127 to 130 images, and their neighbours by direct sums."""

@@ -26,7 +26,8 @@ from mutants.mutant import (
 def _tiles() -> list[Mutant]:
     """Tiles of scores: which pairs a warp serves, how it finds and writes its hits, when an operand may be read."""
     scores, epilogue, bank = SCREEN + "scores.cu", SCREEN + "epilogue.cuh", SCREEN + "bank.cu"
-    once = "test_each_pair_is_appended_once"
+    once, strips = "test_each_pair_is_appended_once", "test_each_pair_of_strips_is_appended_once"
+    beyond = "test_nothing_is_kept_for_rows_that_a_tile_has_beyond_the_matrix"
     changes = [
         # name, file, old, new, why, test
         (
@@ -36,7 +37,7 @@ def _tiles() -> list[Mutant]:
         ),
         (
             "diagonal-served-twice", scores,
-            "return kSymmetric && place.row < place.column *", "return kSymmetric && place.row <= place.column *",
+            "return kSymmetric && place.row < across", "return kSymmetric && place.row <= across",
             "columns of the diagonal's square blocks are served, too", once,
         ),
         (
@@ -44,6 +45,48 @@ def _tiles() -> list[Mutant]:
             "while (id >= kAcross * (step + 1) && step + 1 < steps) id -= kAcross * ++step;",
             "while (id > kAcross * (step + 1) && step + 1 < steps) id -= kAcross * ++step;",
             "the last tile of a step is taken for the one below it", once,
+        ),
+        (
+            "columns-of-other-strips-served", scores,
+            "place.row < across && across < args.tile_rows;", "place.row < across;",
+            "columns behind and before the strip's square are tested with thresholds of other calls", strips,
+        ),
+        (
+            "circle-of-columns-one-too-long", scores,
+            "return place < args.tile_columns ? place", "return place <= args.tile_columns ? place",
+            "the first column of tiles is taken for one behind the last", strips,
+        ),
+        (
+            "squares-begin-at-the-first-column", scores,
+            "const std::uint32_t place = column + static_cast<std::uint32_t>(args.anchors.first / Tile::kColumns);",
+            "const std::uint32_t place = column;",
+            "the staircase of every strip lies where that of the first does", strips,
+        ),
+        (
+            "tiles-below-a-staircase-of-odd-height", scores,
+            "+ rows % Tile::kBlocksAcross * steps;", "+ rows % Tile::kBlocksAcross * (steps + 1);",
+            "the last tile of a strip with an odd number of square blocks is not launched", strips,
+        ),
+        (
+            "entries-of-columns-by-number-in-the-matrix", epilogue,
+            "first_anchor = kRows ? row : column - args.anchors.first;", "first_anchor = kRows ? row : column;",
+            "the buffer of a column is looked for as if the strip began with the first anchor", strips,
+        ),
+        (
+            "counts-of-columns-by-number-in-the-matrix", epilogue,
+            "row + i : column - args.anchors.first + (i - Tile::kWarpRows);",
+            "row + i : column + (i - Tile::kWarpRows);",
+            "the count of a column is looked for as if the strip began with the first anchor", strips,
+        ),
+        (
+            "hits-of-columns-beyond-the-matrix", epilogue,
+            "if (r >= rows_left || c >= columns_left) return false;", "if (r >= rows_left) return false;",
+            "a product with NaN is kept for a column that has no buffer", EDGES + beyond,
+        ),
+        (
+            "hits-of-rows-beyond-the-matrix", epilogue,
+            "if (r >= rows_left || c >= columns_left) return false;", "if (c >= columns_left) return false;",
+            "a product with NaN is kept for a row that has no buffer", EDGES + beyond,
         ),
         (
             "hits-of-the-first-words", epilogue,
@@ -74,7 +117,10 @@ def _tiles() -> list[Mutant]:
             "a value of the bank that is not finite is not reported", "test_tiles_of_a_bank",
         ),
     ]  # fmt: skip
-    return [Mutant(name, file, old, new, why, (PATHS + test,)) for name, file, old, new, why, test in changes]
+    return [
+        Mutant(name, file, old, new, why, (test if "::" in test else PATHS + test,))
+        for name, file, old, new, why, test in changes
+    ]
 
 
 MUTANTS: tuple[Mutant, ...] = (

@@ -124,8 +124,7 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
   if (settings.strip_rows > 0 && settings.strip_rows < plan.strip_rows) {
     plan.strip_rows = settings.strip_rows;
     plan.strips = (problem.N + plan.strip_rows - 1) / plan.strip_rows;
-    plan.triangular = plan.path == ForwardPath::kDirect ? sn::cuda::direct_triangular(problem, plan.strip_rows)
-                                                        : problem.symmetric && plan.strips == 1;
+    if (plan.path == ForwardPath::kDirect) plan.triangular = sn::cuda::direct_triangular(problem, plan.strip_rows);
   }
   if (settings.shared_reduction > 0) plan.shared_reduction = true;
   plan.partial_records.bytes = sn::cuda::partial_record_bytes(plan);
@@ -144,6 +143,7 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
     plan.score_tile = settings.score_tile;
     plan.sample_tile = std::min(settings.score_tile, 128);
   }
+  plan.triangular = sn::cuda::screened_triangular(problem, plan, plan.score_tile);
   if (settings.positive_anchors > 0) plan.positive_anchors = settings.positive_anchors;
   if (settings.positive_segments > 0) plan.positive_segments = settings.positive_segments;
   if (plan.path != ForwardPath::kDense) {

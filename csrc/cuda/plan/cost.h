@@ -49,7 +49,8 @@ Cost predict_forward(const ForwardPlan& plan, const Problem& problem, const Devi
 Cost predict_backward(const BackwardPlan& plan, const BackwardProblem& problem, const DeviceFacts& device);
 
 // One pass of the score kernel over rows x columns pairs of `dims` (padded) dimensions by tiles of tile_rows x
-// tile_columns. symmetric: tiles on and above the diagonal alone. dense: scores are written, not tested.
+// tile_columns. symmetric: of the square of the rows with themselves, tiles on and above the diagonal alone. dense:
+// scores are written, not tested.
 struct ScorePass {
   int tile_rows = 128;
   int tile_columns = 128;

@@ -202,9 +202,10 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
     plan.far_capacity = kFarCapacity;
     plan.strip_rows =
         std::min(N, std::max<std::int64_t>(1, kBufferBytes / (8 * (plan.buffer_capacity + kFarCapacity))));
+    if (plan.strip_rows > kStripMultiple && plan.strip_rows < N) plan.strip_rows -= plan.strip_rows % kStripMultiple;
   }
   plan.strips = divide_up(N, plan.strip_rows);
-  plan.triangular = problem.symmetric && plan.strips == 1;
+  plan.triangular = screened_triangular(problem, plan, kStripMultiple);
   plan.rescreen = plan.path != ForwardPath::kDense && N >= kSmallestGroup;
   plan.few_rows = kFewRows;
   if (extent == Extent::kPredicted) return;
@@ -213,7 +214,7 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
   plan.positive_segments = positives.segments;
   plan.shared_reduction = shares_reduction(N);
   ScorePass pass{.rows = plan.strip_rows, .columns = M, .dims = plan.padded_dims};
-  pass.symmetric = plan.triangular && !dense;
+  pass.symmetric = plan.triangular;
   pass.dense = dense;
   plan.score_tile = cheapest_score_tile(pass, true, device);
   pass = {.rows = plan.strip_rows, .columns = plan.sample_columns, .dims = plan.padded_dims, .dense = true};

@@ -133,6 +133,16 @@ inline constexpr std::int64_t kStageColumns = 64;
 inline constexpr std::int64_t kWideTileBytes = 144 * 1024;
 inline constexpr std::int64_t kLeastSharedBytes = 99 * 1024;
 
+// Several strips of a path that screens have a multiple of so many anchors: whole tiles of scores, whichever is taken.
+inline constexpr std::int64_t kStripMultiple = 256;
+// Whether, of the square that a strip's anchors make with themselves, tiles on and above the diagonal serve both
+// triangles. Strips begin with tiles then. No more can be shared: thresholds of later strips are not known yet, and
+// buffers of earlier ones are gone. Dense scores are written in full rows.
+constexpr bool screened_triangular(const Problem& problem, const ForwardPlan& plan, std::int64_t tile_columns) {
+  return problem.symmetric && plan.path != ForwardPath::kDense &&
+         (plan.strip_rows >= problem.N || plan.strip_rows % tile_columns == 0);
+}
+
 // One block of the sampling kernel takes so many columns of D.
 inline constexpr std::int64_t kSampleColumns = 32;
 static_assert(kStageColumns % kSampleColumns == 0, "sampled blocks cover the padded columns");

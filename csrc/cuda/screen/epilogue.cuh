@@ -231,7 +231,7 @@ struct Epilogue {
   template <bool kRows, bool kFar>
   __device__ __forceinline__ void write(Hits<Tile>& rHits) const {
     const MatrixArgs<T16>& others = kRows ? args.candidates : args.anchors;
-    const std::int64_t first_anchor = kRows ? row : column;
+    const std::int64_t first_anchor = kRows ? row : column - args.anchors.first;
     const std::int64_t first_candidate = kRows ? column : row;
     const std::int64_t capacity = kFar ? args.far_capacity : args.capacity;
     std::uint64_t* gBuffer = kFar ? args.far_buffer : args.buffer;
@@ -272,7 +272,7 @@ struct Epilogue {
     std::uint32_t* gCounts = kFar ? args.far_counts : args.counts;
     for (int i = lane_id(); i < kAnchors; i += kWarpSize) {  // all lanes issue theirs together
       const std::uint32_t mine = sCounters.get(i);
-      const std::int64_t anchor = i < Tile::kWarpRows ? row + i : column + (i - Tile::kWarpRows);
+      const std::int64_t anchor = i < Tile::kWarpRows ? row + i : column - args.anchors.first + (i - Tile::kWarpRows);
       if (mine > 0) sCounters.set(i, atomic_add(gCounts + anchor, mine));
     }
     sync_warp();
@@ -281,7 +281,8 @@ struct Epilogue {
     sync_warp();
   }
 
-  // rows, columns: which of its anchors the warp serves. Columns are anchors in the symmetric case alone, kBoth.
+  // rows, columns: which of its anchors the warp serves. Columns are anchors in the symmetric case alone, kBoth, and of
+  // the strip.
   template <bool kBoth>
   __device__ __forceinline__ void append_support(const Products<Tile>& rProducts, bool rows, bool columns) {
     Hits<Tile> rOfRows{};

@@ -189,14 +189,19 @@ __device__ __forceinline__ void multiply_stage(Products<Tile>& rProducts, const 
 
 inline constexpr std::int64_t kLargestDims = std::int64_t{1} << 30;  // columns are numbered by int
 
-// Whether the score kernels can serve a request.
+// Whether the score kernels can serve a request. The tile has a say in symmetric ones (begins_and_ends_with_tiles).
 inline bool servable(const ForwardArgs& args, const ForwardPlan& plan, const ScoreRequest& request) {
-  const bool whole = request.row_begin == 0 && request.rows == args.anchors.rows &&
-                     request.columns == args.candidates.rows && request.column_stride == 1;
+  const bool whole = request.columns == args.candidates.rows && request.column_stride == 1;
   return plan.padded_dims <= kLargestDims && request.rows >= 1 && request.columns >= 1 &&
          request.row_begin + request.rows <= args.anchors.rows &&
          (request.columns - 1) * request.column_stride < args.candidates.rows &&
          (!request.symmetric || (args.symmetric && whole && request.mode == ScoreMode::kAppend));
+}
+
+// A symmetric strip shares no tile with another one.
+inline bool begins_and_ends_with_tiles(const ScoreRequest& request, std::int64_t all_rows, int tile_columns) {
+  const std::int64_t end = request.row_begin + request.rows;
+  return request.row_begin % tile_columns == 0 && (end == all_rows || end % tile_columns == 0);
 }
 
 template <class T16>

@@ -31,7 +31,12 @@
 //    the batch fall into different groups, as many as there are tiles.
 //
 // 6. Order of tiles. The grid walks bands of kBand tile rows, and the columns of a band one after the other: blocks
-//    that run at one time share few rows and columns. In the symmetric case the bands are of the upper triangle.
+//    that run at one time share few rows and columns.
+//
+// 7. The symmetric case. Anchors are candidates: of the square that a strip's own rows make with themselves there are
+//    tiles on and above the diagonal alone, each tested for its rows and for its columns. Columns before and behind the
+//    square are ordinary ones. They are walked in a circle from the square's first column on, so the square comes first
+//    in a band, as a staircase. One strip of all anchors is nothing but the square.
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/ptx.cuh"
@@ -80,6 +85,8 @@ using WideTile = Tile<128, 256, 64, 64, 3>;
 using LargeTile = Tile<128, 128, 64, 32, 3>;
 using SmallTile = Tile<64, 64, 32, 32, 4>;
 static_assert(WideTile::kSharedBytes == kWideTileBytes);
+static_assert(kStripMultiple % WideTile::kColumns == 0 && kStripMultiple % LargeTile::kColumns == 0 &&
+              kStripMultiple % SmallTile::kColumns == 0);
 static_assert(LargeTile::kSharedBytes <= kLeastSharedBytes && SmallTile::kSharedBytes <= kLeastSharedBytes);
 
 // ---- kernel: tiles --------------------------------------------------------------------------------------------------
@@ -97,8 +104,8 @@ __device__ __forceinline__ TilePlace tile_of_rectangle(std::uint32_t id, std::ui
   return {first + id % height, id / height};
 }
 
-// The tiles with pairs on or above the diagonal of square blocks. A band is a staircase, a tile across for every
-// kAcross rows, then full columns.
+// The tiles with pairs on or above the diagonal of square blocks, whose rows and columns begin together. A band is a
+// staircase, a tile across for every kAcross rows, then full columns.
 template <int kAcross>
 __device__ __forceinline__ TilePlace tile_of_triangle(std::uint32_t id, std::uint32_t rows, std::uint32_t columns) {
   std::uint32_t first = 0;
@@ -119,6 +126,13 @@ __device__ __forceinline__ TilePlace tile_of_triangle(std::uint32_t id, std::uin
   std::uint32_t step = 0;
   while (id >= kAcross * (step + 1) && step + 1 < steps) id -= kAcross * ++step;
   return {first + id, left + step};
+}
+
+// Symmetric: the strip's first column of tiles is number 0, and behind the last one comes the matrix's first.
+template <class Tile, class T16>
+__device__ __forceinline__ std::uint32_t from_strip(std::uint32_t column, const ScoreArgs<T16>& args) {
+  const std::uint32_t place = column + static_cast<std::uint32_t>(args.anchors.first / Tile::kColumns);
+  return place < args.tile_columns ? place : place - args.tile_columns;
 }
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
@@ -151,13 +165,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const TilePlace place = kSymmetric ? tile_of_triangle<Tile::kBlocksAcross>(id, args.tile_rows, args.tile_columns)
                                      : tile_of_rectangle(id, args.tile_rows, args.tile_columns);
   const std::int64_t row = static_cast<std::int64_t>(place.row) * Tile::kRows;
-  const std::int64_t column = static_cast<std::int64_t>(place.column) * Tile::kColumns;
+  const std::int64_t column =
+      static_cast<std::int64_t>(kSymmetric ? from_strip<Tile>(place.column, args) : place.column) * Tile::kColumns;
   // Number of the tile's first candidate, and from one to the next.
   const std::int64_t first_candidate = kMode == ScoreMode::kSample ? static_cast<std::int64_t>(place.column) : column;
   const std::int64_t spread = kMode == ScoreMode::kSample ? static_cast<std::int64_t>(args.tile_columns) : 1;
-  // Columns right of the diagonal's square block serve as anchors, too; a block left of it is served by its mirror.
+  // Columns right of the diagonal's square block serve as anchors, too, where they are of the strip: others have no
+  // threshold yet, or no buffer any more. A block left of it is served by its mirror.
   const auto serves_columns = [&](int block) {
-    return kSymmetric && place.row < place.column * Tile::kBlocksAcross + static_cast<std::uint32_t>(block);
+    const std::uint32_t across = place.column * Tile::kBlocksAcross + static_cast<std::uint32_t>(block);
+    return kSymmetric && place.row < across && across < args.tile_rows;
   };
 
   // What this thread's rows or columns bring to the epilogue. A place beyond the matrix keeps nothing and is kept by no
@@ -315,9 +332,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
+// Of so many rows and columns of tiles; symmetric: without those below the diagonal.
 template <class Tile>
 std::int64_t blocks_of(std::int64_t rows, std::int64_t columns, bool symmetric) {
-  return symmetric ? Tile::kBlocksAcross * (columns * (columns - 1) / 2) + rows : rows * columns;
+  const std::int64_t steps = rows / Tile::kBlocksAcross;
+  const std::int64_t below = Tile::kBlocksAcross * (steps * (steps - 1) / 2) + rows % Tile::kBlocksAcross * steps;
+  return rows * columns - (symmetric ? below : 0);
 }
 
 template <class T16, class Tile>
@@ -330,6 +350,9 @@ cudaError_t launch_scores(ScoreArgs<T16> args, const ScoreRequest& request, cuda
   args.tile_columns = static_cast<std::uint32_t>(columns);
   const LaunchShape shape{blocks_of<Tile>(rows, columns, request.symmetric), Tile::kThreads, Tile::kSharedBytes};
   if (columns > kMaxBlocks / kBand) return cudaErrorInvalidConfiguration;
+  if (request.symmetric && !begins_and_ends_with_tiles(request, args.candidates.count, Tile::kColumns)) {
+    return cudaErrorInvalidValue;
+  }
   if (request.mode == ScoreMode::kDense) {
     return launch(score_kernel<T16, Tile, ScoreMode::kDense, false>, shape, stream, args);
   }

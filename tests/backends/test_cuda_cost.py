@@ -102,10 +102,11 @@ def as_recorded(case: Case, facts: dict[str, Any]) -> float:
 
 
 def changed(case: Case, facts: dict[str, Any]) -> bool:
-    """Whether its plan is another one than the record's: strips of direct sums leave out a triangle since, and small
-    clusters have more blocks."""
+    """Whether its plan is another one than the record's: since then strips of direct sums leave out a triangle, slices
+    of fp32 have twice the scratch together, and small clusters have more blocks."""
     if case.path == "direct":
-        return case.symmetric and facts["strips"] > 1
+        slices = -(-case.D // 256)
+        return case.N * case.M * slices > 2**22 and (case.symmetric or slices > 1)
     return case.path == "cluster" and facts["cluster"] > facts["d_slices"]
 
 
@@ -113,8 +114,8 @@ def options(case: Case) -> dict[str, Any]:
     return {"k": case.k, "dtype": case.dtype, "symmetric": case.symmetric}
 
 
-def changed_cluster(core: ModuleType, case: Case) -> bool:
-    return changed(case._replace(path="cluster"), plan(core, *case[:3], **options(case), path="cluster"))
+def changed_since(core: ModuleType, case: Case) -> bool:
+    return changed(case, plan(core, *case[:3], **options(case), path=case.path))
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def ratios(core: ModuleType) -> dict[str, dict[Case, float]]:
 
 @pytest.mark.parametrize(
     ("path", "cases", "spread"),
-    [("cluster", 7, 1.1), ("direct", 46, 1.3), ("dense", 45, 1.4), ("screen", 45, 1.25), ("bank", 16, 1.35)],
+    [("cluster", 7, 1.1), ("direct", 39, 1.3), ("dense", 45, 1.4), ("screen", 45, 1.25), ("bank", 16, 1.35)],
 )
 def test_the_model_says_what_was_measured(
     ratios: dict[str, dict[Case, float]], path: str, cases: int, spread: float
@@ -176,9 +177,9 @@ def test_the_planned_path_is_nearly_the_fastest(core: ModuleType) -> None:
             times[case.path] = case.us * facts["predicted_us"] / known
         chosen = plan(core, *shape[:3], **options(cases[0]))["path"]
         regrets[shape] = times[chosen] / min(times.values())
-        if chosen == "cluster" and changed_cluster(core, cases[0]):
+        if chosen in ("cluster", "direct") and changed_since(core, cases[0]._replace(path=chosen)):
             del regrets[shape]
-    assert len(regrets) >= 52
+    assert len(regrets) >= 50
     assert {shape: round(regret, 2) for shape, regret in regrets.items() if not regret <= 1.15} == {}
     assert fmean(regrets.values()) <= 1.02
 
@@ -218,9 +219,7 @@ WALKS: list[Walk] = [
 @pytest.mark.parametrize(("dtype", "k"), [(F32, 10), (BF16, 10), (F32, 100)])
 def test_more_rows_are_never_cheaper_nor_much_dearer(core: ModuleType, device: str, dtype: int, k: int) -> None:
     """One row more may cost a row of tiles more. At a change of path, slice, strip or sample it costs at most 1.3 times
-    as much on the device that was measured. Known: rows of more than 1024, and more than 32 neighbours, are selected
-    from by a radix search."""
-    limit = 1.3 if device == "sm_90" else 1.45
+    as much. Known: rows of more than 1024, and more than 32 neighbours, are selected from by a radix search."""
     for name, shape_of, symmetric in WALKS:
         sizes = around((*EDGES, *LARGE))
         most = 0.0
@@ -232,24 +231,56 @@ def test_more_rows_are_never_cheaper_nor_much_dearer(core: ModuleType, device: s
             if m != n + 1 or n == 1024 or (k > 32 and n <= 64):
                 continue
             growth = tiles(m, symmetric) / tiles(n, symmetric)
-            assert more <= max(limit, 1.05 * growth) * us, (name, n, before, after, us, more)
+            assert more <= max(1.3, 1.05 * growth) * us, (name, n, before, after, us, more)
+
+
+class Planned(NamedTuple):
+    """A plan of direct sums, and its shape."""
+
+    N: int
+    M: int
+    symmetric: bool
+    facts: dict[str, Any]
+
+    def waves(self, device: str) -> float:
+        """Of blocks with a chunk of 64 elements, as far as those of one strip go."""
+        pairs = tiles(self.N, self.symmetric) * (1 if self.symmetric else tiles(self.M, False))
+        return float(pairs) * self.facts["d_slices"] / DEVICES[device][1]
+
+
+def dearest_step(before: Planned, after: Planned, device: str) -> float:
+    """What a row more may cost, whatever the plan does. Tiles of 64 x 64 pairs are equal blocks, of whole chunks, and a
+    multiprocessor works on one after the other: it may be a whole wave. Partial sums are of at most 2^22 pairs and
+    32 MiB: beyond that, tiles and selection begin once more, for few rows; and where it is less than two rows of tiles,
+    a strip more is a pass more."""
+    if after.facts["strips"] == 1:
+        waves = math.ceil(after.waves(device)) / max(1, round(before.waves(device)))
+        return max(1.3, 1.05 * waves * after.facts["slice_elements"] / before.facts["slice_elements"])
+    strips = after.facts["strips"] / before.facts["strips"]
+    return max(1.3 if strips == 1.0 else 1.45, 1.05 * strips if after.facts["strip_rows"] < 128 else 1.0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "k"), [(F64, 10), (F32, 200)])
 def test_direct_sums_alone_grow_with_rows(core: ModuleType, device: str, dtype: int, k: int) -> None:
-    """Types and numbers of neighbours that no other path serves. Strips are whole tiles: a few per cent up or down, and
-    another wave of tiles for one row more."""
-    for name, shape_of, symmetric in WALKS[:5]:
+    """Types and numbers of neighbours that no other path serves (up to 128 candidates there are no more neighbours, and
+    the screening may serve). Strips are as long as the scratch, whole waves or not: a few per cent up or down."""
+    for name, shape_of, symmetric in WALKS:
+        sizes = around((*EDGES, *LARGE))
+        planned = [
+            Planned(n, m, symmetric, plan(core, n, m, d, device, dtype=dtype, k=k, symmetric=symmetric))
+            for n, m, d in map(shape_of, sizes)
+        ]
         most = 0.0
-        for (n, _, us), (m, _, more) in steps(
-            core, around(EDGES), shape_of, device=device, dtype=dtype, k=k, symmetric=symmetric
-        ):
+        for (n, before), (m, after) in pairwise(zip(sizes, planned, strict=True)):
+            us, more = before.facts["predicted_us"], after.facts["predicted_us"]
             most = max(most, us)
-            assert more >= 0.95 * most, (name, n, m, us, more)
-            if m == n + 1 and n != 1024 and not (k > 32 and n <= 64):
+            assert more >= 0.92 * most, (name, n, m, us, more)
+            direct = before.facts["path"] == after.facts["path"] == "direct"
+            if direct and m == n + 1 and n != 1024 and not (k > 32 and n <= 64):
                 growth = tiles(m, symmetric) / tiles(n, symmetric)
-                assert more <= max(2.0, 1.45 * growth) * us, (name, n, us, more)
+                limit = max(1.05 * growth, dearest_step(before, after, device))
+                assert more <= limit * us, (name, n, us, more)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -47,6 +47,19 @@ def test_large_batch_at_the_size_of_the_goals(core: ModuleType) -> None:
     assert facts["workspace_bytes"] + graph <= 1.25 * 65536 * 2048 * 4
 
 
+def test_strips_of_the_screening_are_whole_tiles(core: ModuleType) -> None:
+    """Where buffers do not fit at once: full strips and a rest, each with a triangle of its own. So one anchor more
+    costs little more."""
+    for n, d, k in product((65537, 98304, 100_000, 131_073), (128, 2048), (1, 10, 128)):
+        facts = plan(core, n, n, d, k=k, path="screen")
+        assert facts["strips"] == -(-n // facts["strip_rows"]) > 1
+        assert facts["strip_rows"] % 256 == 0 and facts["triangular"]
+        assert not plan(core, n, n, d, k=k, path="screen", symmetric=False)["triangular"]
+    for d in (128, 2048):
+        one, two = (plan(core, n, n, d)["predicted_us"] for n in (65536, 65537))
+        assert one < two <= 1.05 * one
+
+
 def test_small_batches_take_few_launches(core: ModuleType) -> None:
     """Forward and backward of a small batch: two launches with clusters, three without."""
     for n, d in product((1, 2, 33, 64), (1, 128, 2048, 5000)):
@@ -68,7 +81,7 @@ def test_slices_fill_the_device_and_follow_the_order_of_sums(core: ModuleType) -
         slices, width = facts["d_slices"], facts["slice_elements"]
         assert slices * width >= d and (slices - 1) * width < d
         assert width in (64, 128, 256, 512)
-        assert slices * facts["strip_rows"] * n <= SCRATCH
+        assert facts["strip_rows"] * n <= SCRATCH and 4 * slices * facts["strip_rows"] * n <= 8 * SCRATCH
     assert plan(core, 128, 128, 2048, path="direct")["d_slices"] >= 32
 
 
@@ -95,7 +108,7 @@ def test_slices_fill_the_device_and_follow_the_order_of_sums(core: ModuleType) -
         (256, 1024, 128, {}, "direct"),
         (16384, 64, 512, {}, "direct"),
         # Dense scores between those and the screening, of rows that are not long.
-        (768, 768, 2048, {}, "dense"),
+        (960, 960, 2048, {}, "dense"),
         (512, 1024, 2048, {}, "dense"),
         # The screening.
         (1280, 1280, 512, {}, "screen"),

@@ -11,8 +11,6 @@
 namespace sn::cuda {
 namespace {
 
-// No scratch of N x M beyond this many entries: larger problems go in strips of anchors.
-constexpr std::int64_t kScratchEntries = std::int64_t{1} << 22;
 // Candidate buffers of one strip of the screening: 65536 anchors with 384 + 256 entries of 8 bytes are 320 MiB.
 constexpr std::int64_t kBufferBytes = std::int64_t{320} << 20;
 constexpr std::int64_t kSmallestBuffer = 512;
@@ -58,13 +56,13 @@ void plan_cluster(ForwardPlan& plan, const Problem& problem, const DeviceFacts& 
   plan.workspace_bytes = 0;
 }
 
-// Smaller slices spread few tiles over all multiprocessors, larger ones leave the selection less to add up.
+// Smaller slices spread few tiles over all multiprocessors, larger ones leave the selection less to add up. Strips of
+// whole tiles waste none, others have more rows for the selection.
 void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
   plan.shared_reduction = shares_reduction(problem.N);
   DirectShape best{};
   double best_us = 0.0;
-  for (std::int64_t elements = kChunk; elements <= kLargestSlice; elements *= 2) {
-    const DirectShape shape = direct_shape(problem, elements, kScratchEntries);
+  const auto consider = [&](const DirectShape& shape) {
     plan.slice_elements = shape.slice_elements;
     plan.d_slices = shape.d_slices;
     plan.strip_rows = shape.strip_rows;
@@ -75,6 +73,10 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
       best_us = us;
       best = shape;
     }
+  };
+  for (std::int64_t elements = kChunk; elements <= kLargestSlice; elements *= 2) {
+    consider(direct_shape(problem, elements, true));
+    if (best.strips > 1) consider(direct_shape(problem, elements, false));
     if (elements >= problem.D) break;
   }
   plan.slice_elements = best.slice_elements;

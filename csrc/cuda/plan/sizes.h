@@ -45,7 +45,12 @@ constexpr std::int64_t direct_sort_keys(std::int64_t K) {
   return keys;
 }
 
-// How a problem is cut, with at most `scratch_entries` partial sums at a time (one anchor's, if those are more).
+// No scratch of N x M beyond this many entries: larger problems go in strips of anchors.
+inline constexpr std::int64_t kScratchEntries = std::int64_t{1} << 22;
+// Of partial sums at a time, all slices together: as many in fp64, twice as many in fp32.
+inline constexpr std::int64_t kPartialBytes = 8 * kScratchEntries;
+
+// How a problem is cut, within that scratch (or one anchor's, if that is more).
 struct DirectShape {
   std::int64_t slice_elements;
   std::int64_t d_slices;
@@ -67,14 +72,18 @@ constexpr std::int64_t direct_tiles(std::int64_t strip_rows, std::int64_t M, boo
 constexpr bool direct_triangular(const Problem& problem, std::int64_t strip_rows) {
   return problem.symmetric && (strip_rows >= problem.N || strip_rows % kDirectTile == 0);
 }
-constexpr DirectShape direct_shape(const Problem& problem, std::int64_t slice_elements, std::int64_t scratch_entries) {
+// whole_tiles: strips have whole tiles of rows, and may share triangles. At 127 rows that would be half as many.
+constexpr DirectShape direct_shape(const Problem& problem, std::int64_t slice_elements, bool whole_tiles) {
   DirectShape shape{};
   const std::int64_t N = std::max<std::int64_t>(problem.N, 1);
   const std::int64_t M = std::max<std::int64_t>(problem.M, 1);
   shape.slice_elements = slice_elements;
   shape.d_slices = direct_slices(problem.D, shape.slice_elements);
-  shape.strip_rows = std::min(N, std::max<std::int64_t>(1, scratch_entries / shape.d_slices / M));
-  if (shape.strip_rows > kDirectTile && shape.strip_rows < N) shape.strip_rows -= shape.strip_rows % kDirectTile;
+  const std::int64_t partials = kPartialBytes / accumulator_bytes(problem.dtype) / shape.d_slices;
+  shape.strip_rows = std::min(N, std::max<std::int64_t>(1, std::min(partials, kScratchEntries) / M));
+  if (whole_tiles && shape.strip_rows > kDirectTile && shape.strip_rows < N) {
+    shape.strip_rows -= shape.strip_rows % kDirectTile;
+  }
   shape.strips = divide_up(N, shape.strip_rows);
   shape.triangular = direct_triangular(problem, shape.strip_rows);
   return shape;

@@ -111,6 +111,11 @@ def _tiles() -> list[Mutant]:
             "the last stage multiplies an old copy of the candidates", "test_tiles_of_a_bank",
         ),
         (
+            "bank-half-tile-of-too-many", bank,
+            "return request.rows <= BankHalfTile::kRows\n", "return request.rows <= BankHalfTile::kRows + 1\n",
+            "the last of 129 anchors is left to the fallback", "test_a_bank_is_certified_as_it_is_read",
+        ),
+        (
             "bank-forgets-infinity", bank,
             "if (!is_finite(rValues[i / 4].elements[i % 4])) sums.flags |= 1u << q;",
             "if (!is_finite(rMeans[i / 4].elements[i % 4])) sums.flags |= 1u << q;",

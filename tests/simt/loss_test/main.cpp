@@ -264,6 +264,8 @@ int run_all(int argc, char** argv) {
   poisoned("random", DType::kBFloat16, {70, 70, 64, 5, 6}, false, NAN);
   poisoned("random", DType::kFloat64, {10, 30, 7, 5, 6}, true, NAN);
   poisoned("random", DType::kFloat32, {30, 30, 8, 5, 1000000}, false, infinity);
+  // More anchors than half of the bank's tile holds.
+  run("random", DType::kFloat32, {130, 40, 30, 5, 6});
   if (only.empty()) check_bound_matters();
 
   for (int path = 1; path < kPaths; ++path) {

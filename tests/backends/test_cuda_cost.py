@@ -264,7 +264,7 @@ def dearest_step(before: Planned, after: Planned, device: str) -> float:
 @pytest.mark.parametrize(("dtype", "k"), [(F64, 10), (F32, 200)])
 def test_direct_sums_alone_grow_with_rows(core: ModuleType, device: str, dtype: int, k: int) -> None:
     """Types and numbers of neighbours that no other path serves (up to 128 candidates there are no more neighbours, and
-    the screening may serve). Strips are as long as the scratch, whole waves or not: a few per cent up or down."""
+    the screening may serve). Strips are whole tiles or whole waves of them: a few per cent up or down."""
     for name, shape_of, symmetric in WALKS:
         sizes = around((*EDGES, *LARGE))
         planned = [
@@ -275,7 +275,7 @@ def test_direct_sums_alone_grow_with_rows(core: ModuleType, device: str, dtype: 
         for (n, before), (m, after) in pairwise(zip(sizes, planned, strict=True)):
             us, more = before.facts["predicted_us"], after.facts["predicted_us"]
             most = max(most, us)
-            assert more >= 0.92 * most, (name, n, m, us, more)
+            assert more >= 0.95 * most, (name, n, m, us, more)
             direct = before.facts["path"] == after.facts["path"] == "direct"
             if direct and m == n + 1 and n != 1024 and not (k > 32 and n <= 64):
                 growth = tiles(m, symmetric) / tiles(n, symmetric)

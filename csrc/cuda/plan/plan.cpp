@@ -57,8 +57,9 @@ void plan_cluster(ForwardPlan& plan, const Problem& problem, const DeviceFacts& 
 }
 
 // Smaller slices spread few tiles over all multiprocessors, larger ones leave the selection less to add up. Strips of
-// whole tiles waste none, others have more rows for the selection.
+// whole tiles waste none, those of whole waves of tiles no multiprocessor, others have more rows for the selection.
 void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
+  constexpr std::int64_t kLongestStrip = kScratchEntries;  // of one candidate
   plan.shared_reduction = shares_reduction(problem.N);
   DirectShape best{};
   double best_us = 0.0;
@@ -75,8 +76,16 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
     }
   };
   for (std::int64_t elements = kChunk; elements <= kLargestSlice; elements *= 2) {
-    consider(direct_shape(problem, elements, true));
-    if (best.strips > 1) consider(direct_shape(problem, elements, false));
+    const DirectShape longest = direct_shape(problem, elements, kLongestStrip, true);
+    consider(longest);
+    if (longest.strips > 1) {
+      consider(direct_shape(problem, elements, kLongestStrip, false));
+      const std::int64_t multiprocessors = std::max(1, device.multiprocessors);
+      const std::int64_t blocks = direct_tiles(1, problem.M, false) * longest.d_slices;  // of a row of tiles
+      const std::int64_t waves = direct_tiles(longest.strip_rows, 1, false) * blocks / multiprocessors;
+      const std::int64_t rows = waves * multiprocessors / blocks * kDirectTile;
+      if (rows > 0) consider(direct_shape(problem, elements, rows, true));
+    }
     if (elements >= problem.D) break;
   }
   plan.slice_elements = best.slice_elements;

@@ -72,15 +72,17 @@ constexpr std::int64_t direct_tiles(std::int64_t strip_rows, std::int64_t M, boo
 constexpr bool direct_triangular(const Problem& problem, std::int64_t strip_rows) {
   return problem.symmetric && (strip_rows >= problem.N || strip_rows % kDirectTile == 0);
 }
-// whole_tiles: strips have whole tiles of rows, and may share triangles. At 127 rows that would be half as many.
-constexpr DirectShape direct_shape(const Problem& problem, std::int64_t slice_elements, bool whole_tiles) {
+// Strips of at most so many rows. whole_tiles: they have whole tiles of rows, and may share triangles. At 127 rows that
+// would be half as many.
+constexpr DirectShape direct_shape(const Problem& problem, std::int64_t slice_elements, std::int64_t most_rows,
+                                   bool whole_tiles) {
   DirectShape shape{};
   const std::int64_t N = std::max<std::int64_t>(problem.N, 1);
   const std::int64_t M = std::max<std::int64_t>(problem.M, 1);
   shape.slice_elements = slice_elements;
   shape.d_slices = direct_slices(problem.D, shape.slice_elements);
   const std::int64_t partials = kPartialBytes / accumulator_bytes(problem.dtype) / shape.d_slices;
-  shape.strip_rows = std::min(N, std::max<std::int64_t>(1, std::min(partials, kScratchEntries) / M));
+  shape.strip_rows = std::min({N, most_rows, std::max<std::int64_t>(1, std::min(partials, kScratchEntries) / M)});
   if (whole_tiles && shape.strip_rows > kDirectTile && shape.strip_rows < N) {
     shape.strip_rows -= shape.strip_rows % kDirectTile;
   }

@@ -36,7 +36,8 @@ sn_simt_settings settings_for(std::uint64_t seed, simt::MmaError error, ForwardP
 }
 
 void vary(sn_simt_settings& settings, std::uint64_t word) {
-  settings.strip_rows = word % 2 == 0 ? 0 : static_cast<std::int32_t>(17 + word / 2 % 40);
+  const bool whole_tiles = word / 37 % 3 == 0;
+  settings.strip_rows = word % 2 == 0 ? 0 : whole_tiles ? 64 : static_cast<std::int32_t>(17 + word / 2 % 40);
   settings.slice_elements = 64 << word % 3;
   settings.score_tile = 64 << word / 31 % 3;
   settings.sample_stride = word / 5 % 2 == 0 ? 0 : 2;

@@ -60,8 +60,10 @@ HOT = {
     "refine_kernel": Kind("FMA"),
     "facts_kernel": Kind("FMA"),
     "gather_kernel": Kind("FMA"),
+    "search_kernel": Kind("FMA"),
     "thresholds_kernel": Kind("LDG"),
     "groups_kernel": Kind("LDG"),
+    "list_kernel": Kind("LDG"),
     "positives_kernel": Kind("LDG"),
     "select_kernel": Kind("LDG"),
 }

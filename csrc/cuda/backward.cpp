@@ -23,9 +23,10 @@ cudaError_t backward(const BackwardArgs& args, const BackwardPlan& plan, char* w
     cudaError_t error = enqueue_bucket_counts(args, plan, workspace, stream);
     if (error == cudaSuccess) error = enqueue_bucket_prefix_sums(plan, workspace, stream);
     if (error == cudaSuccess) error = enqueue_bucket_placement(args, plan, workspace, stream);
+    if (error == cudaSuccess) error = enqueue_lists(args, plan, workspace, stream);
     if (error != cudaSuccess) return error;
   }
-  return enqueue_gather(args, plan, workspace, stream);
+  return plan.searches ? enqueue_search(args, plan, stream) : enqueue_gather(args, plan, workspace, stream);
 }
 
 }  // namespace sn::cuda

@@ -19,24 +19,26 @@ template <typename T>
 __device__ __forceinline__ T load(const T* source) {
   return __ldg(source);
 }
-// 16 bytes; `source` (`destination`) is 16-byte aligned.
-template <typename T>
-__device__ __forceinline__ Pack<T> load_pack(const T* source) {
+// 16 bytes, or 8; `source` (`destination`) is aligned to as many.
+template <typename T, int kBytes = kPackBytes>
+__device__ __forceinline__ Pack<T, kBytes> load_pack(const T* source) {
+  using Raw = std::conditional_t<kBytes == kPackBytes, uint4, uint2>;
   union {
-    uint4 raw;
-    Pack<T> pack;
+    Raw raw;
+    Pack<T, kBytes> pack;
   } bits;
-  bits.raw = __ldg(reinterpret_cast<const uint4*>(source));
+  bits.raw = __ldg(reinterpret_cast<const Raw*>(source));
   return bits.pack;
 }
-template <typename T>
-__device__ __forceinline__ void store_pack(T* destination, const Pack<T>& pack) {
+template <typename T, int kBytes>
+__device__ __forceinline__ void store_pack(T* destination, const Pack<T, kBytes>& pack) {
+  using Raw = std::conditional_t<kBytes == kPackBytes, uint4, uint2>;
   union {
-    uint4 raw;
-    Pack<T> pack;
+    Raw raw;
+    Pack<T, kBytes> pack;
   } bits;
   bits.pack = pack;
-  *reinterpret_cast<uint4*>(destination) = bits.raw;
+  *reinterpret_cast<Raw*>(destination) = bits.raw;
 }
 
 // Loads and stores of 4 or 8 bytes that another block of this launch may store or load: relaxed, at device scope.

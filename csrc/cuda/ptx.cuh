@@ -38,9 +38,10 @@ inline constexpr int kPlainSharedBytes = 48 * 1024;     // of a block that has n
 inline constexpr int kPortableCluster = 8;              // blocks of a cluster, on any device that has clusters
 inline constexpr int kMaxCluster = 16;
 
-template <typename T>
-struct alignas(kPackBytes) Pack {
-  static constexpr int kElements = kPackBytes / static_cast<int>(sizeof(T));
+template <typename T, int kBytes = kPackBytes>
+struct alignas(kBytes) Pack {
+  static_assert(kBytes == kPackBytes || kBytes == kPackBytes / 2);
+  static constexpr int kElements = kBytes / static_cast<int>(sizeof(T));
   T elements[kElements];
 };
 

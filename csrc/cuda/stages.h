@@ -142,13 +142,16 @@ cudaError_t enqueue_merge(const ForwardArgs& args, const ForwardPlan& plan, char
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// Sort edges into buckets of targets, where the plan wants that (buckets.cuh).
+// Sort edges into buckets of targets, and list them by target, where the plan wants that (buckets.cuh, lists.cuh).
 cudaError_t enqueue_bucket_counts(const BackwardArgs& args, const BackwardPlan& plan, char* workspace,
                                   cudaStream_t stream);
 cudaError_t enqueue_bucket_prefix_sums(const BackwardPlan& plan, char* workspace, cudaStream_t stream);
 cudaError_t enqueue_bucket_placement(const BackwardArgs& args, const BackwardPlan& plan, char* workspace,
                                      cudaStream_t stream);
-// A support graph and the upstream gradient to feature gradients. An index outside the candidates counts as -1.
+cudaError_t enqueue_lists(const BackwardArgs& args, const BackwardPlan& plan, char* workspace, cudaStream_t stream);
+// A support graph and the upstream gradient to feature gradients. An index outside the candidates counts as -1. The
+// first reads lists of incoming edges, the second, where the plan searches, looks for them in the graph.
 cudaError_t enqueue_gather(const BackwardArgs& args, const BackwardPlan& plan, char* workspace, cudaStream_t stream);
+cudaError_t enqueue_search(const BackwardArgs& args, const BackwardPlan& plan, cudaStream_t stream);
 
 }  // namespace sn::cuda

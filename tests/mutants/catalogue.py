@@ -12,6 +12,7 @@ from mutants.mutant import (
     DIRECT,
     EDGES,
     FENCES,
+    GRADIENTS,
     LINE_FAR,
     LINE_GROUPS,
     LINE_SUPPORT,
@@ -126,6 +127,119 @@ def _tiles() -> list[Mutant]:
         Mutant(name, file, old, new, why, (test if "::" in test else PATHS + test,))
         for name, file, old, new, why, test in changes
     ]
+
+
+def _backward() -> list[Mutant]:
+    """The gather of gradients: where rows are, whose edges are whose, and in which order they are added."""
+    rows, search, place = BACKWARD + "rows.cuh", BACKWARD + "search.cu", BACKWARD + "place.cu"
+    sums, gather, lists = BACKWARD + "gather.cuh", BACKWARD + "gather.cu", BACKWARD + "lists.cu"
+    apart, sorts = EDGES + "test_rows_that_32_bits_do_not_reach", GRADIENTS + "test_backward_with_and_without_lists"
+    hubs, graphs = EDGES + "test_hubs_over_several_windows", GRADIENTS + "test_any_graph"
+    changes = [
+        # name, file, old, new, why, test
+        (
+            "search-stride-of-32-bits", rows,
+            ": places.get(at) * stride;", ": places.get(at) * static_cast<std::int32_t>(stride);",
+            "rows 2^31 elements apart are looked for elsewhere", apart,
+        ),
+        (
+            "gather-stride-of-32-bits", rows,
+            "? source * stride :", "? source * static_cast<std::int32_t>(stride) :",
+            "rows 2^31 elements apart are looked for elsewhere", GRADIENTS + "test_rows_far_apart",
+        ),
+        (
+            "gather-own-row-of-32-bits", sums,
+            "std::int64_t{of} * block.side.own_stride", "of * static_cast<std::uint32_t>(block.side.own_stride)",
+            "rows 2^32 elements apart are looked for elsewhere", apart,
+        ),
+        (
+            "gather-pack-behind-the-row", rows,
+            "load_pack<T, kRowPackBytes>(row + (p * step < left", "load_pack<T, kRowPackBytes>(row + (p * step <= left",
+            "a pack is read behind the end of a row", EDGES + "test_nothing_is_read_behind_an_input",
+        ),
+        (
+            "gather-row-of-another-group", rows,
+            "part + full, mine - full,", "part + full, all - full,",
+            "groups of lanes that have an edge less than the first add another row", graphs,
+        ),
+        (
+            "tail-one-too-long", search,
+            "if (waiting + rank < kEdgeChunk) {", "if (waiting + rank <= kEdgeChunk) {",
+            "an edge too many is written behind a target's tail, into the next one's", hubs,
+        ),
+        (
+            "chunks-of-the-next-target", search,
+            "round + by >= end) continue;", "round + by > end) continue;",
+            "a target adds the first chunk of the next one", hubs,
+        ),
+        (
+            "chunks-of-the-next-list", gather,
+            "served < own_end)", "served <= own_end)",
+            "a target adds the first chunk of the next one", hubs,
+        ),
+        (
+            "chunk-for-the-target-before", gather,
+            "&& rUpTo <= chunk));", "&& rUpTo < chunk));",
+            "the first chunk of a list is looked for behind the one before", hubs,
+        ),
+        (
+            "lists-lose-a-single-edge", gather,
+            "if (l * kWarpSize < edges) list.append", "if (l * kWarpSize + 1 < edges) list.append",
+            "one edge behind whole warps of them is left out", graphs,
+        ),
+        (
+            "buckets-without-an-end", place,
+            "if (block_id() == 0 && bucket == count - 1) buckets.begins[count] = rBegin;",
+            "if (block_id() == 0 && bucket == count - 2) buckets.begins[count] = rBegin;",
+            "the last bucket ends where it begins", sorts,
+        ),
+        (
+            "buckets-out-of-order", place,
+            "popcount(peers & lanes_below()));", "popcount(peers & ~lanes_below()) - 1);",
+            "edges of one bucket change their order", sorts,
+        ),
+        (
+            "lists-of-the-bucket-before", lists,
+            "bucket = block_id() / args.blocks_per_bucket;", "bucket = block_id() / (2 * args.blocks_per_bucket);",
+            "targets look for their edges in another bucket", sorts,
+        ),
+        (
+            "lists-without-an-end", lists,
+            "if (first + targets == graph.targets) lists", "if (first + targets > graph.targets) lists",
+            "the last list ends anywhere", sorts,
+        ),
+        (
+            "lists-out-of-order", lists,
+            "popcount(peers & lanes_below()));", "popcount(peers & ~lanes_below()) - 1);",
+            "edges of one target change their order", sorts,
+        ),
+        (
+            "lists-forget-earlier-targets", lists,
+            "rBefore += rPlaces[l] < 0 ? 1u : 0u;", "rBefore += 0u;",
+            "the second block of a bucket writes over the lists of the first", graphs,
+        ),
+        (
+            "reverses-for-the-last-own-edge", lists,
+            "(peers & lanes_below()) == 0", "(peers >> lane_id()) == 1",
+            "of several own edges to one target another one takes the weights", graphs,
+        ),
+        (
+            "reverses-count-twice", lists,
+            "    gWeights[at] = 0;\n", "",
+            "an edge that was merged is summed as well", sorts,
+        ),
+        (
+            "reverses-over-chunks", lists,
+            "if ((at - begin) % kEdgeChunk == 0) {", "if (at == begin) {",
+            "weights of two chunks are added in another order", graphs,
+        ),
+        (
+            "reverses-behind-the-first", lists,
+            "lists.sources[middle] < source", "lists.sources[middle] <= source",
+            "the search ends behind the reverses", sorts,
+        ),
+    ]  # fmt: skip
+    return [Mutant(name, file, old, new, why, (test,)) for name, file, old, new, why, test in changes]
 
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -387,24 +501,7 @@ MUTANTS: tuple[Mutant, ...] = (
         FENCES,
         (),
     ),
-    # ---- backward
-    Mutant(
-        "gather-stride-of-32-bits",
-        BACKWARD + "rows.cuh",
-        "other + list.sources.get(edge) * stride",
-        "other + list.sources.get(edge) * static_cast<std::int32_t>(stride)",
-        "rows 2^31 elements apart are looked for elsewhere",
-        (EDGES + "test_rows_that_32_bits_do_not_reach",),
-    ),
-    Mutant(
-        "gather-own-row-of-32-bits",
-        BACKWARD + "gather.cu",
-        "\n    gather_list(strip, args.row_shift, list, count, gOwn + std::int64_t{target} * side.own_stride, gOther,",
-        "\n    const auto stride = static_cast<std::uint32_t>(side.own_stride);"
-        "\n    gather_list(strip, args.row_shift, list, count, gOwn + target * stride, gOther,",
-        "rows 2^32 elements apart are looked for elsewhere",
-        (EDGES + "test_rows_that_32_bits_do_not_reach",),
-    ),
+    # ---- backward, and offsets of rows
     Mutant(
         "facts-stride-of-32-bits",
         SCREEN + "facts.cu",
@@ -422,14 +519,6 @@ MUTANTS: tuple[Mutant, ...] = (
         (EDGES + "test_rows_that_32_bits_do_not_reach",),
     ),
     Mutant(
-        "gather-pack-behind-the-row",
-        BACKWARD + "rows.cuh",
-        "rRow[p] = load_pack(row + (p * step < left ? p * step : 0));",
-        "rRow[p] = load_pack(row + (p * step <= left ? p * step : 0));",
-        "a pack is read behind the end of a row",
-        (EDGES + "test_nothing_is_read_behind_an_input",),
-    ),
-    Mutant(
         "zero-times-infinity",
         BACKWARD + "graph.cuh",
         "  if (coefficient == Acc(0)) return Acc(0);\n",
@@ -437,46 +526,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a coefficient of 0 times an upstream of Inf or NaN is NaN",
         ("tests/loss/test_nonfinite.py::test_edges_without_a_coefficient_stay_without_a_gradient",),
     ),
-    Mutant(
-        "tail-one-too-long",
-        BACKWARD + "gather.cu",
-        "if (waiting + rank < kEdgeChunk) {",
-        "if (waiting + rank <= kEdgeChunk) {",
-        "an edge too many is written behind a target's tail, into the next one's",
-        (EDGES + "test_hubs_over_several_windows",),
-    ),
-    Mutant(
-        "chunks-of-the-next-target",
-        BACKWARD + "gather.cu",
-        "if (round + by < chunk || round + by >= end) continue;",
-        "if (round + by < chunk || round + by > end) continue;",
-        "a target adds the first chunk of the next one",
-        (EDGES + "test_hubs_over_several_windows",),
-    ),
-    Mutant(
-        "buckets-without-an-end",
-        BACKWARD + "place.cu",
-        "if (block_id() == 0 && bucket == count - 1) buckets.begins[count] = rBegin;",
-        "if (block_id() == 0 && bucket == count - 2) buckets.begins[count] = rBegin;",
-        "the last bucket ends where it begins",
-        (PATHS + "test_backward_with_and_without_buckets",),
-    ),
-    Mutant(
-        "buckets-out-of-order",
-        BACKWARD + "place.cu",
-        "popcount(peers & lanes_below()));",
-        "popcount(peers & ~lanes_below()) - 1);",
-        "edges of one bucket change their order",
-        (PATHS + "test_backward_with_and_without_buckets",),
-    ),
-    Mutant(
-        "bucket-of-the-group-before",
-        BACKWARD + "gather.cu",
-        "buckets.begins + (first >> args.buckets.shift);",
-        "buckets.begins + (first >> (args.buckets.shift + 1));",
-        "groups look for their edges in another bucket",
-        (PATHS + "test_backward_with_and_without_buckets",),
-    ),
+    *_backward(),
     Mutant(
         "second-refinement-forgets-the-frame",
         SCREEN + "certificate.cuh",

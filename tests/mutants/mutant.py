@@ -31,6 +31,7 @@ FORMULAS = BACKENDS + "test_cuda_bounds.py::"
 LINES = BACKENDS + "test_simt_bounds.py::"
 EDGES = BACKENDS + "test_simt_edges.py::"
 PATHS = BACKENDS + "test_simt.py::"
+GRADIENTS = BACKENDS + "test_simt_backward.py::"
 RESCREEN = BACKENDS + "test_rescreen.py::"
 LINE_SUPPORT = (LINES + "test_support_of_rows_on_a_line", LINES + "test_support_among_a_bank_on_a_line")
 LINE_FAR = (LINES + "test_farthest_of_a_large_identity_on_a_line",)

@@ -113,8 +113,8 @@ std::vector<Piece*> pieces_of(sn::cuda::ForwardPlan& plan) {
           &plan.waiting,         &plan.rescreen_tiles};
 }
 std::vector<Piece*> pieces_of(sn::cuda::BackwardPlan& plan) {
-  return {&plan.histogram,      &plan.totals,         &plan.begins,
-          &plan.placed_targets, &plan.placed_sources, &plan.placed_weights};
+  return {&plan.histogram,      &plan.totals,      &plan.begins,       &plan.placed_targets, &plan.placed_sources,
+          &plan.placed_weights, &plan.list_begins, &plan.list_sources, &plan.list_weights,   &plan.own_weights};
 }
 
 // Changes a plan as the settings say, with all that depends on it.
@@ -168,6 +168,24 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
   plan.rescreen_tiles.bytes =
       plan.rescreen ? sn::cuda::rescreen_tile_count(plan.strip_rows) * sn::cuda::kRescreenTileBytes : 0;
   plan.launches = sn::cuda::screened_launches(plan, problem);
+}
+
+void change(sn::cuda::BackwardPlan& plan, const sn::cuda::BackwardProblem& problem, const sn_simt_settings& settings) {
+  const std::int64_t element = sn::element_bytes(problem.dtype);
+  const std::int64_t lane_bytes = settings.lane_bytes;
+  if (lane_bytes >= (plan.searches ? 16 : 8) && lane_bytes <= (element > 2 ? 32 : 16) && plan.slices > 0) {
+    plan.lane_bytes = settings.lane_bytes;
+    plan.slice_elements = lane_bytes / element * plan.row_lanes;
+    plan.slices = sn::divide_up(problem.D, plan.slice_elements);
+  }
+  if (settings.bucket_shift > 0 && plan.partitioned) {
+    const std::int64_t targets = problem.symmetric ? problem.N : problem.M;
+    plan.bucket_shift = settings.bucket_shift;
+    plan.buckets = sn::divide_up(targets, std::int64_t{1} << plan.bucket_shift);
+    plan.histogram.bytes = plan.buckets * plan.parts * 4;
+    plan.totals.bytes = plan.buckets * 4;
+    plan.begins.bytes = (plan.buckets + 1) * 4;
+  }
 }
 
 void poison(void* data, std::int64_t bytes) {
@@ -264,19 +282,16 @@ extern "C" SN_SIMT_EXPORT int sn_simt_backward(const sn::BackwardArgs* args, con
     sn::cuda::BackwardProblem problem = sn::cuda::problem_of(*args);
     problem.partition = static_cast<sn::cuda::Partition>(settings->partition);
     sn::cuda::BackwardPlan plan = sn::cuda::plan_backward(problem, facts_of(*settings));
-    if (settings->packs_per_lane > 0 && sn::element_bytes(problem.dtype) > 2 && plan.slices > 0) {
-      plan.slice_elements = plan.slice_elements / plan.packs_per_lane * settings->packs_per_lane;
-      plan.packs_per_lane = settings->packs_per_lane;
-      plan.slices = (problem.D + plan.slice_elements - 1) / plan.slice_elements;
-    }
+    const std::string fault = refuse(pieces_of(plan), plan.workspace_bytes);
+    if (!fault.empty()) return finish(cudaErrorInvalidValue, fault, 0, *report);
+    change(plan, problem, *settings);
+    report->lane_bytes = plan.lane_bytes;
     report->workspace_bytes = plan.workspace_bytes;
     report->partitioned = plan.partitioned ? 1 : 0;
     const std::int64_t row = problem.D * sn::element_bytes(args->dtype);
     poison(args->grad_anchors, problem.N * row);
     poison(args->grad_candidates, problem.M * row);
 
-    const std::string fault = refuse(pieces_of(plan), plan.workspace_bytes);
-    if (!fault.empty()) return finish(cudaErrorInvalidValue, fault, 0, *report);
     Workspace workspace(pieces_of(plan));
     const cudaError_t error = sn::cuda::backward(*args, plan, workspace.data(), nullptr);
     return finish(error, workspace.inspect(), plan.launches, *report);

@@ -37,10 +37,11 @@ struct sn_simt_settings {
   std::int32_t positive_anchors;   // dense, screen, bank: a power of two, at most 1024
   std::int32_t positive_segments;  // dense, screen, bank
   std::int32_t shared_reduction;   // of every path but the cluster's; 1: whatever the number of anchors
-  std::int32_t packs_per_lane;     // of the backward, fp32 and fp64: 1 or 2
+  std::int32_t lane_bytes;         // of the backward: 8 (unless it searches), 16, or for fp32 and fp64 32
   std::int32_t buffer_capacity;    // screen, bank: at least what the fallback needs
   std::int32_t no_rescreen;        // screen, bank: not 0: rows are screened once
   std::int32_t few_rows;           // screen: a warp refines a row of strips with more rows than this
+  std::int32_t bucket_shift;       // of the backward, where it has buckets: log2 of the targets of one
 };
 
 // The outcome of a call.
@@ -51,6 +52,7 @@ struct sn_simt_report {
   std::int64_t switches;
   std::int32_t path;          // the path taken
   std::int32_t partitioned;   // of the backward
+  std::int32_t lane_bytes;    // of the backward
   sn::cuda::Control control;  // as the forward left it; zeros on a path without it
   char fault[8192];           // empty: none
 };

@@ -401,17 +401,18 @@ inline T load(const T* source, SN_SIMT_WHERE) {
   detail::expect_aligned(source, sizeof(T), "a load", where);
   return *source;
 }
-template <typename T>
-inline Pack<T> load_pack(const T* source, SN_SIMT_WHERE) {
-  detail::expect_aligned(source, kPackBytes, "a load of 16 bytes", where);
-  Pack<T> pack;
-  for (int e = 0; e < Pack<T>::kElements; ++e) pack.elements[e] = source[e];
+template <typename T, int kBytes = kPackBytes>
+inline Pack<T, kBytes> load_pack(const T* source, SN_SIMT_WHERE) {
+  detail::expect_aligned(source, kBytes, kBytes == kPackBytes ? "a load of 16 bytes" : "a load of 8 bytes", where);
+  Pack<T, kBytes> pack;
+  for (int e = 0; e < Pack<T, kBytes>::kElements; ++e) pack.elements[e] = source[e];
   return pack;
 }
-template <typename T>
-inline void store_pack(T* destination, const Pack<T>& pack, SN_SIMT_WHERE) {
-  detail::expect_aligned(destination, kPackBytes, "a store of 16 bytes", where);
-  for (int e = 0; e < Pack<T>::kElements; ++e) destination[e] = pack.elements[e];
+template <typename T, int kBytes>
+inline void store_pack(T* destination, const Pack<T, kBytes>& pack, SN_SIMT_WHERE) {
+  detail::expect_aligned(destination, kBytes, kBytes == kPackBytes ? "a store of 16 bytes" : "a store of 8 bytes",
+                         where);
+  for (int e = 0; e < Pack<T, kBytes>::kElements; ++e) destination[e] = pack.elements[e];
 }
 template <typename T>
 inline T atomic_load(const T* source, SN_SIMT_WHERE) {

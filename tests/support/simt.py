@@ -69,10 +69,11 @@ class Settings:
     positive_anchors: int = 0
     positive_segments: int = 0
     shared_reduction: int = 0
-    packs_per_lane: int = 0
+    lane_bytes: int = 0
     buffer_capacity: int = 0
     no_rescreen: int = 0
     few_rows: int = 0
+    bucket_shift: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Report:
 
     path: str
     partitioned: bool
+    lane_bytes: int
     launches: int
     workspace_bytes: int
     refined: int
@@ -188,10 +190,11 @@ class _Settings(ctypes.Structure):
         ("positive_anchors", ctypes.c_int32),
         ("positive_segments", ctypes.c_int32),
         ("shared_reduction", ctypes.c_int32),
-        ("packs_per_lane", ctypes.c_int32),
+        ("lane_bytes", ctypes.c_int32),
         ("buffer_capacity", ctypes.c_int32),
         ("no_rescreen", ctypes.c_int32),
         ("few_rows", ctypes.c_int32),
+        ("bucket_shift", ctypes.c_int32),
     ]
 
 
@@ -223,6 +226,7 @@ class _Report(ctypes.Structure):
         ("switches", ctypes.c_int64),
         ("path", ctypes.c_int32),
         ("partitioned", ctypes.c_int32),
+        ("lane_bytes", ctypes.c_int32),
         ("control", _Control),
         ("fault", ctypes.c_char * 8192),
     ]
@@ -237,6 +241,7 @@ def _run(function: ctypes._NamedFuncPointer, args: ctypes.Structure) -> None:
     last_report = Report(
         path=_PATHS[report.path],
         partitioned=bool(report.partitioned),
+        lane_bytes=report.lane_bytes,
         launches=report.launches,
         workspace_bytes=report.workspace_bytes,
         refined=report.control.refined,

@@ -1,6 +1,6 @@
-// Edges sorted into buckets of targets, so that a block of the gather reads its bucket instead of every edge. It is a
-// stable counting sort: edges keep their order within a bucket. count.cu counts the edges of each bucket in each part
-// of the graph, prefix_sum.cu turns counts into places, place.cu writes the edges there.
+// Edges sorted into buckets of targets. It is a stable counting sort: edges keep their order within a bucket. count.cu
+// counts the edges of each bucket in each part of the graph, prefix_sum.cu turns counts into places, place.cu writes
+// the edges there. Then lists.cu sorts each bucket by target, in one block's shared memory (lists.cuh).
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ struct Buckets {
   std::uint32_t* histogram;
   std::uint32_t* totals;
   std::uint32_t* begins;
-  std::int32_t* placed_targets;  // null: edges are not placed
+  std::int32_t* placed_targets;
   std::int32_t* placed_sources;
   void* placed_weights;
 };
@@ -51,7 +51,6 @@ struct PartRange {
 };
 
 inline Buckets buckets_of(const BackwardPlan& plan, char* workspace) {
-  if (!plan.partitioned) return {};
   return {.shift = plan.bucket_shift,
           .count = plan.buckets,
           .parts = plan.parts,

@@ -1,9 +1,10 @@
-// Edges of a group of targets: which edges of a window belong to the group, in which order, and their weights.
+// Edges of a group of targets that search.cu finds: which edges of a window belong to the group, in which order, and
+// their weights.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/backward/buckets.cuh"
+#include "cuda/backward/gather.cuh"
 #include "cuda/backward/graph.cuh"
 #include "cuda/backward/rows.cuh"
 #include "cuda/memory.cuh"
@@ -12,9 +13,6 @@
 
 namespace sn::cuda {
 
-inline constexpr int kGroupWarps = static_cast<int>(kBackwardGroup);  // of a gather block: one a target
-inline constexpr int kGroupThreads = kGroupWarps * kWarpSize;
-
 inline constexpr int kWindowLoads = 8;  // of a lane, at once
 inline constexpr int kWarpWindow = kWindowLoads * kWarpSize;
 inline constexpr int kWindow = kGroupWarps * kWarpWindow;
@@ -22,44 +20,31 @@ inline constexpr int kGroupBits = 3;  // of a listed edge: which of the targets;
 static_assert((1 << kGroupBits) == kBackwardGroup);
 static_assert(kWindow << kGroupBits <= 0x10000, "a listed edge has 16 bits");
 
-inline constexpr int kEdgeChunk = 64;
-inline constexpr int kMergedSlots = kWarpSize;           // own edges that a warp holds one a lane
-inline constexpr int kList = kEdgeChunk + kMergedSlots;  // edges that a warp gathers in one go
 inline constexpr int kSorted = kWindow + kGroupWarps * kEdgeChunk;
-static_assert(kEdgeChunk % kWarpSize == 0);
 static_assert(kSorted <= 0x10000, "a sorted edge has 16 bits");
 
 template <typename Acc>
 struct IncomingEdges {
   const Graph& graph;
-  const Buckets& buckets;
   Shared<std::int32_t> sOwnIndices;
   Shared<double> sUpstream;
-  std::uint32_t range_begin;
-  bool placed;
   bool merge;
 
-  // Appends the edge at `position` of the range, one a lane, to the list if it counts and has no reverse among the own
+  // Appends the edge at `position` of the graph, one a lane, to the list if it counts and has no reverse among the own
   // edges of `target`. Otherwise adds its weight to `merged` of the lane that holds the reverse.
-  __device__ __forceinline__ void append(const EdgeList<Acc>& list, int& count, int target, bool valid,
+  __device__ __forceinline__ void append(const EdgeList<Acc, std::int32_t>& list, int& count, int target, bool valid,
                                          std::uint32_t position, Acc& merged) const {
     std::int32_t source = 0;
     Acc weight = 0;
     if (valid) {
-      if (placed) {
-        const std::int64_t at = std::int64_t{range_begin} + position;
-        source = load(buckets.placed_sources + at);
-        weight = load(static_cast<const Acc*>(buckets.placed_weights) + at);
-      } else {
-        const std::uint32_t anchor = position / graph.edges;
-        source = static_cast<std::int32_t>(anchor);
-        weight = edge_weight<Acc>(graph, sUpstream.get(0), anchor, position);
-      }
+      const std::uint32_t anchor = position / graph.edges;
+      source = static_cast<std::int32_t>(anchor);
+      weight = edge_weight<Acc>(graph, sUpstream.get(0), anchor, position);
     }
     int reverse = -1;
     if (merge) {
       for (int slot = static_cast<int>(graph.edges) - 1; slot >= 0; --slot) {
-        if (sOwnIndices.get(target * kMergedSlots + slot) == source) reverse = slot;
+        if (sOwnIndices.get(target * kOwnSlots + slot) == source) reverse = slot;
       }
     }
     const bool counts = weight != Acc(0);

@@ -22,6 +22,9 @@ struct Graph {
   const double* stats;
 };
 
+// Edges of a target that are summed from zero, in the one order of sums (gather.cuh).
+inline constexpr int kEdgeChunk = 64;
+
 // Upstream gradient of every anchor, unless each has its own.
 template <typename Acc>
 __device__ __forceinline__ double shared_upstream(const Graph& graph) {

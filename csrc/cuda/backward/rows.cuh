@@ -9,21 +9,24 @@
 
 namespace sn::cuda {
 
-// Registers of a lane for rows under way: what 80 registers leave. Half-precision rows need twice the addresses.
+// Registers of a lane for rows under way: what 80 registers leave. Half-precision rows are twice as many values.
 template <typename T>
-inline constexpr int kRowRegisters = sizeof(T) == 2 ? 20 : (sizeof(T) == 4 ? 32 : 24);
+inline constexpr int kRowRegisters = sizeof(T) == 2 ? 16 : (sizeof(T) == 4 ? 32 : 24);
 
-// The elements of a row's slice that a lane works on. kVector: packs of 16 bytes, neighbouring lanes side by side,
-// each whole or beyond D. Otherwise the same number of single elements, neighbouring lanes side by side. Elements
-// beyond D are loaded from the beginning of the lane's part, or of the row: loads need no conditions, and these values
-// are never stored.
-template <typename T, int kPacks, bool kVector>
+// The elements of a row's slice that a lane works on: kLaneBytes of them. kVector: packs of 16 bytes, or one of 8,
+// neighbouring lanes side by side, each whole or beyond D. Otherwise as many single elements, neighbouring lanes side
+// by side. Elements beyond D are loaded from the beginning of the lane's part, or of the row: loads need no conditions,
+// and these values are never stored.
+template <typename T, int kLaneBytes, bool kVector>
 struct RowStrip {
   using Acc = sn::cuda::Acc<T>;
-  static constexpr int kPack = Pack<T>::kElements;
+  static constexpr int kRowPackBytes = kLaneBytes < kPackBytes ? kLaneBytes : kPackBytes;
+  using RowPack = Pack<T, kRowPackBytes>;
+  static constexpr int kPack = RowPack::kElements;
+  static constexpr int kPacks = kLaneBytes / kRowPackBytes;
   static constexpr int kValues = kPacks * kPack;
-  static constexpr int kRegisters = kVector ? 4 * kPacks : kValues * (sizeof(T) > 4 ? 2 : 1);
-  static constexpr int kRows = kRowRegisters<T> / kRegisters;  // under way at once
+  static constexpr int kRegisters = kVector ? kLaneBytes / 4 : kValues * (sizeof(T) > 4 ? 2 : 1);
+  static constexpr int kRows = kRowRegisters<T> / kRegisters < 8 ? kRowRegisters<T> / kRegisters : 8;
   static_assert(kRows >= 2);
 
   std::int64_t begin;  // first element
@@ -40,11 +43,11 @@ struct RowStrip {
   }
 
   // `row`: where the strip begins in it.
-  __device__ __forceinline__ void load_row(Pack<T> (&rRow)[kPacks], const T* row) const {
+  __device__ __forceinline__ void load_row(RowPack (&rRow)[kPacks], const T* row) const {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       if constexpr (kVector) {
-        rRow[p] = load_pack(row + (p * step < left ? p * step : 0));
+        rRow[p] = load_pack<T, kRowPackBytes>(row + (p * step < left ? p * step : 0));
       } else {
 #pragma unroll
         for (int e = 0; e < kPack; ++e) {
@@ -59,7 +62,7 @@ struct RowStrip {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       if constexpr (kVector) {
-        Pack<T> pack;
+        RowPack pack;
 #pragma unroll
         for (int e = 0; e < kPack; ++e) pack.elements[e] = narrow<T>(rSum[p * kPack + e]);
         if (p * step < left) store_pack(row + p * step, pack);
@@ -74,46 +77,63 @@ struct RowStrip {
   }
 };
 
-// Edges that a warp is about to gather.
-template <typename Acc>
+inline constexpr int kOwnSlots = static_cast<int>(kMergedSlots);  // own edges that a warp holds one a lane
+inline constexpr int kList = kEdgeChunk + kOwnSlots;              // edges that a warp gathers in one go
+static_assert(kOwnSlots == kWarpSize && kEdgeChunk % kWarpSize == 0);
+
+// Edges that a warp is about to gather, those of each group of lanes side by side: edge e is number e / groups of group
+// e % groups. So a lane finds all of its edges from one address.
+//
+// Place: what finds an edge's row. An std::int64_t says where it begins, in elements: a lane multiplies once for the
+// edge that it lists, where else every lane does for every edge. An std::int32_t is the row's number, for kernels
+// without the shared memory.
+template <typename Acc, typename Place>
 struct EdgeList {
-  Shared<std::int32_t> sources;
+  Shared<Place> places;
   Shared<Acc> weights;
+  std::int64_t stride;  // of rows
+  int row_shift;        // log2 of the lanes of a group
+
+  __device__ __forceinline__ int groups() const { return kWarpSize >> row_shift; }
+  // Where a group's edges begin.
+  __device__ __forceinline__ int part(int group) const { return group * (kList / kWarpSize << row_shift); }
 
   __device__ __forceinline__ void append(int& count, bool valid, std::int32_t source, Acc weight) const {
     const std::uint32_t taken = ballot(valid);
     if (valid) {
-      const int at = count + popcount(taken & lanes_below());
-      sources.set(at, source);
+      const int edge = count + popcount(taken & lanes_below());
+      const int at = part(edge & (groups() - 1)) + (edge << row_shift) / kWarpSize;
+      places.set(at, static_cast<Place>(sizeof(Place) == 8 ? source * stride : source));
       weights.set(at, weight);
     }
     count += popcount(taken);
   }
+  __device__ __forceinline__ std::int64_t begin(int at) const {
+    return sizeof(Place) == 8 ? std::int64_t{places.get(at)} : places.get(at) * stride;
+  }
 };
 
-// kRows edges from `first` on, of each group of lanes. kFull: all of them exist.
-template <bool kFull, typename T, int kPacks, bool kVector>
-__device__ __forceinline__ void gather_rows(const RowStrip<T, kPacks, kVector>& strip, const EdgeList<Acc<T>>& list,
-                                            int count, int first, int groups, const T* other, std::int64_t stride,
-                                            const Acc<T> (&rOwn)[kPacks * Pack<T>::kElements],
-                                            Acc<T> (&rSum)[kPacks * Pack<T>::kElements]) {
-  using Row = RowStrip<T, kPacks, kVector>;
-  Pack<T> rRows[Row::kRows][kPacks];
+// kRows edges of the list from `first` on, of which `left` exist; kFull: all.
+template <bool kFull, typename T, int kLaneBytes, bool kVector, typename Place>
+__device__ __forceinline__ void gather_rows(const RowStrip<T, kLaneBytes, kVector>& strip,
+                                            const EdgeList<Acc<T>, Place>& list, int first, int left, const T* other,
+                                            const Acc<T> (&rOwn)[kLaneBytes / sizeof(T)],
+                                            Acc<T> (&rSum)[kLaneBytes / sizeof(T)]) {
+  using Row = RowStrip<T, kLaneBytes, kVector>;
+  typename Row::RowPack rRows[Row::kRows][Row::kPacks];
 #pragma unroll
   for (int r = 0; r < Row::kRows; ++r) {
-    const int edge = first + r * groups;
-    if (kFull || edge < count) {
-      strip.load_row(rRows[r], other + list.sources.get(edge) * stride);
+    if (kFull || r < left) {
+      strip.load_row(rRows[r], other + list.begin(first + r));
     } else {
 #pragma unroll
-      for (int p = 0; p < kPacks; ++p) rRows[r][p] = Pack<T>{};
+      for (int p = 0; p < Row::kPacks; ++p) rRows[r][p] = {};
     }
   }
 #pragma unroll
   for (int r = 0; r < Row::kRows; ++r) {
-    const int edge = first + r * groups;
-    if (kFull || edge < count) {
-      const auto weight = list.weights.get(edge);
+    if (kFull || r < left) {
+      const auto weight = list.weights.get(first + r);
 #pragma unroll
       for (int v = 0; v < Row::kValues; ++v) {
         const auto value = widen(rRows[r][v / Row::kPack].elements[v % Row::kPack]);
@@ -124,55 +144,69 @@ __device__ __forceinline__ void gather_rows(const RowStrip<T, kPacks, kVector>& 
 }
 
 // Adds the edges of the list to rSum. The list is complete when this is called, and free when it returns.
-template <typename T, int kPacks, bool kVector>
-__device__ __forceinline__ void gather_list(const RowStrip<T, kPacks, kVector>& strip, int row_shift,
-                                            const EdgeList<Acc<T>>& list, int count, const T* own, const T* other,
-                                            std::int64_t stride, Acc<T> (&rSum)[kPacks * Pack<T>::kElements]) {
-  using Row = RowStrip<T, kPacks, kVector>;
+template <typename T, int kLaneBytes, bool kVector, typename Place>
+__device__ __forceinline__ void gather_list(const RowStrip<T, kLaneBytes, kVector>& strip,
+                                            const EdgeList<Acc<T>, Place>& list, int count, const T* own,
+                                            const T* other, Acc<T> (&rSum)[kLaneBytes / sizeof(T)]) {
+  using Row = RowStrip<T, kLaneBytes, kVector>;
   using Acc = typename Row::Acc;
   sync_warp();
   if (count > 0) {
     Acc rOwn[Row::kValues];
     {
-      Pack<T> rRow[kPacks];
+      typename Row::RowPack rRow[Row::kPacks];
       strip.load_row(rRow, own);
 #pragma unroll
       for (int v = 0; v < Row::kValues; ++v) rOwn[v] = widen(rRow[v / Row::kPack].elements[v % Row::kPack]);
     }
-    const int groups = kWarpSize >> row_shift;
-    const int group = lane_id() >> row_shift;
-    int first = 0;
-    for (; first + Row::kRows * groups <= count; first += Row::kRows * groups) {
-      gather_rows<true>(strip, list, count, first + group, groups, other, stride, rOwn, rSum);
+    const int group = lane_id() >> list.row_shift;
+    const int all = ((count + list.groups() - 1) << list.row_shift) / kWarpSize;  // of the first group: others have
+    const int mine = ((count + list.groups() - 1 - group) << list.row_shift) / kWarpSize;  // as many, or one less
+    const int full = (count << list.row_shift) / kWarpSize / Row::kRows * Row::kRows;
+    const int part = list.part(group);
+    for (int at = 0; at < full; at += Row::kRows) {
+      gather_rows<true>(strip, list, part + at, Row::kRows, other, rOwn, rSum);
     }
-    if (first < count) gather_rows<false>(strip, list, count, first + group, groups, other, stride, rOwn, rSum);
+    if (full < all) gather_rows<false>(strip, list, part + full, mine - full, other, rOwn, rSum);
   }
   sync_warp();
 }
 
-// Sums of a warp's lanes in shared memory, each lane's own in packs.
+// Sums of a warp's lanes in shared memory, each lane's own: in packs where they fill some, else one by one.
 template <typename Acc, int kValues>
 struct LaneSums {
   static constexpr int kPack = Pack<Acc>::kElements;
   static constexpr int kWarpElements = kValues * kWarpSize;
-  static_assert(kValues % kPack == 0);
+  static constexpr bool kPacked = kValues % kPack == 0;
 
   static __device__ __forceinline__ void store(const Shared<Acc>& sums, int warp, const Acc (&rSum)[kValues]) {
+    const int first = warp * kWarpElements;
+    if constexpr (kPacked) {
 #pragma unroll
-    for (int p = 0; p < kValues / kPack; ++p) {
-      Pack<Acc> pack;
+      for (int p = 0; p < kValues / kPack; ++p) {
+        Pack<Acc> pack;
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) pack.elements[e] = rSum[p * kPack + e];
-      sums.set_pack(warp * kWarpElements + (p * kWarpSize + lane_id()) * kPack, pack);
+        for (int e = 0; e < kPack; ++e) pack.elements[e] = rSum[p * kPack + e];
+        sums.set_pack(first + (p * kWarpSize + lane_id()) * kPack, pack);
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) sums.set(first + v * kWarpSize + lane_id(), rSum[v]);
     }
   }
   // rSum = the stored sums + rSum.
   static __device__ __forceinline__ void add_to(const Shared<Acc>& sums, int warp, Acc (&rSum)[kValues]) {
+    const int first = warp * kWarpElements;
+    if constexpr (kPacked) {
 #pragma unroll
-    for (int p = 0; p < kValues / kPack; ++p) {
-      const Pack<Acc> pack = sums.get_pack(warp * kWarpElements + (p * kWarpSize + lane_id()) * kPack);
+      for (int p = 0; p < kValues / kPack; ++p) {
+        const Pack<Acc> pack = sums.get_pack(first + (p * kWarpSize + lane_id()) * kPack);
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) rSum[p * kPack + e] = add(pack.elements[e], rSum[p * kPack + e]);
+        for (int e = 0; e < kPack; ++e) rSum[p * kPack + e] = add(pack.elements[e], rSum[p * kPack + e]);
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) rSum[v] = add(sums.get(first + v * kWarpSize + lane_id()), rSum[v]);
     }
   }
 };

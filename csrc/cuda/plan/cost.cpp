@@ -10,48 +10,16 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/plan/machine.h"
 #include "cuda/plan/sizes.h"
 
 namespace sn::cuda {
 namespace {
 
-// ---- devices --------------------------------------------------------------------------------------------------------
-
-// What a multiprocessor does in a microsecond, as a share of an H200's. Only the H200 was measured. For others:
-// counted, not measured, from the makers' tables of multiply-adds a clock (tensor cores: 1024 on 8.0, 512 on 8.6, 8.9
-// and 12.0; `mma.sync` gets no more on 9.0 and 10.0 than here) and of memory bandwidth over multiprocessors.
-struct Rates {
-  double tensor;
-  double ffma;
-  double dfma;  // fp64, of fp32's time
-  double memory;
-};
-Rates rates(const DeviceFacts& device) {
-  switch (device.major) {
-    case 8:
-      if (device.minor == 0) return {0.8, 0.5, 2.0, 0.55};
-      return {0.4, 1.0, 32.0, 0.3};
-    case 9:
-      return {1.0, 1.0, 2.0, 1.0};
-    case 10:
-      return {1.0, 1.0, 2.0, 1.6};
-    default:
-      return {0.4, 1.0, 32.0, 0.3};
-  }
-}
-
 // ---- constants ------------------------------------------------------------------------------------------------------
 
-// Between two kernels of a graph, part of each kernel's time here. The record's null kernel has 0.50.
-constexpr double kGap = 0.55;
 // A kernel that finds nothing to do: fallback 1.4 to 1.5, far thresholds 1.0 to 1.5.
 constexpr double kIdle = 1.4;
-// Bytes: 65536 x 2048 of fp32, read and rounded to halves, 805 MB in 198.
-constexpr double kMemoryBytes = 4.1e6 / 132;
-// Bytes of rows that other anchors have read shortly before, from the L2: what is left of the refinement's 8192 x 2048
-// after 8192 x 512. The share of a matrix that the L2 does not hold comes at the second rate (65536 x 2048).
-constexpr double kCacheBytes = 6.9e6 / 132;
-constexpr double kFarBytes = 4.8e6 / 132;
 constexpr double kCacheSize = 50e6;
 
 // Waves of equal blocks, a multiprocessor at a time: n + 1 blocks on n multiprocessors take nearly twice as long as n
@@ -63,26 +31,6 @@ double waves(double blocks, const DeviceFacts& device) {
   if (x <= 1.0) return 1.0;
   const double whole = std::floor(x);
   return whole + std::min(1.0, (x - whole) / kRamp);
-}
-
-// One block alone, and all blocks: between the longer of both and their sum.
-double joined(double alone, double together) {
-  return std::sqrt(alone * alone + together * together);
-}
-
-struct Machine {
-  const DeviceFacts& device;
-  Rates rate;
-  double processors;
-  explicit Machine(const DeviceFacts& facts)
-      : device(facts), rate(rates(facts)), processors(std::max(1, facts.multiprocessors)) {}
-  double memory_us(double bytes) const { return bytes / (kMemoryBytes * rate.memory * processors); }
-  // Work given as microseconds of one multiprocessor.
-  double spread(double us) const { return us / processors; }
-};
-
-double real(std::int64_t value) {
-  return static_cast<double>(value);
 }
 
 // The sum of us_of(rows) over strips of anchors, of which the last may be shorter.
@@ -467,48 +415,6 @@ Cost predict_forward(const ForwardPlan& plan, const Problem& problem, const Devi
       predict_screened(plan, problem, machine, batch, &cost);
       break;
   }
-  return cost;
-}
-
-// ---- backward -------------------------------------------------------------------------------------------------------
-
-namespace {
-
-// Buckets: 8192 x 12 edges 2.8, 1.8 and 10; 65536 x 12 edges 6.9, 3.5 and 34.
-constexpr double kCountStart = 2.0;
-constexpr double kCountEdge = 0.0008;
-constexpr double kPrefixStart = 1.5;
-constexpr double kPrefixEdge = 0.0003;
-constexpr double kPlaceStart = 5.5;
-constexpr double kPlaceEdge = 0.0048;
-// Gather: 8192 x 2048 in 152 (bf16: 150), 65536 x 2048 in 1455, 65536 x 128 of bf16 in 139, 64 x 2048 in 7.1. A row of
-// an edge is an own or an incoming one; where it is both, it is fetched once.
-constexpr double kGatherStart = 5.5;
-constexpr double kGatherEdges = 1.5;
-constexpr double kGatherElement = 9.0e-5;  // instructions, whatever the type
-constexpr double kGatherEdge = 0.010;
-
-}  // namespace
-
-Cost predict_backward(const BackwardPlan& plan, const BackwardProblem& problem, const DeviceFacts& device) {
-  Cost cost;
-  if (plan.launches == 0) return cost;
-  const Machine machine(device);
-  const double edges = real(problem.N) * real(problem.edges);
-  if (plan.partitioned) {
-    cost.add("count", kGap + kCountStart + machine.spread(kCountEdge * edges));
-    cost.add("prefix sums", kGap + kPrefixStart + machine.spread(kPrefixEdge * edges));
-    cost.add("place", kGap + kPlaceStart + machine.spread(kPlaceEdge * edges));
-  }
-  const double D = real(problem.D);
-  const bool both = problem.need_candidates && !problem.symmetric;
-  const double rows = real(problem.N) + (both ? real(problem.M) : 0.0);
-  const double row_bytes = D * real(element_bytes(problem.dtype));
-  const double fetched = kGatherEdges * edges;
-  const double kept = std::min(1.0, kCacheSize / std::max(1.0, real(problem.M) * row_bytes));
-  const double byte_us = kept / kCacheBytes + (1.0 - kept) / kFarBytes;
-  const double work = fetched * (kGatherEdge + kGatherElement * D + row_bytes * byte_us);
-  cost.add("gather", kGap + joined(kGatherStart, machine.spread(work) + machine.memory_us(2.0 * rows * row_bytes)));
   return cost;
 }
 

@@ -180,6 +180,8 @@ struct BackwardProblem {
 
 // Target rows that a block of the backward serves, one a warp. Buckets are whole groups.
 inline constexpr std::int64_t kBackwardGroup = 8;
+// Own edges that a warp of the backward holds one a lane. An anchor with more has none merged.
+inline constexpr std::int64_t kMergedSlots = 32;
 // Edges of a call, all anchors together: positions of edges are 32 bits.
 inline constexpr std::int64_t kMostEdges = 0xffffffff;
 
@@ -188,9 +190,10 @@ struct BackwardPlan {
   std::int64_t workspace_bytes = 0;
   std::int64_t slice_elements = 0;  // elements of D that a block works on
   std::int64_t slices = 0;
-  int packs_per_lane = 1;    // of 16 bytes, of one row
+  int lane_bytes = 16;       // of one row's slice, of a lane: 8, 16, or for fp32 and fp64 32
   int row_lanes = 32;        // lanes of a warp that share a row of the slice; groups of them take every so many edges
-  bool partitioned = false;  // edges are first put in buckets of targets, in their order
+  bool searches = false;     // blocks look for incoming edges in the whole graph; with lane_bytes of 16 or 32
+  bool partitioned = false;  // edges are first put in buckets of targets, in their order, and listed by target
   int bucket_shift = 0;      // target >> bucket_shift is its bucket
   std::int64_t buckets = 0;
   std::int64_t parts = 0;       // warps that share the edges out
@@ -202,6 +205,10 @@ struct BackwardPlan {
   Piece placed_targets;  // int32 [N * edges], bucket by bucket
   Piece placed_sources;  // int32 [N * edges]
   Piece placed_weights;  // acc [N * edges]
+  Piece list_begins;     // uint32 [targets + 1]
+  Piece list_sources;    // int32 [N * edges], target by target
+  Piece list_weights;    // acc [N * edges]
+  Piece own_weights;     // acc [N * edges], where edges are merged
 };
 
 }  // namespace sn::cuda

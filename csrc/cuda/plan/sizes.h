@@ -311,4 +311,17 @@ constexpr std::int64_t screened_launches(const ForwardPlan& plan, const Problem&
   return kPrepareLaunches + 1 + plan.strips * per_strip;
 }
 
+// ---- the backward ---------------------------------------------------------------------------------------------------
+
+// What the second-level cache keeps near of the rows that are read: one of its two partitions on an H200 is 30 MB.
+inline constexpr std::int64_t kNearBytes = std::int64_t{24} << 20;
+
+// Rows that more than one target may read at the same time. In the symmetric case these are all. Else candidates, of
+// which there are no more than edges, and then anchors.
+constexpr std::int64_t shared_rows(const BackwardProblem& problem) {
+  if (problem.symmetric) return problem.N;
+  const std::int64_t candidates = problem.need_anchors ? std::min(problem.M, problem.N * problem.edges) : 0;
+  return std::max(candidates, problem.need_candidates ? problem.N : 0);
+}
+
 }  // namespace sn::cuda

@@ -1,5 +1,6 @@
 // Runs the tests of the loss on the harness. Exits non-zero on the first failure. `--only text` runs the problems whose
 // name contains the text. `--scale s` multiplies the injected error of mma, to show what too small a bound does.
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -112,6 +113,7 @@ void check_problem(const Problem& p) {
     for (int partition = 0; partition < 3; ++partition) {
       sn_simt_settings back = settings;
       back.partition = partition;
+      back.lane_bytes = std::array{0, 32, 8}[static_cast<std::size_t>(partition)];
       back.seed += static_cast<std::uint64_t>(partition);
       where = p.name + ", backward, partition " + std::to_string(partition);
       const double start = now();

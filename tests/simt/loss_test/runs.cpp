@@ -29,10 +29,11 @@ sn_simt_settings settings_for(std::uint64_t seed, simt::MmaError error, ForwardP
           .positive_anchors = 0,
           .positive_segments = 0,
           .shared_reduction = 0,
-          .packs_per_lane = 0,
+          .lane_bytes = 0,
           .buffer_capacity = 0,
           .no_rescreen = 0,
-          .few_rows = 0};
+          .few_rows = 0,
+          .bucket_shift = 0};
 }
 
 void vary(sn_simt_settings& settings, std::uint64_t word) {
@@ -48,6 +49,8 @@ void vary(sn_simt_settings& settings, std::uint64_t word) {
   settings.shared_reduction = static_cast<std::int32_t>(word / 19 % 2);
   settings.buffer_capacity = word / 23 % 2;
   settings.few_rows = word / 29 % 2;
+  settings.lane_bytes = std::array{0, 8, 16, 32}[word / 37 % 4];
+  settings.bucket_shift = std::array{0, 3, 10}[word / 41 % 3];
 }
 
 Result forward(const Problem& p, const sn_simt_settings& settings) {

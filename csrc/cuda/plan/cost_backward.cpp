@@ -1,0 +1,94 @@
+// The cost model of the backward; cost.cpp says what the model is and which record its constants are from.
+#include <algorithm>
+
+#include "cuda/plan/cost.h"
+#include "cuda/plan/machine.h"
+#include "cuda/plan/sizes.h"
+
+namespace sn::cuda {
+namespace {
+
+// Buckets: 8192 x 12 edges 2.8, 1.8 and 10; 65536 x 12 edges 6.9, 3.5 and 34. Lists, counted, not measured: two rounds
+// of loads, two of a search and three barriers in a row, then each edge as where it is placed.
+constexpr double kCountStart = 2.0;
+constexpr double kCountEdge = 0.0008;
+constexpr double kPrefixStart = 1.5;
+constexpr double kPrefixEdge = 0.0003;
+constexpr double kPlaceStart = 5.5;
+constexpr double kPlaceEdge = 0.0048;
+constexpr double kListStart = 5.0;
+constexpr double kListEdge = 0.0048;
+
+// Edges whose row is fetched, for each edge of the graph: some have weight 0, two that are each other's reverse are one
+// row. The record's counters have 0.39 of the L2's peak where 8192 x 2048 takes 152: about 8 rows of 12 edges beside
+// the target's own.
+constexpr double kFetched = 0.75;
+
+// Instructions of a warp, counted in the machine code of sm_90a, not measured: beside the rows; for a row; for a lane's
+// element of a row; for widening it. A multiprocessor issues 4 a clock of 1.755 GHz, of which the gather of the record
+// reached 0.6 of the peak, with barriers that the lists have made unnecessary.
+constexpr double kWarpInstructions = 340.0;
+constexpr double kRowInstructions = 8.0;
+constexpr double kElementInstructions = 2.5;
+constexpr double kWidenInstructions = 1.0;
+constexpr double kInstruction = 1.0 / (4.0 * 1755.0 * 0.65);
+
+// A block that searches the graph, beside that. Read from 1024 x 2048 in 46.3 (6 windows), 256 x 2048 in 16.6 (1.5),
+// 128 x 2048 in 8.0, 64 x 2048 in 7.1. Fewer blocks than are resident take as long as those.
+constexpr double kSearchBlock = 1.1;
+constexpr double kSearchWindow = 0.6;
+constexpr double kWindowEdges = 2048.0;
+constexpr double kResident = 3.0;  // blocks of a multiprocessor
+constexpr double kGatherStart = 2.5;
+
+double gather_us(const BackwardPlan& plan, const BackwardProblem& problem, const Machine& machine) {
+  const double lanes = real(plan.row_lanes);
+  const double row_bytes = real(problem.D) * real(element_bytes(problem.dtype));
+  const double lane_elements = real(plan.slice_elements) / lanes;
+  const double element = (kElementInstructions + (element_bytes(problem.dtype) == 2 ? kWidenInstructions : 0.0)) *
+                         (problem.dtype == DType::kFloat64 ? machine.rate.dfma : 1.0);
+  const bool candidates = problem.need_candidates && !problem.symmetric;
+  const double targets = (problem.need_anchors ? real(problem.N) : 0.0) + (candidates ? real(problem.M) : 0.0);
+  const double sides = (problem.need_anchors ? 1.0 : 0.0) + (candidates ? 1.0 : 0.0);
+  const double rows = kFetched * sides * real(problem.N) * real(problem.edges);
+
+  // Instructions. Groups of lanes that share a list take its rows side by side.
+  const double slices = real(plan.slices);
+  const double row = (kRowInstructions + element * lane_elements) * lanes / 32.0;
+  double work = slices * (targets * kWarpInstructions + rows * row) * kInstruction;
+  const double blocks = slices * targets / real(kBackwardGroup);
+  if (plan.searches) {
+    const double windows = real(problem.N) * real(problem.edges) / kWindowEdges;
+    const double searching = problem.symmetric || !problem.need_anchors ? blocks : blocks * real(problem.M) / targets;
+    work += blocks * kSearchBlock + searching * kSearchWindow * windows;
+  }
+  const double filled = std::min(1.0, blocks / (kResident * machine.processors));
+  const double issued = machine.spread(work) / std::max(filled, 1e-9);
+
+  // Bytes: rows from the second-level cache, as far as the slice of all is near.
+  const double slice_bytes = real(shared_rows(problem)) * std::min(row_bytes, lanes * real(plan.lane_bytes));
+  const double near = std::min(1.0, real(kNearBytes) / std::max(1.0, slice_bytes));
+  const double byte_us = near / kCacheBytes + (1.0 - near) / (kFarBytes * machine.rate.memory);
+  const double fetched = machine.spread((rows + targets) * row_bytes * byte_us);
+  const double written = machine.memory_us(targets * row_bytes);
+  return kGap + joined(joined(kGatherStart, issued), joined(fetched, written));
+}
+
+}  // namespace
+
+Cost predict_backward(const BackwardPlan& plan, const BackwardProblem& problem, const DeviceFacts& device) {
+  Cost cost;
+  if (plan.launches == 0) return cost;
+  const Machine machine(device);
+  const double edges = real(problem.N) * real(problem.edges);
+  if (plan.partitioned) {
+    cost.add("count", kGap + kCountStart + machine.spread(kCountEdge * edges));
+    cost.add("prefix sums", kGap + kPrefixStart + machine.spread(kPrefixEdge * edges));
+    cost.add("place", kGap + kPlaceStart + machine.spread(kPlaceEdge * edges));
+    cost.add("lists", kGap + kListStart + machine.spread(kListEdge * edges));
+  }
+  cost.add(plan.searches ? "search" : "gather", gather_us(plan, problem, machine));
+  return cost;
+}
+
+}  // namespace sn::cuda

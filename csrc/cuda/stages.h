@@ -132,9 +132,9 @@ cudaError_t enqueue_rescores(const ForwardArgs& args, const ForwardPlan& plan, c
 cudaError_t enqueue_second_refine(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                                   cudaStream_t stream);
 
-// The exact search for anchors that the refinement could not certify, and the sum over all anchors. Both kernels have
-// fixed grids: segments of the queued rows, then their lists merged. After the last strip the last block of the second
-// writes the loss and the statistics; after other strips it empties the queue.
+// The exact search for anchors that the refinement could not certify (fallback/), and the sum over all anchors. Both
+// kernels have fixed grids: segments of the queued rows, one by one or in tiles, then their lists merged. After the
+// last strip the last block of the second writes the loss and the statistics; after others it empties the queue.
 cudaError_t enqueue_fallback(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,
                              cudaStream_t stream);
 cudaError_t enqueue_merge(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, const Strip& strip,

@@ -11,6 +11,7 @@ from mutants.mutant import (
     BACKWARD,
     DIRECT,
     EDGES,
+    FALLBACK,
     FENCES,
     GRADIENTS,
     LINE_FAR,
@@ -22,6 +23,87 @@ from mutants.mutant import (
     SCREEN,
     Mutant,
 )
+
+
+def _fallback() -> list[Mutant]:
+    """Queued rows in tiles: which rows share one, which candidates it sees, its sums, and what each row keeps."""
+    search, order, tree = FALLBACK + "tile_search.cuh", FALLBACK + "order.cuh", FALLBACK + "slice_tree.cuh"
+    numbers, neighbors = "test_numbers_of_queued_rows", "test_numbers_of_neighbors"
+    changes = [
+        # name, file, old, new, why, test
+        (
+            "queue-rank-without-earlier-warps", order,
+            "if (cut[c] && warp < warp_id()) rank += votes;", "if (cut[c] && warp < 0) rank += votes;",
+            "rows of a bucket in different warps have one rank: some are served twice, some never", numbers,
+        ),
+        (
+            "queue-cut-bucket-taken-whole", order,
+            "if (cut[c]) inside = rank >= begin && rank < end;", "if (cut[c]) inside = rank >= begin;",
+            "a bucket that a tile's end cuts gives it more rows than it has", numbers,
+        ),
+        (
+            "tile-tree-of-equal-levels", tree,
+            "if ((slice >> level & 1) != 0) {", "if ((slice >> level & 1) != 0 && level < 2) {",
+            "slices of the second half of a section leave the first out", "test_dimensions",
+        ),
+        (
+            "tile-total-without-its-last-section", tree,
+            "if (slice >= kSectionSlices) add_plane(kLevels, rSums);",
+            "if (slice > kSectionSlices) add_plane(kLevels, rSums);",
+            "of the second section the first slice alone forgets the total", "test_dimensions",
+        ),
+        (
+            "tile-list-of-other-lanes", search,
+            "const std::uint64_t other = shuffle(rest, kWarpSize - 1 - lane_id());",
+            "const std::uint64_t other = shuffle(rest, lane_id());",
+            "two rising sequences are merged as if one fell", neighbors,
+        ),
+        (
+            "tile-list-ends-with-its-first-part", search,
+            "rest = merge_lanes(known < other ? other : known);", "rest = merge_lanes(known);",
+            "what the first 32 places push out is lost", neighbors,
+        ),
+        (
+            "tile-self-is-a-neighbor", search,
+            "const bool present = candidate >= 0 && candidate != self;", "const bool present = candidate >= 0;",
+            "a row is its own nearest neighbour", "test_schedules_and_strips",
+        ),
+        (
+            "tile-null-rows-of-any-tile", search,
+            "if (!is_null_row) sWords_.atomic_or(kNotNull, 1u);", "if (is_null_row) sWords_.atomic_or(kNeeds, 0u);",
+            "null candidates count as at distance 0 of every row", "test_null_rows_among_others",
+        ),
+        (
+            "tile-null-candidates-of-a-bank-unread", search,
+            "args_.bank ? atomic_load(&args_.gControl->unscreenable) : 0", "0",
+            "facts of candidates are read that no kernel has written", "test_a_bank_of_one_point",
+        ),
+        (
+            "tile-drops-positives", search,
+            "const std::uint32_t votes = ballot(better || positive);", "const std::uint32_t votes = ballot(better);",
+            "a far positive is dropped after its first slice", "test_large_identities_in_clusters",
+        ),
+        (
+            "tile-closed-before-the-index", search,
+            "return limit >= place; }", "return limit > place + kSide; }",
+            "a tile ends although a candidate ties at distance 0", "test_duplicates_end_the_search",
+        ),
+        (
+            "tile-of-joined-segments-ends-early", search,
+            "set_word(kEnd, place(next));", "set_word(kEnd, place(segment + 1));",
+            "of several segments that a block joins it sees the first", "test_large_identities_in_clusters",
+        ),
+        (
+            "merge-of-fixed-segments", FALLBACK + "merge.cu",
+            "const std::int64_t segments = fallback_segments(args, queued);",
+            "const std::int64_t segments = kFallbackSegments;",
+            "lists of further segments are not joined", "test_larger_buffers_have_more_segments",
+        ),
+    ]  # fmt: skip
+    return [
+        Mutant(name, file, old, new, why, (BACKENDS + f"test_fallback.py::{test}",))
+        for name, file, old, new, why, test in changes
+    ]
 
 
 def _tiles() -> list[Mutant]:
@@ -425,7 +507,7 @@ MUTANTS: tuple[Mutant, ...] = (
     # ---- order of memory
     Mutant(
         "merge-fence-before-ticket",
-        SCREEN + "merge.cu",
+        FALLBACK + "merge.cu",
         "  fence_device();\n  sync_block();\n",
         "  sync_block();\n",
         "the ticket may be seen before the records",
@@ -434,7 +516,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "merge-fence-of-the-last",
-        SCREEN + "merge.cu",
+        FALLBACK + "merge.cu",
         "  if (sWord.get(0) == 0) return;\n  fence_device();\n",
         "  if (sWord.get(0) == 0) return;\n",
         "the last block may read records of before",
@@ -477,7 +559,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "queued-row-of-another-partial",
-        SCREEN + "merge.cu",
+        FALLBACK + "merge.cu",
         "if ((args.row_begin + (entry >> kNeedBits)) % kPartials != block_id()) continue;",
         "if ((entry >> kNeedBits) % kPartials != block_id()) continue;",
         "in later strips a block sums records that another one writes",
@@ -552,4 +634,5 @@ MUTANTS: tuple[Mutant, ...] = (
         (RESCREEN + "test_small_groups_take_no_places_of_others",),
     ),
     *_tiles(),
+    *_fallback(),
 )

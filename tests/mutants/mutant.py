@@ -41,3 +41,4 @@ LINE_GROUPS = (
 )
 FENCES = (PACKAGE + "test_tickets.py::test_every_ticket_has_its_fences",)
 SCREEN, DIRECT, BACKWARD = "csrc/cuda/screen/", "csrc/cuda/direct/", "csrc/cuda/backward/"
+FALLBACK = "csrc/cuda/fallback/"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WITH_TICKETS = [f"csrc/cuda/{name}" for name in ("direct/reduce.cu", "direct/select.cu", "screen/merge.cu")]
+WITH_TICKETS = [f"csrc/cuda/{name}" for name in ("direct/reduce.cu", "direct/select.cu", "fallback/merge.cu")]
 TICKET = re.compile(r"atomic_add\([^;]*?[tT]icket")
 FENCE = "fence_device();"
 BARRIER = re.compile(r"sync_(?:block|warp)\(\);")

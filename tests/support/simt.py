@@ -89,6 +89,7 @@ class Report:
     fallen_back: int
     rescreened: int
     certified: int
+    slices_summed: int
 
 
 settings = Settings()
@@ -214,7 +215,8 @@ class _Control(ctypes.Structure):
         ("rescreen_tiles", ctypes.c_uint32),
         ("rescreened", ctypes.c_uint32),
         ("certified", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32 * 2),
+        ("slices_summed", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
     ]
 
 
@@ -248,6 +250,7 @@ def _run(function: ctypes._NamedFuncPointer, args: ctypes.Structure) -> None:
         fallen_back=report.control.fallen_back,
         rescreened=report.control.rescreened,
         certified=report.control.certified,
+        slices_summed=report.control.slices_summed,
     )
     if error != 0:
         raise RuntimeError(f"sn_simt: {report.fault.decode()} ({settings})")

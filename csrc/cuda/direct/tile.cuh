@@ -1,5 +1,5 @@
-// A block computes partial sums, over one slice of D, of a tile of 64 anchors against 64 candidates. The direct path
-// and the cluster path share it.
+// A block computes partial sums, over one slice of D, of a tile of 64 anchors against 64 candidates. The direct path,
+// the cluster path and the fallback share it; the fallback has short stages, which leave it room, and gathers its rows.
 //
 // 256 threads have 4 x 4 pairs each. A warp covers 4 x 8 threads: a read of 16 bytes along D touches 8 candidates (all
 // banks once, since rows lie at odd multiples of 16 bytes) or 4 anchors (each read by 8 lanes at once), so 8 reads
@@ -40,9 +40,25 @@ struct TileRows {
   const T* gFirst;
   std::int64_t row_stride;
   std::int64_t rows;  // that exist; the tile's others are zero
+
+  __device__ __forceinline__ bool has(int row) const { return row < rows; }
+  __device__ __forceinline__ const T* at(int row) const { return gFirst + row * row_stride; }
+};
+// Rows by their numbers, -1: none.
+template <class T>
+struct GatheredRows {
+  const T* gFirst;
+  std::int64_t row_stride;
+  Shared<std::int32_t> sNumbers;
+
+  __device__ __forceinline__ bool has(int row) const { return sNumbers.get(row) >= 0; }
+  __device__ __forceinline__ const T* at(int row) const { return gFirst + sNumbers.get(row) * row_stride; }
 };
 
-template <class T>
+inline constexpr int kLongStage = 256;  // bytes of a row in a stage
+
+// kChecked: looks for NaN and Inf.
+template <class T, int kStageBytes = kLongStage, bool kChecked = true>
 class Tile {
  public:
   using A = Acc<T>;
@@ -54,7 +70,8 @@ class Tile {
   static constexpr int kLanesDown = kWarpSize / kLanesAcross;
   static constexpr int kWarpsAcross = kSide / kLanesAcross;
   static constexpr int kPack = Pack<T>::kElements;
-  static constexpr int kStage = 256 / static_cast<int>(sizeof(T)) < kChunk ? 256 / static_cast<int>(sizeof(T)) : kChunk;
+  static constexpr int kStageFits = kStageBytes / static_cast<int>(sizeof(T));
+  static constexpr int kStage = kStageFits < kChunk ? kStageFits : kChunk;
   static constexpr int kChunkStages = kChunk / kStage;
   static constexpr int kFew =
       kPack < 4 ? kPack : 4;  // elements of a row read at once: more would not fit the registers
@@ -67,7 +84,7 @@ class Tile {
   static_assert(kThreads / kWarpSize == kWarpsAcross * (kSide / kLanesDown));
   static_assert(kChunk % kStage == 0);
   static_assert((kPitch / kPack) % 2 == 1, "odd pitches have no bank conflicts");
-  static_assert(kStage / kFew == 16, "trips a stage, which .ci/cuda_instructions.py multiplies by");
+  static_assert(kStageBytes != kLongStage || kStage / kFew == 16, "trips that .ci/cuda_instructions.py multiplies by");
   static_assert((kChunk << kLevels) == kLargestSlice, "one open subtree a level");
 
   __device__ __forceinline__ explicit Tile(Shared<T> sMine) : sStages_(sMine) {}
@@ -82,8 +99,9 @@ class Tile {
 
   // The sums over elements [begin, end) of D, end - begin <= kLargestSlice, into rSums. Returns whether this thread saw
   // an element that is not finite. Ends behind a barrier: the shared memory is free again.
-  __device__ __forceinline__ bool sums(const TileRows<T>& x, const TileRows<T>& z, std::int64_t begin, std::int64_t end,
-                                       bool aligned, A (&rSums)[kPairs][kPairs]) const {
+  template <class Rows>
+  __device__ __forceinline__ bool sums(const Rows& x, const Rows& z, std::int64_t begin, std::int64_t end, bool aligned,
+                                       A (&rSums)[kPairs][kPairs]) const {
     const int length = static_cast<int>(end - begin);
     const int stages = (length + kStage - 1) / kStage;
     A rOpen[kLevels][kPairs][kPairs];
@@ -101,7 +119,9 @@ class Tile {
       sync_block();
       const int here = length - stage * kStage < kStage ? length - stage * kStage : kStage;
       add_stage(stage, here, rSums);
-      if (!all_finite(rSums)) nonfinite = nonfinite || !elements_finite(stage, here);
+      if constexpr (kChecked) {
+        if (!all_finite(rSums)) nonfinite = nonfinite || !elements_finite(stage, here);
+      }
       if ((stage + 1) % kChunkStages == 0 || stage + 1 == stages) {
         close_chunk(stage / kChunkStages, stage + 1 == stages, rSums, rOpen);
       }
@@ -152,13 +172,15 @@ class Tile {
   }
 
   // Starts the copies of one stage of both tiles. Does not end the group of copies.
-  __device__ __forceinline__ void stage_rows(const TileRows<T>& x, const TileRows<T>& z, std::int64_t begin, int length,
-                                             bool aligned, int stage) const {
+  template <class Rows>
+  __device__ __forceinline__ void stage_rows(const Rows& x, const Rows& z, std::int64_t begin, int length, bool aligned,
+                                             int stage) const {
     copy_rows(x, begin, length, aligned, stage, staged(stage, 0));
     copy_rows(z, begin, length, aligned, stage, staged(stage, 1));
   }
-  __device__ __forceinline__ static void copy_rows(const TileRows<T>& from, std::int64_t begin, int length,
-                                                   bool aligned, int stage, const Shared<T>& sTarget) {
+  template <class Rows>
+  __device__ __forceinline__ static void copy_rows(const Rows& from, std::int64_t begin, int length, bool aligned,
+                                                   int stage, const Shared<T>& sTarget) {
     constexpr int kRowPacks = kStage / kPack;
     constexpr int kRowsAtOnce = kThreads / kRowPacks;
     static_assert(kThreads % kRowPacks == 0 && kRows % kRowsAtOnce == 0);
@@ -167,8 +189,8 @@ class Tile {
 #pragma unroll
     for (int pass = 0; pass < kRows / kRowsAtOnce; ++pass) {
       const int row = pass * kRowsAtOnce + thread_id() / kRowPacks;
-      const bool present = row < from.rows && remain > 0;
-      const T* gSource = present ? from.gFirst + row * from.row_stride + begin + stage * kStage + column : from.gFirst;
+      const bool present = remain > 0 && from.has(row);
+      const T* gSource = present ? from.at(row) + begin + stage * kStage + column : from.gFirst;
       if (!present || (aligned && remain >= kPack)) {
         async_copy16(sTarget, row * kPitch + column, gSource, present);
         continue;

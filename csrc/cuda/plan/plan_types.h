@@ -93,7 +93,8 @@ struct Control {
   std::uint32_t rescreen_tiles;    // tiles of rows that are screened again
   std::uint32_t rescreened;        // statistics: rows of them
   std::uint32_t certified;         // and those whose support set this decided
-  std::uint32_t reserved[2];
+  std::uint32_t slices_summed;     // statistics: slices of the fallback's tiles (direct_sum.cuh)
+  std::uint32_t reserved;
 };
 static_assert(sizeof(Control) == 64);
 

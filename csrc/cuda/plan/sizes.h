@@ -259,11 +259,26 @@ constexpr PositivesShape positives_shape(std::int64_t N, std::int64_t M, std::in
 
 // ---- the refinement and the fallback --------------------------------------------------------------------------------
 
-// What the fallback leaves of a row, in the row's place of the buffer: a sorted list of K keys of each segment, then
-// the nearest and the farthest positive of each segment. ForwardPlan::buffer_capacity is at least this on every path.
-constexpr std::int64_t fallback_entries(std::int64_t K) {
-  return kFallbackSegments * (K + 2);
+// What the fallback leaves of a row, in the row's place of the buffer, for each segment of the candidates: a sorted
+// list of K keys, then the nearest and the farthest positive. ForwardPlan::buffer_capacity has room for
+// kFallbackSegments on every path; where it has more, few rows have more segments, up to as many as the merge sorts.
+constexpr std::int64_t fallback_places(std::int64_t K) {
+  return K + 2;
 }
+constexpr std::int64_t fallback_entries(std::int64_t K) {
+  return kFallbackSegments * fallback_places(K);
+}
+inline constexpr std::int64_t kMostSegments = 64;
+inline constexpr std::int64_t kMergeKeys = kFallbackSegments * kFastNeighbours;
+constexpr std::int64_t most_fallback_segments(std::int64_t K) {
+  return std::clamp(kMergeKeys / std::max<std::int64_t>(K, 1), kFallbackSegments, kMostSegments);
+}
+
+// Up to so many queued rows are served one by one, more in tiles of kDirectTile rows x kDirectTile candidates.
+inline constexpr std::int64_t kFewQueued = 16;
+// Two blocks on each multiprocessor of an H200; any number is right.
+inline constexpr std::int64_t kFallbackBlocks = 264;
+static_assert(kFewQueued * kFallbackSegments <= kFallbackBlocks, "all segments of few rows are served at once");
 
 // A queued row is one int32: its number in the strip above these bits, and what it still needs.
 inline constexpr int kNeedBits = 3;

@@ -1,6 +1,7 @@
 // Arguments of the kernels behind the screening: the problem, pieces of the workspace, constants of the bounds.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -22,6 +23,7 @@ struct RefineArgs {
   bool aligned;    // rows of both matrices start at multiples of 16 bytes
   bool many_rows;  // rows alone fill the machine
   bool dense;      // entries are the scores of all candidates; there are no thresholds and no far buffer
+  bool bank;       // candidates have n and rho only where the scores wrote them
 
   // The strip.
   std::int64_t row_begin;
@@ -44,7 +46,8 @@ struct RefineArgs {
   std::uint32_t* gFarCounts;  // [strip_rows]
   std::uint64_t* gBuffer;     // [strip_rows][capacity]
   std::int64_t capacity;
-  std::uint64_t* gFarBuffer;  // [strip_rows][far_capacity]
+  std::int64_t most_segments;  // of the fallback
+  std::uint64_t* gFarBuffer;   // [strip_rows][far_capacity]
   std::int64_t far_capacity;
 
   std::int32_t* gQueue;  // [strip_rows]
@@ -70,6 +73,24 @@ struct RefineArgs {
   float row_slack;
   float rounding_floor;
 };
+
+// What the refinement has resolved of a queued row stands in the place of the fallback's first segment.
+__device__ __forceinline__ std::int64_t segment_places(std::int64_t K) {
+  return K + 2;
+}
+// Segments of the candidates, where so many rows are queued. Few tiles have more, so that all multiprocessors are busy.
+__device__ __forceinline__ std::int64_t fallback_segments(const RefineArgs& args, std::int64_t queued) {
+  if (queued <= kFewQueued) return kFallbackSegments;
+  const std::int64_t wanted = kFallbackBlocks * kDirectTile / queued;
+  const std::int64_t most = wanted < args.most_segments ? wanted : args.most_segments;
+  return most > kFallbackSegments ? most : kFallbackSegments;
+}
+__device__ __forceinline__ std::int64_t near_place(std::int64_t K) {
+  return K;
+}
+__device__ __forceinline__ std::int64_t far_place(std::int64_t K) {
+  return K + 1;
+}
 
 // The positives of an anchor.
 struct ListedPositives {
@@ -101,6 +122,7 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
           .aligned = rows_aligned(args.anchors, args.dtype) && rows_aligned(args.candidates, args.dtype),
           .many_rows = plan.path == ForwardPath::kScreen && strip.rows > plan.few_rows,
           .dense = plan.path == ForwardPath::kDense,
+          .bank = plan.path == ForwardPath::kBank,
           .row_begin = strip.begin,
           .rows = strip.rows,
           .gAnchorN = anchors.n,
@@ -119,6 +141,7 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
           .gFarCounts = counts + plan.strip_rows,
           .gBuffer = piece<std::uint64_t>(workspace, plan.buffer),
           .capacity = plan.buffer_capacity,
+          .most_segments = std::min(most_fallback_segments(plan.K), plan.buffer_capacity / fallback_places(plan.K)),
           .gFarBuffer = piece<std::uint64_t>(workspace, plan.far_buffer),
           .far_capacity = plan.far_capacity,
           .gQueue = piece<std::int32_t>(workspace, plan.queue),

@@ -163,8 +163,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
   if (lane_id() == 0) {
     float rho = 0.0f;
     if constexpr (kWide) rho = differs ? residual_bound(rSquares, rRests, args.row_slack) : 0.0f;
+    const bool null = kWide && finite && !differs;  // whatever the scale
     side.n[row] = fits ? rSquares : 0.0f;
-    side.rho[row] = fits ? rho : kInfinity;
+    side.rho[row] = fits || null ? rho : kInfinity;
     if (!finite) atomic_or(&args.control->nonfinite, 1u);
   }
 }

@@ -22,11 +22,12 @@ namespace sn::cuda {
 // ---- traits ---------------------------------------------------------------------------------------------------------
 
 // Keys that a block of so many warps sorts at once: the K best so far and the pending ones. A few warps an anchor
-// finish it soonest; one warp an anchor keeps most anchors under way and waits for no other warp.
+// finish it soonest; one warp an anchor keeps most anchors under way and waits for no other warp. Of many warps some
+// may only look for candidates, since each that sums has shared memory of its own.
 template <int kWarps>
 struct NearestShape {
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kKeys = kWarps == 1 ? 256 : 512;
+  static constexpr int kKeys = kWarps == 1 ? 256 : 128 * kWarps;
   static constexpr int kPending = kKeys - static_cast<int>(kFastNeighbours);
   static constexpr int kVoteWords = 2 * kWarps;
   static constexpr int kStagedBounds = 2 * kKeys;  // floats that fit the place of the keys
@@ -41,20 +42,21 @@ __device__ __forceinline__ std::uint64_t smaller(std::uint64_t a, std::uint64_t 
 
 // ---- the K nearest --------------------------------------------------------------------------------------------------
 
-template <class T, int kWarps>
+template <class T, int kWarps, int kSummers = kWarps>
 class NearestK {
  public:
+  static_assert(kSummers <= kWarps);
   using Sums = WarpSums<T>;
   using Shape = NearestShape<kWarps>;
   static constexpr int bytes(std::int64_t dims) {
-    return shared_bytes<T>(kWarps * Sums::elements(dims)) + shared_bytes<std::uint64_t>(Shape::kKeys) +
+    return shared_bytes<T>(kSummers * Sums::elements(dims)) + shared_bytes<std::uint64_t>(Shape::kKeys) +
            shared_bytes<std::int32_t>(Shape::kPending) + shared_bytes<std::uint32_t>(1) +
            shared_bytes<std::uint32_t>(Shape::kVoteWords);
   }
 
   __device__ __forceinline__ NearestK(SharedArena& arena, const FeatureView& candidates, std::int64_t dims,
                                       bool aligned, std::int64_t K)
-      : sums_(arena.take<T>(kWarps * Sums::elements(dims)).offset(warp_id() * Sums::elements(dims)),
+      : sums_(arena.take<T>(kSummers * Sums::elements(dims)).offset(warp_id() % kSummers * Sums::elements(dims)),
               static_cast<const T*>(candidates.data), candidates.row_stride, dims, aligned),
         sKeys(arena.take<std::uint64_t>(Shape::kKeys)),
         sPending_(arena.take<std::int32_t>(Shape::kPending)),
@@ -165,11 +167,12 @@ class NearestK {
   std::uint32_t evaluated = 0;  // candidates since the kernel began
 
  private:
-  // The warps share [begin, end) of the pending ones; the key of the e-th goes behind the K kept.
+  // Warps that sum share [begin, end) of the pending ones; the key of the e-th goes behind the K kept.
   template <bool kBounded>
   __device__ __forceinline__ void measure(int begin, int end) {
+    if (warp_id() >= kSummers) return;
     const int groups = (end - begin + at_once_ - 1) / at_once_;
-    const int share = (groups + kWarps - 1) / kWarps * at_once_;
+    const int share = (groups + kSummers - 1) / kSummers * at_once_;
     const int last = begin + (warp_id() + 1) * share < end ? begin + (warp_id() + 1) * share : end;
     for (int first = begin + warp_id() * share; first < last; first += kWarpSize) {
       const int count = last - first < kWarpSize ? last - first : kWarpSize;

@@ -18,8 +18,9 @@
 //        for it, so the fallback serves it. A row with a NaN or Inf is such a row and sets Control.nonfinite.
 //
 // Control.unscreenable: e would be outside of +-60, or all rows of the sample and all anchors that were looked at are
-// equal. Then no cast is worth anything: rho is +inf and n is 0 for all rows, the score kernels write NOTHING (no
-// scores, no entries, no facts of bank rows) but Control.nonfinite, and every row goes to the fallback.
+// equal. Then no cast is worth anything: n is 0 for all rows, and rho +inf for all but null rows (bound.cuh); the score
+// kernels write NOTHING (no scores, no entries, no facts of bank rows) but Control.nonfinite, and every row of which
+// duplicates do not decide goes to the fallback.
 #pragma once
 
 #include <cstdint>

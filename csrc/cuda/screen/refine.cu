@@ -5,7 +5,7 @@
 // entries survive is left undecided, too: it is likely to be one of a tight cluster, whose other rows have as many.
 // Entries and counts of undecided rows stay. The second time blocks take the waiting rows in turn, those of groups with
 // new entries, the others with the old ones and as many sums as it takes; what is undecided then goes to the fallback
-// (fallback.cu).
+// (fallback/fallback.cu).
 #include <type_traits>
 
 #include "cuda/keys.cuh"
@@ -274,8 +274,8 @@ __device__ __forceinline__ void refine_row(const RefineArgs& args, NearestK<T, k
   if ((needs & kNeedSupport) == 0) {
     for (int e = thread_id(); e < args.K; e += kThreads) gLists[e] = nearest.sKeys.get(e);
     if (thread_id() == 0) {
-      if ((needs & kNeedNear) == 0) gLists[kFallbackSegments * args.K] = nearest.near;
-      if ((needs & kNeedFar) == 0) gLists[kFallbackSegments * (args.K + 1)] = nearest.far;
+      if ((needs & kNeedNear) == 0) gLists[near_place(args.K)] = nearest.near;
+      if ((needs & kNeedFar) == 0) gLists[far_place(args.K)] = nearest.far;
     }
   }
   if (waits) {

@@ -22,39 +22,44 @@ static_assert(kMergeThreads == PartialMemory::kThreads);
 constexpr int kQueueLoads = 4;
 constexpr int kQueueWindow = kQueueLoads * kMergeThreads;
 static_assert(shared_bytes<std::int32_t>(kQueueWindow) <= PartialMemory::kBytes, "they lie where records will");
-constexpr int kMergeKeys = static_cast<int>(kFallbackSegments * kFastNeighbours);
-static_assert((kMergeKeys & (kMergeKeys - 1)) == 0);
-static_assert(kFallbackSegments <= kWarpSize, "a lane a segment, for near and far");
-
-__host__ __device__ constexpr std::int64_t merge_keys(std::int64_t K) {
-  std::int64_t keys = 1;
-  while (keys < kFallbackSegments * K) keys *= 2;
+// Sorting networks work on powers of two.
+__host__ __device__ constexpr int padded_keys(std::int64_t count) {
+  int keys = 1;
+  while (keys < count) keys *= 2;
   return keys;
 }
 constexpr int merge_bytes(std::int64_t K) {
-  return shared_bytes<std::uint64_t>(static_cast<int>(merge_keys(K))) + ReductionMemory::kBytes +
+  return shared_bytes<std::uint64_t>(padded_keys(most_fallback_segments(K) * K)) + ReductionMemory::kBytes +
          PartialMemory::kBytes + shared_bytes<std::uint32_t>(1);
 }
-static_assert(merge_bytes(kFastNeighbours) <= kPlainSharedBytes);
+static_assert(merge_bytes(kFastNeighbours) <= kPlainSharedBytes && merge_bytes(1) <= kPlainSharedBytes);
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-// Nearest (or farthest, by far_key) of the segments; what the refinement knew is in place 0.
-__device__ __forceinline__ std::uint64_t best_of(const std::uint64_t* gKeys, bool many) {
-  const int count = many ? static_cast<int>(kFallbackSegments) : 1;
-  return least_key(lane_id() < count ? load(gKeys + lane_id()) : kNoKey);
+// Nearest (or farthest, by far_key) of so many segments.
+__device__ __forceinline__ std::uint64_t best_of(const std::uint64_t* gKeys, std::int64_t segments, std::int64_t K) {
+  std::uint64_t best = kNoKey;
+  for (std::int64_t segment = lane_id(); segment < segments; segment += kWarpSize) {
+    const std::uint64_t key = load(gKeys + segment * segment_places(K));
+    if (key < best) best = key;
+  }
+  return least_key(best);
 }
 
 // One queued row, by the whole block.
-__device__ __forceinline__ void merge_row(const RefineArgs& args, std::int32_t entry,
+__device__ __forceinline__ void merge_row(const RefineArgs& args, std::int32_t entry, std::int64_t segments,
                                           const Shared<std::uint64_t>& sKeys) {
   const std::int64_t row = entry >> kNeedBits;
   const std::int64_t anchor = args.row_begin + row;
   const std::uint64_t* gLists = args.gBuffer + row * args.capacity;
+  const auto lists = [&](Need need) { return (entry & need) != 0 ? segments : std::int64_t{1}; };
   const bool many = (entry & kNeedSupport) != 0;
-  const std::int64_t count = many ? kFallbackSegments * args.K : args.K;
+  const auto count = static_cast<int>(lists(kNeedSupport) * args.K);
+  const auto K = static_cast<int>(args.K);
   sync_block();  // the previous row's keys have been read
-  for (std::int64_t e = thread_id(); e < count; e += kMergeThreads) sKeys.set(static_cast<int>(e), load(gLists + e));
+  for (int e = thread_id(); e < count; e += kMergeThreads) {
+    sKeys.set(e, load(gLists + e / K * segment_places(args.K) + e % K));
+  }
   sync_block();
   if (many) sort_keys(BlockTeam(), sKeys, count);
   if (warp_id() != 0) return;
@@ -65,8 +70,8 @@ __device__ __forceinline__ void merge_row(const RefineArgs& args, std::int32_t e
     const bool real = e + lane_id() < args.K && sKeys.get(static_cast<int>(e) + lane_id()) != kNoKey;
     found += popcount(ballot(real));
   }
-  const std::uint64_t near = best_of(gLists + kFallbackSegments * args.K, (entry & kNeedNear) != 0);
-  const std::uint64_t far = best_of(gLists + kFallbackSegments * (args.K + 1), (entry & kNeedFar) != 0);
+  const std::uint64_t near = best_of(gLists + near_place(args.K), lists(kNeedNear), args.K);
+  const std::uint64_t far = best_of(gLists + far_place(args.K), lists(kNeedFar), args.K);
   const AnchorRecord record =
       finish_anchor<float>(args.forward, anchor, args.K, found, sKeys, near_of<float>(near), far_of<float>(far));
   if (lane_id() == 0) args.gRecords[anchor] = record;
@@ -74,13 +79,14 @@ __device__ __forceinline__ void merge_row(const RefineArgs& args, std::int32_t e
 
 __global__ void __launch_bounds__(kMergeThreads, 2) merge_kernel(const __grid_constant__ RefineArgs args) {
   SharedArena arena;
-  const Shared<std::uint64_t> sKeys = arena.take<std::uint64_t>(static_cast<int>(merge_keys(args.K)));
+  const Shared<std::uint64_t> sKeys = arena.take<std::uint64_t>(padded_keys(args.most_segments * args.K));
   const ReductionMemory memory(arena);
   const PartialMemory stage(arena);
   const Shared<std::uint32_t> sWord = arena.take<std::uint32_t>(1);  // how many of the queue; then: the last block
   const Shared<std::int32_t> sMine = stage.sWords.view<std::int32_t>();
   const bool poison = atomic_load(&args.gControl->nonfinite) != 0;
   const std::int64_t queued = poison ? 0 : atomic_load(&args.gControl->queued);
+  const std::int64_t segments = fallback_segments(args, queued);
 
   for (std::int64_t begin = 0; begin < queued; begin += kQueueWindow) {
     sync_block();  // the rows of the previous window are done
@@ -96,7 +102,7 @@ __global__ void __launch_bounds__(kMergeThreads, 2) merge_kernel(const __grid_co
     }
     sync_block();
     const int mine = static_cast<int>(sWord.get(0));
-    for (int m = 0; m < mine; ++m) merge_row(args, sMine.get(m), sKeys);
+    for (int m = 0; m < mine; ++m) merge_row(args, sMine.get(m), segments, sKeys);
   }
 
   if (args.last_strip && poison) {

@@ -57,6 +57,7 @@ HOT = {
     "bank_kernel": Kind("HMMA", epilogue=True),
     "rescore_kernel": Kind("HMMA"),  # its epilogues lie in a loop over tiles
     "tile_kernel": Kind("FMA", trips=16),  # direct/tile.cuh asserts them
+    "fallback_kernel": Kind("FMA", trips=4),  # fallback/tile_search.cuh asserts them; kind_of: of halves twice as many
     "refine_kernel": Kind("FMA"),
     "facts_kernel": Kind("FMA"),
     "gather_kernel": Kind("FMA"),
@@ -272,7 +273,10 @@ class Row(NamedTuple):
 
 def kind_of(kernel: str) -> Kind | None:
     """What is counted of it, by its name; nothing of kernels in fp64, which no one hurries."""
-    return None if "double" in kernel else HOT.get(kernel.split("<")[0])
+    kind = None if "double" in kernel else HOT.get(kernel.split("<")[0])
+    if kind is not None and kernel.startswith("fallback_kernel") and "float" not in kernel:
+        return kind._replace(trips=2 * kind.trips)
+    return kind
 
 
 def read_objects(folder: Path) -> tuple[list[Row], list[str]]:

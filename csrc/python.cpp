@@ -43,10 +43,12 @@ constexpr std::array<PathName<ForwardPath>, 6> kCudaPaths{{
     {ForwardPath::kBank, "bank"},
 }};
 
-constexpr std::array<PathName<sn::cuda::Batch>, 3> kBatches{{
+constexpr std::array<PathName<sn::cuda::Batch>, 5> kBatches{{
     {sn::cuda::Batch::kRandom, "random"},
     {sn::cuda::Batch::kClusters, "clusters"},
     {sn::cuda::Batch::kIdentical, "identical"},
+    {sn::cuda::Batch::kLargeClusters, "large clusters"},
+    {sn::cuda::Batch::kLargeIdentical, "large identical"},
 }};
 
 template <class Names, class Path>
@@ -210,8 +212,9 @@ PYBIND11_MODULE(_C, module) {
       "workspace_bytes, strips and tiles. largest_cluster, cluster_planes: blocks of the largest cluster that the "
       "device holds, and planes of sums a block of it may keep. predicted_us is what the cost model expects of a call "
       "in a CUDA graph, kernels its parts: (name, launches, microseconds). batch is what the features look like: "
-      "random, clusters (too tight for the scores: every row is screened again) or identical (one point). ValueError "
-      "where a forced path cannot serve.");
+      "random, clusters (too tight for the scores: every row is screened again), large clusters (of 256 rows, each an "
+      "identity), identical (one point), or large identical (in identities of 1024). ValueError where a forced path "
+      "cannot serve.");
   module.def(
       "cuda_backward_plan", &cuda_backward_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"),
       py::arg("dtype"), py::arg("symmetric"), capability, multiprocessors, shared_bytes,

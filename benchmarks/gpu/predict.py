@@ -161,8 +161,11 @@ def costs(record: str) -> list[list[str]]:
 
 HARD = (
     ("8 clusters of 256, nearly duplicates", Shape(2048, 512), "clusters"),
+    ("the same, each cluster one identity", Shape(2048, 512), "large clusters"),
     ("features collapsed to one point and roundings", Shape(8192, 2048), "clusters"),
+    ("32 clusters of 256, each one identity", Shape(8192, 2048), "large clusters"),
     ("all rows identical, identities of up to 128", Shape(8192, 2048), "identical"),
+    ("all rows identical, identities of 1024", Shape(8192, 2048), "large identical"),
 )
 """Batches that the first screening cannot decide, and what the model takes them for (csrc/cuda/plan/cost.h)."""
 

@@ -130,7 +130,7 @@ __device__ __forceinline__ void search_tiles(const RefineArgs& args, int all_que
     const int support_tiles = parts_of(tiles.support_rows(), kSide);
     const int count = support ? support_tiles : parts_of(queued, kSide) - support_tiles;
     const auto segments = static_cast<int>(fallback_segments(args, queued));
-    const int wanted = count > 0 ? parts_of(static_cast<int>(kFallbackBlocks), count) : 1;
+    const int wanted = count > 0 && count < kLabelBlocks ? static_cast<int>(kLabelBlocks) / count : 1;
     const int parts = support || wanted > segments ? segments : wanted;
     const int candidates = parts_of(static_cast<int>(args.forward.candidates.rows), segments);
     const std::int64_t works = std::int64_t{count} * parts;

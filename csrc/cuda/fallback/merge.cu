@@ -18,6 +18,8 @@ namespace {
 
 constexpr int kMergeThreads = 256;
 static_assert(kMergeThreads == PartialMemory::kThreads);
+constexpr int kMergeWarps = kMergeThreads / kWarpSize;
+static_assert(kMergeWarps <= kFallbackSegments, "there is room for the lists of so many rows");
 // Entries of the queue that a block looks through at once for its own.
 constexpr int kQueueLoads = 4;
 constexpr int kQueueWindow = kQueueLoads * kMergeThreads;
@@ -46,23 +48,27 @@ __device__ __forceinline__ std::uint64_t best_of(const std::uint64_t* gKeys, std
   return least_key(best);
 }
 
-// One queued row, by the whole block.
-__device__ __forceinline__ void merge_row(const RefineArgs& args, std::int32_t entry, std::int64_t segments,
+__device__ __forceinline__ std::int64_t lists_of(std::int32_t entry, Need need, std::int64_t segments) {
+  return (entry & need) != 0 ? segments : 1;
+}
+
+// The keys of all lists of a queued row, by a team.
+template <class Team>
+__device__ __forceinline__ void load_keys(const Team& team, const RefineArgs& args, std::int32_t entry, int lists,
                                           const Shared<std::uint64_t>& sKeys) {
-  const std::int64_t row = entry >> kNeedBits;
-  const std::int64_t anchor = args.row_begin + row;
-  const std::uint64_t* gLists = args.gBuffer + row * args.capacity;
-  const auto lists = [&](Need need) { return (entry & need) != 0 ? segments : std::int64_t{1}; };
-  const bool many = (entry & kNeedSupport) != 0;
-  const auto count = static_cast<int>(lists(kNeedSupport) * args.K);
+  const std::uint64_t* gLists = args.gBuffer + (entry >> kNeedBits) * args.capacity;
   const auto K = static_cast<int>(args.K);
-  sync_block();  // the previous row's keys have been read
-  for (int e = thread_id(); e < count; e += kMergeThreads) {
+  for (int e = team.rank(); e < lists * K; e += team.size()) {
     sKeys.set(e, load(gLists + e / K * segment_places(args.K) + e % K));
   }
-  sync_block();
-  if (many) sort_keys(BlockTeam(), sKeys, count);
-  if (warp_id() != 0) return;
+  team.sync();
+}
+
+// One warp: the outputs of a queued row, the first K of whose keys are in order.
+__device__ __forceinline__ void finish_row(const RefineArgs& args, std::int32_t entry, std::int64_t segments,
+                                           const Shared<std::uint64_t>& sKeys) {
+  const std::int64_t anchor = args.row_begin + (entry >> kNeedBits);
+  const std::uint64_t* gLists = args.gBuffer + (entry >> kNeedBits) * args.capacity;
   // As many as there are: all but the anchor's own row, at most K. They are counted, not computed: should the
   // tensor cores of a device ever break the claimed bound, a result may be wrong, but no index may be.
   int found = 0;
@@ -70,8 +76,8 @@ __device__ __forceinline__ void merge_row(const RefineArgs& args, std::int32_t e
     const bool real = e + lane_id() < args.K && sKeys.get(static_cast<int>(e) + lane_id()) != kNoKey;
     found += popcount(ballot(real));
   }
-  const std::uint64_t near = best_of(gLists + near_place(args.K), lists(kNeedNear), args.K);
-  const std::uint64_t far = best_of(gLists + far_place(args.K), lists(kNeedFar), args.K);
+  const std::uint64_t near = best_of(gLists + near_place(args.K), lists_of(entry, kNeedNear, segments), args.K);
+  const std::uint64_t far = best_of(gLists + far_place(args.K), lists_of(entry, kNeedFar, segments), args.K);
   const AnchorRecord record =
       finish_anchor<float>(args.forward, anchor, args.K, found, sKeys, near_of<float>(near), far_of<float>(far));
   if (lane_id() == 0) args.gRecords[anchor] = record;
@@ -102,7 +108,24 @@ __global__ void __launch_bounds__(kMergeThreads, 2) merge_kernel(const __grid_co
     }
     sync_block();
     const int mine = static_cast<int>(sWord.get(0));
-    for (int m = 0; m < mine; ++m) merge_row(args, sMine.get(m), segments, sKeys);
+    // Rows with their support set: a warp each.
+    const Shared<std::uint64_t> sOwn = sKeys.offset(warp_id() * static_cast<int>(args.K));
+    for (int m = warp_id(); m < mine; m += kMergeWarps) {
+      const std::int32_t entry = sMine.get(m);
+      if ((entry & kNeedSupport) != 0) continue;
+      sync_warp();  // the previous row's keys have been read
+      load_keys(WarpTeam(), args, entry, 1, sOwn);
+      finish_row(args, entry, segments, sOwn);
+    }
+    // The others, by the whole block.
+    for (int m = 0; m < mine; ++m) {
+      const std::int32_t entry = sMine.get(m);
+      if ((entry & kNeedSupport) == 0) continue;
+      sync_block();  // the previous row's keys have been read
+      load_keys(BlockTeam(), args, entry, static_cast<int>(segments), sKeys);
+      sort_keys(BlockTeam(), sKeys, segments * args.K);
+      if (warp_id() == 0) finish_row(args, entry, segments, sKeys);
+    }
   }
 
   if (args.last_strip && poison) {

@@ -101,6 +101,7 @@ class TileSearch {
   static constexpr int kTracked = kNeedNear | kNeedFar;
   static constexpr int kVotes = 2 * kWarps;
   static_assert(kHalves == 2 && kSide == 64, "masks of two words");
+  static_assert(TileT::kStage / TileT::kFew == 16 / static_cast<int>(sizeof(T)), "trips, for .ci/cuda_instructions.py");
   static_assert(kSide * kPitch * sizeof(A) <= TileT::kElements * sizeof(T), "sums lie where stages were");
   static_assert(kFastNeighbours % kWarpSize == 0);
 

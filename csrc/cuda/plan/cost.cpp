@@ -240,6 +240,29 @@ double undecided_us(const ForwardPlan& plan, std::int64_t rows, const Machine& m
 
 constexpr double kMergeStart = 5.0;
 
+// Rows of which the fallback only looks for near or far: a tile of 64 of them against candidates of their labels, of
+// which a row has `positives`; a tile is taken to have one label. All counted, not measured: a block looks through the
+// queue once, and again for each of its tiles (two dependent loads and eight barriers for 2048 rows); a scan of 256
+// labels has a load and three barriers; ranking 64 x 64 sums, or as many zeros of null rows, takes 2400 instructions of
+// each of eight warps. Sums are those of direct tiles, in shorter stages: 83 instructions for 1000 multiply-adds, not 77.
+constexpr double kShortStages = 83.0 / 77.0;
+constexpr double kQueueRow = 0.8e-3;
+constexpr double kLabelScan = 0.8;
+constexpr double kRanking = 3.5;
+double fallback_us(const Problem& problem, double rows, double positives, bool null, const Machine& machine) {
+  const double side = real(kDirectTile);
+  const double tiles = std::ceil(rows / side);
+  const double parts = std::clamp(std::floor(real(kLabelBlocks) / tiles), 1.0, real(kFallbackSegments));
+  double element = kShortStages * kTileElement / machine.rate.ffma;
+  if (element_bytes(problem.dtype) == 2) element *= kHalfTiles;
+  const double tile = kRanking + (null ? 0.0 : element * real(problem.D));
+  const double part = kQueueRow * rows + kLabelScan * std::ceil(real(problem.M) / parts / 256.0) +
+                      std::ceil(positives / parts / side) * tile;
+  return kGap + kTilesStart + kQueueRow * rows + waves(tiles * parts, machine.device) * part;
+}
+// Its rows in the merge: three dependent reads and the finish of an anchor, a warp each of eight in kPartials blocks.
+constexpr double kMergeRow = 3.0 / 8.0;
+
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
 // Multiply-adds of a multiprocessor by 128 x 128 tiles of mma.sync: 8192 x 2048 (414) against 8192 x 512 (154). Tiles
@@ -364,7 +387,8 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Mac
   const auto each = [&](const char* name, const auto& us_of) {
     cost->add(name, all_strips(plan, problem, us_of), plan.strips);
   };
-  const bool identical = batch == Batch::kIdentical;
+  const bool identical = batch == Batch::kIdentical || batch == Batch::kLargeIdentical;
+  const bool waits = batch == Batch::kClusters || batch == Batch::kLargeClusters;
   const auto scores = [&](const char* name, std::int64_t columns, ScoresFor what) {
     each(name, [&](auto rows) { return identical ? kGap + kIdle : scores_us(plan, rows, columns, what, machine); });
   };
@@ -382,18 +406,21 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Mac
     scores("scores", problem.M, ScoresFor::kAppend);
   }
   each("refine", [&](auto rows) {
-    return batch == Batch::kClusters ? undecided_us(plan, rows, machine)
-                                     : refine_us(plan, problem, sample, rows, machine);
+    return waits ? undecided_us(plan, rows, machine) : refine_us(plan, problem, sample, rows, machine);
   });
   if (plan.rescreen) {
-    const bool waits = batch == Batch::kClusters;
     each("groups", [&](auto rows) { return groups_us(waits ? real(rows) : 0.0); });
     each("rescores", [&](auto rows) { return rescores_us(plan, problem, waits ? real(rows) : 0.0, machine); });
     each("second refine",
          [&](auto rows) { return waits ? refine_us(plan, problem, sample, rows, machine) : kGap + kIdle; });
   }
-  each("fallback", [](auto) { return kGap + kIdle; });
-  cost->add("merge", real(plan.strips) * (kGap + kMergeStart) + final_us(problem.N), plan.strips);
+  const bool large = batch == Batch::kLargeClusters || batch == Batch::kLargeIdentical;
+  const double positives = real(identical ? kIdenticalIdentity : kClusterIdentity);
+  each("fallback", [&](auto rows) {
+    return large ? fallback_us(problem, real(rows), positives, identical, machine) : kGap + kIdle;
+  });
+  const double merged = large ? kMergeRow * real(problem.N) / real(kPartials) : 0.0;
+  cost->add("merge", real(plan.strips) * (kGap + kMergeStart) + merged + final_us(problem.N), plan.strips);
 }
 
 }  // namespace

@@ -37,12 +37,19 @@ class Cost {
 
 // What the features look like, as far as it costs time. Shapes do not say it: the plan is made for kRandom.
 enum class Batch : std::int32_t {
-  kRandom = 0,  // every row is certified
-  kClusters =
-      1,  // a few clusters tighter than the scores' errors and larger than a buffer: every row is screened again
-  kIdentical =
-      2  // one point, in identities that are listed whole: nothing is scored, the first refinement finishes all
+  // Every row is certified.
+  kRandom = 0,
+  // A few clusters tighter than the scores' errors and larger than a buffer: every row is screened again.
+  kClusters = 1,
+  // One point, in identities that are listed whole: nothing is scored, the first refinement finishes all.
+  kIdentical = 2,
+  // Clusters of kClusterIdentity rows, each an identity: of every row the fallback finds the farthest positive.
+  kLargeClusters = 3,
+  // One point, in identities of kIdenticalIdentity rows: the fallback finds near and far by labels alone.
+  kLargeIdentical = 4
 };
+inline constexpr std::int64_t kClusterIdentity = 256;
+inline constexpr std::int64_t kIdenticalIdentity = 1024;
 
 Cost predict_forward(const ForwardPlan& plan, const Problem& problem, const DeviceFacts& device,
                      Batch batch = Batch::kRandom);

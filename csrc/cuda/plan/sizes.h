@@ -279,6 +279,9 @@ inline constexpr std::int64_t kFewQueued = 16;
 // Two blocks on each multiprocessor of an H200; any number is right.
 inline constexpr std::int64_t kFallbackBlocks = 264;
 static_assert(kFewQueued * kFallbackSegments <= kFallbackBlocks, "all segments of few rows are served at once");
+// Rows that only need near or far see candidates of few labels, and parts of those fill no tile: a block for each
+// multiprocessor, if the tiles of rows are fewer.
+inline constexpr std::int64_t kLabelBlocks = kFallbackBlocks / 2;
 
 // A queued row is one int32: its number in the strip above these bits, and what it still needs.
 inline constexpr int kNeedBits = 3;

@@ -312,8 +312,8 @@ def test_every_prediction_is_a_time(core: ModuleType) -> None:
 
 
 def test_no_batch_falls_off_a_cliff(core: ModuleType) -> None:
-    """Every row screened again costs at most three times a batch of random features; of one point nothing is scored, nor
-    summed. Where a cluster is one identity, the fallback sums all pairs in it: 2^21 of 2048 elements are half a
+    """Every row screened again costs at most three times a batch of random features; of one point nothing is scored,
+    nor summed. Where a cluster is one identity, the fallback sums all pairs in it: 2^21 of 2048 elements are half a
     millisecond."""
     batches = ("random", "clusters", "large clusters", "identical", "large identical")
     for n, d in ((2048, 512), (8192, 2048), (4096, 512), (65536, 128)):

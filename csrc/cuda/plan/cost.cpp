@@ -244,7 +244,8 @@ constexpr double kMergeStart = 5.0;
 // which a row has `positives`; a tile is taken to have one label. All counted, not measured: a block looks through the
 // queue once, and again for each of its tiles (two dependent loads and eight barriers for 2048 rows); a scan of 256
 // labels has a load and three barriers; ranking 64 x 64 sums, or as many zeros of null rows, takes 2400 instructions of
-// each of eight warps. Sums are those of direct tiles, in shorter stages: 83 instructions for 1000 multiply-adds, not 77.
+// each of eight warps. Sums are those of direct tiles, in shorter stages: 83 instructions for 1000 multiply-adds, which
+// take 77 there.
 constexpr double kShortStages = 83.0 / 77.0;
 constexpr double kQueueRow = 0.8e-3;
 constexpr double kLabelScan = 0.8;

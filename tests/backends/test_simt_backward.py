@@ -113,10 +113,16 @@ def drawn(kind: str, dtype: torch.dtype, dims: int) -> Drawn:
     indices[2::11] = 2**31 - 1
     if kind == "hub":
         indices[:, 0] = 5
-        indices[::2, 3:5] = 5
+        indices[::3, 3:5] = 5
         indices[7:, 1] = 6
-        indices[5] = torch.arange(60, 67)
         indices[6] = torch.tensor([8, 330, 20, 8, 21, 22, 23])
+        indices[5] = 9
+        incoming = (indices == 5).nonzero()[:, 0].to(torch.int32)
+        at = torch.arange(64, len(incoming) // 64 * 64 + 1, 64)
+        at = at[at < len(incoming)]
+        split = incoming[at][incoming[at] == incoming[at - 1]][:7]
+        assert len(split) >= 2
+        indices[5, : len(split)] = split
     coefficients = torch.randn(anchors, edges, generator=draw, dtype=acc)
     coefficients[torch.rand(anchors, edges, generator=draw) < 0.2] = 0
     rows = torch.randn(anchors + columns, dims + 3, generator=draw).to(dtype)[:, :dims]

@@ -36,7 +36,7 @@ struct ClusterArgs {
   std::int64_t K;
   std::int64_t slice_elements;
   int slices;
-  int section_slices;
+  int tree;    // combine_slices
   int planes;  // of one block
   bool aligned;
 };
@@ -70,12 +70,18 @@ struct ClusterRecords {
   }
 };
 
-// The slices of one pair, in whichever block they lie.
+// The slices of one pair, block by block, then plane by plane.
 struct RemoteSlices {
   Shared<A> sPlanes;
-  int at;  // of the pair in a plane
-  __device__ __forceinline__ A operator()(int slice) const {
-    return sPlanes.get_remote(slice / cluster_size() * kPlane + at, slice % cluster_size());
+  int at;  // of the pair in the next slice's plane
+  int rank = 0;
+  __device__ __forceinline__ A next(bool present) {
+    const A value = present ? sPlanes.get_remote(at, rank) : A(0);
+    if (++rank == cluster_size()) {
+      rank = 0;
+      at += kPlane;
+    }
+    return value;
   }
 };
 
@@ -158,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const ClusterArgs 
     const std::int64_t self = self_of(args.forward, anchor);
     for (int j = lane_id(); j < M; j += kWarpSize) {
       const RemoteSlices slices{sPlanes, anchor * kPitch + j};
-      sRow.set(j, combine_slices<A>(slices, args.slices, args.section_slices));
+      sRow.set(j, combine_slices<A>(slices, args.slices, args.tree));
     }
     sync_warp();
     const SpecialKeys<A> rSpecial = find_special<A>(args.forward, anchor, self, sRow);
@@ -199,7 +205,7 @@ cudaError_t launch_cluster(const ForwardArgs& args, const ForwardPlan& plan, cud
       .K = plan.K,
       .slice_elements = plan.slice_elements,
       .slices = static_cast<int>(plan.d_slices),
-      .section_slices = static_cast<int>(kSection / plan.slice_elements),
+      .tree = static_cast<int>(slice_tree(plan)),
       .planes = static_cast<int>(planes),
       .aligned = rows_aligned(args.anchors, args.dtype) && rows_aligned(args.candidates, args.dtype),
   };

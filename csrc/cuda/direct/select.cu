@@ -24,7 +24,7 @@ struct SelectArgs {
   std::int64_t rows;       // of the strip
   std::int64_t plane;
   int slices;
-  int section_slices;           // slices of one section
+  int tree;                     // combine_slices
   bool reduces;                 // the last strip, of few anchors
   const std::uint32_t* gFlags;  // [flags]
   std::int64_t flags;
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kSelectThreads<kPerLane>, kSelectBlocks<kPerLa
   if (row < args.rows) {
     const std::int64_t anchor = args.first_row + row;
     const std::int64_t M = args.forward.candidates.rows;
-    const PlaneSums<A> sums{static_cast<A*>(args.gPartials) + row * M, args.plane, args.slices, args.section_slices};
+    const PlaneSums<A> sums{static_cast<A*>(args.gPartials) + row * M, args.plane, args.slices, args.tree};
     Key<A>* gKeys = args.gSortKeys == nullptr ? nullptr : static_cast<Key<A>*>(args.gSortKeys) + row * args.sort_keys;
     const AnchorRecord record = state.select_and_finish(args.forward, anchor, args.K, sums, gKeys);
     if (thread_id() == 0) args.gRecords[anchor] = record;
@@ -114,7 +114,7 @@ cudaError_t enqueue_select(const ForwardArgs& args, const ForwardPlan& plan, cha
       .rows = strip.rows,
       .plane = plan.strip_rows * M,
       .slices = static_cast<int>(plan.d_slices),
-      .section_slices = static_cast<int>(kSection / plan.slice_elements),
+      .tree = static_cast<int>(slice_tree(plan)),
       .reduces = strip.begin + strip.rows == args.anchors.rows && !plan.shared_reduction,
       .gFlags = piece<std::uint32_t>(workspace, plan.flags),
       .flags = direct_tiles(strip.rows, M, plan.triangular) * plan.d_slices,

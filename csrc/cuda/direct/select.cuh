@@ -26,31 +26,40 @@ inline constexpr int kSelectBlocks = 512 / kSelectThreads<kPerLane>;
 
 // ---- the sums of a row ----------------------------------------------------------------------------------------------
 
-// The aligned pairwise tree over kParts values from the first on; those from `count` on are +0.
+// The aligned pairwise tree over the next kParts values of `source`; those from `count` on are +0.
 template <class A, int kParts, class Source>
-__device__ __forceinline__ A tree_of(const Source& source, int first, int count) {
+__device__ __forceinline__ A tree_of(Source& source, int first, int count) {
   if constexpr (kParts == 1) {
-    return first < count ? source(first) : A(0);
+    return source.next(first < count);
   } else {
     const A low = tree_of<A, kParts / 2>(source, first, count);
     return add(low, tree_of<A, kParts / 2>(source, first + kParts / 2, count));
   }
 }
 
-// The slices' values, in order, to the final sum. kSectionSlices: slices of one section; source(s) is slice s.
-template <class A, int kSectionSlices, class Source>
-__device__ __forceinline__ A combine_slices(const Source& source, int slices) {
+// The slices' values to the final sum; `source` gives them one after the other, and +0 for one that is not present.
+template <class A, int kWidth, class Source>
+__device__ __forceinline__ A combine_slices(Source source, int slices) {
+  if constexpr (kWidth < kSection / kLargestSlice) return no_nan(tree_of<A, kWidth>(source, 0, slices));
   A rTotal = 0;
-  for (int first = 0; first < slices; first += kSectionSlices) {
-    const A section = tree_of<A, kSectionSlices>(source, first, slices);
+  for (int first = 0; first < slices; first += kWidth) {
+    const A section = tree_of<A, kWidth>(source, first, slices);
     rTotal = first == 0 ? section : add(rTotal, section);
   }
   return no_nan(rTotal);
 }
+// width: slices of one section, or, of a single section that is not full, of the narrowest tree that covers it
+// (slice_tree in sizes.h): what a wider one would add is +0.
 template <class A, class Source>
-__device__ __forceinline__ A combine_slices(const Source& source, int slices, int section_slices) {
+__device__ __forceinline__ A combine_slices(const Source& source, int slices, int width) {
   static_assert(kSection / kChunk == 32 && kSection / kLargestSlice == 8, "the cases below");
-  switch (section_slices) {
+  switch (width) {
+    case 1:
+      return combine_slices<A, 1>(source, slices);
+    case 2:
+      return combine_slices<A, 2>(source, slices);
+    case 4:
+      return combine_slices<A, 4>(source, slices);
     case 8:
       return combine_slices<A, 8>(source, slices);
     case 16:
@@ -66,15 +75,19 @@ struct PlaneSums {
   A* gRow;             // [M] of the first slice
   std::int64_t plane;  // from slice to slice
   int slices;
-  int section_slices;
+  int tree;  // combine_slices
 
   struct Slices {
-    const A* gValue;
+    const A* gNext;
     std::int64_t plane;
-    __device__ __forceinline__ A operator()(int slice) const { return gValue[slice * plane]; }
+    __device__ __forceinline__ A next(bool present) {
+      const A value = present ? *gNext : A(0);
+      gNext += plane;
+      return value;
+    }
   };
   __device__ __forceinline__ A get(std::int64_t j) const {
-    return combine_slices<A>(Slices{gRow + j, plane}, slices, section_slices);
+    return combine_slices<A>(Slices{gRow + j, plane}, slices, tree);
   }
   // Keeps the sum for at(); only the block that owns the row reads or writes it.
   __device__ __forceinline__ void keep(std::int64_t j, A d2) const { gRow[j] = d2; }

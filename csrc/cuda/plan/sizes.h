@@ -45,6 +45,13 @@ constexpr std::int64_t direct_sort_keys(std::int64_t K) {
   return keys;
 }
 
+// Slices that the selection adds up as one tree: a section's, or the least power of two that covers all of them.
+constexpr std::int64_t slice_tree(const ForwardPlan& plan) {
+  std::int64_t slices = 1;
+  while (slices < plan.d_slices && slices < kSection / plan.slice_elements) slices *= 2;
+  return slices;
+}
+
 // No scratch of N x M beyond this many entries: larger problems go in strips of anchors.
 inline constexpr std::int64_t kScratchEntries = std::int64_t{1} << 22;
 // Of partial sums at a time, all slices together: as many in fp64, twice as many in fp32.

@@ -11,8 +11,9 @@
 //   positive_of(key), mark_positive(key)   one bit of the index that finishing uses
 //   key_at(keys, i), set_key(keys, i, key) keys: Shared<Key> or Key* (global memory)
 //   sort_lanes(key)                    one key a lane: lane i gets the i-th
+//   merge_lanes(key)                   the same, of keys that rise and then fall, or fall and then rise
 //   least_key(key)                     the first of the lanes' keys, in all lanes
-//   sort_keys(WarpTeam() or BlockTeam(), keys, count)
+//   sort_keys(BlockTeam(), keys, count)
 //                                      sorts keys[0, count). There is room for the next power of two of keys, those
 //                                      behind `count` are overwritten. Ends with a barrier of the team.
 //   block_select(...)                  the K first of a row of any length, by the whole block
@@ -165,26 +166,30 @@ __device__ __forceinline__ AnyKey least_key(AnyKey key) {
 }
 
 // Bitonic: sequences of `length` that rise and fall merge into sorted ones, in directions that alternate.
-template <class AnyKey>
-__device__ __forceinline__ AnyKey sort_lanes(AnyKey key) {
+template <int length, class AnyKey>
+__device__ __forceinline__ AnyKey merge_lanes_by(AnyKey key) {
 #pragma unroll
-  for (int length = 2; length <= kWarpSize; length *= 2) {
-#pragma unroll
-    for (int mask = length / 2; mask > 0; mask /= 2) {
-      const AnyKey other = exchange(key, mask);
-      const bool rising = (lane_id() & length) == 0;
-      const bool low = (lane_id() & mask) == 0;
-      if (rising == low ? before(other, key) : before(key, other)) key = other;
-    }
+  for (int mask = length / 2; mask > 0; mask /= 2) {
+    const AnyKey other = exchange(key, mask);
+    const bool rising = (lane_id() & length) == 0;
+    const bool low = (lane_id() & mask) == 0;
+    if (rising == low ? before(other, key) : before(key, other)) key = other;
   }
   return key;
 }
+template <class AnyKey>
+__device__ __forceinline__ AnyKey merge_lanes(const AnyKey& key) {
+  return merge_lanes_by<kWarpSize>(key);
+}
+template <class AnyKey>
+__device__ __forceinline__ AnyKey sort_lanes(AnyKey key) {
+  key = merge_lanes_by<2>(key);
+  key = merge_lanes_by<4>(key);
+  key = merge_lanes_by<8>(key);
+  key = merge_lanes_by<16>(key);
+  return merge_lanes_by<kWarpSize>(key);
+}
 
-struct WarpTeam {
-  __device__ __forceinline__ int rank() const { return lane_id(); }
-  __device__ __forceinline__ int size() const { return kWarpSize; }
-  __device__ __forceinline__ void sync() const { sync_warp(); }
-};
 struct BlockTeam {
   __device__ __forceinline__ int rank() const { return thread_id(); }
   __device__ __forceinline__ int size() const { return thread_count(); }

@@ -25,7 +25,6 @@ constexpr int kPlane = kRows * kPitch;
 constexpr int kThreads = Tile<float>::kThreads;
 constexpr int kWarps = kThreads / kWarpSize;
 static_assert(kWarps == kClusterWarps, "what the plan counts on");
-constexpr int kPerLane = kRows / kWarpSize;  // candidates
 static_assert(kClusterRows == kDirectTile, "one tile holds every pair");
 static_assert(kPitch % 32 == 8, "a warp stores 4 rows of 8 sums in different banks");
 
@@ -99,18 +98,16 @@ static_assert(kOtherBytes<float> <= kClusterOther && kOtherBytes<Half> <= kClust
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-// The first keys of a row of M <= kRows sums, in order, into sKeys [kRows]. One warp.
-__device__ __forceinline__ void select_row(const Shared<A>& sRow, int M, std::int64_t self, int K,
-                                           const Shared<Key<A>>& sKeys) {
-  if (K <= kWarpSize) {
-    sKeys.set(lane_id(), extract_least<A, kPerLane>(sRow, M, self, K));
-  } else {
-    for (int j = lane_id(); j < M; j += kWarpSize) {
-      sKeys.set(j, j == self ? last_key<Key<A>>() : make_key(sRow.get(j), j));
-    }
-    sync_warp();
-    sort_keys(WarpTeam(), sKeys, M);
-  }
+// The keys of a row of M <= kRows sums, in order, into sKeys [kRows]. One warp: two sorted halves, of which one is turned
+// round and met by the other, leave the 32 least and the rest, each in one rise and fall.
+__device__ __forceinline__ void sort_row(const Shared<A>& sRow, int M, std::int64_t self, const Shared<Key<A>>& sKeys) {
+  static_assert(kRows == 2 * kWarpSize);
+  const auto key_of = [&](int j) { return j < M && j != self ? make_key(sRow.get(j), j) : last_key<Key<A>>(); };
+  const Key<A> rLow = sort_lanes(key_of(lane_id()));
+  const Key<A> rHigh = exchange(sort_lanes(key_of(kWarpSize + lane_id())), kWarpSize - 1);
+  const bool ordered = before(rLow, rHigh);
+  sKeys.set(lane_id(), merge_lanes(ordered ? rLow : rHigh));
+  sKeys.set(kWarpSize + lane_id(), merge_lanes(ordered ? rHigh : rLow));
   sync_warp();
 }
 
@@ -168,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const ClusterArgs 
     }
     sync_warp();
     const SpecialKeys<A> rSpecial = find_special<A>(args.forward, anchor, self, sRow);
-    select_row(sRow, static_cast<int>(M), self, static_cast<int>(args.K), sMine);
+    sort_row(sRow, static_cast<int>(M), self, sMine);
     const std::int64_t others = M - (self >= 0 ? 1 : 0);
     const AnchorRecord record = finish_anchor<A>(args.forward, anchor, args.K, args.K < others ? args.K : others, sMine,
                                                  near_of<A>(rSpecial.near), far_of<A>(rSpecial.far));

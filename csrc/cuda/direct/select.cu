@@ -25,6 +25,8 @@ struct SelectArgs {
   std::int64_t plane;
   int slices;
   int tree;                     // combine_slices
+  int threads;                  // of a block that sorts lists
+  bool by_lists;                // selects_by_lists
   bool reduces;                 // the last strip, of few anchors
   const std::uint32_t* gFlags;  // [flags]
   std::int64_t flags;
@@ -39,7 +41,7 @@ struct SelectArgs {
 
 // kPerLane: candidates that a lane of the selecting warp holds; 0: rows of any length, and any K.
 template <class A, int kPerLane>
-__global__ void __launch_bounds__(kSelectThreads<kPerLane>, kSelectBlocks<kPerLane>)
+__global__ void __launch_bounds__(kSelectThreads<kPerLane>, kSelectBlocks<A, kPerLane>)
     select_kernel(const SelectArgs args) {
   SharedArena arena;
   SelectState<A, kPerLane> state(arena, args.forward.candidates.rows, args.gSortKeys == nullptr ? args.sort_keys : 0);
@@ -52,7 +54,7 @@ __global__ void __launch_bounds__(kSelectThreads<kPerLane>, kSelectBlocks<kPerLa
     const std::int64_t M = args.forward.candidates.rows;
     const PlaneSums<A> sums{static_cast<A*>(args.gPartials) + row * M, args.plane, args.slices, args.tree};
     Key<A>* gKeys = args.gSortKeys == nullptr ? nullptr : static_cast<Key<A>*>(args.gSortKeys) + row * args.sort_keys;
-    const AnchorRecord record = state.select_and_finish(args.forward, anchor, args.K, sums, gKeys);
+    const AnchorRecord record = state.select_and_finish(args.forward, anchor, args.K, sums, args.by_lists, gKeys);
     if (thread_id() == 0) args.gRecords[anchor] = record;
   }
 
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(kSelectThreads<kPerLane>, kSelectBlocks<kPerLa
 template <class A, int kPerLane>
 cudaError_t launch_select(const SelectArgs& args, cudaStream_t stream) {
   const std::int64_t keys = args.gSortKeys == nullptr ? args.sort_keys : 0;
-  const LaunchShape shape{std::max<std::int64_t>(args.rows, 1), kSelectThreads<kPerLane>,
+  const LaunchShape shape{std::max<std::int64_t>(args.rows, 1), kPerLane > 0 ? kSelectThreads<kPerLane> : args.threads,
                           SelectState<A, kPerLane>::bytes(args.forward.candidates.rows, keys) +
                               ReductionMemory::kBytes + shared_bytes<std::uint32_t>(2)};
   return launch(select_kernel<A, kPerLane>, shape, stream, args);
@@ -94,10 +96,10 @@ cudaError_t launch_select(const SelectArgs& args, cudaStream_t stream) {
 template <class A>
 cudaError_t dispatch_select(const SelectArgs& args, cudaStream_t stream) {
   const std::int64_t M = args.forward.candidates.rows;
-  if (args.K > kWarpSize || M > 32 * kWarpSize) return launch_select<A, 0>(args, stream);
+  static_assert(kShortRow == 12 * kWarpSize && kShortNeighbours <= kWarpSize);
+  if (!selects_by_extraction(M, args.K)) return launch_select<A, 0>(args, stream);
   if (M <= 4 * kWarpSize) return launch_select<A, 4>(args, stream);
-  if (M <= 12 * kWarpSize) return launch_select<A, 12>(args, stream);
-  return launch_select<A, 32>(args, stream);
+  return launch_select<A, 12>(args, stream);
 }
 
 }  // namespace
@@ -115,6 +117,8 @@ cudaError_t enqueue_select(const ForwardArgs& args, const ForwardPlan& plan, cha
       .plane = plan.strip_rows * M,
       .slices = static_cast<int>(plan.d_slices),
       .tree = static_cast<int>(slice_tree(plan)),
+      .threads = plan.select_threads,
+      .by_lists = selects_by_lists(M, plan.K),
       .reduces = strip.begin + strip.rows == args.anchors.rows && !plan.shared_reduction,
       .gFlags = piece<std::uint32_t>(workspace, plan.flags),
       .flags = direct_tiles(strip.rows, M, plan.triangular) * plan.d_slices,

@@ -1,14 +1,16 @@
 // A block selects the neighbours of one anchor from its row of partial sums and finishes the anchor. The direct path
 // and the cluster path share it.
 //
-// Short rows (at most 32 kPerLane candidates, K <= 32): the block adds the slices up into shared memory. Then one warp
+// Short rows (at most 32 kPerLane candidates, K <= 16): the block adds the slices up into shared memory. Then one warp
 // holds the row in registers and extracts the least key K times, with two reductions each, while another warp finds
-// near and far. Long rows, or larger K: all threads look for near and far as they add up; a radix selection (keys.cuh)
-// and a sort follow. Either way the first warp finishes the anchor.
+// near and far. Longer rows, or larger K: all threads look for near and far as they add up, and for the least key of
+// their own candidates, from which a bound and sorted lists follow (lists.cuh). Where those do not serve, a radix
+// selection (keys.cuh) and a sort do. Either way the first warp finishes the anchor.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/direct/lists.cuh"
 #include "cuda/direct_sum.cuh"
 #include "cuda/keys.cuh"
 #include "cuda/loss.cuh"
@@ -19,9 +21,9 @@
 namespace sn::cuda {
 
 template <int kPerLane>
-inline constexpr int kSelectThreads = kPerLane == 0 ? 256 : 128;
+inline constexpr int kSelectThreads = kPerLane == 0 ? kListThreads : 128;  // at most
 // Registers for the loads of a whole section to be under way at once.
-template <int kPerLane>
+template <class A, int kPerLane>
 inline constexpr int kSelectBlocks = 512 / kSelectThreads<kPerLane>;
 
 // ---- the sums of a row ----------------------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ class SelectState {
   // By all threads of the block; the record is the first warp's.
   template <class Sums>
   __device__ AnchorRecord select_and_finish(const ForwardArgs& args, std::int64_t anchor, std::int64_t K,
-                                            const Sums& sums, Key<A>*) const {
+                                            const Sums& sums, bool, Key<A>*) const {
     const int M = static_cast<int>(args.candidates.rows);
     const std::int64_t self = self_of(args, anchor);
     for (int j = thread_id(); j < M; j += thread_count()) sRow_.set(j, sums.get(j));
@@ -233,25 +235,29 @@ class SelectState<A, 0> {
   static constexpr int kWarps = kSelectThreads<0> / kWarpSize;
 
   static int bytes(std::int64_t, std::int64_t shared_keys) {
-    return shared_bytes<std::uint32_t>(SelectMemory::kWords) + shared_bytes<Key<A>>(2 * kWarps) +
+    return shared_bytes<std::uint32_t>(SelectMemory::kWords) + shared_bytes<Key<A>>(2 * kWarps) + KeyLists<A>::kBytes +
            shared_bytes<Key<A>>(static_cast<int>(shared_keys));
   }
   __device__ __forceinline__ SelectState(SharedArena& arena, std::int64_t, std::int64_t shared_keys)
       : memory_{arena.take<std::uint32_t>(SelectMemory::kWords)},
+        lists_(arena),
         sSpecial_(arena.take<Key<A>>(2 * kWarps)),
         sKeys_(arena.take<Key<A>>(static_cast<int>(shared_keys))) {}
 
   template <class Sums>
   __device__ AnchorRecord select_and_finish(const ForwardArgs& args, std::int64_t anchor, std::int64_t K,
-                                            const Sums& sums, Key<A>* gKeys) const {
+                                            const Sums& sums, bool by_lists, Key<A>* gKeys) const {
     const std::int64_t M = args.candidates.rows;
     const std::int64_t self = self_of(args, anchor);
     const std::int64_t label = load(args.anchor_labels + anchor);
     SpecialKeys<A> rSpecial;
+    LeastKeys<Key<A>> rLeast;
     for (std::int64_t j = thread_id(); j < M; j += thread_count()) {
+      const std::int64_t other = load(args.candidate_labels + j);  // under way while the slices are
       const A d2 = sums.get(j);
       sums.keep(j, d2);
-      if (j != self && load(args.candidate_labels + j) == label) rSpecial.offer(d2, j);
+      rLeast.add(j == self ? last_key<Key<A>>() : make_key(d2, static_cast<std::int32_t>(j)));
+      if (j != self && other == label) rSpecial.offer(d2, j);
     }
     rSpecial.meet();
     if (lane_id() == 0) {
@@ -262,8 +268,15 @@ class SelectState<A, 0> {
 
     const std::int64_t others = M - (self >= 0 ? 1 : 0);
     const std::int64_t found = K < others ? K : others;
-    return gKeys == nullptr ? finish(args, anchor, K, found, sums, self, sKeys_)
-                            : finish(args, anchor, K, found, sums, self, gKeys);
+    const Row<Sums> row{sums, M, self};
+    if (gKeys != nullptr) {
+      search(row, found, gKeys);
+      return finish(args, anchor, K, found, gKeys);
+    }
+    if (!by_lists || !lists_.select(row, static_cast<int>(found), rLeast, sKeys_)) {
+      search(row, found, sKeys_);
+    }
+    return finish(args, anchor, K, found, sKeys_);
   }
 
  private:
@@ -278,21 +291,25 @@ class SelectState<A, 0> {
     }
   };
 
-  template <class Sums, class Keys>
+  template <class AnyRow, class Keys>
+  __device__ __forceinline__ void search(const AnyRow& row, std::int64_t found, Keys keys) const {
+    if (found <= 0) return;
+    block_select<A>(row, found, keys, memory_);
+    sort_keys(BlockTeam(), keys, found);
+  }
+
+  template <class Keys>
   __device__ AnchorRecord finish(const ForwardArgs& args, std::int64_t anchor, std::int64_t K, std::int64_t found,
-                                 const Sums& sums, std::int64_t self, Keys keys) const {
-    if (found > 0) {
-      block_select<A>(Row<Sums>{sums, args.candidates.rows, self}, found, keys, memory_);
-      sort_keys(BlockTeam(), keys, found);
-    }
+                                 Keys keys) const {
     if (warp_id() != 0) return {};
-    const bool reads = lane_id() < kWarps;
+    const bool reads = lane_id() < thread_count() / kWarpSize;
     const Key<A> near = least_key(reads ? sSpecial_.get(2 * lane_id()) : last_key<Key<A>>());
     const Key<A> far = least_key(reads ? sSpecial_.get(2 * lane_id() + 1) : last_key<Key<A>>());
     return finish_anchor<A>(args, anchor, K, found, keys, near_of<A>(near), far_of<A>(far));
   }
 
   SelectMemory memory_;
+  KeyLists<A> lists_;
   Shared<Key<A>> sSpecial_;  // [kWarps] near, far
   Shared<Key<A>> sKeys_;     // [shared_keys]
 };

@@ -49,20 +49,37 @@ constexpr double kTilesStart = 2.5;
 constexpr double kTileElement = 0.057;
 constexpr double kHalfTiles = 1.1;  // half inputs: 512 x 2048 in 65.8 against 62.1, 1024 x 2048 in 298 against 270
 
-// Selection. Short rows (M <= 1024, K <= 32): a row alone, and rows one after the other on a multiprocessor.
-constexpr double kShortRowStart = 6.0;
-constexpr double kShortRowRank = 0.2;  // a neighbour: two reductions. Counted, not measured: K = 10 alone was
-constexpr double kShortRowEntry = 0.010;
-constexpr double kShortRows = 0.6;
+// Selection: a row alone, and rows one after the other on a multiprocessor, which are as many times shorter as blocks
+// reside there. Where one warp extracts (M up to 384), 64 to 256 x 2048: 10.0 to 12.1. A neighbour has two reductions and
+// a look at the lane's candidates: counted, not measured, K = 10 alone was.
+constexpr double kShortRowStart = 7.5;
+constexpr double kShortRowRank = 0.05;
+constexpr double kShortRowRankEntry = 0.00017;
+constexpr double kShortRowEntry = 0.0083;
+constexpr double kShortRows = 0.5;
 constexpr double kShortRowsEntry = 0.0021;
-constexpr std::int64_t kShortRow = 1024;
-constexpr std::int64_t kShortNeighbours = 32;
-// Longer rows: radix passes. 64 x 4096 x 128: 35 of 42; 64 x 16384 x 128: 87 of 104; 2048 x 2048 x 128: 148 of 180.
-constexpr double kLongRowStart = 18.0;
+// Of each neighbour, the warp that finishes; a block alone. 1024 x 512, K = 100: 132 against 79, by radix passes then.
+constexpr double kSelectKey = 0.05;
+// Lists (direct/lists.cuh): counted, not measured. A block alone sorts 32 keys a warp in some 600 cycles, and finds
+// places among 8 lists in some 400. Bounding sorts once more, waits twice, and looks again at a thread's candidates.
+// Rows of 385 to 1024 were extracted from when the record was made, and are taken to cost what those did.
+constexpr double kListStart = 9.0;
+constexpr double kBoundStart = 1.2;
+constexpr double kListEntry = 0.64;  // the candidates of a thread: loads, one after the other
+constexpr double kListRows = 0.53;
+constexpr double kLargeListRows = 1.7;
+constexpr double kListRowsEntry = 0.0019;
+constexpr double kFewListResident = 5.0;
+constexpr double kListResident = 2.0;
+constexpr double kSortAll =
+    5.0;  // of kListedKeys: each is searched for in 31 lists. 34,000 instructions, all schedulers
+// Radix passes. 64 x 4096 x 128: 35 of 42; 64 x 16384 x 128: 87 of 104; 2048 x 2048 x 128: 148 of 180. All were of
+// K = 10.
+constexpr double kLongRowStart = 17.5;
 constexpr double kLongRowEntry = 0.0046;
 constexpr double kLongRows = 4.5;
 constexpr double kLongRowsEntry = 0.0023;
-constexpr double kLongRowsKey = 0.033;  // 1024 x 512, K = 100: 132 against 79
+constexpr double kLongRowsKey = 0.033;
 // The last block adds up few anchors (alone it took 12.3 for 8192, 58 to 72 for 65536). Of many (sizes.h), blocks add
 // the partials and the last joins them: counted, not measured, 10 cycles for every kPartials-th record. On the direct
 // path they are a kernel of their own.
@@ -84,19 +101,39 @@ double tiles_us(const ForwardPlan& plan, const Problem& problem, std::int64_t ro
   return kGap + kTilesStart + waves(blocks, machine.device) * dims * element;
 }
 
-double select_us(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const Machine& machine) {
-  const double M = real(problem.M);
-  const double K = real(plan.K);
-  const double partials = real(rows) * M * real(plan.d_slices) * real(accumulator_bytes(problem.dtype));
-  const double start = kGap + machine.spread(partials / kCacheBytes);
-  if (problem.M <= kShortRow && plan.K <= kShortNeighbours) {
-    const double alone = kShortRowStart + kShortRowRank * K + kShortRowEntry * M;
-    return start + joined(alone, machine.spread(real(rows) * (kShortRows + kShortRowsEntry * M)));
+// Of a block alone, and of one row on a multiprocessor.
+struct RowCost {
+  double alone;
+  double share;
+};
+RowCost select_row(std::int64_t candidates, std::int64_t neighbours, int threads) {
+  const double M = real(candidates);
+  const double K = real(neighbours);
+  if (selects_by_extraction(candidates, neighbours)) {
+    return {kShortRowStart + K * (kShortRowRank + kShortRowRankEntry * M) + kShortRowEntry * M,
+            kShortRows + kSelectKey / kFewListResident * K + kShortRowsEntry * M};
   }
-  const double alone = kLongRowStart + kLongRowEntry * M;
-  // 256 rows of 4096 take as long as 64.
-  const double together = machine.spread(real(rows) * (kLongRows + kLongRowsEntry * M + kLongRowsKey * K));
-  return start + std::sqrt(joined(alone * alone, together * together));
+  if (!selects_by_lists(candidates, neighbours)) {
+    return {kLongRowStart + kLongRowEntry * M + kSelectKey * K, kLongRows + kLongRowsEntry * M + kLongRowsKey * K};
+  }
+  const bool large = threads > kFewListThreads;
+  const double resident = large ? kListResident : kFewListResident;
+  const bool bounds = candidates > kListThreads && neighbours <= kBoundedNeighbours;
+  const double sorted = bounds ? std::min(M, K + K * K / kListThreads) : M;
+  const double sort = kSortAll * (sorted / kListedKeys) * (sorted / kListedKeys);
+  const double bound = bounds ? kBoundStart : 0.0;
+  return {kListStart + bound + sort + kSelectKey * K + kListEntry * M / threads,
+          (large ? kLargeListRows : kListRows) + sort + (bound + kSelectKey * K) / resident + kListRowsEntry * M};
+}
+
+double select_us(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const Machine& machine) {
+  const double partials = real(rows) * real(problem.M) * real(plan.d_slices) * real(accumulator_bytes(problem.dtype));
+  const RowCost row = select_row(problem.M, plan.K, plan.select_threads);
+  const double start = kGap + machine.spread(partials / kCacheBytes);
+  const double together = machine.spread(real(rows) * row.share);
+  if (selects_by_lists(problem.M, plan.K)) return start + joined(row.alone, together);
+  // 256 rows of 4096 took as long as 64.
+  return start + std::sqrt(joined(row.alone * row.alone, together * together));
 }
 
 void predict_direct(const ForwardPlan& plan, const Problem& problem, const Machine& machine, Cost* cost) {
@@ -109,17 +146,21 @@ void predict_direct(const ForwardPlan& plan, const Problem& problem, const Machi
   if (plan.shared_reduction) cost->add("reduce", kGap + kReduceStart + final_us(problem.N));
 }
 
-// One cluster: 16 x 64 in 19.6 (two anchors a warp), 16 x 128 in 14.7 (one), 64 x 64 in 63.3 (eight), 64 x 2048
-// in 27.1.
+// One cluster: 16 x 64 in 19.6 (two anchors a warp), 16 x 128 in 14.7 (one), 64 x 64 in 63.3 (eight), 64 x 2048 in 27.1.
+// Then an entry of an anchor cost 0.05, and a tree of 32 slices, present or not, was 0.023 of it (D = 512 against 2048).
+// Now it is as wide as there are slices, of 12 instructions instead of 30: counted, not measured. So is a neighbour.
 constexpr double kClusterStart = 5.8;
-constexpr double kClusterAnchor = 4.0;  // of a warp
-constexpr double kClusterEntry = 0.05;  // of an anchor
+constexpr double kClusterAnchor = 3.8;  // of a warp
+constexpr double kClusterKey = 0.02;    // of an anchor
+constexpr double kClusterEntry = 0.027;
+constexpr double kClusterSlice = 0.0003;  // of an entry
 
 double cluster_us(const ForwardPlan& plan, const Problem& problem, const Machine& machine) {
   const double turns = std::max(1.0, real(problem.N) / (kClusterWarps * plan.cluster));
   const double elements = real(cluster_planes(plan)) * std::min(real(plan.slice_elements), real(problem.D));
+  const double entry = kClusterEntry + kClusterSlice * real(plan.d_slices);
   return kGap + kClusterStart + elements * kTileElement / machine.rate.ffma +
-         turns * (kClusterAnchor + kClusterEntry * real(problem.M));
+         turns * (kClusterAnchor + kClusterKey * real(plan.K) + entry * real(problem.M));
 }
 
 // ---- screening ------------------------------------------------------------------------------------------------------

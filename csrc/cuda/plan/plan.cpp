@@ -69,6 +69,7 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
     plan.strip_rows = shape.strip_rows;
     plan.strips = shape.strips;
     plan.triangular = shape.triangular;
+    plan.select_threads = list_threads(shape.strip_rows, problem.M, plan.K, device.multiprocessors);
     const double us = predict_forward(plan, problem, device).total();
     if (best_us == 0.0 || us < best_us) {
       best_us = us;
@@ -93,6 +94,7 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
   plan.strip_rows = best.strip_rows;
   plan.strips = best.strips;
   plan.triangular = best.triangular;
+  plan.select_threads = list_threads(best.strip_rows, problem.M, plan.K, device.multiprocessors);
 
   Workspace workspace;
   plan.control = workspace.take(sizeof(Control));

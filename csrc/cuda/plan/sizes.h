@@ -45,6 +45,33 @@ constexpr std::int64_t direct_sort_keys(std::int64_t K) {
   return keys;
 }
 
+// How the neighbours of an anchor are selected (direct/select.cuh). Up to so many of so few candidates one warp extracts
+// one after the other. All else is sorted in lists of a warp each (direct/lists.cuh): all candidates, or what a bound
+// leaves of them. Of more neighbours a bound leaves too many, and a radix search follows.
+//
+// The limits of extraction are where, by count, a block alone takes about as long either way.
+inline constexpr std::int64_t kShortRow = 384;
+inline constexpr std::int64_t kShortNeighbours = 16;
+inline constexpr std::int64_t kListedKeys = 1024;
+// Random rows leave 340 to 370 of 192 within the bound, at most some 600; of 248 they leave 910.
+inline constexpr std::int64_t kBoundedNeighbours = 192;
+constexpr bool selects_by_extraction(std::int64_t M, std::int64_t K) {
+  return M <= kShortRow && K <= kShortNeighbours;
+}
+constexpr bool selects_by_lists(std::int64_t M, std::int64_t K) {
+  return M <= kListedKeys || K <= kBoundedNeighbours;
+}
+// Threads of a block that sorts lists. Two of the larger blocks share a multiprocessor, and each is sooner through its
+// row; of the smaller, five do. For much of its time a block waits for the one warp that finishes the anchor, the longer
+// the larger K: then the smaller ones pay, too, where rows are not all under way at once.
+inline constexpr int kListThreads = 256;
+inline constexpr int kFewListThreads = 128;
+constexpr int list_threads(std::int64_t rows, std::int64_t M, std::int64_t K, int multiprocessors) {
+  if (!selects_by_lists(M, K)) return kListThreads;
+  const bool many = rows * kListThreads > 2 * multiprocessors * (kListThreads - K);
+  return M <= kFewListThreads || many ? kFewListThreads : kListThreads;
+}
+
 // Slices that the selection adds up as one tree: a section's, or the least power of two that covers all of them.
 constexpr std::int64_t slice_tree(const ForwardPlan& plan) {
   std::int64_t slices = 1;

@@ -309,6 +309,31 @@ def test_direct_sums_alone_grow_with_rows(core: ModuleType, device: str, dtype: 
                 assert more <= limit * us, (name, n, us, more)
 
 
+@pytest.mark.parametrize("dims", [64, 512])
+@pytest.mark.parametrize(
+    ("anchors", "candidates"),
+    [*((n, n) for n in (32, 64, 300, 1024, 1025, 4096)), (64, 1025), (256, 4096), (16384, 64), (4096, 300)],
+)
+def test_one_neighbour_more_is_never_cheaper_nor_much_dearer(
+    core: ModuleType, anchors: int, candidates: int, dims: int
+) -> None:
+    """However they are selected. More than 128 neighbours are served by direct sums alone: all N x M x D products are
+    made in fp32, where tensor cores made them and some thousand sums were exact. Where the screening paid, that costs
+    what the screening saved."""
+
+    def facts(k: int, path: str = "auto") -> dict[str, Any]:
+        return plan(core, anchors, candidates, dims, k=k, symmetric=anchors == candidates, path=path)
+
+    most = 0.0
+    for k, before, after in ((k, facts(k - 1), facts(k)) for k in range(2, min(candidates, 192) + 1)):
+        us, more = before["predicted_us"], after["predicted_us"]
+        most = max(most, us)
+        assert more >= 0.98 * most, (k, most, more)
+        if k == 129 and before["path"] != "direct":
+            us = facts(128, "direct")["predicted_us"]
+        assert more <= 1.3 * us, (k, us, more)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [F32, F64, F16])
 def test_more_dimensions_are_never_cheaper(core: ModuleType, device: str, dtype: int) -> None:

@@ -245,7 +245,8 @@ WALKS: list[Walk] = [
 @pytest.mark.parametrize(("dtype", "k"), [(F32, 10), (BF16, 10), (F32, 33), (F32, 100)])
 def test_more_rows_are_never_cheaper_nor_much_dearer(core: ModuleType, device: str, dtype: int, k: int) -> None:
     """One row more may cost a row of tiles more. At a change of path, slice, strip or sample it costs at most 1.3 times
-    as much."""
+    as much. Where none of the architecture was measured, 1.35: beyond 2^22 pairs there are two strips."""
+    limit = 1.3 if device == "sm_90" else 1.35
     for name, shape_of, symmetric in WALKS:
         sizes = around((*EDGES, *LARGE))
         most = 0.0
@@ -257,7 +258,7 @@ def test_more_rows_are_never_cheaper_nor_much_dearer(core: ModuleType, device: s
             if m != n + 1:
                 continue
             growth = tiles(m, symmetric) / tiles(n, symmetric)
-            assert more <= max(1.3, 1.05 * growth) * us, (name, n, before, after, us, more)
+            assert more <= max(limit, 1.05 * growth) * us, (name, n, before, after, us, more)
 
 
 class Planned(NamedTuple):
@@ -277,7 +278,7 @@ class Planned(NamedTuple):
 def dearest_step(before: Planned, after: Planned, device: str) -> float:
     """What a row more may cost, whatever the plan does. Tiles of 64 x 64 pairs are equal blocks, of whole chunks, and a
     multiprocessor works on one after the other: it may be a whole wave. Partial sums are of at most 2^22 pairs and
-    32 MiB: beyond that, tiles and selection begin once more, for few rows; and where it is less than two rows of tiles,
+    64 MiB: beyond that, tiles and selection begin once more, for few rows; and where it is less than two rows of tiles,
     a strip more is a pass more."""
     if after.facts["strips"] == 1:
         waves = math.ceil(after.waves(device)) / max(1, round(before.waves(device)))

@@ -57,14 +57,14 @@ ROWS: list[Callable[[int], Tensor]] = [
 ]  # fmt: skip
 
 
-def check(values: Tensor, k: int, own: list[int], *, path: str = "direct", processors: int = 132,
+def check(values: Tensor, k: int, own: list[int], *, path: str = "direct", threads: int = 256,
           dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
     """Anchors: the rows `own` of the candidates, and one that is none of them; all are compared with a stable sort."""
     labels = torch.arange(len(values)) % 5
     feats = torch.cat([values[own], torch.tensor([1])])
     anchor_labels = torch.cat([labels[own], torch.tensor([2])])
     index = torch.tensor([*own, -1])
-    with simt.using(path=path, multiprocessors=processors, seed=k):
+    with simt.using(path=path, select_threads=threads, seed=k):
         _, indices, _, nearest, farthest, squared, _ = torch.ops.sn_simt.forward(
             feats.to(dtype)[:, None], anchor_labels, values.to(dtype)[:, None], labels, index, -1, k, 2.0, 0.5, 0, 0,
             True,
@@ -97,26 +97,26 @@ def test_rows_of_one_tile(path: str, k: int) -> None:
             check(values(rows), k, owners(rows), path=path)
 
 
-@pytest.mark.parametrize("processors", [132, 1])
+@pytest.mark.parametrize("threads", [128, 256])
 @pytest.mark.parametrize("k", [16, 17, 32, 33, 129, 300])
-def test_rows_of_one_candidate_a_thread(k: int, processors: int) -> None:
+def test_rows_of_one_candidate_a_thread(k: int, threads: int) -> None:
     """Lists hold the whole row: of 128 threads, of 256, and of one or two candidates a thread."""
     for rows in (65, 127, 128, 129, 255, 256):
         for values in (spread, equal, falling):
-            check(values(rows), k, owners(rows), processors=processors)
+            check(values(rows), k, owners(rows), threads=threads)
 
 
-@pytest.mark.parametrize("processors", [132, 1])
+@pytest.mark.parametrize("threads", [128, 256])
 @pytest.mark.parametrize("values", ROWS)
 @pytest.mark.parametrize("rows", [257, 384, 385, 1023, 1024, 1025, 1026, 2048, 2049, 4097])
-def test_rows_that_are_bounded(rows: int, values: Callable[[int], Tensor], processors: int) -> None:
-    """Up to 192 neighbours; of more, rows of up to 1024 are sorted as a whole, and longer ones are searched."""
-    for k in {257: (10, 128, 256), 1025: (10, 33, 192, 193)}.get(rows, (16, 17, 100, 193)):
-        check(values(rows), k, [rows - 1], processors=processors)
+def test_rows_that_are_bounded(rows: int, values: Callable[[int], Tensor], threads: int) -> None:
+    """Up to 224 neighbours; of more, rows of up to 1024 are sorted as a whole, and longer ones are searched."""
+    for k in {257: (10, 128, 256), 1025: (10, 33, 224, 225)}.get(rows, (16, 17, 100, 225)):
+        check(values(rows), k, [rows - 1], threads=threads)
 
 
 @pytest.mark.parametrize("rows", [64, 385, 1025, 2047])
-@pytest.mark.parametrize("k", [10, 32, 33, 64, 127, 128, 193])
+@pytest.mark.parametrize("k", [10, 32, 33, 64, 127, 128, 225])
 def test_wide_keys(k: int, rows: int) -> None:
     for values in (spread, near_in_few_groups):
         check(values(rows), k, owners(rows), dtype=torch.float64)

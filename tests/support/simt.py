@@ -74,6 +74,7 @@ class Settings:
     no_rescreen: int = 0
     few_rows: int = 0
     bucket_shift: int = 0
+    select_threads: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,7 @@ class _Settings(ctypes.Structure):
         ("no_rescreen", ctypes.c_int32),
         ("few_rows", ctypes.c_int32),
         ("bucket_shift", ctypes.c_int32),
+        ("select_threads", ctypes.c_int32),
     ]
 
 

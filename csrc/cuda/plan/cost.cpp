@@ -68,7 +68,6 @@ constexpr double kBoundStart = 1.2;
 constexpr double kListEntry = 0.64;  // the candidates of a thread: loads, one after the other
 constexpr double kListRows = 0.53;
 constexpr double kLargeListRows = 1.7;
-constexpr double kListRowsEntry = 0.0019;
 constexpr double kFewListResident = 5.0;
 constexpr double kListResident = 2.0;
 constexpr double kSortAll =
@@ -123,7 +122,7 @@ RowCost select_row(std::int64_t candidates, std::int64_t neighbours, int threads
   const double sort = kSortAll * (sorted / kListedKeys) * (sorted / kListedKeys);
   const double bound = bounds ? kBoundStart : 0.0;
   return {kListStart + bound + sort + kSelectKey * K + kListEntry * M / threads,
-          (large ? kLargeListRows : kListRows) + sort + (bound + kSelectKey * K) / resident + kListRowsEntry * M};
+          (large ? kLargeListRows : kListRows) + sort + (bound + kSelectKey * K) / resident + kShortRowsEntry * M};
 }
 
 double select_us(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const Machine& machine) {

@@ -63,17 +63,21 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
   plan.shared_reduction = shares_reduction(problem.N);
   DirectShape best{};
   double best_us = 0.0;
+  int best_threads = kListThreads;
   const auto consider = [&](const DirectShape& shape) {
     plan.slice_elements = shape.slice_elements;
     plan.d_slices = shape.d_slices;
     plan.strip_rows = shape.strip_rows;
     plan.strips = shape.strips;
     plan.triangular = shape.triangular;
-    plan.select_threads = list_threads(shape.strip_rows, problem.M, plan.K, device.multiprocessors);
-    const double us = predict_forward(plan, problem, device).total();
-    if (best_us == 0.0 || us < best_us) {
+    for (const int threads : {kListThreads, kFewListThreads}) {
+      if (threads < kListThreads && !selects_by_lists(problem.M, plan.K)) break;
+      plan.select_threads = threads;
+      const double us = predict_forward(plan, problem, device).total();
+      if (best_us != 0.0 && us >= best_us) continue;
       best_us = us;
       best = shape;
+      best_threads = threads;
     }
   };
   for (std::int64_t elements = kChunk; elements <= kLargestSlice; elements *= 2) {
@@ -86,6 +90,8 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
       const std::int64_t waves = direct_tiles(longest.strip_rows, 1, false) * blocks / multiprocessors;
       const std::int64_t rows = waves * multiprocessors / blocks * kDirectTile;
       if (rows > 0) consider(direct_shape(problem, elements, rows, true));
+      const std::int64_t equal = round_up(divide_up(problem.N, longest.strips), kDirectTile);
+      consider(direct_shape(problem, elements, equal, true));
     }
     if (elements >= problem.D) break;
   }
@@ -94,7 +100,7 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
   plan.strip_rows = best.strip_rows;
   plan.strips = best.strips;
   plan.triangular = best.triangular;
-  plan.select_threads = list_threads(best.strip_rows, problem.M, plan.K, device.multiprocessors);
+  plan.select_threads = best_threads;
 
   Workspace workspace;
   plan.control = workspace.take(sizeof(Control));

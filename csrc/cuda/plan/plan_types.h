@@ -133,7 +133,7 @@ struct ForwardPlan {
   std::int64_t positive_anchors = 0;   // of a block that looks for positives, a power of two
   std::int64_t positive_segments = 0;  // of candidates, a block each
 
-  int select_threads = 0;         // direct: list_threads
+  int select_threads = 0;         // direct: of a block that sorts lists
   bool shared_reduction = false;  // every partial of the sum over anchors is a block's; else one block sums alone
 
   Piece control;          // Control

@@ -53,8 +53,8 @@ constexpr std::int64_t direct_sort_keys(std::int64_t K) {
 inline constexpr std::int64_t kShortRow = 384;
 inline constexpr std::int64_t kShortNeighbours = 16;
 inline constexpr std::int64_t kListedKeys = 1024;
-// Random rows leave 340 to 370 of 192 within the bound, at most some 600; of 248 they leave 910.
-inline constexpr std::int64_t kBoundedNeighbours = 192;
+// Random rows leave 300 to 370 of 192 within the bound, 380 to 560 of 224, and 610 to 910 of 248.
+inline constexpr std::int64_t kBoundedNeighbours = 224;
 constexpr bool selects_by_extraction(std::int64_t M, std::int64_t K) {
   return M <= kShortRow && K <= kShortNeighbours;
 }
@@ -62,15 +62,10 @@ constexpr bool selects_by_lists(std::int64_t M, std::int64_t K) {
   return M <= kListedKeys || K <= kBoundedNeighbours;
 }
 // Threads of a block that sorts lists. Two of the larger blocks share a multiprocessor, and each is sooner through its
-// row; of the smaller, five do. For much of its time a block waits for the one warp that finishes the anchor, the longer
-// the larger K: then the smaller ones pay, too, where rows are not all under way at once.
+// row; of the smaller, five do. For much of its time a block waits for the one warp that finishes the anchor, so the
+// smaller ones pay where rows are not all under way at once. The plan takes what is cheaper.
 inline constexpr int kListThreads = 256;
 inline constexpr int kFewListThreads = 128;
-constexpr int list_threads(std::int64_t rows, std::int64_t M, std::int64_t K, int multiprocessors) {
-  if (!selects_by_lists(M, K)) return kListThreads;
-  const bool many = rows * kListThreads > 2 * multiprocessors * (kListThreads - K);
-  return M <= kFewListThreads || many ? kFewListThreads : kListThreads;
-}
 
 // Slices that the selection adds up as one tree: a section's, or the least power of two that covers all of them.
 constexpr std::int64_t slice_tree(const ForwardPlan& plan) {
@@ -81,8 +76,8 @@ constexpr std::int64_t slice_tree(const ForwardPlan& plan) {
 
 // No scratch of N x M beyond this many entries: larger problems go in strips of anchors.
 inline constexpr std::int64_t kScratchEntries = std::int64_t{1} << 22;
-// Of partial sums at a time, all slices together: as many in fp64, twice as many in fp32.
-inline constexpr std::int64_t kPartialBytes = 8 * kScratchEntries;
+// Of partial sums at a time, all slices together: twice as many in fp64, four times as many in fp32.
+inline constexpr std::int64_t kPartialBytes = 16 * kScratchEntries;
 
 // How a problem is cut, within that scratch (or one anchor's, if that is more).
 struct DirectShape {

@@ -23,6 +23,7 @@ from mutants.mutant import (
     SCREEN,
     Mutant,
 )
+from mutants.selection import selection
 
 
 def _fallback() -> list[Mutant]:
@@ -635,4 +636,5 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_tiles(),
     *_fallback(),
+    *selection(),
 )

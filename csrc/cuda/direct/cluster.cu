@@ -98,8 +98,8 @@ static_assert(kOtherBytes<float> <= kClusterOther && kOtherBytes<Half> <= kClust
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-// The keys of a row of M <= kRows sums, in order, into sKeys [kRows]. One warp: two sorted halves, of which one is turned
-// round and met by the other, leave the 32 least and the rest, each in one rise and fall.
+// The keys of a row of M <= kRows sums, in order, into sKeys [kRows]. One warp: two sorted halves, of which one is
+// turned round and met by the other, leave the 32 least and the rest, each in one rise and fall.
 __device__ __forceinline__ void sort_row(const Shared<A>& sRow, int M, std::int64_t self, const Shared<Key<A>>& sKeys) {
   static_assert(kRows == 2 * kWarpSize);
   const auto key_of = [&](int j) { return j < M && j != self ? make_key(sRow.get(j), j) : last_key<Key<A>>(); };

@@ -4,11 +4,11 @@
 // many come before it: that is its place. It takes two barriers, whatever the number of keys.
 //
 // A row has more candidates than lists hold, and few are wanted. Candidates fall into 256 groups, one or two a thread,
-// and 8 lists hold the least key of each. The r-th of a list is a bound that r of its groups have a candidate within, so
-// of 8 lists the largest r-th, with r = wanted / 8 rounded up, holds at least `wanted`. For each list is counted how many
-// least keys its r-th holds, and the smallest bound that holds enough is taken: 12 for 10, 172 for 128, by simulation of
-// random rows. Only threads with a least key within it look at their candidates once more. What they find, some 12 for
-// 10 and 180 for 128 in random rows, is sorted in lists.
+// and 8 lists hold the least key of each. The r-th of a list is a bound that r of its groups have a candidate within,
+// so of 8 lists the largest r-th, with r = wanted / 8 rounded up, holds at least `wanted`. How many least keys the r-th
+// of each list holds is counted, and the smallest that holds enough is the bound. Only threads with a least key within
+// it look at their candidates once more, and what they find is sorted in lists: by simulation of random rows 12 for 10
+// wanted, and 160 to 190 for 128.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +31,7 @@ __device__ __forceinline__ int count_before(const Shared<AnyKey>& sList, const A
   return before(sList.get(count), key) ? count + 1 : count;
 }
 
-// Sorts each list of sLists [0, count), of which there is room for whole ones. By the whole block, and it ends with a
-// barrier.
+// Sorts each list of sLists [0, count); there is room for whole ones. By the whole block, and it ends with a barrier.
 template <class AnyKey>
 __device__ __forceinline__ void sort_each_list(const Shared<AnyKey>& sLists, int count) {
   for (int first = warp_id() * kWarpSize; first < count; first += thread_count()) {

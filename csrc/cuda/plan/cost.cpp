@@ -50,8 +50,8 @@ constexpr double kTileElement = 0.057;
 constexpr double kHalfTiles = 1.1;  // half inputs: 512 x 2048 in 65.8 against 62.1, 1024 x 2048 in 298 against 270
 
 // Selection: a row alone, and rows one after the other on a multiprocessor, which are as many times shorter as blocks
-// reside there. Where one warp extracts (M up to 384), 64 to 256 x 2048: 10.0 to 12.1. A neighbour has two reductions and
-// a look at the lane's candidates: counted, not measured, K = 10 alone was.
+// reside there. Where one warp extracts (M up to 384), 64 to 256 x 2048: 10.0 to 12.1. A neighbour has two reductions
+// and a look at the lane's candidates: counted, not measured, K = 10 alone was.
 constexpr double kShortRowStart = 7.5;
 constexpr double kShortRowRank = 0.05;
 constexpr double kShortRowRankEntry = 0.00017;
@@ -145,9 +145,10 @@ void predict_direct(const ForwardPlan& plan, const Problem& problem, const Machi
   if (plan.shared_reduction) cost->add("reduce", kGap + kReduceStart + final_us(problem.N));
 }
 
-// One cluster: 16 x 64 in 19.6 (two anchors a warp), 16 x 128 in 14.7 (one), 64 x 64 in 63.3 (eight), 64 x 2048 in 27.1.
-// Then an entry of an anchor cost 0.05, and a tree of 32 slices, present or not, was 0.023 of it (D = 512 against 2048).
-// Now it is as wide as there are slices, of 12 instructions instead of 30: counted, not measured. So is a neighbour.
+// One cluster: 16 x 64 in 19.6 (two anchors a warp), 16 x 128 in 14.7 (one), 64 x 64 in 63.3 (eight), 64 x 2048 in
+// 27.1. Then an entry of an anchor cost 0.05, of which a tree of 32 slices, present or not, was 0.023 (D = 512 against
+// 2048). Now it is as wide as there are slices, of 12 instructions instead of 30. Counted, not measured, like a
+// neighbour's share.
 constexpr double kClusterStart = 5.8;
 constexpr double kClusterAnchor = 3.8;  // of a warp
 constexpr double kClusterKey = 0.02;    // of an anchor

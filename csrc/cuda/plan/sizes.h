@@ -45,9 +45,9 @@ constexpr std::int64_t direct_sort_keys(std::int64_t K) {
   return keys;
 }
 
-// How the neighbours of an anchor are selected (direct/select.cuh). Up to so many of so few candidates one warp extracts
-// one after the other. All else is sorted in lists of a warp each (direct/lists.cuh): all candidates, or what a bound
-// leaves of them. Of more neighbours a bound leaves too many, and a radix search follows.
+// How the neighbours of an anchor are selected (direct/select.cuh). Up to so many of so few candidates one warp
+// extracts, one after the other. All else is sorted in lists of a warp each (direct/lists.cuh): all candidates, or what
+// a bound leaves of them. Of more neighbours a bound leaves too many, and a radix search follows.
 //
 // The limits of extraction are where, by count, a block alone takes about as long either way.
 inline constexpr std::int64_t kShortRow = 384;

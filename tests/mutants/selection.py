@@ -1,0 +1,71 @@
+"""Mutants of the selection by direct sums: parts of a row, bounds, lists, slices."""
+
+from __future__ import annotations
+
+from mutants.mutant import BACKENDS, DIRECT, Mutant
+
+
+def selection() -> list[Mutant]:
+    """Each changes one way to select from a row."""
+    lists, select, cluster = DIRECT + "lists.cuh", DIRECT + "select.cuh", DIRECT + "cluster.cu"
+    bounded, whole, tile = (
+        "test_rows_that_are_bounded",
+        "test_rows_of_one_candidate_a_thread",
+        "test_rows_of_one_tile",
+    )
+    changes = [
+        # name, file, old, new, why, test
+        (
+            "select-ties-of-lists-by-chance", lists,
+            "return before(sList.get(count), key) ? count + 1 : count;", "return count;",
+            "a key behind all of another list is placed one too early", whole,
+        ),
+        (
+            "select-last-list-short", lists,
+            "const int lists = (count + kWarpSize - 1) / kWarpSize;", "const int lists = count / kWarpSize;",
+            "a list that is not full is left out", bounded,
+        ),
+        (
+            "select-second-group-forgotten", lists,
+            "sLists.set(kGroups / 2 + thread_id(), rLeast.next);",
+            "sLists.set(kGroups / 2 + thread_id(), last_key<Key<A>>());",
+            "every other candidate of a thread is not looked at for the bound", whole,
+        ),
+        (
+            "select-bound-one-rank-low", lists,
+            "within >= wanted ? bound : last_key<Key<A>>()", "within + 1 >= wanted ? bound : last_key<Key<A>>()",
+            "the bound may hold one neighbour too few", bounded,
+        ),
+        (
+            "select-own-list-again", lists,
+            "const int other = list + turn < lists ? list + turn : list + turn - lists;",
+            "const int other = list + turn < lists ? list + turn : list;",
+            "keys of later lists are not held against the first ones", bounded,
+        ),
+        (
+            "select-overflow-unnoticed", lists,
+            "if (count > kKeys) return false;", "if (count > kKeys) count = kKeys;",
+            "what did not fit the lists is no neighbour", bounded,
+        ),
+        (
+            "select-itself", select,
+            "rLeast.add(j == self ? last_key<Key<A>>() : make_key(d2, static_cast<std::int32_t>(j)));",
+            "rLeast.add(make_key(d2, static_cast<std::int32_t>(j)));",
+            "an anchor is among the least keys of its row, and its own neighbour", whole,
+        ),
+        (
+            "cluster-second-half-by-first-index", cluster,
+            "sort_lanes(key_of(kWarpSize + lane_id()))", "sort_lanes(key_of(lane_id()))",
+            "the first 32 candidates are taken twice, the others never", tile,
+        ),
+        (
+            "cluster-halves-not-turned", cluster,
+            "exchange(sort_lanes(key_of(kWarpSize + lane_id())), kWarpSize - 1)",
+            "exchange(sort_lanes(key_of(kWarpSize + lane_id())), 0)",
+            "two rising halves are met as if one fell", tile,
+        ),
+    ]  # fmt: skip
+    return [
+        Mutant(name, file, old, new, why, (f"{BACKENDS}test_simt_select.py::{test}",))
+        for name, file, old, new, why, test in changes
+    ]

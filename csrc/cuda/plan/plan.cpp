@@ -57,8 +57,8 @@ void plan_cluster(ForwardPlan& plan, const Problem& problem, const DeviceFacts& 
 }
 
 // Smaller slices spread few tiles over all multiprocessors, larger ones leave the selection less to add up. Strips of
-// whole tiles waste none, those of whole waves of tiles no multiprocessor, those of one length leave no few rows for the
-// last, and others have more rows for the selection.
+// whole tiles waste none, those of whole waves of tiles no multiprocessor. One length leaves no few rows for the last
+// strip. Other strips have more rows for the selection.
 void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
   constexpr std::int64_t kLongestStrip = kScratchEntries;  // of one candidate
   plan.shared_reduction = shares_reduction(problem.N);

@@ -11,9 +11,9 @@
 //   positive_of(key), mark_positive(key)   one bit of the index that finishing uses
 //   key_at(keys, i), set_key(keys, i, key) keys: Shared<Key> or Key* (global memory)
 //   sort_lanes(key)                    one key a lane: lane i gets the i-th
-//   merge_lanes(key)                   the same, of keys that rise and then fall, or fall and then rise
+//   merge_lanes_by<kWarpSize>(key)     the same, of keys that rise and then fall, or fall and then rise
 //   least_key(key)                     the first of the lanes' keys, in all lanes
-//   sort_keys(BlockTeam(), keys, count)
+//   sort_keys(WarpTeam() or BlockTeam(), keys, count)
 //                                      sorts keys[0, count). There is room for the next power of two of keys, those
 //                                      behind `count` are overwritten. Ends with a barrier of the team.
 //   block_select(...)                  the K first of a row of any length, by the whole block
@@ -178,10 +178,6 @@ __device__ __forceinline__ AnyKey merge_lanes_by(AnyKey key) {
   return key;
 }
 template <class AnyKey>
-__device__ __forceinline__ AnyKey merge_lanes(const AnyKey& key) {
-  return merge_lanes_by<kWarpSize>(key);
-}
-template <class AnyKey>
 __device__ __forceinline__ AnyKey sort_lanes(AnyKey key) {
   key = merge_lanes_by<2>(key);
   key = merge_lanes_by<4>(key);
@@ -190,6 +186,11 @@ __device__ __forceinline__ AnyKey sort_lanes(AnyKey key) {
   return merge_lanes_by<kWarpSize>(key);
 }
 
+struct WarpTeam {
+  __device__ __forceinline__ int rank() const { return lane_id(); }
+  __device__ __forceinline__ int size() const { return kWarpSize; }
+  __device__ __forceinline__ void sync() const { sync_warp(); }
+};
 struct BlockTeam {
   __device__ __forceinline__ int rank() const { return thread_id(); }
   __device__ __forceinline__ int size() const { return thread_count(); }

@@ -106,8 +106,8 @@ __device__ __forceinline__ void sort_row(const Shared<A>& sRow, int M, std::int6
   const Key<A> rLow = sort_lanes(key_of(lane_id()));
   const Key<A> rHigh = exchange(sort_lanes(key_of(kWarpSize + lane_id())), kWarpSize - 1);
   const bool ordered = before(rLow, rHigh);
-  sKeys.set(lane_id(), merge_lanes(ordered ? rLow : rHigh));
-  sKeys.set(kWarpSize + lane_id(), merge_lanes(ordered ? rHigh : rLow));
+  sKeys.set(lane_id(), merge_lanes_by<kWarpSize>(ordered ? rLow : rHigh));
+  sKeys.set(kWarpSize + lane_id(), merge_lanes_by<kWarpSize>(ordered ? rHigh : rLow));
   sync_warp();
 }
 

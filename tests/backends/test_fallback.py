@@ -117,14 +117,19 @@ def test_larger_buffers_have_more_segments(buffer: int) -> None:
     assert report.fallen_back == 20
 
 
-def test_ties_and_signs_of_zero() -> None:
+@pytest.mark.parametrize("rows", [12, 400])
+def test_ties_and_signs_of_zero(rows: int) -> None:
     """Points of small integers around two far ones: most keys of a row are equal, and its index decides."""
     generator = torch.Generator().manual_seed(4)
     grid = torch.randint(-1, 2, (200, 5), generator=generator).repeat(2, 1)
     far = torch.where(torch.arange(400) % 2 == 0, 1.0, -1.0)
     zeros = torch.where(torch.rand(400, 3, generator=generator) < 0.5, 0.0, -0.0)
     feats = torch.cat([far[:, None] + 2.0**-12 * grid, zeros], dim=1)
-    assert check(Case(feats, torch.arange(400) % 11, k=5)).fallen_back == 400
+    labels = torch.arange(400) % 11
+    case = Case(feats, labels, k=5)
+    if rows < 400:
+        case = Case(feats[:rows], labels[:rows], k=5, candidates=feats[rows:], candidate_labels=labels[rows:])
+    assert check(case).fallen_back == rows
 
 
 @pytest.mark.parametrize("path", ["dense", "screen", "bank"])
@@ -150,7 +155,7 @@ def test_scales_out_of_range() -> None:
 @pytest.mark.parametrize("rescreen", [False, True])
 def test_large_identities_in_clusters(dims: int, rescreen: bool) -> None:
     """A cluster is an identity: the farthest positive is one of 200, as near as all others."""
-    rows = 400
+    rows = 640 if dims < SLICE else 400  # of ten tiles a block joins segments
     report = check(clusters(rows, dims, ids=0), rescreen=rescreen, far_capacity=64)
     assert report.fallen_back == rows
     if rescreen:  # only the farthest is looked for: tiles see the rows of one identity, or two
@@ -201,6 +206,13 @@ def test_null_rows_among_others(path: str) -> None:
     case = Case(rows[:80], labels[:80], k=4, candidates=rows[80:], candidate_labels=labels[80:])
     report = check(case, path=path, far_capacity=16)
     assert report.fallen_back >= 60
+
+
+def test_null_candidates_of_other_rows() -> None:
+    """A cluster that overflows its buffers, among rows that equal the mean: those are as far as their sums say."""
+    feats = torch.full((500, 24), 0.37)
+    feats[::5] += 1.0 + 1e-4 * torch.randn(100, 24, generator=torch.Generator().manual_seed(9))
+    assert check(Case(feats, torch.arange(500) % 3, k=2), far_capacity=16).fallen_back >= 100
 
 
 def test_a_bank_of_one_point() -> None:

@@ -72,12 +72,7 @@ def _fallback() -> list[Mutant]:
         (
             "tile-null-rows-of-any-tile", search,
             "if (!is_null_row) sWords_.atomic_or(kNotNull, 1u);", "if (is_null_row) sWords_.atomic_or(kNeeds, 0u);",
-            "null candidates count as at distance 0 of every row", "test_null_rows_among_others",
-        ),
-        (
-            "tile-null-candidates-of-a-bank-unread", search,
-            "args_.bank ? atomic_load(&args_.gControl->unscreenable) : 0", "0",
-            "facts of candidates are read that no kernel has written", "test_a_bank_of_one_point",
+            "null candidates count as at distance 0 of every row", "test_null_candidates_of_other_rows",
         ),
         (
             "tile-drops-positives", search,
@@ -86,8 +81,8 @@ def _fallback() -> list[Mutant]:
         ),
         (
             "tile-closed-before-the-index", search,
-            "return limit >= place; }", "return limit > place + kSide; }",
-            "a tile ends although a candidate ties at distance 0", "test_duplicates_end_the_search",
+            "return limit >= place; }", "return limit >= kInfiniteKey; }",
+            "a tile ends as soon as its rows have bounds", numbers,
         ),
         (
             "tile-of-joined-segments-ends-early", search,
@@ -503,7 +498,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "const bool kept = !kBounded || d2 <= bound;",
         "const bool kept = !kBounded || d2 < bound;",
         "a key that ties with the last of the K is abandoned, whatever its index",
-        (EDGES + "test_ties_in_the_fallback",),
+        (EDGES + "test_ties_in_the_fallback", BACKENDS + "test_fallback.py::test_ties_and_signs_of_zero"),
     ),
     # ---- order of memory
     Mutant(

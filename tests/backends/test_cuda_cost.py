@@ -368,6 +368,10 @@ def test_no_batch_falls_off_a_cliff(core: ModuleType) -> None:
     nor summed. Where a cluster is one identity, the fallback sums all pairs in it: 2^21 of 2048 elements are half a
     millisecond."""
     batches = ("random", "clusters", "large clusters", "identical", "large identical")
+    for n, d in ((960, 2048), (1024, 2048)):
+        random, clusters = (plan(core, n, n, d, batch=batch) for batch in ("random", "clusters"))
+        assert random["path"] == clusters["path"] == "dense"
+        assert random["predicted_us"] < clusters["predicted_us"] <= 3.0 * random["predicted_us"], (n, d)
     for n, d in ((2048, 512), (8192, 2048), (4096, 512), (65536, 128)):
         facts = [plan(core, n, n, d, path="screen", batch=batch) for batch in batches]
         random, clusters, large, identical, large_identical = (each["predicted_us"] for each in facts)

@@ -96,6 +96,15 @@ def test_very_many_neighbors() -> None:
     assert (report.rescreened, report.certified, report.fallen_back) == (120, 120, 0)
 
 
+def test_rows_of_dense_scores_are_left_to_the_fallback() -> None:
+    """Of a tight cluster; those of a loose one are not, although the refinement looks at every score."""
+    report = check(clusters(400, 40, 2, 1e-4), path="dense")
+    assert report.fallen_back == 400
+    assert report.refined <= 400 * 20
+    report = check(clusters(400, 40, 2, 0.5), path="dense")
+    assert report.fallen_back == 0
+
+
 def test_few_rows_go_to_the_fallback() -> None:
     """A tile of rows is not worth it for less than a group."""
     report = check(clusters(10, 40, 2, 1e-4, bank=600))

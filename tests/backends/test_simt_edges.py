@@ -142,17 +142,18 @@ def test_many_anchors_of_a_small_bank() -> None:
     assert ((found.nearest_positive < 0) == (case.labels == 2)).all()
 
 
+@pytest.mark.parametrize("anchors", [12, 20])  # one by one, and in a tile
 @pytest.mark.parametrize("path", ["screen", "bank"])
-def test_ties_in_the_fallback(path: str) -> None:
+def test_ties_in_the_fallback(path: str, anchors: int) -> None:
     """Everything as far from the anchors, and too near for the screening to have a scale: the lowest indices win, also
     where positives of higher ones have been summed before."""
     rows = 2.0**-62 * torch.eye(16)[torch.arange(300) % 16]
-    case = Case(torch.zeros(20, 16), torch.zeros(20).long(), rows, (torch.arange(300) // 5 + 1) % 2, k=4)
+    case = Case(torch.zeros(anchors, 16), torch.zeros(anchors).long(), rows, (torch.arange(300) // 5 + 1) % 2, k=4)
     expected = direct_sums(case)
     assert (expected.indices == torch.arange(4)).all()
     with simt.using(path=path):
         judge.assert_same_bits(judge.neighbors_of(case, "simt"), expected)
-        assert simt.last_report is not None and simt.last_report.fallen_back == 20
+        assert simt.last_report is not None and simt.last_report.fallen_back == anchors
 
 
 @pytest.mark.parametrize("partition", ["never", "always"])

@@ -500,6 +500,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "a key that ties with the last of the K is abandoned, whatever its index",
         (EDGES + "test_ties_in_the_fallback", BACKENDS + "test_fallback.py::test_ties_and_signs_of_zero"),
     ),
+    Mutant(
+        "dense-sums-whole-clusters",
+        SCREEN + "refine.cu",
+        "if ((args.rescreen || args.dense) && phase",
+        "if (args.rescreen && phase",
+        "rows of dense scores sum every member of their cluster",
+        (RESCREEN + "test_rows_of_dense_scores_are_left_to_the_fallback",),
+    ),
     # ---- order of memory
     Mutant(
         "merge-fence-before-ticket",

@@ -273,8 +273,11 @@ double refine_us(const ForwardPlan& plan, const Problem& problem, const Sample& 
   return rows > kFewRows ? own : std::min(own, in_waves(kRefineStart + shared_sums));
 }
 
-// Rows that overflowed their buffers: bounds of all entries, no exact sums.
-double undecided_us(const ForwardPlan& plan, std::int64_t rows, const Machine& machine) {
+// Rows that overflowed their buffers, or of which too many entries survive: bounds of all, no exact sums.
+double undecided_us(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const Machine& machine) {
+  if (plan.path == ForwardPath::kDense) {
+    return kGap + waves(real(rows) / kSharedRows, machine.device) * (1.0 + kDenseEntry * real(problem.M));
+  }
   const double row = kRefineRows + kRefineRowsEntry * real(plan.buffer_capacity);
   return kGap + joined(kRefineStart, machine.spread(real(rows) * row));
 }
@@ -282,7 +285,7 @@ double undecided_us(const ForwardPlan& plan, std::int64_t rows, const Machine& m
 constexpr double kMergeStart = 5.0;
 
 // Rows of which the fallback only looks for near or far: a tile of 64 of them against candidates of their labels, of
-// which a row has `positives`; a tile is taken to have one label. All counted, not measured: a block looks through the
+// which a row has `seen`; a tile is taken to have one label. Of dense scores: against all candidates, at most. All counted, not measured: a block looks through the
 // queue once, and again for each of its tiles (two dependent loads and eight barriers for 2048 rows); a scan of 256
 // labels has a load and three barriers; ranking 64 x 64 sums, or as many zeros of null rows, takes 2400 instructions of
 // each of eight warps. Sums are those of direct tiles, in shorter stages: 83 instructions for 1000 multiply-adds, which
@@ -291,7 +294,7 @@ constexpr double kShortStages = 83.0 / 77.0;
 constexpr double kQueueRow = 0.8e-3;
 constexpr double kLabelScan = 0.8;
 constexpr double kRanking = 3.5;
-double fallback_us(const Problem& problem, double rows, double positives, bool null, const Machine& machine) {
+double fallback_us(const Problem& problem, double rows, double seen, bool null, const Machine& machine) {
   const double side = real(kDirectTile);
   const double tiles = std::ceil(rows / side);
   const double parts = std::clamp(std::floor(real(kLabelBlocks) / tiles), 1.0, real(kFallbackSegments));
@@ -299,7 +302,7 @@ double fallback_us(const Problem& problem, double rows, double positives, bool n
   if (element_bytes(problem.dtype) == 2) element *= kHalfTiles;
   const double tile = kRanking + (null ? 0.0 : element * real(problem.D));
   const double part = kQueueRow * rows + kLabelScan * std::ceil(real(problem.M) / parts / 256.0) +
-                      std::ceil(positives / parts / side) * tile;
+                      std::ceil(seen / parts / side) * tile;
   return kGap + kTilesStart + kQueueRow * rows + waves(tiles * parts, machine.device) * part;
 }
 // Its rows in the merge: three dependent reads and the finish of an anchor, a warp each of eight in kPartials blocks.
@@ -448,7 +451,7 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Mac
     scores("scores", problem.M, ScoresFor::kAppend);
   }
   each("refine", [&](auto rows) {
-    return waits ? undecided_us(plan, rows, machine) : refine_us(plan, problem, sample, rows, machine);
+    return waits ? undecided_us(plan, problem, rows, machine) : refine_us(plan, problem, sample, rows, machine);
   });
   if (plan.rescreen) {
     each("groups", [&](auto rows) { return groups_us(waits ? real(rows) : 0.0); });
@@ -457,11 +460,12 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Mac
          [&](auto rows) { return waits ? refine_us(plan, problem, sample, rows, machine) : kGap + kIdle; });
   }
   const bool large = batch == Batch::kLargeClusters || batch == Batch::kLargeIdentical;
-  const double positives = real(identical ? kIdenticalIdentity : kClusterIdentity);
+  const bool all = waits && plan.path == ForwardPath::kDense;
+  const double seen = real(all ? problem.M : identical ? kIdenticalIdentity : kClusterIdentity);
   each("fallback", [&](auto rows) {
-    return large ? fallback_us(problem, real(rows), positives, identical, machine) : kGap + kIdle;
+    return large || all ? fallback_us(problem, real(rows), seen, identical, machine) : kGap + kIdle;
   });
-  const double merged = large ? kMergeRow * real(problem.N) / real(kPartials) : 0.0;
+  const double merged = large || all ? kMergeRow * real(problem.N) / real(kPartials) : 0.0;
   cost->add("merge", real(plan.strips) * (kGap + kMergeStart) + merged + final_us(problem.N), plan.strips);
 }
 

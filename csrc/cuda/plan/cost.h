@@ -39,7 +39,8 @@ class Cost {
 enum class Batch : std::int32_t {
   // Every row is certified.
   kRandom = 0,
-  // A few clusters tighter than the scores' errors and larger than a buffer: every row is screened again.
+  // A few clusters tighter than the scores' errors and larger than a buffer: every row is screened again. Of dense
+  // scores it falls back.
   kClusters = 1,
   // One point, in identities that are listed whole: nothing is scored, the first refinement finishes all.
   kIdentical = 2,

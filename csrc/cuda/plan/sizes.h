@@ -334,9 +334,11 @@ constexpr std::int64_t rescreen_tile_count(std::int64_t rows) {
   return rows / kRescreenRows + std::min(kRescreenBuckets, rows / kSmallestGroup);
 }
 inline constexpr std::int64_t kRescreenLaunches = 3;
-// A refinement leaves a row with more survivors than this to the rescreening.
-constexpr std::int64_t many_survivors(std::int64_t K) {
-  return 3 * K + 32;
+// A refinement leaves a row with more survivors than this to the rescreening. Rows of dense scores are not screened
+// again: the fallback's tiles sum all M candidates of such a row, in the time in which a refinement sums some M / 9.
+constexpr std::int64_t many_survivors(const ForwardPlan& plan, std::int64_t M) {
+  const std::int64_t many = 3 * plan.K + 32;
+  return plan.path == ForwardPath::kDense ? std::max(many, M / 16) : many;
 }
 
 // Identities larger than the list exist only among more candidates than it holds.

@@ -53,7 +53,7 @@ struct RefineArgs {
   std::int32_t* gQueue;  // [strip_rows]
   // Rows that wait for the second refinement (rescreen/rescreen.cuh).
   bool rescreen;
-  std::int64_t many_survivors;  // more of them make a row wait
+  std::int64_t many_survivors;  // more of them make a row wait, or fall back at once
   std::int32_t* gWaiting;       // [strip_rows] entries of the queue
   std::int32_t* gLeaders;       // [strip_rows] of them
   std::int32_t* gOrder;         // [strip_rows] rows by leader
@@ -146,7 +146,7 @@ inline RefineArgs refine_args(const ForwardArgs& args, const ForwardPlan& plan, 
           .far_capacity = plan.far_capacity,
           .gQueue = piece<std::int32_t>(workspace, plan.queue),
           .rescreen = plan.rescreen,
-          .many_survivors = many_survivors(plan.K),
+          .many_survivors = many_survivors(plan, args.candidates.rows),
           .gWaiting = piece<std::int32_t>(workspace, plan.waiting),
           .gLeaders = piece<std::int32_t>(workspace, plan.waiting) + plan.strip_rows,
           .gOrder = piece<std::int32_t>(workspace, plan.waiting) + 2 * plan.strip_rows,

@@ -5,7 +5,7 @@
 // entries survive is left undecided, too: it is likely to be one of a tight cluster, whose other rows have as many.
 // Entries and counts of undecided rows stay. The second time blocks take the waiting rows in turn, those of groups with
 // new entries, the others with the old ones and as many sums as it takes; what is undecided then goes to the fallback
-// (fallback/fallback.cu).
+// (fallback/fallback.cu). Of dense scores there is one refinement, which leaves rows of many survivors to the fallback.
 #include <type_traits>
 
 #include "cuda/keys.cuh"
@@ -195,7 +195,7 @@ __device__ __forceinline__ void refine_row(const RefineArgs& args, NearestK<T, k
       nearest.offer(present, candidate, tracked);
       if (!nearest.full() && first + kThreads < count) continue;
       if constexpr (!kAgain) {
-        if (args.rescreen && phase == Phase::kScreened) {
+        if ((args.rescreen || args.dense) && phase == Phase::kScreened) {
           survivors += nearest.pending();
           if (survivors > args.many_survivors) {
             too_many = true;

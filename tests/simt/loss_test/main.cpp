@@ -110,16 +110,21 @@ void check_problem(const Problem& p) {
     have_first = true;
     check_selection(p, r, all);
     Gradients gradients;
-    for (int partition = 0; partition < 3; ++partition) {
+    // As planned, then searched for, then from lists in slices of every width.
+    constexpr std::array kPartitions{0, 1, 2, 2, 2};
+    constexpr std::array kLaneBytes{0, 32, 8, 16, 32};
+    for (std::size_t run = 0; run < kPartitions.size(); ++run) {
+      const int partition = kPartitions[run];
       sn_simt_settings back = settings;
       back.partition = partition;
-      back.lane_bytes = std::array{0, 32, 8}[static_cast<std::size_t>(partition)];
-      back.seed += static_cast<std::uint64_t>(partition);
-      where = p.name + ", backward, partition " + std::to_string(partition);
+      back.lane_bytes = kLaneBytes[run];
+      back.seed += run;
+      where = p.name + ", backward, partition " + std::to_string(partition) + ", lanes of " +
+              std::to_string(back.lane_bytes);
       const double start = now();
       Gradients g = backward(p, r, back);
       seconds[0] += now() - start;
-      if (partition == 0) {
+      if (run == 0) {
         gradients = std::move(g);
       } else {
         check(g.anchors.same(gradients.anchors) && g.candidates.same(gradients.candidates),

@@ -285,11 +285,11 @@ double undecided_us(const ForwardPlan& plan, const Problem& problem, std::int64_
 constexpr double kMergeStart = 5.0;
 
 // Rows of which the fallback only looks for near or far: a tile of 64 of them against candidates of their labels, of
-// which a row has `seen`; a tile is taken to have one label. Of dense scores: against all candidates, at most. All counted, not measured: a block looks through the
-// queue once, and again for each of its tiles (two dependent loads and eight barriers for 2048 rows); a scan of 256
-// labels has a load and three barriers; ranking 64 x 64 sums, or as many zeros of null rows, takes 2400 instructions of
-// each of eight warps. Sums are those of direct tiles, in shorter stages: 83 instructions for 1000 multiply-adds, which
-// take 77 there.
+// which a row has `seen`; a tile is taken to have one label. Of dense scores: against all candidates, at most. All
+// counted, not measured: a block looks through the queue once, and again for each of its tiles (two dependent loads and
+// eight barriers for 2048 rows); a scan of 256 labels has a load and three barriers; ranking 64 x 64 sums, or as many
+// zeros of null rows, takes 2400 instructions of each of eight warps. Sums are those of direct tiles, in shorter
+// stages: 83 instructions for 1000 multiply-adds, which take 77 there.
 constexpr double kShortStages = 83.0 / 77.0;
 constexpr double kQueueRow = 0.8e-3;
 constexpr double kLabelScan = 0.8;

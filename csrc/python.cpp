@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -60,22 +61,31 @@ const char* name_of(const Names& names, Path path) {
 }
 
 template <class Names>
-auto path_named(const char* function, const Names& names, const std::string& name) {
+auto named(const char* argument, const Names& names, const std::string& name) {
   std::string allowed;
   for (const auto& entry : names) {
     if (name == entry.name) return entry.path;
     allowed += (allowed.empty() ? "" : ", ") + std::string(entry.name);
   }
-  throw std::invalid_argument(std::string(function) + ": path: expected one of " + allowed + ", got " + name);
+  throw std::invalid_argument(std::string(argument) + ": expected one of " + allowed + ", got " + name);
 }
 
 void set_cpu_path(const std::string& name) {
-  sn::cpu::set_path(path_named("set_cpu_path", kCpuPaths, name));
+  sn::cpu::set_path(named("set_cpu_path: path", kCpuPaths, name));
 }
 
-void expect_problem(const char* function, std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype) {
-  if (N < 0 || M < 0 || D < 0 || k < 1) {
-    throw std::invalid_argument(std::string(function) + ": expected N, M, D >= 0 and k >= 1");
+// Indices of rows are int32, so no problem is larger.
+void expect_problem(const char* function, std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype,
+                    bool symmetric) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  if (std::min({N, M, D}) < 0 || k < 1 || std::max({N, M, D, k}) > kMost) {
+    throw std::invalid_argument(std::string(function) + ": expected N, M, D of 0 to " + std::to_string(kMost) +
+                                " and k of 1 to as many, got " + std::to_string(N) + ", " + std::to_string(M) + ", " +
+                                std::to_string(D) + " and " + std::to_string(k));
+  }
+  if (symmetric && N != M) {
+    throw std::invalid_argument(std::string(function) + ": symmetric: expected N = M, got " + std::to_string(N) +
+                                " and " + std::to_string(M));
   }
   if (dtype < 0 || dtype > static_cast<int>(sn::DType::kBFloat16)) {
     throw std::invalid_argument(std::string(function) +
@@ -103,15 +113,22 @@ std::map<std::string, std::string> build_info() {
 
 pybind11::dict cpu_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype, bool symmetric,
                         int threads) {
-  expect_problem("cpu_plan", N, M, D, k, dtype);
+  expect_problem("cpu_plan", N, M, D, k, dtype, symmetric);
   if (threads < 1) throw std::invalid_argument("cpu_plan: expected threads >= 1");
   const sn::cpu::Plan plan = sn::cpu::plan_forward(N, M, D, k, static_cast<sn::DType>(dtype), symmetric, threads);
   return pybind11::dict("path"_a = name_of(kCpuPaths, plan.path), "list_capacity"_a = plan.list_capacity,
                         "workspace_bytes"_a = plan.workspace_bytes);
 }
 
-sn::cuda::DeviceFacts device_facts(std::pair<int, int> capability, int multiprocessors, int shared_bytes,
-                                   int largest_cluster = 0, int cluster_planes = 0) {
+sn::cuda::DeviceFacts device_facts(const char* function, std::pair<int, int> capability, int multiprocessors,
+                                   int shared_bytes, int largest_cluster = 0, int cluster_planes = 0) {
+  constexpr int kOldest = 8;
+  if (capability.first < kOldest || multiprocessors < 1 || shared_bytes < 1) {
+    throw std::invalid_argument(std::string(function) + ": expected a capability of " + std::to_string(kOldest) +
+                                ".0 or newer, multiprocessors and shared_bytes >= 1, got " +
+                                std::to_string(capability.first) + "." + std::to_string(capability.second) + ", " +
+                                std::to_string(multiprocessors) + " and " + std::to_string(shared_bytes));
+  }
   return {.major = capability.first,
           .minor = capability.second,
           .multiprocessors = multiprocessors,
@@ -133,9 +150,9 @@ pybind11::list kernels_of(const sn::cuda::Cost& cost) {
 pybind11::dict cuda_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype, bool symmetric,
                          bool aligned, const std::string& path, std::pair<int, int> capability, int multiprocessors,
                          int shared_bytes, int largest_cluster, int cluster_planes, const std::string& batch) {
-  expect_problem("cuda_plan", N, M, D, k, dtype);
+  expect_problem("cuda_plan", N, M, D, k, dtype, symmetric);
   const sn::cuda::DeviceFacts device =
-      device_facts(capability, multiprocessors, shared_bytes, largest_cluster, cluster_planes);
+      device_facts("cuda_plan", capability, multiprocessors, shared_bytes, largest_cluster, cluster_planes);
   const sn::cuda::Problem problem{.N = N,
                                   .M = M,
                                   .D = D,
@@ -143,13 +160,13 @@ pybind11::dict cuda_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::in
                                   .dtype = static_cast<sn::DType>(dtype),
                                   .symmetric = symmetric,
                                   .aligned = aligned};
-  const ForwardPath wanted = path_named("cuda_plan", kCudaPaths, path);
+  const ForwardPath wanted = named("cuda_plan: path", kCudaPaths, path);
   if (!sn::cuda::serves(wanted, problem, device)) {
     throw std::invalid_argument("cuda_plan: path: " + path + " cannot serve this problem on this device");
   }
   const sn::cuda::ForwardPlan plan = sn::cuda::plan_forward(problem, device, wanted);
   const sn::cuda::Cost cost =
-      sn::cuda::predict_forward(plan, problem, device, path_named("cuda_plan: batch", kBatches, batch));
+      sn::cuda::predict_forward(plan, problem, device, named("cuda_plan: batch", kBatches, batch));
   return pybind11::dict(
       "path"_a = name_of(kCudaPaths, plan.path), "launches"_a = plan.launches,
       "workspace_bytes"_a = plan.workspace_bytes, "strip_rows"_a = plan.strip_rows, "strips"_a = plan.strips,
@@ -162,8 +179,8 @@ pybind11::dict cuda_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::in
 pybind11::dict cuda_backward_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype,
                                   bool symmetric, std::pair<int, int> capability, int multiprocessors,
                                   int shared_bytes) {
-  expect_problem("cuda_backward_plan", N, M, D, k, dtype);
-  const sn::cuda::DeviceFacts device = device_facts(capability, multiprocessors, shared_bytes);
+  expect_problem("cuda_backward_plan", N, M, D, k, dtype, symmetric);
+  const sn::cuda::DeviceFacts device = device_facts("cuda_backward_plan", capability, multiprocessors, shared_bytes);
   const sn::cuda::BackwardProblem problem{.N = N,
                                           .M = M,
                                           .D = D,
@@ -172,6 +189,10 @@ pybind11::dict cuda_backward_plan(std::int64_t N, std::int64_t M, std::int64_t D
                                           .symmetric = symmetric,
                                           .need_anchors = true,
                                           .need_candidates = !symmetric};
+  if (N > sn::cuda::kMostEdges / problem.edges) {
+    throw std::invalid_argument("cuda_backward_plan: expected at most " + std::to_string(sn::cuda::kMostEdges) +
+                                " edges, got " + std::to_string(N) + " x " + std::to_string(problem.edges));
+  }
   const sn::cuda::BackwardPlan plan = sn::cuda::plan_backward(problem, device);
   const sn::cuda::Cost cost = sn::cuda::predict_backward(plan, problem, device);
   return pybind11::dict("launches"_a = plan.launches, "workspace_bytes"_a = plan.workspace_bytes,
@@ -209,15 +230,17 @@ PYBIND11_MODULE(_C, module) {
       shared_bytes, py::arg("largest_cluster") = sn::cuda::DeviceFacts{}.largest_cluster,
       py::arg("cluster_planes") = sn::cuda::DeviceFacts{}.cluster_planes, py::arg("batch") = "random",
       "How the CUDA forward would run on a device with these facts (default: an H200's): path, launches, "
-      "workspace_bytes, strips and tiles. largest_cluster, cluster_planes: blocks of the largest cluster that the "
+      "workspace_bytes, strips, slices and the sample. dtype: 0 float32, 1 float64, 2 float16, 3 bfloat16. symmetric: "
+      "anchors are the candidates. aligned: rows begin at multiples of 16 bytes. largest_cluster, cluster_planes: "
+      "blocks of the largest cluster that the "
       "device holds, and planes of sums a block of it may keep. predicted_us is what the cost model expects of a call "
       "in a CUDA graph, kernels its parts: (name, launches, microseconds). batch is what the features look like: "
       "random, clusters (too tight for the scores: every row is screened again), large clusters (of 256 rows, each an "
-      "identity), identical (one point), or large identical (in identities of 1024). ValueError where a forced path "
-      "cannot serve.");
+      "identity), identical (one point), or large identical (in identities of 1024). ValueError for sizes and devices "
+      "that there are not, and where a forced path cannot serve.");
   module.def(
       "cuda_backward_plan", &cuda_backward_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"),
       py::arg("dtype"), py::arg("symmetric"), capability, multiprocessors, shared_bytes,
       "How the CUDA backward would run: launches, workspace_bytes, partition and slices; predicted_us and kernels "
-      "as those of cuda_plan.");
+      "as those of cuda_plan, and the same arguments. ValueError also for more edges than a call may have.");
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from functools import partial
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -226,8 +227,20 @@ def test_buffers_of_very_many_anchors(core: ModuleType) -> None:
 
 
 def test_bad_arguments(core: ModuleType) -> None:
-    with pytest.raises(ValueError, match="expected N, M, D >= 0"):
-        plan(core, -1, 1, 1)
+    backward = partial(core.cuda_backward_plan, D=1, dtype=F32)
+    for size in (-1, 2**31, 2**62):
+        with pytest.raises(ValueError, match=rf"expected N, M, D of 0 to 2147483647.* got {size}, 1, 1 and 10"):
+            plan(core, size, 1, 1)
+    with pytest.raises(ValueError, match="symmetric: expected N = M, got 2 and 3"):
+        plan(core, 2, 3, 1, symmetric=True)
+    with pytest.raises(ValueError, match=r"expected a capability of 8.0 or newer.* got 7.5, 132"):
+        backward(N=1, M=1, k=1, symmetric=True, capability=(7, 5))
+    with pytest.raises(ValueError, match=r"multiprocessors and shared_bytes >= 1, got 9.0, 0"):
+        core.cuda_plan(N=1, M=1, D=1, k=1, dtype=F32, symmetric=True, multiprocessors=0)
+    with pytest.raises(ValueError, match="at most 4294967295 edges, got 2147483647 x 4"):
+        backward(N=2**31 - 1, M=5, k=2, symmetric=False)
+    with pytest.raises(ValueError, match=r"cuda_plan: batch: expected one of random, clusters.* got hard"):
+        plan(core, 1, 1, 1, batch="hard")
     with pytest.raises(ValueError, match="dtype: expected 0"):
         plan(core, 1, 1, 1, dtype=7)
     with pytest.raises(ValueError, match="expected one of auto, cluster"):

@@ -11,11 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from support import judge, simt_build
+from support import simt_build
 from support.problems import Case
 
 simt_build.enable()
-from support import simt  # noqa: E402
+from support import rungs, simt  # noqa: E402
+from support.rungs import clusters  # noqa: E402
 
 FEW = 16  # queued rows that are served one by one
 SLICE = 256  # elements of D that a tile sums at once
@@ -23,39 +24,9 @@ SIDE = 64  # of a tile
 LISTED = 128  # positives of a row that the screening sums itself
 
 
-def clusters(
-    rows: int,
-    dims: int,
-    *,
-    bank: int = 0,
-    k: int = 10,
-    ids: int = 40,
-    centers: int = 2,
-    radius: float = 1e-4,
-    seed: int = 7,
-) -> Case:
-    """Rows around a few unit vectors, in no order; with a bank, anchors against it. ids=0: a cluster is an identity."""
-    generator = torch.Generator().manual_seed(seed)
-    points = torch.nn.functional.normalize(torch.randn(centers, dims, generator=generator), dim=1)
-    of = torch.randint(centers, (rows + bank,), generator=generator)
-    feats = points[of] + radius * torch.randn(rows + bank, dims, generator=generator) / dims**0.5
-    labels = torch.randint(ids, (rows + bank,), generator=generator) if ids else 3 + 5 * of
-    if bank == 0:
-        return Case(feats, labels, k=k)
-    return Case(feats[:rows], labels[:rows], k=k, candidates=feats[rows:], candidate_labels=labels[rows:])
-
-
 def check(case: Case, *, path: str = "screen", rescreen: bool = False, **settings: object) -> simt.Report:
-    """The path selects as direct sums do, bit for bit. What it counted is returned."""
-    with simt.using(path="direct"):
-        expected = judge.neighbors_of(case, "simt")
-    settings = {"buffer_capacity": 1, "no_rescreen": int(not rescreen), **settings}
-    with simt.using(path=path, **settings):
-        found = judge.neighbors_of(case, "simt")
-    judge.assert_same_bits(found, expected)
-    report = simt.last_report
-    assert report is not None and report.path == path
-    return report
+    """What reaches the fallback is not screened again before, unless that is wanted."""
+    return rungs.check(case, path=path, no_rescreen=int(not rescreen), **settings)
 
 
 def overflowing(k: int) -> int:
@@ -100,8 +71,7 @@ def test_paths(path: str) -> None:
     anchors = point.repeat(rows, 1)
     labels = torch.arange(rows) % 7
     case = Case(anchors, labels, k=5, candidates=bank, candidate_labels=torch.arange(len(bank)) % 7)
-    report = check(case, path=path)
-    assert report.fallen_back == (0 if path == "dense" else rows)
+    assert check(case, path=path).fallen_back == rows
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

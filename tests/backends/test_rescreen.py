@@ -12,37 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from support import judge, simt_build
+from support import simt_build
 from support.problems import Case, adversarial_case, line_rows
 
 simt_build.enable()
 from support import simt  # noqa: E402
-
-SMALLEST_BUFFER = 1  # what the fallback needs: 192 entries for 10 neighbours
-
-
-def clusters(rows: int, dims: int, centers: int, radius: float, *, bank: int = 0, k: int = 10, ids: int = 150) -> Case:
-    """Rows around a few unit vectors, in no order."""
-    generator = torch.Generator().manual_seed(7)
-    points = torch.nn.functional.normalize(torch.randn(centers, dims, generator=generator), dim=1)
-    of = torch.randint(centers, (rows + bank,), generator=generator)
-    feats = points[of] + radius * torch.randn(rows + bank, dims, generator=generator) / dims**0.5
-    labels = torch.randint(ids, (rows + bank,), generator=generator)
-    if bank == 0:
-        return Case(feats, labels, k=k)
-    return Case(feats[:rows], labels[:rows], k=k, candidates=feats[rows:], candidate_labels=labels[rows:])
-
-
-def check(case: Case, *, path: str = "screen", buffer: int = SMALLEST_BUFFER, **settings: object) -> simt.Report:
-    """The path selects as direct sums do, bit for bit. What it counted is returned."""
-    with simt.using(path="direct"):
-        expected = judge.neighbors_of(case, "simt")
-    with simt.using(path=path, buffer_capacity=buffer, **settings):
-        found = judge.neighbors_of(case, "simt")
-    judge.assert_same_bits(found, expected)
-    report = simt.last_report
-    assert report is not None and report.path == path
-    return report
+from support.rungs import check, clusters  # noqa: E402
 
 
 def assert_decided(report: simt.Report, rows: int) -> None:
@@ -86,7 +61,7 @@ def test_strips_and_unaligned_rows() -> None:
 @pytest.mark.parametrize("k", [1, 40])
 def test_numbers_of_neighbors(k: int) -> None:
     """Buffers that are large enough: many survivors in them make a row wait, too."""
-    report = check(clusters(480, 20, 2, 1e-4, k=k), buffer=0)
+    report = check(clusters(480, 20, 2, 1e-4, k=k), buffer_capacity=0)
     assert (report.rescreened, report.certified, report.fallen_back) == (480, 480, 0)
 
 
@@ -119,7 +94,7 @@ def test_small_groups_take_no_places_of_others() -> None:
     feats = points[of]
     labels = torch.arange(780) % 77
     case = Case(feats[:180], labels[:180], k=1, candidates=feats[180:], candidate_labels=labels[180:])
-    report = check(case, buffer=512)  # all that see a point see it whole, and agree on its first candidate
+    report = check(case, buffer_capacity=512)  # all that see a point see it whole, and agree on its first candidate
     # The point of candidate 0 is done before; anchors without a group keep their entries and are refined from those.
     assert (report.rescreened, report.certified, report.fallen_back) == (90, 90, 0)
 
@@ -189,7 +164,7 @@ def test_larger_errors_are_noticed() -> None:
 @pytest.mark.parametrize("path", ["screen", "bank"])
 def test_the_second_refinement_sums_few_of_many_entries(path: str) -> None:
     """One candidate in 16 makes the thresholds: some 170 entries a row, of which its own bounds leave few."""
-    report = check(clusters(60, 40, 2, 1e-4, bank=8500, ids=2000), path=path, buffer=0)
+    report = check(clusters(60, 40, 2, 1e-4, bank=8500, ids=2000), path=path, buffer_capacity=0)
     assert_decided(report, 60)
 
 

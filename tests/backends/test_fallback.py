@@ -42,6 +42,13 @@ def test_numbers_of_queued_rows(rows: int) -> None:
     assert (report.slices_summed > 0) == (rows > FEW)
 
 
+@pytest.mark.parametrize("ids", [1, 3, 7])
+def test_tiles_end_within_a_label(ids: int) -> None:
+    """Rows of one label have consecutive ranks, over all warps of the blocks that find them, and several tiles."""
+    report = check(clusters(300, 36, bank=overflowing(4), k=4, ids=ids))
+    assert report.fallen_back == 300
+
+
 @pytest.mark.parametrize("k", [1, 10, 32, 33, 128])
 def test_numbers_of_neighbors(k: int) -> None:
     assert check(clusters(40, 20, bank=overflowing(k), k=k)).fallen_back == 40

@@ -58,13 +58,13 @@ ROWS: list[Callable[[int], Tensor]] = [
 
 
 def check(values: Tensor, k: int, own: list[int], *, path: str = "direct", threads: int = 256,
-          dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+          by_radix: int = 0, dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
     """Anchors: the rows `own` of the candidates, and one that is none of them; all are compared with a stable sort."""
     labels = torch.arange(len(values)) % 5
     feats = torch.cat([values[own], torch.tensor([1])])
     anchor_labels = torch.cat([labels[own], torch.tensor([2])])
     index = torch.tensor([*own, -1])
-    with simt.using(path=path, select_threads=threads, seed=k):
+    with simt.using(path=path, select_threads=threads, select_by_radix=by_radix, seed=k):
         _, indices, _, nearest, farthest, squared, _ = torch.ops.sn_simt.forward(
             feats.to(dtype)[:, None], anchor_labels, values.to(dtype)[:, None], labels, index, -1, k, 2.0, 0.5, 0, 0,
             True,
@@ -113,6 +113,23 @@ def test_rows_that_are_bounded(rows: int, values: Callable[[int], Tensor], threa
     """Up to 224 neighbours; of more, rows of up to 1024 are sorted as a whole, and longer ones are searched."""
     for k in {257: (10, 128, 256), 1025: (10, 33, 224, 225)}.get(rows, (16, 17, 100, 225)):
         check(values(rows), k, [rows - 1], threads=threads)
+
+
+@pytest.mark.parametrize("threads", [128, 256])
+@pytest.mark.parametrize("values", ROWS)
+@pytest.mark.parametrize("k", [17, 32, 225, 1000, 1023, 1024, 1025, 2000])
+def test_rows_that_are_searched(k: int, values: Callable[[int], Tensor], threads: int) -> None:
+    """Up to 1024 neighbours lists sort what the search finds. Of rows of 1024, an anchor has one neighbour less."""
+    for rows in {17: (385, 1025), 32: (33, 64), 225: (226, 1500), 1025: (1026, 1600), 2000: (2500,)}.get(
+        k, (1024, 1100)
+    ):
+        check(values(rows), k, [rows - 1], threads=threads, by_radix=1)
+
+
+@pytest.mark.parametrize("k", [17, 225, 1024, 1025])
+def test_wide_keys_that_are_searched(k: int) -> None:
+    for values in (spread, near_in_few_groups):
+        check(values(1100), k, owners(1100), by_radix=1, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("rows", [64, 385, 1025, 2047])

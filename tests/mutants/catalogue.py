@@ -23,6 +23,7 @@ from mutants.mutant import (
     SCREEN,
     Mutant,
 )
+from mutants.preparation import preparation
 from mutants.selection import selection
 
 
@@ -30,17 +31,18 @@ def _fallback() -> list[Mutant]:
     """Queued rows in tiles: which rows share one, which candidates it sees, its sums, and what each row keeps."""
     search, order, tree = FALLBACK + "tile_search.cuh", FALLBACK + "order.cuh", FALLBACK + "slice_tree.cuh"
     numbers, neighbors = "test_numbers_of_queued_rows", "test_numbers_of_neighbors"
+    within = "test_tiles_end_within_a_label"
     changes = [
         # name, file, old, new, why, test
         (
             "queue-rank-without-earlier-warps", order,
             "if (cut[c] && warp < warp_id()) rank += votes;", "if (cut[c] && warp < 0) rank += votes;",
-            "rows of a bucket in different warps have one rank: some are served twice, some never", numbers,
+            "rows of a bucket in different warps have one rank: some are served twice, some never", within,
         ),
         (
             "queue-cut-bucket-taken-whole", order,
             "if (cut[c]) inside = rank >= begin && rank < end;", "if (cut[c]) inside = rank >= begin;",
-            "a bucket that a tile's end cuts gives it more rows than it has", numbers,
+            "a bucket that a tile's end cuts gives it more rows than it has", within,
         ),
         (
             "tile-tree-of-equal-levels", tree,
@@ -589,14 +591,6 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     # ---- backward, and offsets of rows
     Mutant(
-        "facts-stride-of-32-bits",
-        SCREEN + "facts.cu",
-        "const T* gRow = side.rows + row * side.stride;",
-        "const T* gRow = side.rows + static_cast<std::int32_t>(row * side.stride);",
-        "rows 2^31 elements apart are looked for elsewhere",
-        (EDGES + "test_rows_that_32_bits_do_not_reach",),
-    ),
-    Mutant(
         "bank-stride-of-32-bits",
         SCREEN + "bank.cu",
         "number * args.score.candidates.step * args.candidate_stride + begin;",
@@ -639,5 +633,6 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_tiles(),
     *_fallback(),
+    *preparation(),
     *selection(),
 )

@@ -13,6 +13,7 @@ def selection() -> list[Mutant]:
         "test_rows_of_one_candidate_a_thread",
         "test_rows_of_one_tile",
     )
+    searched = "test_rows_that_are_searched"
     changes = [
         # name, file, old, new, why, test
         (
@@ -44,8 +45,27 @@ def selection() -> list[Mutant]:
         ),
         (
             "select-overflow-unnoticed", lists,
-            "if (count > kKeys) return false;", "if (count > kKeys) count = kKeys;",
+            "count = list_within(row, bound_of(rLeast, wanted), rLeast.least());\n    }",
+            "count = list_within(row, bound_of(rLeast, wanted), rLeast.least());\n    }\n"
+            "    if (count > kKeys) count = kKeys;",
             "what did not fit the lists is no neighbour", bounded,
+        ),
+        (
+            "select-search-too-short", select,
+            "listed = static_cast<int>(found);", "listed = static_cast<int>(found) - 1;",
+            "of what the search found, the last is not sorted", searched,
+        ),
+        (
+            "select-search-not-awaited", select,
+            "block_select<A>(row, found, lists_.sLists, memory_);\n      sync_block();",
+            "block_select<A>(row, found, lists_.sLists, memory_);",
+            "lists are sorted while the search still fills them", searched,
+        ),
+        (
+            "select-search-of-lists-beyond-them", select,
+            "if (listed > KeyLists<A>::kKeys && found <= KeyLists<A>::kKeys) {",
+            "if (listed > KeyLists<A>::kKeys && found <= KeyLists<A>::kKeys + 1) {",
+            "1025 keys go where 1024 have a place", searched,
         ),
         (
             "select-itself", select,

@@ -94,11 +94,11 @@ struct KeyLists {
         sBounds(arena.take<Key<A>>(kLists)),
         sCounted(arena.take<std::uint32_t>(1)) {}
 
-  // The first `wanted` keys of a row in order into `keys`. False, and nothing of use in `keys`, if too many are within
-  // the bound. Called where selects_by_lists says so. rLeast: of candidates thread_id(), thread_id() + thread_count(),
-  // ... of the row, which this thread alone will read again.
-  template <class Row, class Keys>
-  __device__ __forceinline__ bool select(const Row& row, int wanted, const LeastKeys<Key<A>>& rLeast, Keys keys) const {
+  // Lists keys of a row, the first `wanted` among them. Their number: more than kKeys if too many are within the bound,
+  // and then nothing of use is listed. Called where selects_by_lists says so. rLeast: of candidates thread_id(),
+  // thread_id() + thread_count(), ... of the row, which this thread alone will read again. Ends with a barrier.
+  template <class Row>
+  __device__ __forceinline__ int list(const Row& row, int wanted, const LeastKeys<Key<A>>& rLeast) const {
     const std::int64_t length = row.length();
     int count = static_cast<int>(length);
     if (length <= kGroups) {  // one of each group
@@ -110,10 +110,8 @@ struct KeyLists {
       sync_block();
     } else {
       count = list_within(row, bound_of(rLeast, wanted), rLeast.least());
-      if (count > kKeys) return false;
     }
-    sort_lists(sLists, count, wanted, keys);
-    return true;
+    return count;
   }
 
  private:

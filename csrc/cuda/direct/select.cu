@@ -24,9 +24,9 @@ struct SelectArgs {
   std::int64_t rows;       // of the strip
   std::int64_t plane;
   int slices;
-  int tree;                     // combine_slices
-  int threads;                  // of a block that sorts lists
-  bool by_lists;                // selects_by_lists
+  int tree;     // combine_slices
+  int threads;  // of a block that does not extract
+  bool by_radix;
   bool reduces;                 // the last strip, of few anchors
   const std::uint32_t* gFlags;  // [flags]
   std::int64_t flags;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kSelectThreads<kPerLane>, kSelectBlocks<A, kPe
     const std::int64_t M = args.forward.candidates.rows;
     const PlaneSums<A> sums{static_cast<A*>(args.gPartials) + row * M, args.plane, args.slices, args.tree};
     Key<A>* gKeys = args.gSortKeys == nullptr ? nullptr : static_cast<Key<A>*>(args.gSortKeys) + row * args.sort_keys;
-    const AnchorRecord record = state.select_and_finish(args.forward, anchor, args.K, sums, args.by_lists, gKeys);
+    const AnchorRecord record = state.select_and_finish(args.forward, anchor, args.K, sums, !args.by_radix, gKeys);
     if (thread_id() == 0) args.gRecords[anchor] = record;
   }
 
@@ -118,7 +118,7 @@ cudaError_t enqueue_select(const ForwardArgs& args, const ForwardPlan& plan, cha
       .slices = static_cast<int>(plan.d_slices),
       .tree = static_cast<int>(slice_tree(plan)),
       .threads = plan.select_threads,
-      .by_lists = selects_by_lists(M, plan.K),
+      .by_radix = plan.select_by_radix,
       .reduces = strip.begin + strip.rows == args.anchors.rows && !plan.shared_reduction,
       .gFlags = piece<std::uint32_t>(workspace, plan.flags),
       .flags = direct_tiles(strip.rows, M, plan.triangular) * plan.d_slices,

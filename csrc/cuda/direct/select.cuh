@@ -4,8 +4,8 @@
 // Short rows (at most 32 kPerLane candidates, K <= 16): the block adds the slices up into shared memory. Then one warp
 // holds the row in registers and extracts the least key K times, with two reductions each, while another warp finds
 // near and far. Longer rows, or larger K: all threads look for near and far as they add up, and for the least key of
-// their own candidates, from which a bound and sorted lists follow (lists.cuh). Where those do not serve, a radix
-// selection (keys.cuh) and a sort do. Either way the first warp finishes the anchor.
+// their own candidates, from which a bound and sorted lists follow (lists.cuh). Where those do not serve, or take
+// longer, a radix selection (keys.cuh) finds what the lists sort. Either way the first warp finishes the anchor.
 #pragma once
 
 #include <cstdint>
@@ -269,11 +269,20 @@ class SelectState<A, 0> {
     const std::int64_t others = M - (self >= 0 ? 1 : 0);
     const std::int64_t found = K < others ? K : others;
     const Row<Sums> row{sums, M, self};
+    static_assert(kSharedSortBytes / sizeof(Key<A>) >= KeyLists<A>::kKeys, "others than gKeys fit the lists");
     if (gKeys != nullptr) {
       search(row, found, gKeys);
       return finish(args, anchor, K, found, gKeys);
     }
-    if (!by_lists || !lists_.select(row, static_cast<int>(found), rLeast, sKeys_)) {
+    int listed = by_lists ? lists_.list(row, static_cast<int>(found), rLeast) : KeyLists<A>::kKeys + 1;
+    if (listed > KeyLists<A>::kKeys && found <= KeyLists<A>::kKeys) {
+      if (found > 0) block_select<A>(row, found, lists_.sLists, memory_);
+      sync_block();
+      listed = static_cast<int>(found);
+    }
+    if (listed <= KeyLists<A>::kKeys) {
+      sort_lists(lists_.sLists, listed, static_cast<int>(found), sKeys_);
+    } else {
       search(row, found, sKeys_);
     }
     return finish(args, anchor, K, found, sKeys_);
@@ -291,9 +300,9 @@ class SelectState<A, 0> {
     }
   };
 
+  // More keys than lists hold.
   template <class AnyRow, class Keys>
   __device__ __forceinline__ void search(const AnyRow& row, std::int64_t found, Keys keys) const {
-    if (found <= 0) return;
     block_select<A>(row, found, keys, memory_);
     sort_keys(BlockTeam(), keys, found);
   }

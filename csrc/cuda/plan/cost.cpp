@@ -73,12 +73,13 @@ constexpr double kListResident = 2.0;
 // Of kListedKeys, each is searched for in 31 lists: 34,000 instructions, all schedulers.
 constexpr double kSortAll = 5.0;
 // Radix passes. 64 x 4096 x 128: 35 of 42; 64 x 16384 x 128: 87 of 104; 2048 x 2048 x 128: 148 of 180. All were of
-// K = 10.
+// K = 10. Lists sort what they find, or a network does: counted, not measured, of 2048 keys 66 rounds of 1024 exchanges
+// of 20 instructions each, all schedulers.
 constexpr double kLongRowStart = 17.5;
 constexpr double kLongRowEntry = 0.0046;
 constexpr double kLongRows = 4.5;
 constexpr double kLongRowsEntry = 0.0023;
-constexpr double kLongRowsKey = 0.033;
+constexpr double kNetworkKey = 6.0 / 1024.0;
 // The last block adds up few anchors (alone it took 12.3 for 8192, 58 to 72 for 65536). Of many (sizes.h), blocks add
 // the partials and the last joins them: counted, not measured, 10 cycles for every kPartials-th record. On the direct
 // path they are a kernel of their own.
@@ -105,21 +106,25 @@ struct RowCost {
   double alone;
   double share;
 };
-RowCost select_row(std::int64_t candidates, std::int64_t neighbours, int threads) {
+RowCost select_row(std::int64_t candidates, std::int64_t neighbours, int threads, bool by_radix) {
   const double M = real(candidates);
   const double K = real(neighbours);
   if (selects_by_extraction(candidates, neighbours)) {
     return {kShortRowStart + K * (kShortRowRank + kShortRowRankEntry * M) + kShortRowEntry * M,
             kShortRows + kSelectKey / kFewListResident * K + kShortRowsEntry * M};
   }
-  if (!selects_by_lists(candidates, neighbours)) {
-    return {kLongRowStart + kLongRowEntry * M + kSelectKey * K, kLongRows + kLongRowsEntry * M + kLongRowsKey * K};
-  }
   const bool large = threads > kFewListThreads;
   const double resident = large ? kListResident : kFewListResident;
+  const auto sort_us = [](double keys) { return kSortAll * (keys / kListedKeys) * (keys / kListedKeys); };
+  if (by_radix) {
+    const double start = kLongRowStart + kLongRowEntry * (large ? 1.0 : 2.0) * M + kSelectKey * K;
+    const double share = kLongRows + kLongRowsEntry * M;
+    const double sort = neighbours <= kListedKeys ? sort_us(K) : kNetworkKey * K;
+    return {start + sort, share + sort + kSelectKey / resident * K};
+  }
   const bool bounds = candidates > kListThreads && neighbours <= kBoundedNeighbours;
   const double sorted = bounds ? std::min(M, K + K * K / kListThreads) : M;
-  const double sort = kSortAll * (sorted / kListedKeys) * (sorted / kListedKeys);
+  const double sort = sort_us(sorted);
   const double bound = bounds ? kBoundStart : 0.0;
   return {kListStart + bound + sort + kSelectKey * K + kListEntry * M / threads,
           (large ? kLargeListRows : kListRows) + sort + (bound + kSelectKey * K) / resident + kShortRowsEntry * M};
@@ -127,10 +132,10 @@ RowCost select_row(std::int64_t candidates, std::int64_t neighbours, int threads
 
 double select_us(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const Machine& machine) {
   const double partials = real(rows) * real(problem.M) * real(plan.d_slices) * real(accumulator_bytes(problem.dtype));
-  const RowCost row = select_row(problem.M, plan.K, plan.select_threads);
+  const RowCost row = select_row(problem.M, plan.K, plan.select_threads, plan.select_by_radix);
   const double start = kGap + machine.spread(partials / kCacheBytes);
   const double together = machine.spread(real(rows) * row.share);
-  if (selects_by_lists(problem.M, plan.K)) return start + joined(row.alone, together);
+  if (!plan.select_by_radix) return start + joined(row.alone, together);
   // 256 rows of 4096 took as long as 64.
   return start + std::sqrt(joined(row.alone * row.alone, together * together));
 }
@@ -169,7 +174,8 @@ constexpr double kSampleWide = 6.0;  // fp32: 6.2 at D = 512, 7.9 at 2048
 constexpr double kSampleElement = 0.0008;
 constexpr double kSampleHalf = 1.3;
 constexpr double kFactsStart = 3.0;
-constexpr double kFactsRow = 0.033;  // 65536 x 128 of bf16: 19.7
+// A row that a warp takes: 65536 x 128 of bf16 in 19.7. Of several in a warp, counted, not measured: their share of it.
+constexpr double kFactsRow = 0.033;
 
 double sample_us(const Problem& problem) {
   return kGap + (problem.dtype == DType::kFloat32 ? kSampleWide + kSampleElement * real(problem.D) : kSampleHalf);
@@ -182,7 +188,8 @@ double facts_us(const ForwardPlan& plan, const Problem& problem, const Machine& 
   const double copies = (plan.cast_anchors ? anchors : 0.0) + (plan.cast_candidates ? candidates : 0.0);
   const double bytes = (anchors + candidates) * real(problem.D) * real(element_bytes(problem.dtype)) +
                        copies * 2.0 * real(plan.padded_dims);
-  return kGap + kFactsStart + std::max(machine.memory_us(bytes), machine.spread(kFactsRow * (anchors + candidates)));
+  const double row = kFactsRow * real(std::int64_t{1} << facts_row_shift(plan.padded_dims)) / 32.0;
+  return kGap + kFactsStart + std::max(machine.memory_us(bytes), machine.spread(row * (anchors + candidates)));
 }
 
 // The search for positives (positives_shape): the table of a group of anchors, then for each batch of candidates of a
@@ -208,14 +215,20 @@ struct Sample {
   double values;  // bounds that it leaves of a row: some are single scores, some of groups of 32
   double ratio;   // candidates for each of the sample, so for each neighbour entries that the screening keeps
 };
-Sample sample_of(const Problem& problem, std::int64_t K) {
+Sample sample_of(const ForwardPlan& plan, const Problem& problem) {
   constexpr double kSingleScores = 64.0;
   const double M = real(problem.M);
-  const double least = real(least_sample(K));
-  const bool few = problem.N <= kFewRows;
-  const double most = M / real(takes_lean_sample(problem.N, K) ? kLeanRatio : kSampleRatio);
-  const double columns = std::min(M, std::max(least, few ? std::min(most, real(kFewSample)) : most));
-  const double ratio = few ? std::max(real(kSampleRatio), M / real(kFewSample)) : real(kSampleRatio);
+  const double K = real(plan.K);
+  const double least = real(least_sample(plan.K));
+  double ratio = real(kSampleRatio);
+  if (plan.thin_sample) {
+    // As thin as the buffer allows, which holds what nearly all rows keep: some 1.15 K + 6 sqrt(K) for each in the
+    // sample.
+    const double thinnest = real(kMostFewEntries) / (1.15 * K + 6.0 * std::sqrt(K));
+    ratio = std::max(ratio, std::min(M / real(kFewSample), thinnest));
+  }
+  const double sampled = takes_lean_sample(problem.N, plan.K) ? real(kLeanRatio) : ratio;
+  const double columns = std::min(M, std::max(least, M / sampled));
   return {columns, std::min(columns, kSingleScores) + columns / 32.0, std::max(1.0, std::min(ratio, M / least))};
 }
 
@@ -243,14 +256,21 @@ constexpr double kRefineRowsEntry = 0.008;
 constexpr double kRefineRowsElement = 2.6e-5;  // of a sum, beside its bytes
 // Four warps a row, three rows at a time on a multiprocessor: dense scores, the bank, few anchors. kDense finds its
 // K-th bound among all scores of the row: 64 x 65536 x 128 some 830 of 945, 2048 x 128 192 of 247, 512 x 8192 x 2048
-// some 280 of 397.
+// some 280 of 397. An entry, counted, not measured: a warp of twelve takes that long for kRefineRowsEntry.
 constexpr double kSharedRows = 3.0;
+constexpr double kSharedStart = 4.0;
+constexpr double kSharedEntry = kRefineRowsEntry * 12.0 / 4.0;
 constexpr double kSharedSum = 0.15;
 constexpr double kSharedElement = 3.0e-4;
 constexpr double kDenseEntry = 0.0128;
 
-double refine_us(const ForwardPlan& plan, const Problem& problem, const Sample& sample, std::int64_t rows,
-                 const Machine& machine) {
+// Of so many rows: a warp a row, or four.
+struct RefineCost {
+  double own;
+  double shared;
+};
+RefineCost refine_cost(const ForwardPlan& plan, const Problem& problem, const Sample& sample, std::int64_t rows,
+                       const Machine& machine) {
   const double D = real(problem.D);
   const double M = real(problem.M);
   const double K = real(plan.K);
@@ -261,16 +281,17 @@ double refine_us(const ForwardPlan& plan, const Problem& problem, const Sample& 
   const double cached = std::min(1.0, kCacheSize / (M * D * element));
   const double byte_us = cached / kCacheBytes + (1.0 - cached) / kFarBytes;
   const double exact = sums * D * (kRefineRowsElement + element * byte_us);
-  const double shared_sums = sums * (kSharedSum + kSharedElement * D);
-  const auto in_waves = [&](double alone) {
-    return kGap + waves(real(rows) / kSharedRows, machine.device) * alone + machine.spread(real(rows) * exact);
-  };
-  if (dense) return in_waves(1.0 + kDenseEntry * M + shared_sums);
-  // A warp a row, or four, whichever is cheaper: they are planned by the number of rows.
   const double alone = kRefineStart + sums * (kRefineSum + D * (kRefineElement + kRefineByte * element));
-  const double own =
-      kGap + joined(alone, machine.spread(real(rows) * (kRefineRows + kRefineRowsEntry * ratio * K + exact)));
-  return rows > kFewRows ? own : std::min(own, in_waves(kRefineStart + shared_sums));
+  const double entries = dense ? 1.0 + kDenseEntry * M : kSharedStart + kSharedEntry * ratio * K;
+  const double shared = entries + sums * (kSharedSum + kSharedElement * D);
+  return {kGap + joined(alone, machine.spread(real(rows) * (kRefineRows + kRefineRowsEntry * ratio * K + exact))),
+          kGap + waves(real(rows) / kSharedRows, machine.device) * shared + machine.spread(real(rows) * exact)};
+}
+
+double refine_us(const ForwardPlan& plan, const Problem& problem, const Sample& sample, std::int64_t rows,
+                 const Machine& machine) {
+  const RefineCost cost = refine_cost(plan, problem, sample, rows, machine);
+  return plan.path == ForwardPath::kScreen ? std::min(cost.own, cost.shared) : cost.shared;
 }
 
 // Rows that overflowed their buffers, or of which too many entries survive: bounds of all, no exact sums.
@@ -388,6 +409,11 @@ enum class ScoresFor { kSample, kDense, kAppend };
 
 }  // namespace
 
+bool refines_by_warps(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const DeviceFacts& device) {
+  const RefineCost cost = refine_cost(plan, problem, sample_of(plan, problem), rows, Machine(device));
+  return cost.own < cost.shared;
+}
+
 int cheapest_score_tile(ScorePass pass, bool wide, const DeviceFacts& device) {
   double us = 0.0;
   return cheapest(pass, wide, device, &us);
@@ -437,7 +463,7 @@ void predict_screened(const ForwardPlan& plan, const Problem& problem, const Mac
   const auto scores = [&](const char* name, std::int64_t columns, ScoresFor what) {
     each(name, [&](auto rows) { return identical ? kGap + kIdle : scores_us(plan, rows, columns, what, machine); });
   };
-  Sample sample = sample_of(problem, plan.K);
+  Sample sample = sample_of(plan, problem);
   if (identical) sample.ratio = 0.0;  // no entries: the K lowest indices are at distance 0
   cost->add("sample", sample_us(problem));
   cost->add("facts", facts_us(plan, problem, machine));

@@ -74,4 +74,7 @@ double score_pass_us(const ScorePass& pass, const DeviceFacts& device);
 // where a block may have its shared memory and `wide` allows it.
 int cheapest_score_tile(ScorePass pass, bool wide, const DeviceFacts& device);
 
+// Whether a strip of so many rows of ForwardPath::kScreen is refined in less time by a warp a row than by four.
+bool refines_by_warps(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const DeviceFacts& device);
+
 }  // namespace sn::cuda

@@ -17,7 +17,6 @@ constexpr std::int64_t kSmallestBuffer = 512;
 constexpr std::int64_t kLeanEntries = 32;  // times kLeanRatio: room for up to 10 neighbours
 // Buffers of up to kFewRows anchors.
 constexpr std::int64_t kFewEntries = 2048;
-constexpr std::int64_t kMostFewEntries = 4096;
 // Groups per neighbour that the threshold is taken from: 4 leave 15 % more entries than single scores would, 15 leave
 // 4 %. Where lanes' groups are fewer, single scores are kept; where those of quads are, lanes' are.
 constexpr std::int64_t kLaneGroupShare = 4;
@@ -64,21 +63,31 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
   plan.shared_reduction = shares_reduction(problem.N);
   DirectShape best{};
   double best_us = 0.0;
-  int best_threads = kListThreads;
+  int best_threads = 0;
+  bool best_radix = false;
   const auto consider = [&](const DirectShape& shape) {
     plan.slice_elements = shape.slice_elements;
     plan.d_slices = shape.d_slices;
     plan.strip_rows = shape.strip_rows;
     plan.strips = shape.strips;
     plan.triangular = shape.triangular;
-    for (const int threads : {kListThreads, kFewListThreads}) {
-      if (threads < kListThreads && !selects_by_lists(problem.M, plan.K)) break;
+    const auto consider_selection = [&](int threads, bool by_radix) {
       plan.select_threads = threads;
+      plan.select_by_radix = by_radix;
       const double us = predict_forward(plan, problem, device).total();
-      if (best_us != 0.0 && us >= best_us) continue;
+      if (best_us != 0.0 && us >= best_us) return;
       best_us = us;
       best = shape;
       best_threads = threads;
+      best_radix = by_radix;
+    };
+    if (selects_by_lists(problem.M, plan.K)) {
+      consider_selection(kListThreads, false);
+      consider_selection(kFewListThreads, false);
+    }
+    if (!selects_by_extraction(problem.M, plan.K)) {
+      consider_selection(kListThreads, true);
+      consider_selection(kFewListThreads, true);
     }
   };
   for (std::int64_t elements = kChunk; elements <= kLargestSlice; elements *= 2) {
@@ -102,6 +111,7 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
   plan.strips = best.strips;
   plan.triangular = best.triangular;
   plan.select_threads = best_threads;
+  plan.select_by_radix = best_radix;
 
   Workspace workspace;
   plan.control = workspace.take(sizeof(Control));
@@ -171,12 +181,23 @@ void plan_sample(ForwardPlan& plan, const Problem& problem, std::int64_t ratio, 
   plan.sample_group = has_groups(kQuadGroup, kQuadGroupShare)   ? kQuadGroup
                       : has_groups(kLaneGroup, kLaneGroupShare) ? kLaneGroup
                                                                 : 1;
+  // As many candidates as the sample stands for, so that buffers grow with M.
+  const std::int64_t candidates = plan.sample_columns * plan.sample_stride;
   const std::int64_t enough =
-      lean ? kLeanEntries * ratio : likely_entries(M, plan.sample_columns, plan.sample_group, plan.K);
+      lean ? kLeanEntries * ratio : likely_entries(candidates, plan.sample_columns, plan.sample_group, plan.K);
   const std::int64_t smallest = lean                    ? kLeanEntries * kLeanRatio
                                 : problem.N <= kFewRows ? kFewEntries
                                                         : kSmallestBuffer;
   plan.buffer_capacity = std::max({smallest, fallback_entries(plan.K), round_up(enough, kSampleMultiple)});
+}
+
+// A thin sample makes less of a few rows' scores and more of their refinement.
+void choose_thin_sample(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
+  if (problem.N > kFewRows || problem.M / kFewSample <= kSampleRatio) return;
+  plan.thin_sample = true;
+  const double us = predict_forward(plan, problem, device).total();
+  plan.thin_sample = false;
+  plan.thin_sample = us < predict_forward(plan, problem, device).total();
 }
 
 // How much of a plan is wanted: what its prediction needs, or all.
@@ -205,11 +226,16 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
                                 std::max<std::int64_t>(1, kBufferBytes / (8 * plan.buffer_capacity))});
   } else if (extent == Extent::kPredicted && N <= kSurelyOneStrip && M <= kSurelyOneStripColumns) {
     plan.strip_rows = N;
+    plan.strips = 1;
+    choose_thin_sample(plan, problem, device);
   } else {
+    plan.strip_rows = N;
+    plan.strips = 1;
+    choose_thin_sample(plan, problem, device);
     // The place of the buffer also holds what the sample leaves: beyond some 500,000 candidates both grow as sqrt(M).
     const bool lean = takes_lean_sample(N, plan.K);
     std::int64_t ratio = lean ? kLeanRatio : kSampleRatio;
-    if (N <= kFewRows) ratio = std::max(ratio, M / kFewSample);
+    if (plan.thin_sample) ratio = std::max(ratio, M / kFewSample);
     plan_sample(plan, problem, ratio, lean);
     while (N <= kFewRows && plan.buffer_capacity > kMostFewEntries && ratio > kSampleRatio) {
       ratio = std::max(kSampleRatio, ratio * 7 / 8);
@@ -227,8 +253,11 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
   plan.strips = divide_up(N, plan.strip_rows);
   plan.triangular = screened_triangular(problem, plan, kStripMultiple);
   plan.rescreen = plan.path != ForwardPath::kDense && N >= kSmallestGroup;
-  plan.few_rows = kFewRows;
   if (extent == Extent::kPredicted) return;
+  // Of equal strips and a last one that may be shorter.
+  for (const std::int64_t rows : {N - (plan.strips - 1) * plan.strip_rows, plan.strip_rows}) {
+    if (!refines_by_warps(plan, problem, rows, device)) plan.few_rows = rows;
+  }
   const PositivesShape positives = positives_shape(N, M, device.multiprocessors);
   plan.positive_anchors = positives.anchors;
   plan.positive_segments = positives.segments;

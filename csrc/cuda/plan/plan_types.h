@@ -133,7 +133,8 @@ struct ForwardPlan {
   std::int64_t positive_anchors = 0;   // of a block that looks for positives, a power of two
   std::int64_t positive_segments = 0;  // of candidates, a block each
 
-  int select_threads = 0;         // direct: of a block that sorts lists
+  int select_threads = 0;         // direct: of a block that selects, unless it extracts
+  bool select_by_radix = false;   // direct: else it extracts, or sorts lists
   bool shared_reduction = false;  // every partial of the sum over anchors is a block's; else one block sums alone
 
   Piece control;          // Control
@@ -162,6 +163,7 @@ struct ForwardPlan {
   Piece waiting;         // int32 [3][strip_rows]: entries of the queue, their leaders, rows by leader
   Piece rescreen_tiles;  // RescreenTile [rescreen_tile_count(strip_rows)]
 
+  bool thin_sample = false;   // screen, bank: of few anchors, as thin as their buffers allow
   std::int64_t few_rows = 0;  // screen: a warp refines a row where a strip has more rows than this, else several do
 };
 

@@ -47,7 +47,8 @@ constexpr std::int64_t direct_sort_keys(std::int64_t K) {
 
 // How the neighbours of an anchor are selected (direct/select.cuh). Up to so many of so few candidates one warp
 // extracts, one after the other. All else is sorted in lists of a warp each (direct/lists.cuh): all candidates, or what
-// a bound leaves of them. Of more neighbours a bound leaves too many, and a radix search follows.
+// a bound leaves of them. Of more neighbours a bound leaves too many: a radix search finds those, and lists sort them,
+// or, beyond what lists hold, a network. The plan takes that search also where it is cheaper than to sort all.
 //
 // The limits of extraction are where, by count, a block alone takes about as long either way.
 inline constexpr std::int64_t kShortRow = 384;
@@ -183,6 +184,15 @@ constexpr bool screened_triangular(const Problem& problem, const ForwardPlan& pl
          (plan.strip_rows >= problem.N || plan.strip_rows % tile_columns == 0);
 }
 
+// log2 of the lanes that read a row for its facts, kCopyElements each: a warp has work for all of its lanes in one row, or
+// in two or four short ones.
+constexpr int facts_row_shift(std::int64_t padded_dims) {
+  int shift = 3;
+  while (shift < 5 && kCopyElements << shift < padded_dims) ++shift;
+  return shift;
+}
+static_assert(kCopyElements << 3 == kStageColumns, "the shortest rows have work for eight lanes");
+
 // One block of the sampling kernel takes so many columns of D.
 inline constexpr std::int64_t kSampleColumns = 32;
 static_assert(kStageColumns % kSampleColumns == 0, "sampled blocks cover the padded columns");
@@ -241,6 +251,7 @@ constexpr bool takes_lean_sample(std::int64_t N, std::int64_t K) {
 // Up to kFewRows anchors do not fill the machine with a sample, however small, and their buffers cost nothing: at least
 // so many candidates while that is at most one in kSampleRatio.
 inline constexpr std::int64_t kFewSample = 2048;
+inline constexpr std::int64_t kMostFewEntries = 4096;  // of a buffer
 constexpr std::int64_t least_sample(std::int64_t K) {
   return std::max<std::int64_t>(64, 2 * K);
 }

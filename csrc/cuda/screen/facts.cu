@@ -1,5 +1,6 @@
-// What the screening knows of each row: flags, n, rho and the half-precision copy (prepare.h). A warp takes a row.
-// residual_bound in bound.cuh derives rho from what the copy loses.
+// What the screening knows of each row: flags, n, rho and the half-precision copy (prepare.h). A warp takes a row, or two
+// or four that are so short that its lanes would be left without work. residual_bound in bound.cuh derives rho from what
+// the copy loses.
 #include <type_traits>
 
 #include "cuda/launch.cuh"
@@ -20,7 +21,6 @@ constexpr int kThreads = kWarpsPerBlock * kWarpSize;
 constexpr int kMinBlocks = 4;  // 64 registers a thread
 
 constexpr int kGroup = 8;  // elements a lane takes at once: 16 bytes of the copy
-constexpr int kGroupStep = kWarpSize * kGroup;
 static_assert(kGroup == kCopyElements, "rows that serve in place are read in whole groups");
 
 // Range of bfloat16 rows whose products neither overflow nor lose anything to underflow: elements up to 2^50 give
@@ -43,6 +43,7 @@ struct FactsArgs {
   FactsSide<T> candidates;
   std::int64_t dims;
   std::int64_t padded_dims;
+  int row_shift;                 // log2 of the lanes of a row
   float row_slack;               // above
   const float* mean;             // null for half-precision inputs
   const std::uint32_t* largest;  // [2][sample_blocks]
@@ -99,14 +100,21 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
     args.control->last_null = kNoLastNull;
   }
 
-  std::int64_t row = block_id() * kWarpsPerBlock + warp_id();
-  if (row >= args.anchors.count + args.candidates.count) return;  // a whole warp leaves together
-  const bool anchor = row < args.anchors.count;
+  const std::int64_t rows = args.anchors.count + args.candidates.count;
+  const std::int64_t first_row = (block_id() * kWarpsPerBlock + warp_id()) * (kWarpSize >> args.row_shift);
+  if (first_row >= rows) return;  // a whole warp leaves together
+  // Lanes behind the last row read and write nothing.
+  const int lanes = 1 << args.row_shift;
+  const int sub = lane_id() & (lanes - 1);
+  const std::int64_t number = first_row + (lane_id() >> args.row_shift);
+  const bool exists = number < rows;
+  const bool anchor = number < args.anchors.count || !exists;
   const FactsSide<T>& side = anchor ? args.anchors : args.candidates;
-  if (!anchor) row -= args.anchors.count;
+  const std::int64_t row = !exists ? 0 : anchor ? number : number - args.anchors.count;
   const T* gRow = side.rows + row * side.stride;
   Cast* gCast = side.cast == nullptr ? nullptr : static_cast<Cast*>(side.cast) + row * args.padded_dims;
-  const std::int64_t end = gCast == nullptr ? args.dims : args.padded_dims;
+  const std::int64_t end = !exists ? 0 : gCast == nullptr ? args.dims : args.padded_dims;
+  const int step = lanes * kGroup;
 
   float rSquares = 0.0f;
   float rRests = 0.0f;   // squares of what the copy leaves
@@ -114,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
   bool finite = true;
   bool fits = true;
   float rLargest = 0.0f;
-  for (std::int64_t first = lane_id() * kGroup; first < end; first += kGroupStep) {
+  for (std::int64_t first = sub * kGroup; first < end; first += step) {
     T rGroup[kGroup];
     load_group<T, kAligned>(rGroup, gRow, first, args.dims);
     Pack<Cast> rCast;
@@ -141,15 +149,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
     }
     if (gCast != nullptr) store_pack(gCast + first, rCast);
   }
-#pragma unroll
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) {
     rSquares = add(rSquares, shuffle_xor(rSquares, mask));
     rRests = add(rRests, shuffle_xor(rRests, mask));
     rLargest = maximum(rLargest, shuffle_xor(rLargest, mask));
   }
-  differs = any_lane(differs);
-  finite = all_lanes(finite);
-  fits = all_lanes(fits) && finite && screenable;
+  const std::uint32_t others = ~(~0u >> (kWarpSize - lanes) << (lane_id() - sub));  // lanes of other rows
+  differs = (ballot(differs) & ~others) != 0;
+  finite = (ballot(finite) | others) == ~0u;
+  fits = (ballot(fits) | others) == ~0u && finite && screenable;
   if constexpr (std::is_same_v<T, BFloat16>) {
     // A row of zeros is exact.
     fits = fits && rLargest <= kLargestValue && (rSquares >= kSmallestNorm || rLargest == 0.0f);
@@ -158,9 +166,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) facts_kernel(const Facts
     Pack<Cast> rZeros;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) rZeros.elements[i] = narrow<Cast>(0.0f);
-    for (std::int64_t first = lane_id() * kGroup; first < end; first += kGroupStep) store_pack(gCast + first, rZeros);
+    for (std::int64_t first = sub * kGroup; first < end; first += step) store_pack(gCast + first, rZeros);
   }
-  if (lane_id() == 0) {
+  if (sub == 0 && exists) {
     float rho = 0.0f;
     if constexpr (kWide) rho = differs ? residual_bound(rSquares, rRests, args.row_slack) : 0.0f;
     const bool null = kWide && finite && !differs;  // whatever the scale
@@ -192,13 +200,15 @@ cudaError_t launch_facts(const ForwardArgs& args, const ForwardPlan& plan, char*
   }
   facts.dims = args.dims;
   facts.padded_dims = plan.padded_dims;
+  facts.row_shift = facts_row_shift(plan.padded_dims);
   facts.row_slack = row_slack(plan.padded_dims);
   facts.mean = kWide ? mean : nullptr;
   facts.largest = kWide ? reinterpret_cast<const std::uint32_t*>(mean + plan.padded_dims) : nullptr;
   facts.control = piece<Control>(workspace, plan.control);
 
   const std::int64_t rows = facts.anchors.count + facts.candidates.count;
-  const LaunchShape shape{divide_up(rows, kWarpsPerBlock), kThreads, 0};
+  const std::int64_t warps = divide_up(rows, std::int64_t{kWarpSize} >> facts.row_shift);
+  const LaunchShape shape{divide_up(warps, kWarpsPerBlock), kThreads, 0};
   const bool aligned =
       rows_aligned(args.anchors, args.dtype) && (!two_sides || rows_aligned(args.candidates, args.dtype));
   return launch(aligned ? facts_kernel<T, true> : facts_kernel<T, false>, shape, stream, facts);

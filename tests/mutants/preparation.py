@@ -7,11 +7,10 @@ from mutants.mutant import BACKENDS, EDGES, SCREEN, Mutant
 
 def preparation() -> list[Mutant]:
     """Each gives some rows the facts of others, or none."""
-    lengths, mean, alone = (
+    lengths, alone = (
         f"{BACKENDS}test_simt_facts.py::{test}"
         for test in (
             "test_rows_of_every_length",
-            "test_rows_that_are_the_mean",
             "test_a_row_out_of_range_is_alone_with_it",
         )
     )
@@ -34,11 +33,6 @@ def preparation() -> list[Mutant]:
             "fits = (ballot(fits) | others) == ~0u && finite && screenable;",
             "fits = all_lanes(fits) && finite && screenable;",
             "a row out of range takes the bounds of its warp's other rows with it", alone,
-        ),
-        (
-            "facts-differ-together",
-            "differs = (ballot(differs) & ~others) != 0;", "differs = any_lane(differs);",
-            "a row that is the mean is not known to be, if another of its warp is not", mean,
         ),
         (
             "facts-last-warp-left-out",

@@ -56,12 +56,6 @@ def selection() -> list[Mutant]:
             "of what the search found, the last is not sorted", searched,
         ),
         (
-            "select-search-not-awaited", select,
-            "block_select<A>(row, found, lists_.sLists, memory_);\n      sync_block();",
-            "block_select<A>(row, found, lists_.sLists, memory_);",
-            "lists are sorted while the search still fills them", searched,
-        ),
-        (
             "select-search-of-lists-beyond-them", select,
             "if (listed > KeyLists<A>::kKeys && found <= KeyLists<A>::kKeys) {",
             "if (listed > KeyLists<A>::kKeys && found <= KeyLists<A>::kKeys + 1) {",

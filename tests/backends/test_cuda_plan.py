@@ -211,9 +211,11 @@ def test_one_sample_serves(core: ModuleType) -> None:
         assert facts["launches"] == 3 + 10 * facts["strips"]
         values = -(-facts["sample_columns"] // 128) * 128 // facts["sample_group"]
         assert values * 4 <= facts["buffer_capacity"] * 8 or facts["sample_columns"] <= 1024 or n <= 1024
-        # Few anchors: no more than the machine does at once, and no more than buffers of 4096 hold.
+        # Few anchors: no more than buffers of 4096 hold. One in 16 is sampled, or less where that is cheaper.
         assert n > 1024 or facts["buffer_capacity"] <= 4096
-        assert n > 1024 or k > 10 or facts["sample_columns"] <= max(2100, m // 100)
+        assert n > 1024 or facts["sample_columns"] <= max(2 * k, -(-m // 16))
+    thin = [plan(core, 1024, m, 512, k=10, path="screen")["sample_columns"] / m for _, m in shapes if m >= 200_000]
+    assert max(thin) < 1 / 64
 
 
 def test_buffers_of_very_many_anchors(core: ModuleType) -> None:

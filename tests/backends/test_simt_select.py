@@ -16,6 +16,9 @@ from support import simt_build
 simt_build.enable()
 from support import simt  # noqa: E402
 
+HOW = ("planned", "bounded", "whole", "searched")
+"""cuda::Selection, where that may serve."""
+
 GROUPS = 256
 """Candidates i and i + 256 belong to one group, whose least distance makes the bound."""
 
@@ -58,13 +61,13 @@ ROWS: list[Callable[[int], Tensor]] = [
 
 
 def check(values: Tensor, k: int, own: list[int], *, path: str = "direct", threads: int = 256,
-          by_radix: int = 0, dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+          how: str = "planned", dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
     """Anchors: the rows `own` of the candidates, and one that is none of them; all are compared with a stable sort."""
     labels = torch.arange(len(values)) % 5
     feats = torch.cat([values[own], torch.tensor([1])])
     anchor_labels = torch.cat([labels[own], torch.tensor([2])])
     index = torch.tensor([*own, -1])
-    with simt.using(path=path, select_threads=threads, select_by_radix=by_radix, seed=k):
+    with simt.using(path=path, select_threads=threads, selection=HOW.index(how), seed=k):
         _, indices, _, nearest, farthest, squared, _ = torch.ops.sn_simt.forward(
             feats.to(dtype)[:, None], anchor_labels, values.to(dtype)[:, None], labels, index, -1, k, 2.0, 0.5, 0, 0,
             True,
@@ -103,16 +106,25 @@ def test_rows_of_one_candidate_a_thread(k: int, threads: int) -> None:
     """Lists hold the whole row: of 128 threads, of 256, and of one or two candidates a thread."""
     for rows in (65, 127, 128, 129, 255, 256):
         for values in (spread, equal, falling):
-            check(values(rows), k, owners(rows), threads=threads)
+            check(values(rows), k, owners(rows), threads=threads, how="whole")
 
 
 @pytest.mark.parametrize("threads", [128, 256])
 @pytest.mark.parametrize("values", ROWS)
 @pytest.mark.parametrize("rows", [257, 384, 385, 1023, 1024, 1025, 1026, 2048, 2049, 4097])
 def test_rows_that_are_bounded(rows: int, values: Callable[[int], Tensor], threads: int) -> None:
-    """Up to 224 neighbours; of more, rows of up to 1024 are sorted as a whole, and longer ones are searched."""
+    """Up to 224 neighbours; of more, the plan decides."""
     for k in {257: (10, 128, 256), 1025: (10, 33, 224, 225)}.get(rows, (16, 17, 100, 225)):
-        check(values(rows), k, [rows - 1], threads=threads)
+        check(values(rows), k, [rows - 1], threads=threads, how="bounded")
+
+
+@pytest.mark.parametrize("threads", [128, 256])
+@pytest.mark.parametrize("values", ROWS)
+@pytest.mark.parametrize("rows", [257, 385, 512, 1000, 1023, 1024])
+def test_rows_that_are_sorted(rows: int, values: Callable[[int], Tensor], threads: int) -> None:
+    """As a whole."""
+    for k in (17, 224, 225, 300, rows):
+        check(values(rows), k, [rows - 1], threads=threads, how="whole")
 
 
 @pytest.mark.parametrize("threads", [128, 256])
@@ -123,20 +135,21 @@ def test_rows_that_are_searched(k: int, values: Callable[[int], Tensor], threads
     for rows in {17: (385, 1025), 32: (33, 64), 225: (226, 1500), 1025: (1026, 1600), 2000: (2500,)}.get(
         k, (1024, 1100)
     ):
-        check(values(rows), k, [rows - 1], threads=threads, by_radix=1)
+        check(values(rows), k, [rows - 1], threads=threads, how="searched")
 
 
 @pytest.mark.parametrize("k", [17, 225, 1024, 1025])
 def test_wide_keys_that_are_searched(k: int) -> None:
     for values in (spread, near_in_few_groups):
-        check(values(1100), k, owners(1100), by_radix=1, dtype=torch.float64)
+        check(values(1100), k, owners(1100), how="searched", dtype=torch.float64)
 
 
 @pytest.mark.parametrize("rows", [64, 385, 1025, 2047])
 @pytest.mark.parametrize("k", [10, 32, 33, 64, 127, 128, 225])
 def test_wide_keys(k: int, rows: int) -> None:
     for values in (spread, near_in_few_groups):
-        check(values(rows), k, owners(rows), dtype=torch.float64)
+        for how in ("bounded", "whole"):
+            check(values(rows), k, owners(rows), how=how, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("rows", [300, 1025])

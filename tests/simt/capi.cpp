@@ -133,10 +133,11 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
       plan.slice_elements = settings.slice_elements;
       plan.d_slices = sn::cuda::direct_slices(problem.D, plan.slice_elements);
     }
-    if (settings.select_threads > 0 && !sn::cuda::selects_by_extraction(problem.M, plan.K)) {
-      plan.select_threads = settings.select_threads;
-      plan.select_by_radix = settings.select_by_radix > 0 || !sn::cuda::selects_by_lists(problem.M, plan.K);
+    const auto wanted = static_cast<sn::cuda::Selection>(settings.selection);
+    if (wanted != sn::cuda::Selection::kExtracted && sn::cuda::selects(wanted, problem.M, plan.K)) {
+      plan.selection = wanted;
     }
+    if (settings.select_threads > 0) plan.select_threads = settings.select_threads;
     plan.flags.bytes = sn::cuda::direct_flag_bytes(plan, problem);
     plan.partials.bytes = sn::cuda::direct_partial_bytes(plan, problem);
     plan.sort_keys.bytes = sn::cuda::direct_sort_key_bytes(plan, problem);

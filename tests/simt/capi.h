@@ -42,8 +42,8 @@ struct sn_simt_settings {
   std::int32_t no_rescreen;        // screen, bank: not 0: rows are screened once
   std::int32_t few_rows;           // screen: a warp refines a row of strips with more rows than this
   std::int32_t bucket_shift;       // of the backward, where it has buckets: log2 of the targets of one
-  std::int32_t select_threads;     // direct: 128 or 256, of a block that sorts lists where those serve; with it, ..
-  std::int32_t select_by_radix;    // .. not 0: it searches by radix passes first
+  std::int32_t select_threads;     // direct: 128 or 256
+  std::int32_t selection;          // direct: cuda::Selection, if that may serve; 0: as planned
 };
 
 // The outcome of a call.

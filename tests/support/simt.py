@@ -75,7 +75,7 @@ class Settings:
     few_rows: int = 0
     bucket_shift: int = 0
     select_threads: int = 0
-    select_by_radix: int = 0
+    selection: int = 0
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class _Settings(ctypes.Structure):
         ("few_rows", ctypes.c_int32),
         ("bucket_shift", ctypes.c_int32),
         ("select_threads", ctypes.c_int32),
-        ("select_by_radix", ctypes.c_int32),
+        ("selection", ctypes.c_int32),
     ]
 
 

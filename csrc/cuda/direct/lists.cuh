@@ -95,17 +95,18 @@ struct KeyLists {
         sCounted(arena.take<std::uint32_t>(1)) {}
 
   // Lists keys of a row, the first `wanted` among them. Their number: more than kKeys if too many are within the bound,
-  // and then nothing of use is listed. Called where selects_by_lists says so. rLeast: of candidates thread_id(),
-  // thread_id() + thread_count(), ... of the row, which this thread alone will read again. Ends with a barrier.
+  // and then nothing of use is listed. bounded: Selection::kBounded, else kWhole (selects in sizes.h says when).
+  // rLeast: of candidates thread_id(), thread_id() + thread_count(), ... of the row, which this thread alone will read
+  // again. Ends with a barrier.
   template <class Row>
-  __device__ __forceinline__ int list(const Row& row, int wanted, const LeastKeys<Key<A>>& rLeast) const {
+  __device__ __forceinline__ int list(const Row& row, int wanted, const LeastKeys<Key<A>>& rLeast, bool bounded) const {
     const std::int64_t length = row.length();
     int count = static_cast<int>(length);
     if (length <= kGroups) {  // one of each group
       list_least(rLeast);
       if (length > thread_count()) count = kGroups;
       sync_block();
-    } else if (wanted > kBoundedNeighbours) {
+    } else if (!bounded) {
       for (int j = thread_id(); j < count; j += thread_count()) sLists.set(j, row.key(j));
       sync_block();
     } else {

@@ -26,7 +26,7 @@ struct SelectArgs {
   int slices;
   int tree;     // combine_slices
   int threads;  // of a block that does not extract
-  bool by_radix;
+  Selection selection;
   bool reduces;                 // the last strip, of few anchors
   const std::uint32_t* gFlags;  // [flags]
   std::int64_t flags;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kSelectThreads<kPerLane>, kSelectBlocks<A, kPe
     const std::int64_t M = args.forward.candidates.rows;
     const PlaneSums<A> sums{static_cast<A*>(args.gPartials) + row * M, args.plane, args.slices, args.tree};
     Key<A>* gKeys = args.gSortKeys == nullptr ? nullptr : static_cast<Key<A>*>(args.gSortKeys) + row * args.sort_keys;
-    const AnchorRecord record = state.select_and_finish(args.forward, anchor, args.K, sums, !args.by_radix, gKeys);
+    const AnchorRecord record = state.select_and_finish(args.forward, anchor, args.K, sums, args.selection, gKeys);
     if (thread_id() == 0) args.gRecords[anchor] = record;
   }
 
@@ -97,7 +97,8 @@ template <class A>
 cudaError_t dispatch_select(const SelectArgs& args, cudaStream_t stream) {
   const std::int64_t M = args.forward.candidates.rows;
   static_assert(kShortRow == 12 * kWarpSize && kShortNeighbours <= kWarpSize);
-  if (!selects_by_extraction(M, args.K)) return launch_select<A, 0>(args, stream);
+  if (!selects(args.selection, M, args.K)) return cudaErrorInvalidValue;
+  if (args.selection != Selection::kExtracted) return launch_select<A, 0>(args, stream);
   if (M <= 4 * kWarpSize) return launch_select<A, 4>(args, stream);
   return launch_select<A, 12>(args, stream);
 }
@@ -118,7 +119,7 @@ cudaError_t enqueue_select(const ForwardArgs& args, const ForwardPlan& plan, cha
       .slices = static_cast<int>(plan.d_slices),
       .tree = static_cast<int>(slice_tree(plan)),
       .threads = plan.select_threads,
-      .by_radix = plan.select_by_radix,
+      .selection = plan.selection,
       .reduces = strip.begin + strip.rows == args.anchors.rows && !plan.shared_reduction,
       .gFlags = piece<std::uint32_t>(workspace, plan.flags),
       .flags = direct_tiles(strip.rows, M, plan.triangular) * plan.d_slices,

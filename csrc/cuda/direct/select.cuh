@@ -200,7 +200,7 @@ class SelectState {
   // By all threads of the block; the record is the first warp's.
   template <class Sums>
   __device__ AnchorRecord select_and_finish(const ForwardArgs& args, std::int64_t anchor, std::int64_t K,
-                                            const Sums& sums, bool, Key<A>*) const {
+                                            const Sums& sums, Selection, Key<A>*) const {
     const int M = static_cast<int>(args.candidates.rows);
     const std::int64_t self = self_of(args, anchor);
     for (int j = thread_id(); j < M; j += thread_count()) sRow_.set(j, sums.get(j));
@@ -246,7 +246,7 @@ class SelectState<A, 0> {
 
   template <class Sums>
   __device__ AnchorRecord select_and_finish(const ForwardArgs& args, std::int64_t anchor, std::int64_t K,
-                                            const Sums& sums, bool by_lists, Key<A>* gKeys) const {
+                                            const Sums& sums, Selection selection, Key<A>* gKeys) const {
     const std::int64_t M = args.candidates.rows;
     const std::int64_t self = self_of(args, anchor);
     const std::int64_t label = load(args.anchor_labels + anchor);
@@ -274,7 +274,10 @@ class SelectState<A, 0> {
       search(row, found, gKeys);
       return finish(args, anchor, K, found, gKeys);
     }
-    int listed = by_lists ? lists_.list(row, static_cast<int>(found), rLeast) : KeyLists<A>::kKeys + 1;
+    int listed = KeyLists<A>::kKeys + 1;
+    if (selection != Selection::kSearched) {
+      listed = lists_.list(row, static_cast<int>(found), rLeast, selection == Selection::kBounded);
+    }
     if (listed > KeyLists<A>::kKeys && found <= KeyLists<A>::kKeys) {
       if (found > 0) block_select<A>(row, found, lists_.sLists, memory_);
       sync_block();

@@ -106,36 +106,36 @@ struct RowCost {
   double alone;
   double share;
 };
-RowCost select_row(std::int64_t candidates, std::int64_t neighbours, int threads, bool by_radix) {
-  const double M = real(candidates);
-  const double K = real(neighbours);
-  if (selects_by_extraction(candidates, neighbours)) {
+RowCost select_row(const ForwardPlan& plan, const Problem& problem) {
+  const double M = real(problem.M);
+  const double K = real(plan.K);
+  if (plan.selection == Selection::kExtracted) {
     return {kShortRowStart + K * (kShortRowRank + kShortRowRankEntry * M) + kShortRowEntry * M,
             kShortRows + kSelectKey / kFewListResident * K + kShortRowsEntry * M};
   }
-  const bool large = threads > kFewListThreads;
+  const bool large = plan.select_threads > kFewListThreads;
   const double resident = large ? kListResident : kFewListResident;
   const auto sort_us = [](double keys) { return kSortAll * (keys / kListedKeys) * (keys / kListedKeys); };
-  if (by_radix) {
+  if (plan.selection == Selection::kSearched) {
     const double start = kLongRowStart + kLongRowEntry * (large ? 1.0 : 2.0) * M + kSelectKey * K;
     const double share = kLongRows + kLongRowsEntry * M;
-    const double sort = neighbours <= kListedKeys ? sort_us(K) : kNetworkKey * K;
+    const double sort = plan.K <= kListedKeys ? sort_us(K) : kNetworkKey * K;
     return {start + sort, share + sort + kSelectKey / resident * K};
   }
-  const bool bounds = candidates > kListThreads && neighbours <= kBoundedNeighbours;
+  const bool bounds = plan.selection == Selection::kBounded;
   const double sorted = bounds ? std::min(M, K + K * K / kListThreads) : M;
   const double sort = sort_us(sorted);
   const double bound = bounds ? kBoundStart : 0.0;
-  return {kListStart + bound + sort + kSelectKey * K + kListEntry * M / threads,
+  return {kListStart + bound + sort + kSelectKey * K + kListEntry * M / plan.select_threads,
           (large ? kLargeListRows : kListRows) + sort + (bound + kSelectKey * K) / resident + kShortRowsEntry * M};
 }
 
 double select_us(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const Machine& machine) {
   const double partials = real(rows) * real(problem.M) * real(plan.d_slices) * real(accumulator_bytes(problem.dtype));
-  const RowCost row = select_row(problem.M, plan.K, plan.select_threads, plan.select_by_radix);
+  const RowCost row = select_row(plan, problem);
   const double start = kGap + machine.spread(partials / kCacheBytes);
   const double together = machine.spread(real(rows) * row.share);
-  if (!plan.select_by_radix) return start + joined(row.alone, together);
+  if (plan.selection != Selection::kSearched) return start + joined(row.alone, together);
   // 256 rows of 4096 took as long as 64.
   return start + std::sqrt(joined(row.alone * row.alone, together * together));
 }

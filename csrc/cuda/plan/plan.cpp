@@ -64,30 +64,27 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
   DirectShape best{};
   double best_us = 0.0;
   int best_threads = 0;
-  bool best_radix = false;
+  Selection best_selection = Selection::kSearched;
   const auto consider = [&](const DirectShape& shape) {
     plan.slice_elements = shape.slice_elements;
     plan.d_slices = shape.d_slices;
     plan.strip_rows = shape.strip_rows;
     plan.strips = shape.strips;
     plan.triangular = shape.triangular;
-    const auto consider_selection = [&](int threads, bool by_radix) {
-      plan.select_threads = threads;
-      plan.select_by_radix = by_radix;
-      const double us = predict_forward(plan, problem, device).total();
-      if (best_us != 0.0 && us >= best_us) return;
-      best_us = us;
-      best = shape;
-      best_threads = threads;
-      best_radix = by_radix;
-    };
-    if (selects_by_lists(problem.M, plan.K)) {
-      consider_selection(kListThreads, false);
-      consider_selection(kFewListThreads, false);
-    }
-    if (!selects_by_extraction(problem.M, plan.K)) {
-      consider_selection(kListThreads, true);
-      consider_selection(kFewListThreads, true);
+    for (const Selection selection :
+         {Selection::kExtracted, Selection::kBounded, Selection::kWhole, Selection::kSearched}) {
+      if (!selects(selection, problem.M, plan.K)) continue;
+      for (const int threads : {kListThreads, kFewListThreads}) {
+        plan.selection = selection;
+        plan.select_threads = threads;
+        const double us = predict_forward(plan, problem, device).total();
+        if (best_us != 0.0 && us >= best_us) continue;
+        best_us = us;
+        best = shape;
+        best_selection = selection;
+        best_threads = threads;
+        if (selection == Selection::kExtracted) break;
+      }
     }
   };
   for (std::int64_t elements = kChunk; elements <= kLargestSlice; elements *= 2) {
@@ -111,7 +108,7 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
   plan.strips = best.strips;
   plan.triangular = best.triangular;
   plan.select_threads = best_threads;
-  plan.select_by_radix = best_radix;
+  plan.selection = best_selection;
 
   Workspace workspace;
   plan.control = workspace.take(sizeof(Control));

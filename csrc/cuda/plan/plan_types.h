@@ -105,6 +105,14 @@ inline constexpr std::int64_t kPositiveEntries = kListedPositives + 1;  // of a 
 inline constexpr std::int64_t kFastNeighbours = 128;                    // larger K takes the direct path
 inline constexpr std::int64_t kFallbackSegments = 16;  // buffers hold at least this many lists of K keys
 
+// How the direct path selects from a row (sizes.h, direct/select.cuh).
+enum class Selection : std::int32_t {
+  kExtracted = 0,  // the least key, K times
+  kBounded = 1,    // lists sort what a bound leaves
+  kWhole = 2,      // lists sort the row
+  kSearched = 3    // a radix search finds K keys, which are sorted
+};
+
 struct ForwardPlan {
   ForwardPath path = ForwardPath::kDirect;
   std::int64_t K = 0;
@@ -133,8 +141,8 @@ struct ForwardPlan {
   std::int64_t positive_anchors = 0;   // of a block that looks for positives, a power of two
   std::int64_t positive_segments = 0;  // of candidates, a block each
 
-  int select_threads = 0;         // direct: of a block that selects, unless it extracts
-  bool select_by_radix = false;   // direct: else it extracts, or sorts lists
+  int select_threads = 0;                       // direct: of a block that selects, unless it extracts
+  Selection selection = Selection::kExtracted;  // direct
   bool shared_reduction = false;  // every partial of the sum over anchors is a block's; else one block sums alone
 
   Piece control;          // Control

@@ -46,26 +46,33 @@ constexpr std::int64_t direct_sort_keys(std::int64_t K) {
 }
 
 // How the neighbours of an anchor are selected (direct/select.cuh). Up to so many of so few candidates one warp
-// extracts, one after the other. All else is sorted in lists of a warp each (direct/lists.cuh): all candidates, or what
-// a bound leaves of them. Of more neighbours a bound leaves too many: a radix search finds those, and lists sort them,
-// or, beyond what lists hold, a network. The plan takes that search also where it is cheaper than to sort all.
-//
-// The limits of extraction are where, by count, a block alone takes about as long either way.
+// extracts, one after the other: the limits are where, by count, a block alone takes about as long either way. Of others
+// the plan takes what is cheapest. Lists of a warp each (direct/lists.cuh) sort all candidates, or what a bound leaves of
+// them, which is too much of many neighbours; or a radix search finds the neighbours, and lists sort those, or, beyond
+// what lists hold, a network.
 inline constexpr std::int64_t kShortRow = 384;
 inline constexpr std::int64_t kShortNeighbours = 16;
 inline constexpr std::int64_t kListedKeys = 1024;
 // Random rows leave 300 to 370 of 192 within the bound, 380 to 560 of 224, and 610 to 910 of 248.
 inline constexpr std::int64_t kBoundedNeighbours = 224;
-constexpr bool selects_by_extraction(std::int64_t M, std::int64_t K) {
-  return M <= kShortRow && K <= kShortNeighbours;
-}
-constexpr bool selects_by_lists(std::int64_t M, std::int64_t K) {
-  return M <= kListedKeys || K <= kBoundedNeighbours;
-}
-// Threads of a block that sorts lists. Two of the larger blocks share a multiprocessor, and each is sooner through its
-// row; of the smaller, five do. For much of its time a block waits for the one warp that finishes the anchor, so the
-// smaller ones pay where rows are not all under way at once. The plan takes what is cheaper.
 inline constexpr int kListThreads = 256;
+constexpr bool selects(Selection selection, std::int64_t M, std::int64_t K) {
+  const bool extracts = M <= kShortRow && K <= kShortNeighbours;
+  switch (selection) {
+    case Selection::kExtracted:
+      return extracts;
+    case Selection::kBounded:
+      return !extracts && M > kListThreads && K <= kBoundedNeighbours;
+    case Selection::kWhole:
+      return !extracts && M <= kListedKeys;
+    case Selection::kSearched:
+      return !extracts;
+  }
+  return false;
+}
+// Threads of a block that does not extract. Two of the larger blocks share a multiprocessor, and each is sooner through
+// its row; of the smaller, five do. For much of its time a block waits for the one warp that finishes the anchor, so the
+// smaller ones pay where rows are not all under way at once. The plan takes what is cheaper.
 inline constexpr int kFewListThreads = 128;
 
 // Slices that the selection adds up as one tree: a section's, or the least power of two that covers all of them.

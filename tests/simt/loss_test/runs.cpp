@@ -35,7 +35,7 @@ sn_simt_settings settings_for(std::uint64_t seed, simt::MmaError error, ForwardP
           .few_rows = 0,
           .bucket_shift = 0,
           .select_threads = 0,
-          .select_by_radix = 0};
+          .selection = 0};
 }
 
 void vary(sn_simt_settings& settings, std::uint64_t word) {
@@ -54,7 +54,7 @@ void vary(sn_simt_settings& settings, std::uint64_t word) {
   settings.lane_bytes = std::array{0, 8, 16, 32}[word / 37 % 4];
   settings.bucket_shift = std::array{0, 3, 10}[word / 41 % 3];
   settings.select_threads = word / 43 % 2 == 0 ? 256 : 128;
-  settings.select_by_radix = word / 47 % 3 == 0 ? 1 : 0;
+  settings.selection = static_cast<std::int32_t>(word / 47 % 4);
 }
 
 Result forward(const Problem& p, const sn_simt_settings& settings) {

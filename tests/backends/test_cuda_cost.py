@@ -78,6 +78,15 @@ def old_refine(case: Case) -> float:
     return 0.55 + together(alone, case.N * (0.8 + 0.008 * stride * case.k + exact) / 132)
 
 
+def old_facts(case: Case) -> float:
+    """A warp a row, of 128 elements and less, too: 65536 x 128 of bfloat16 in 19.7."""
+    element = 4 if case.dtype == F32 else 2
+    others = 0 if case.symmetric or case.path == "bank" else case.M
+    copied = (case.N + others) * 2 * 64 * math.ceil(case.D / 64) if case.dtype == F32 else 0
+    read = (case.N + others) * case.D * element
+    return 3.55 + max((read + copied) / 4.1e6, 0.033 * (case.N + others) / 132)
+
+
 def old_merge(case: Case) -> float:
     """One block added up all anchors: 12.3 for 8192, 58 to 72 for 65536."""
     return 5.5 + 9e-4 * case.N
@@ -106,6 +115,7 @@ def old_cluster(case: Case, facts: dict[str, Any]) -> float:
 OLD_KERNELS: dict[str, Callable[[Case], float]] = {
     "positives": old_positives,
     "thresholds": old_thresholds,
+    "facts": old_facts,
     "merge": old_merge,
     "reduce": lambda case: 9e-4 * case.N,  # the last block of the selection
 }
@@ -310,7 +320,7 @@ def test_direct_sums_alone_grow_with_rows(core: ModuleType, device: str, dtype: 
                 assert more <= limit * us, (name, n, us, more)
 
 
-@pytest.mark.parametrize("dims", [64, 512])
+@pytest.mark.parametrize("dims", [8, 64, 512])
 @pytest.mark.parametrize(
     ("anchors", "candidates"),
     [*((n, n) for n in (32, 64, 300, 1024, 1025, 4096)), (64, 1025), (256, 4096), (16384, 64), (4096, 300)],
@@ -320,19 +330,20 @@ def test_one_neighbour_more_is_never_cheaper_nor_much_dearer(
 ) -> None:
     """However they are selected. More than 128 neighbours are served by direct sums alone: all N x M x D products are
     made in fp32, where tensor cores made them and some thousand sums were exact. Where the screening paid, that costs
-    what the screening saved."""
+    what the screening saved. Of more than 224 a bound leaves too many of a long row, which is searched instead: by up
+    to 1.45 times as long, in rows of these lengths."""
 
     def facts(k: int, path: str = "auto") -> dict[str, Any]:
         return plan(core, anchors, candidates, dims, k=k, symmetric=anchors == candidates, path=path)
 
     most = 0.0
-    for k, before, after in ((k, facts(k - 1), facts(k)) for k in range(2, min(candidates, 192) + 1)):
+    for k, before, after in ((k, facts(k - 1), facts(k)) for k in range(2, min(candidates, 1100) + 1)):
         us, more = before["predicted_us"], after["predicted_us"]
         most = max(most, us)
         assert more >= 0.98 * most, (k, most, more)
         if k == 129 and before["path"] != "direct":
             us = facts(128, "direct")["predicted_us"]
-        assert more <= 1.3 * us, (k, us, more)
+        assert more <= (1.45 if k == 225 and candidates > 256 else 1.3) * us, (k, us, more)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -256,7 +256,7 @@ constexpr bool takes_lean_sample(std::int64_t N, std::int64_t K) {
   return N >= 32768 && K <= 10;
 }
 // Up to kFewRows anchors do not fill the machine with a sample, however small, and their buffers cost nothing: at least
-// so many candidates while that is at most one in kSampleRatio.
+// so many candidates while that is at most one in kSampleRatio, where the plan expects to gain by it.
 inline constexpr std::int64_t kFewSample = 2048;
 inline constexpr std::int64_t kMostFewEntries = 4096;  // of a buffer
 constexpr std::int64_t least_sample(std::int64_t K) {

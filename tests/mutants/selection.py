@@ -45,9 +45,9 @@ def selection() -> list[Mutant]:
         ),
         (
             "select-overflow-unnoticed", lists,
-            "count = list_within(row, bound_of(rLeast, wanted), rLeast.least());\n    }",
-            "count = list_within(row, bound_of(rLeast, wanted), rLeast.least());\n    }\n"
-            "    if (count > kKeys) count = kKeys;",
+            "count = list_within(row, bound_of(rLeast, wanted), rLeast.least());",
+            "count = list_within(row, bound_of(rLeast, wanted), rLeast.least());\n"
+            "      if (count > kKeys) count = kKeys;",
             "what did not fit the lists is no neighbour", bounded,
         ),
         (

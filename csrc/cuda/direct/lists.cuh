@@ -102,15 +102,15 @@ struct KeyLists {
   __device__ __forceinline__ int list(const Row& row, int wanted, const LeastKeys<Key<A>>& rLeast, bool bounded) const {
     const std::int64_t length = row.length();
     int count = static_cast<int>(length);
-    if (length <= kGroups) {  // one of each group
+    if (bounded) {
+      count = list_within(row, bound_of(rLeast, wanted), rLeast.least());
+    } else if (length <= kGroups) {  // one of each group
       list_least(rLeast);
       if (length > thread_count()) count = kGroups;
       sync_block();
-    } else if (!bounded) {
+    } else {
       for (int j = thread_id(); j < count; j += thread_count()) sLists.set(j, row.key(j));
       sync_block();
-    } else {
-      count = list_within(row, bound_of(rLeast, wanted), rLeast.least());
     }
     return count;
   }

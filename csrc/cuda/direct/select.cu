@@ -96,11 +96,11 @@ cudaError_t launch_select(const SelectArgs& args, cudaStream_t stream) {
 template <class A>
 cudaError_t dispatch_select(const SelectArgs& args, cudaStream_t stream) {
   const std::int64_t M = args.forward.candidates.rows;
-  static_assert(kShortRow == 12 * kWarpSize && kShortNeighbours <= kWarpSize);
+  static_assert(kShortRow == 8 * kWarpSize && kShortNeighbours <= kWarpSize);
   if (!selects(args.selection, M, args.K)) return cudaErrorInvalidValue;
   if (args.selection != Selection::kExtracted) return launch_select<A, 0>(args, stream);
   if (M <= 4 * kWarpSize) return launch_select<A, 4>(args, stream);
-  return launch_select<A, 12>(args, stream);
+  return launch_select<A, 8>(args, stream);
 }
 
 }  // namespace

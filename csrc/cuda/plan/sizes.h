@@ -50,19 +50,25 @@ constexpr std::int64_t direct_sort_keys(std::int64_t K) {
 // the plan takes what is cheapest. Lists of a warp each (direct/lists.cuh) sort all candidates, or what a bound leaves of
 // them, which is too much of many neighbours; or a radix search finds the neighbours, and lists sort those, or, beyond
 // what lists hold, a network.
-inline constexpr std::int64_t kShortRow = 384;
+inline constexpr std::int64_t kShortRow = 256;
 inline constexpr std::int64_t kShortNeighbours = 16;
 inline constexpr std::int64_t kListedKeys = 1024;
 // Random rows leave 300 to 370 of 192 within the bound, 380 to 560 of 224, and 610 to 910 of 248.
 inline constexpr std::int64_t kBoundedNeighbours = 224;
+
+// Threads of a block that does not extract. Two of the larger blocks share a multiprocessor, and each is sooner through
+// its row; of the smaller, five do. For much of its time a block waits for the one warp that finishes the anchor, so the
+// smaller ones pay where rows are not all under way at once. The plan takes what is cheaper.
 inline constexpr int kListThreads = 256;
+inline constexpr int kFewListThreads = 128;
+
 constexpr bool selects(Selection selection, std::int64_t M, std::int64_t K) {
   const bool extracts = M <= kShortRow && K <= kShortNeighbours;
   switch (selection) {
     case Selection::kExtracted:
       return extracts;
     case Selection::kBounded:
-      return !extracts && M > kListThreads && K <= kBoundedNeighbours;
+      return !extracts && M > kFewListThreads && K <= kBoundedNeighbours;
     case Selection::kWhole:
       return !extracts && M <= kListedKeys;
     case Selection::kSearched:
@@ -70,10 +76,6 @@ constexpr bool selects(Selection selection, std::int64_t M, std::int64_t K) {
   }
   return false;
 }
-// Threads of a block that does not extract. Two of the larger blocks share a multiprocessor, and each is sooner through
-// its row; of the smaller, five do. For much of its time a block waits for the one warp that finishes the anchor, so the
-// smaller ones pay where rows are not all under way at once. The plan takes what is cheaper.
-inline constexpr int kFewListThreads = 128;
 
 // Slices that the selection adds up as one tree: a section's, or the least power of two that covers all of them.
 constexpr std::int64_t slice_tree(const ForwardPlan& plan) {

@@ -103,8 +103,8 @@ def test_rows_of_one_tile(path: str, k: int) -> None:
 @pytest.mark.parametrize("threads", [128, 256])
 @pytest.mark.parametrize("k", [16, 17, 32, 33, 129, 300])
 def test_rows_of_one_candidate_a_thread(k: int, threads: int) -> None:
-    """Lists hold the whole row, of 128 threads, of 256, and of one or two candidates a thread; or what is within a bound,
-    where a group has one candidate, or none."""
+    """Lists hold the whole row, of 128 threads, of 256, and of one or two candidates a thread; or what is within a
+    bound, where a group has one candidate, or none."""
     for rows in (65, 127, 128, 129, 255, 256):
         for values in (spread, equal, falling):
             check(values(rows), k, owners(rows), threads=threads, how="whole")

@@ -46,10 +46,10 @@ constexpr std::int64_t direct_sort_keys(std::int64_t K) {
 }
 
 // How the neighbours of an anchor are selected (direct/select.cuh). Up to so many of so few candidates one warp
-// extracts, one after the other: the limits are where, by count, a block alone takes about as long either way. Of others
-// the plan takes what is cheapest. Lists of a warp each (direct/lists.cuh) sort all candidates, or what a bound leaves of
-// them, which is too much of many neighbours; or a radix search finds the neighbours, and lists sort those, or, beyond
-// what lists hold, a network.
+// extracts, one after the other: the limits are where, by count, a block alone takes about as long either way. Of
+// others the plan takes what is cheapest. Lists of a warp each (direct/lists.cuh) sort all candidates, or what a bound
+// leaves of them, which is too much of many neighbours; or a radix search finds the neighbours, and lists sort those,
+// or, beyond what lists hold, a network.
 inline constexpr std::int64_t kShortRow = 256;
 inline constexpr std::int64_t kShortNeighbours = 16;
 inline constexpr std::int64_t kListedKeys = 1024;
@@ -57,8 +57,8 @@ inline constexpr std::int64_t kListedKeys = 1024;
 inline constexpr std::int64_t kBoundedNeighbours = 224;
 
 // Threads of a block that does not extract. Two of the larger blocks share a multiprocessor, and each is sooner through
-// its row; of the smaller, five do. For much of its time a block waits for the one warp that finishes the anchor, so the
-// smaller ones pay where rows are not all under way at once. The plan takes what is cheaper.
+// its row; of the smaller, five do. For much of its time a block waits for the one warp that finishes the anchor, so
+// the smaller ones pay where rows are not all under way at once. The plan takes what is cheaper.
 inline constexpr int kListThreads = 256;
 inline constexpr int kFewListThreads = 128;
 
@@ -193,8 +193,8 @@ constexpr bool screened_triangular(const Problem& problem, const ForwardPlan& pl
          (plan.strip_rows >= problem.N || plan.strip_rows % tile_columns == 0);
 }
 
-// log2 of the lanes that read a row for its facts, kCopyElements each: a warp has work for all of its lanes in one row, or
-// in two or four short ones.
+// log2 of the lanes that read a row for its facts, kCopyElements each: a warp has work for all of its lanes in one row,
+// or in two or four short ones.
 constexpr int facts_row_shift(std::int64_t padded_dims) {
   int shift = 3;
   while (shift < 5 && kCopyElements << shift < padded_dims) ++shift;

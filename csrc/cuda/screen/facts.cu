@@ -1,6 +1,6 @@
-// What the screening knows of each row: flags, n, rho and the half-precision copy (prepare.h). A warp takes a row, or two
-// or four that are so short that its lanes would be left without work. residual_bound in bound.cuh derives rho from what
-// the copy loses.
+// What the screening knows of each row: flags, n, rho and the half-precision copy (prepare.h). A warp takes a row, or
+// two or four that are so short that its lanes would be left without work. residual_bound in bound.cuh derives rho from
+// what the copy loses.
 #include <type_traits>
 
 #include "cuda/launch.cuh"

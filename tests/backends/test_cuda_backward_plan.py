@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise, product
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -50,8 +52,9 @@ def plan(core: ModuleType, n: int, m: int, d: int, device: str = "sm_90", **opti
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [F32, F64, F16, BF16])
 def test_slices_stay_near(core: ModuleType, device: str, dtype: int) -> None:
-    """The slice of all rows that are read is at most 24 MB wherever one of 16 bytes a lane is; wider ones always are.
-    Lanes of a row follow from D and the type alone."""
+    """The slice of all rows that are read is at most 24 MB wherever one of 16 bytes a lane is. Wider ones always are,
+    but where they hold whole rows, or targets have few: of more candidates than anchors. Lanes of a row follow from D
+    and the type alone."""
     seen = set()
     for n, m, d in product((*SIZES, *LARGE), (0, 50_000), DIMS):
         facts = plan(core, n, m, d, device, dtype=dtype)
@@ -62,10 +65,16 @@ def test_slices_stay_near(core: ModuleType, device: str, dtype: int) -> None:
         assert facts["slice_elements"] * ELEMENT[dtype] == width * lanes
         assert (facts["slices"] - 1) * facts["slice_elements"] < d <= facts["slices"] * facts["slice_elements"]
         slice_bytes = rows * min(row, width * lanes)
-        if rows * min(row, 16 * lanes) <= NEAR or width == 32:
+        if (rows * min(row, 16 * lanes) <= NEAR or width > 16) and facts["slices"] > 1 and n >= m:
             assert slice_bytes <= NEAR, (n, m, d, facts)
-            assert width >= 16
-    assert seen >= ({16, 32} if dtype in (F32, F64) else {16})
+    assert seen >= ({16, 24, 32} if dtype in (F32, F64) else {16})
+
+
+def test_few_rows_a_target_are_summed_in_wide_slices(core: ModuleType) -> None:
+    """A slice costs a warp so much before its first row that distance matters less."""
+    assert [plan(core, 65536, 0, 2048, k=k)["lane_bytes"] for k in (1, 3, 10, 40)] == [32, 32, 16, 16]
+    assert [plan(core, 30_000, 0, d)["lane_bytes"] for d in (128, 192, 256, 257, 2048)] == [16, 24, 32, 24, 24]
+    assert [plan(core, n, 60_000, 2048)["lane_bytes"] for n in (2500, 30_000, 60_000)] == [32, 32, 16]
 
 
 def test_half_a_pack_serves_where_memory_is_slow(core: ModuleType) -> None:
@@ -102,6 +111,40 @@ def test_more_rows_are_never_cheaper_nor_much_dearer(core: ModuleType, device: s
             us, then = before["predicted_us"], after["predicted_us"]
             assert then >= us * (1 - 1e-9), (m, d, n, more, before, after)
             assert more > n + 1 or then <= 1.3 * us, (m, d, n, before, after)
+
+
+def test_the_page_has_what_slices_are_predicted_to_take(core: ModuleType) -> None:
+    page = (Path(__file__).parents[2] / "csrc" / "cuda" / "README.md").read_text()
+    table = re.findall(r"^\| (\d+) \|.*\*\*(\d+)\*\* \((\d+)\)", page, re.MULTILINE)
+    assert len(table) == 6
+    for n, us, megabytes in (tuple(map(int, row)) for row in table):
+        facts = plan(core, n, 0, 2048)
+        assert us == round(facts["predicted_us"])
+        assert megabytes == round(n * facts["slice_elements"] * 4 / 2**20)
+
+
+def edges_of_slices(dims: int, dtype: int) -> set[int]:
+    """Rows of which some slice is 24 MB."""
+    row = dims * ELEMENT[dtype]
+    return {NEAR // min(row, 32 * width) for width in (8, 12, 16, 20, 24, 32)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [F32, F64, F16])
+def test_no_cliff_where_slices_change(core: ModuleType, device: str, dtype: int) -> None:
+    """One row more costs at most 1.3 times as much, and never less, around every number of rows at which another width
+    serves: of many dimensions and few, of few neighbours, of banks smaller and larger than the batch."""
+    evenly = {*(2**e for e in range(10, 18)), *range(8192, 131_073, 8192)}
+    for d in (64, 129, 132, 192, 256, 257, 300, 384, 513, 768, 1024, 2048, 2049, 4096):
+        edges = evenly | edges_of_slices(d, dtype)
+        sizes = sorted({edge + step for edge in edges for step in (-1, 0, 1, 2)})
+        for m, k in product((0, 512, 24_576, 65_536), (1, 10, 40)):
+            most = 0.0
+            for n, more in pairwise(sizes):
+                us, then = (plan(core, size, m, d, device, dtype=dtype, k=k)["predicted_us"] for size in (n, more))
+                most = max(most, us)
+                assert then >= most * (1 - 1e-9), (d, m, k, n, more)
+                assert more > n + 1 or then <= 1.3 * us, (d, m, k, n, then / us)
 
 
 @pytest.mark.parametrize("device", DEVICES)

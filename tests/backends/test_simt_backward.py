@@ -38,10 +38,13 @@ def test_backward_with_and_without_lists(name: str, partition: str) -> None:
     judge.assert_same_bits(*grads)
 
 
+WIDTHS = [("never", 16), ("never", 24), ("never", 32), *(("always", width) for width in (8, 16, 24, 32))]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["bank", "hub", "wide"])
 def test_slices_of_the_backward_do_not_show(name: str, dtype: torch.dtype) -> None:
-    """Slices of D of 8, 16 and 32 bytes a lane: hubs and ragged ends included."""
+    """Slices of D of 8, 16, 24 and 32 bytes a lane: hubs and ragged ends included."""
     case = {
         "bank": problems.bank_case(30, 50, 301, 8, self_kind="offset"),
         "hub": problems.self_case(90, 260, 8, k=5),
@@ -50,7 +53,7 @@ def test_slices_of_the_backward_do_not_show(name: str, dtype: torch.dtype) -> No
     if name == "hub":  # the first row is everyone's nearest
         case.feats[0] = 0
     grads = []
-    for partition, lane_bytes in (("never", 16), ("never", 32), ("always", 8), ("always", 16), ("always", 32)):
+    for partition, lane_bytes in WIDTHS:
         leaves = case.leaves()
         with simt.using(partition=partition, lane_bytes=lane_bytes, seed=lane_bytes):
             loss = sn_ops.sn_loss(**leaves.arguments(), backend="simt")
@@ -151,7 +154,7 @@ def test_any_graph(kind: str, dims: int, dtype: torch.dtype) -> None:
     eps = {torch.float32: 2e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     first: list[Tensor] = []
     for seed, (partition, lane_bytes, bucket_shift) in enumerate(
-        [("never", 16, 0), ("always", 8, 0), ("always", 16, 3), ("always", 32, 10), ("always", 8, 1), ("auto", 0, 0)]
+        [("never", 16, 0), ("always", 8, 0), ("always", 16, 3), ("always", 32, 10), ("always", 24, 1), ("auto", 0, 0)]
     ):
         with simt.using(partition=partition, lane_bytes=lane_bytes, bucket_shift=bucket_shift, seed=seed):
             found = list(graph.gradients())[: 1 if graph.candidates is None else 2]
@@ -162,6 +165,24 @@ def test_any_graph(kind: str, dims: int, dtype: torch.dtype) -> None:
         for got, wanted in zip(found, graph.expected(), strict=True):
             bound = eps * (wanted.abs() + wanted.abs().mean() + 20)
             assert ((got.double() - wanted).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("row_bytes", [520, 528, 752, 760, 768, 776, 784, 1280, 1296, 1304, 1328, 1536, 2304])
+def test_slices_end_anywhere(row_bytes: int, dtype: torch.dtype) -> None:
+    """24 bytes a lane are a pack of 16 and one of 8, apart: rows end within slices of 768 bytes, among packs of either
+    kind, or with them. Rows of broken packs are read element by element."""
+    dims = row_bytes // dtype.itemsize
+    graph = drawn("hub" if row_bytes % 32 == 16 else "bank", dtype, dims)
+    first: list[Tensor] = []
+    for seed, (partition, lane_bytes) in enumerate([("always", 16), ("always", 24), ("never", 24), ("always", 32)]):
+        with simt.using(partition=partition, lane_bytes=lane_bytes, seed=seed):
+            found = list(graph.gradients())[: 1 if graph.candidates is None else 2]
+        first = first or found
+        judge.assert_same_bits(found, first)
+    eps = 2e-6 if dtype == torch.float32 else 1e-14
+    for got, wanted in zip(first, graph.expected(), strict=True):
+        assert ((got.double() - wanted).abs() <= eps * (wanted.abs() + wanted.abs().mean() + 20)).all()
 
 
 @pytest.mark.parametrize("partition", ["never", "always"])

@@ -214,7 +214,7 @@ def _backward() -> list[Mutant]:
     rows, search, place = BACKWARD + "rows.cuh", BACKWARD + "search.cu", BACKWARD + "place.cu"
     sums, gather, lists = BACKWARD + "gather.cuh", BACKWARD + "gather.cu", BACKWARD + "lists.cu"
     apart, sorts = EDGES + "test_rows_that_32_bits_do_not_reach", GRADIENTS + "test_backward_with_and_without_lists"
-    graphs = GRADIENTS + "test_any_graph"
+    graphs, slices = GRADIENTS + "test_any_graph", GRADIENTS + "test_slices_end_anywhere"
     changes = [
         # name, file, old, new, why, test
         (
@@ -236,6 +236,31 @@ def _backward() -> list[Mutant]:
             "gather-pack-behind-the-row", rows,
             "load_pack<T, kRowPackBytes>(row + (p * step < left", "load_pack<T, kRowPackBytes>(row + (p * step <= left",
             "a pack is read behind the end of a row", EDGES + "test_nothing_is_read_behind_an_input",
+        ),
+        (
+            "gather-half-pack-behind-the-row", rows,
+            "row + (half_at < left ?", "row + (half_at <= left ?",
+            "half a pack is read behind the end of a row", EDGES + "test_nothing_is_read_behind_an_input",
+        ),
+        (
+            "gather-half-packs-far-apart", rows,
+            "half_at = kWholePacks * step - sub * kHalfPack;", "half_at = kWholePacks * step;",
+            "halves of packs are summed as far apart as whole ones: every second one is left out", slices,
+        ),
+        (
+            "gather-writes-half-a-pack-too-many", rows,
+            "if (half_at < left) store", "if (half_at <= left) store",
+            "half a pack is written over the beginning of the next row", slices,
+        ),
+        (
+            "gather-half-pack-of-one-element", rows,
+            ".elements[e] = half.elements[e];", ".elements[e] = half.elements[0];",
+            "of half a pack the first element is summed twice", slices,
+        ),
+        (
+            "gather-sums-of-broken-packs", rows,
+            "kPacked = kValues % kPack == 0;", "kPacked = kValues >= kPack;",
+            "chunk sums of six floats a lane lose the last two", slices,
         ),
         (
             "gather-row-of-another-group", rows,

@@ -37,13 +37,15 @@ def results(case: Case) -> list[Tensor]:
 
 
 def cases() -> list[Case]:
-    """Rows of whole and of broken packs and stages; D of 384: the last slice of a row is half as long as the others."""
+    """Rows of whole and of broken packs and stages. D of 384: the last slice of a row is half as long as the others; of
+    332: of the backward's last slice of 24 bytes a lane some lanes have a pack and no half."""
     whole = problems.self_case(41, 384, 9, k=5, seed=1)
+    halves = problems.self_case(41, 332, 9, k=5, seed=6)
     broken = problems.self_case(41, 70, 9, k=5, seed=2)
     bank = problems.bank_case(9, 67, 384, 9, k=5, self_kind="tensor", seed=3)
     broken_bank = problems.bank_case(9, 67, 70, 9, k=5, self_kind="offset", seed=4)
     large = replace(problems.bank_case(12, 140, 64, 3, k=5, seed=5), candidate_labels=torch.zeros(140).long())
-    return [whole, broken, bank, broken_bank, large, whole.to(torch.float64), bank.to(torch.float16)]
+    return [whole, halves, broken, bank, broken_bank, large, whole.to(torch.float64), bank.to(torch.float16)]
 
 
 def main() -> int:
@@ -51,9 +53,9 @@ def main() -> int:
     from support import simt
 
     for case in cases():
-        for path in PATHS:
-            # One multiprocessor: the plan gives a lane two packs of a row in the backward.
-            with simt.using(path=path, multiprocessors=1):
+        # Each path, then each width of the backward's slices that is more than a pack.
+        for path, lane_bytes in (*((path, 0) for path in PATHS), ("direct", 24), ("direct", 32)):
+            with simt.using(path=path, lane_bytes=lane_bytes):
                 expected = results(case)
                 for one, other in zip(expected, results(guarded(case)), strict=True):
                     assert torch.equal(one, other), f"{path}, {case.feats.dtype}, {tuple(case.feats.shape)}"

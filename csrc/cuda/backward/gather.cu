@@ -26,8 +26,8 @@ using Place = std::int64_t;  // of a listed edge's row
 
 // Three blocks of float fit the 100 KB of the smallest multiprocessors, of which a block costs 1 KB more than it
 // asks for.
-static_assert(kMinBlocks * (sum_shared_bytes<float, 2 * kPackBytes, Place>() + 1024) <= 100 * 1024);
-static_assert(sum_shared_bytes<double, 2 * kPackBytes, Place>() <= kPlainSharedBytes);
+static_assert(kMinBlocks * (sum_shared_bytes<float, kWideLane, Place>() + 1024) <= 100 * 1024);
+static_assert(sum_shared_bytes<double, kWideLane, Place>() <= kPlainSharedBytes);
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
@@ -154,9 +154,10 @@ cudaError_t enqueue_gather(const BackwardArgs& args, const BackwardPlan& plan, c
   const Lists lists = lists_of(plan, workspace);
   return for_type(args.dtype, [&]<class T>() {
     if constexpr (sizeof(T) > 2) {
-      if (plan.lane_bytes == 2 * kPackBytes) return launch_lanes<T, 2 * kPackBytes>(args, plan, lists, stream);
+      if (plan.lane_bytes == kWideLane) return launch_lanes<T, kWideLane>(args, plan, lists, stream);
+      if (plan.lane_bytes == kMiddleLane) return launch_lanes<T, kMiddleLane>(args, plan, lists, stream);
     }
-    if (plan.lane_bytes == kPackBytes / 2) return launch_lanes<T, kPackBytes / 2>(args, plan, lists, stream);
+    if (plan.lane_bytes == kNarrowLane) return launch_lanes<T, kNarrowLane>(args, plan, lists, stream);
     return plan.lane_bytes == kPackBytes ? launch_lanes<T, kPackBytes>(args, plan, lists, stream)
                                          : cudaErrorInvalidValue;
   });

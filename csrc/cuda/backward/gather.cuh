@@ -19,7 +19,7 @@
 //
 // A block of 8 warps serves 8 targets, a warp each, in a slice of D. Blocks of one slice are neighbours in the grid, so
 // the slice of all rows stays in the second-level cache while they run, as far as it fits (plan_backward.cpp). A warp
-// fetches 4 or 8 rows at a time: 64 to 128 bytes a lane. Chunks of a hub are shared by all warps.
+// fetches 3 to 8 rows at a time: 64 to 128 bytes a lane. Chunks of a hub are shared by all warps.
 //
 // Two kernels find a target's incoming edges: gather.cu reads them in a list, search.cu searches the graph. This file
 // has what comes then.
@@ -38,6 +38,11 @@ namespace sn::cuda {
 
 inline constexpr int kGroupWarps = static_cast<int>(kBackwardGroup);  // of a gather block: one a target
 inline constexpr int kGroupThreads = kGroupWarps * kWarpSize;
+
+// Bytes of a row's slice, of a lane, beside a pack.
+inline constexpr int kWideLane = 2 * kPackBytes;
+inline constexpr int kMiddleLane = kPackBytes + kPackBytes / 2;
+inline constexpr int kNarrowLane = kPackBytes / 2;
 
 // 80 registers a thread: 24 warps with 2 to 4 KB under way each are more than what hides the latency of the
 // second-level cache at a multiprocessor's share of its bandwidth.

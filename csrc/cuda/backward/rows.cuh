@@ -13,30 +13,36 @@ namespace sn::cuda {
 template <typename T>
 inline constexpr int kRowRegisters = sizeof(T) == 2 ? 16 : (sizeof(T) == 4 ? 32 : 24);
 
-// The elements of a row's slice that a lane works on: kLaneBytes of them. kVector: packs of 16 bytes, or one of 8,
-// neighbouring lanes side by side, each whole or beyond D. Otherwise as many single elements, neighbouring lanes side
-// by side. Elements beyond D are loaded from the beginning of the lane's part, or of the row: loads need no conditions,
-// and these values are never stored.
+// The elements of a row's slice that a lane works on: kLaneBytes of them. kVector: packs of 16 bytes, then one of 8
+// where 8 bytes are left (or there are no more), neighbouring lanes side by side, each whole or beyond D. Otherwise as
+// many single elements, neighbouring lanes side by side. Elements beyond D are loaded from the beginning of the lane's
+// part, or of the row: loads need no conditions, and these values are never stored.
 template <typename T, int kLaneBytes, bool kVector>
 struct RowStrip {
   using Acc = sn::cuda::Acc<T>;
   static constexpr int kRowPackBytes = kLaneBytes < kPackBytes ? kLaneBytes : kPackBytes;
   using RowPack = Pack<T, kRowPackBytes>;
   static constexpr int kPack = RowPack::kElements;
-  static constexpr int kPacks = kLaneBytes / kRowPackBytes;
-  static constexpr int kValues = kPacks * kPack;
+  static constexpr int kValues = kLaneBytes / static_cast<int>(sizeof(T));
+  static constexpr int kWholePacks = kValues / kPack;
+  static constexpr int kHalfPack = kValues % kPack;  // elements of the last one
+  static constexpr bool kHalf = kHalfPack > 0;
+  static constexpr int kPacks = kWholePacks + (kHalf ? 1 : 0);
+  static_assert(!kHalf || 2 * kHalfPack == kPack);
   static constexpr int kRegisters = kVector ? kLaneBytes / 4 : kValues * (sizeof(T) > 4 ? 2 : 1);
   static constexpr int kRows = kRowRegisters<T> / kRegisters < 8 ? kRowRegisters<T> / kRegisters : 8;
   static_assert(kRows >= 2);
 
   std::int64_t begin;  // first element
   int step;            // between packs, or elements
+  int half_at;         // the pack of 8 bytes, from `begin` on
   int left;            // elements from `begin` to D; not more than 0: nothing to do
 
   __device__ __forceinline__ RowStrip(std::int64_t dims, std::int64_t slice_begin, int row_shift) {
     const int sub = lane_id() & ((1 << row_shift) - 1);
     begin = slice_begin + (kVector ? sub * kPack : sub);
     step = (kVector ? kPack : 1) << row_shift;
+    half_at = kWholePacks * step - sub * kHalfPack;  // behind all whole ones, half as far apart
     constexpr int kMost = kValues * kWarpSize;
     left = static_cast<int>(dims - begin < kMost ? dims - begin : kMost);
     if (left <= 0) begin = 0;
@@ -44,36 +50,48 @@ struct RowStrip {
 
   // `row`: where the strip begins in it.
   __device__ __forceinline__ void load_row(RowPack (&rRow)[kPacks], const T* row) const {
+    if constexpr (kVector) {
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-      if constexpr (kVector) {
+      for (int p = 0; p < kWholePacks; ++p) {
         rRow[p] = load_pack<T, kRowPackBytes>(row + (p * step < left ? p * step : 0));
-      } else {
+      }
+      if constexpr (kHalf) {
+        const auto half = load_pack<T, kPackBytes / 2>(row + (half_at < left ? half_at : 0));
 #pragma unroll
-        for (int e = 0; e < kPack; ++e) {
-          const int at = (p * kPack + e) * step;
-          rRow[p].elements[e] = load(row + (at < left ? at : 0));
-        }
+        for (int e = 0; e < kHalfPack; ++e) rRow[kWholePacks].elements[e] = half.elements[e];
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) {
+        rRow[v / kPack].elements[v % kPack] = load(row + (v * step < left ? v * step : 0));
       }
     }
   }
 
   __device__ __forceinline__ void store_row(T* row, const Acc (&rSum)[kValues]) const {
+    if constexpr (kVector) {
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-      if constexpr (kVector) {
-        RowPack pack;
+      for (int p = 0; p < kWholePacks; ++p) {
+        if (p * step < left) store_values<kRowPackBytes>(row + p * step, rSum, p * kPack);
+      }
+      if constexpr (kHalf) {
+        if (half_at < left) store_values<kPackBytes / 2>(row + half_at, rSum, kWholePacks * kPack);
+      }
+    } else {
 #pragma unroll
-        for (int e = 0; e < kPack; ++e) pack.elements[e] = narrow<T>(rSum[p * kPack + e]);
-        if (p * step < left) store_pack(row + p * step, pack);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kPack; ++e) {
-          const int at = (p * kPack + e) * step;
-          if (at < left) row[at] = narrow<T>(rSum[p * kPack + e]);
-        }
+      for (int v = 0; v < kValues; ++v) {
+        if (v * step < left) row[v * step] = narrow<T>(rSum[v]);
       }
     }
+  }
+
+ private:
+  template <int kBytes>
+  static __device__ __forceinline__ void store_values(T* at, const Acc (&rSum)[kValues], int first) {
+    Pack<T, kBytes> pack;
+#pragma unroll
+    for (int e = 0; e < Pack<T, kBytes>::kElements; ++e) pack.elements[e] = narrow<T>(rSum[first + e]);
+    store_pack(at, pack);
   }
 };
 

@@ -37,8 +37,8 @@ constexpr int search_shared_bytes() {
 }
 // Three blocks of float fit the 100 KB of the smallest multiprocessors, of which a block costs 1 KB more than it
 // asks for.
-static_assert(kMinBlocks * (search_shared_bytes<float, 2 * kPackBytes>() + 1024) <= 100 * 1024);
-static_assert(search_shared_bytes<double, 2 * kPackBytes>() <= kPlainSharedBytes);
+static_assert(kMinBlocks * (search_shared_bytes<float, kWideLane>() + 1024) <= 100 * 1024);
+static_assert(search_shared_bytes<double, kWideLane>() <= kPlainSharedBytes);
 
 template <typename T, int kLaneBytes>
 struct SearchMemory {
@@ -270,7 +270,8 @@ cudaError_t launch_lanes(const BackwardArgs& args, const BackwardPlan& plan, cud
 cudaError_t enqueue_search(const BackwardArgs& args, const BackwardPlan& plan, cudaStream_t stream) {
   return for_type(args.dtype, [&]<class T>() {
     if constexpr (sizeof(T) > 2) {
-      if (plan.lane_bytes == 2 * kPackBytes) return launch_lanes<T, 2 * kPackBytes>(args, plan, stream);
+      if (plan.lane_bytes == kWideLane) return launch_lanes<T, kWideLane>(args, plan, stream);
+      if (plan.lane_bytes == kMiddleLane) return launch_lanes<T, kMiddleLane>(args, plan, stream);
     }
     return plan.lane_bytes == kPackBytes ? launch_lanes<T, kPackBytes>(args, plan, stream) : cudaErrorInvalidValue;
   });

@@ -41,7 +41,15 @@ constexpr double kWindowEdges = 2048.0;
 constexpr double kResident = 3.0;  // blocks of a multiprocessor
 constexpr double kGatherStart = 2.5;
 
-double gather_us(const BackwardPlan& plan, const BackwardProblem& problem, const Machine& machine) {
+// What all warps of a gather do, beside looking for edges.
+struct GatherWork {
+  double targets;
+  double issued;      // instructions, in microseconds of a multiprocessor
+  double read_bytes;  // of rows
+  double written_bytes;
+};
+
+GatherWork gather_work(const BackwardPlan& plan, const BackwardProblem& problem, const Machine& machine) {
   const double lanes = real(plan.row_lanes);
   const double row_bytes = real(problem.D) * real(element_bytes(problem.dtype));
   const double lane_elements = real(plan.slice_elements) / lanes;
@@ -52,29 +60,44 @@ double gather_us(const BackwardPlan& plan, const BackwardProblem& problem, const
   const double sides = (problem.need_anchors ? 1.0 : 0.0) + (candidates ? 1.0 : 0.0);
   const double rows = kFetched * sides * real(problem.N) * real(problem.edges);
 
-  // Instructions. Groups of lanes that share a list take its rows side by side.
-  const double slices = real(plan.slices);
+  // Groups of lanes that share a list take its rows side by side.
   const double row = (kRowInstructions + element * lane_elements) * lanes / 32.0;
-  double work = slices * (targets * kWarpInstructions + rows * row) * kInstruction;
-  const double blocks = slices * targets / real(kBackwardGroup);
+  return {.targets = targets,
+          .issued = real(plan.slices) * (targets * kWarpInstructions + rows * row) * kInstruction,
+          .read_bytes = (rows + targets) * row_bytes,
+          .written_bytes = targets * row_bytes};
+}
+
+double gather_us(const BackwardPlan& plan, const BackwardProblem& problem, const Machine& machine) {
+  const GatherWork all = gather_work(plan, problem, machine);
+  double work = all.issued;
+  const double blocks = real(plan.slices) * all.targets / real(kBackwardGroup);
   if (plan.searches) {
     const double windows = real(problem.N) * real(problem.edges) / kWindowEdges;
-    const double searching = problem.symmetric || !problem.need_anchors ? blocks : blocks * real(problem.M) / targets;
+    const double searching =
+        problem.symmetric || !problem.need_anchors ? blocks : blocks * real(problem.M) / all.targets;
     work += blocks * kSearchBlock + searching * kSearchWindow * windows;
   }
   const double filled = std::min(1.0, blocks / (kResident * machine.processors));
   const double issued = machine.spread(work) / std::max(filled, 1e-9);
 
-  // Bytes: rows from the second-level cache, as far as the slice of all is near.
-  const double slice_bytes = real(shared_rows(problem)) * std::min(row_bytes, lanes * real(plan.lane_bytes));
-  const double near = std::min(1.0, real(kNearBytes) / std::max(1.0, slice_bytes));
-  const double byte_us = near / kCacheBytes + (1.0 - near) / (kFarBytes * machine.rate.memory);
-  const double fetched = machine.spread((rows + targets) * row_bytes * byte_us);
-  const double written = machine.memory_us(targets * row_bytes);
+  // Rows come from the second-level cache, as far as the slice of all is near.
+  const double near = std::min(1.0, real(kNearBytes) / std::max(1.0, real(slice_bytes(plan, problem))));
+  const double far_bytes = std::min(kCacheBytes, kFarBytes * machine.rate.memory);  // they come through the cache
+  const double byte_us = near / kCacheBytes + (1.0 - near) / far_bytes;
+  const double fetched = machine.spread(all.read_bytes * byte_us);
+  const double written = machine.memory_us(all.written_bytes);
   return kGap + joined(joined(kGatherStart, issued), joined(fetched, written));
 }
 
 }  // namespace
+
+double near_gather_us(const BackwardPlan& plan, const BackwardProblem& problem, const DeviceFacts& device) {
+  const Machine machine(device);
+  const GatherWork all = gather_work(plan, problem, machine);
+  return joined(machine.spread(all.issued),
+                joined(machine.spread(all.read_bytes / kCacheBytes), machine.memory_us(all.written_bytes)));
+}
 
 Cost predict_backward(const BackwardPlan& plan, const BackwardProblem& problem, const DeviceFacts& device) {
   Cost cost;

@@ -57,39 +57,71 @@ void add_buckets_and_lists(const BackwardProblem& problem, BackwardPlan* plan) {
   if (problem.symmetric && problem.edges <= kMergedSlots) plan->own_weights = take(weights);
 }
 
-// How wide a slice is. Blocks of one slice are neighbours in the grid (gather.cuh), so the slice of all rows that are
-// read is what the second-level cache should hold: kNearBytes, which is two packs a lane, 1 KB a row, of 24576 rows,
-// one pack of 49152, half a pack of 98304. Lanes of a row are given by D and the type alone: these fix the order of
-// the sums.
+// How wide a slice is: two packs of 16 bytes a lane, one and a half, one, or half of one. Blocks of one slice are
+// neighbours in the grid (gather.cuh), so the slice of all rows that are read is what the second-level cache should
+// hold: kNearBytes, which is two packs, 1 KB a row, of 24576 rows, one and a half of 32768, one of 49152. Lanes of a
+// row are given by D and the type alone: these fix the order of the sums.
 //
-// What is not near comes slower, so two packs give way to one where their slice is not near. Every slice costs a warp
-// some 340 instructions and 8 a row before its first element, though, whatever its width: with 9 rows a target 670
-// instructions for two packs, 560 for one, 540 for half of one (counted, not measured). So half a pack must save as
-// much distance as a second pass over all targets takes, which the cost model weighs. On an H200 it never does: its
-// memory brings 0.7 of what the cache does, and 65536 x 2048 in half packs, 17 MB a slice, would take 1.5 times as long
-// as in whole ones, 34 MB. Where memory is slow beside the cache it does, from some 70000 rows on.
+// Narrow slices are near but many, and every slice costs a warp some 340 instructions and 8 a row before its first
+// element, whatever its width: with 9 rows a target 590 instructions for two packs, 550 for one and a half, 500 for
+// one, 460 for half of one (counted, not measured). Far rows come at 0.7 of the cache's rate on an H200. So:
+//
+//   * Slices wider than a pack are near, as a rule, though the prediction alone would let them grow a little beyond:
+//     how much slower far rows are was measured in another kernel. Where they are not near, they serve only if one pack
+//     would lose more than kMostLoss even if distance cost nothing: where targets have few rows (k below 10, more
+//     candidates than anchors). Likewise where one slice holds whole rows, which narrower ones would divide, and where
+//     blocks search the graph, as they do in every slice anew.
+//   * One pack always serves. Of 65536 x 2048 its slices are 32 MB. On an H200 half packs, 16 MB, would take 1.4 times
+//     as long, and 12 bytes a lane, 24 MB, 1.12 times (two packs, 64 MB, 0.92 times). Where memory is slow beside the
+//     cache half packs do pay, from some 70000 rows on, and here and there where they leave fewer lanes beyond D.
+//
+// What is considered depends on how rows and neighbours relate, beside what is near, and on D only where a slice holds
+// whole rows: more rows, or dimensions, are never cheaper, and one row more is dearer by less than 1.3.
+constexpr double kMostLoss = 1.26;
+
+// Elements that slices of every width divide.
+std::int64_t even_dims(DType dtype) {
+  return kWarp * 6 * kPack / element_bytes(dtype);
+}
+
 void choose_slices(const BackwardProblem& problem, const DeviceFacts& device, BackwardPlan* plan) {
   const std::int64_t element = element_bytes(problem.dtype);
   const std::int64_t packs = std::max<std::int64_t>(1, divide_up(problem.D * element, kPack));
   plan->row_lanes = 1;
   while (plan->row_lanes < kWarp && plan->row_lanes < packs) plan->row_lanes *= 2;
-  BackwardPlan best;
-  double least = 0.0;
-  const auto consider = [&](int lane_bytes) {
-    set_lane_bytes(problem, lane_bytes, plan);
-    const double us = predict_backward(*plan, problem, device).total();
-    if (best.launches == 0 || us < least) {
-      best = *plan;
+  const auto of_width = [&](int lane_bytes) {
+    BackwardPlan slices = *plan;
+    set_lane_bytes(problem, lane_bytes, &slices);
+    return slices;
+  };
+  const auto near = [&](const BackwardPlan& of) { return slice_bytes(of, problem) <= kNearBytes; };
+
+  const BackwardPlan whole = of_width(kPack);
+  BackwardPlan best = whole;
+  double least = predict_backward(whole, problem, device).total();
+  const auto consider = [&](const BackwardPlan& slices) {
+    const double us = predict_backward(slices, problem, device).total();
+    if (us < least) {
+      best = slices;
       least = us;
     }
   };
-  consider(kPack);
   // A half-precision pack has 8 elements already.
-  const std::int64_t wide = 2 * kPack * plan->row_lanes;
-  if (element > 2 && packs > kWarp && shared_rows(problem) * wide <= kNearBytes) consider(2 * kPack);
-  if (!plan->searches && shared_rows(problem) * std::min(wide / 2, problem.D * element) > kNearBytes) {
-    consider(kPack / 2);
+  if (element > 2 && packs > kWarp) {
+    BackwardProblem even = problem;
+    even.D = even_dims(problem.dtype);
+    const auto near_us = [&](BackwardPlan of) {
+      set_lane_bytes(even, of.lane_bytes, &of);
+      return near_gather_us(of, even, device);
+    };
+    for (const int lane_bytes : {2 * kPack, kPack + kPack / 2}) {
+      const BackwardPlan wide = of_width(lane_bytes);
+      if (plan->searches || near(wide) || wide.slices == 1 || near_us(whole) > kMostLoss * near_us(wide)) {
+        consider(wide);
+      }
+    }
   }
+  if (!plan->searches) consider(of_width(kPack / 2));
   *plan = best;
 }
 

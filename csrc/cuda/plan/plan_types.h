@@ -202,9 +202,9 @@ struct BackwardPlan {
   std::int64_t workspace_bytes = 0;
   std::int64_t slice_elements = 0;  // elements of D that a block works on
   std::int64_t slices = 0;
-  int lane_bytes = 16;       // of one row's slice, of a lane: 8, 16, or for fp32 and fp64 32
+  int lane_bytes = 16;       // of one row's slice, of a lane: 8, 16, or for fp32 and fp64 24 or 32
   int row_lanes = 32;        // lanes of a warp that share a row of the slice; groups of them take every so many edges
-  bool searches = false;     // blocks look for incoming edges in the whole graph; with lane_bytes of 16 or 32
+  bool searches = false;     // blocks look for incoming edges in the whole graph; with lane_bytes of 16 or more
   bool partitioned = false;  // edges are first put in buckets of targets, in their order, and listed by target
   int bucket_shift = 0;      // target >> bucket_shift is its bucket
   std::int64_t buckets = 0;

@@ -393,4 +393,9 @@ constexpr std::int64_t shared_rows(const BackwardProblem& problem) {
   return std::max(candidates, problem.need_candidates ? problem.N : 0);
 }
 
+// The plan's slice of these.
+constexpr std::int64_t slice_bytes(const BackwardPlan& plan, const BackwardProblem& problem) {
+  return shared_rows(problem) * std::min<std::int64_t>(problem.D, plan.slice_elements) * element_bytes(problem.dtype);
+}
+
 }  // namespace sn::cuda

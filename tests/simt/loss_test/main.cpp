@@ -111,8 +111,8 @@ void check_problem(const Problem& p) {
     check_selection(p, r, all);
     Gradients gradients;
     // As planned, then searched for, then from lists in slices of every width.
-    constexpr std::array kPartitions{0, 1, 2, 2, 2};
-    constexpr std::array kLaneBytes{0, 32, 8, 16, 32};
+    constexpr std::array kPartitions{0, 1, 1, 2, 2, 2, 2};
+    constexpr std::array kLaneBytes{0, 24, 32, 8, 16, 24, 32};
     for (std::size_t run = 0; run < kPartitions.size(); ++run) {
       const int partition = kPartitions[run];
       sn_simt_settings back = settings;

@@ -51,7 +51,7 @@ void vary(sn_simt_settings& settings, std::uint64_t word) {
   settings.shared_reduction = static_cast<std::int32_t>(word / 19 % 2);
   settings.buffer_capacity = word / 23 % 2;
   settings.few_rows = word / 29 % 2;
-  settings.lane_bytes = std::array{0, 8, 16, 32}[word / 37 % 4];
+  settings.lane_bytes = std::array{0, 8, 16, 24, 32}[word / 37 % 5];
   settings.bucket_shift = std::array{0, 3, 10}[word / 41 % 3];
   settings.select_threads = word / 43 % 2 == 0 ? 256 : 128;
   settings.selection = static_cast<std::int32_t>(word / 47 % 4);

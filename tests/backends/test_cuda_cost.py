@@ -346,6 +346,32 @@ def test_one_neighbour_more_is_never_cheaper_nor_much_dearer(
         assert more <= (1.45 if k == 225 and candidates > 256 else 1.3) * us, (k, us, more)
 
 
+def us_of(facts: dict[str, Any], kernel: str) -> float:
+    return sum(us for name, _, us in facts["kernels"] if name == kernel)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "path"), [(F16, "screen"), (F16, "auto"), (F32, "screen")])
+def test_an_anchor_more_costs_a_row_of_half_tiles(core: ModuleType, device: str, dtype: int, path: str) -> None:
+    """Tiles of scores have 128 rows, of which half may be left out, at 0.625 of their time. So the scores grow by at
+    most 1.625 (from 128 to 129 rows), where rows of 64 grow by 1.5; some more where it is another wave or tile, too.
+    The whole grows by at most 1.3, or as rows of 64 do."""
+    most = 0.0
+    for n, m, d in product((*range(64, 1089, 64), 2048, 4096), (65536, 300000), (8, 64, 512, 2048)):
+        before, after = (plan(core, rows, m, d, device, dtype=dtype, path=path) for rows in (n, n + 1))
+        if before["path"] != after["path"]:
+            continue
+        growth = tiles(n + 1, False) / tiles(n, False)
+        scores, more = us_of(before, "scores"), us_of(after, "scores")
+        assert scores <= more <= 1.2 * growth * scores, (n, m, d, scores, more)
+        if m == 300000:
+            assert more <= (1.11 if n == 128 else 1.08) * growth * scores, (n, d, scores, more)
+            most = max(most, more / (growth * scores))
+        us, more = before["predicted_us"], after["predicted_us"]
+        assert us <= more <= max(1.3, 1.05 * growth) * us, (n, m, d, us, more)
+    assert most > 1.0  # a row of tiles, or of halves, was begun
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [F32, F64, F16])
 def test_more_dimensions_are_never_cheaper(core: ModuleType, device: str, dtype: int) -> None:

@@ -39,8 +39,9 @@ def test_tight_clusters_are_decided_by_the_second(radius: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    """The grid of half precision makes many duplicates of few points."""
-    assert_decided(check(clusters(400, 72, 2, 3e-3).to(dtype)), 400)
+    """The grid of half precision makes many duplicates of few points. (Which entries a full buffer has depends on the
+    schedule: after some, a dozen rows have a leader of their own, too few for a tile.)"""
+    assert_decided(check(clusters(400, 72, 2, 3e-3).to(dtype), seed=2), 400)
 
 
 @pytest.mark.parametrize("path", ["screen", "bank"])

@@ -23,6 +23,7 @@ from mutants.mutant import (
     SCREEN,
     Mutant,
 )
+from mutants.partial_tiles import partial_tiles
 from mutants.preparation import preparation
 from mutants.selection import selection
 
@@ -657,6 +658,7 @@ MUTANTS: tuple[Mutant, ...] = (
         (RESCREEN + "test_small_groups_take_no_places_of_others",),
     ),
     *_tiles(),
+    *partial_tiles(),
     *_fallback(),
     *preparation(),
     *selection(),

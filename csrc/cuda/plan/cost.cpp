@@ -344,6 +344,17 @@ constexpr double kWideWait = 1.5;
 // A gain that was only counted may not be there: the wide tile is taken where it is to gain a tenth, and predicted as
 // slow. To be 1 once it is measured.
 constexpr double kWideDoubt = 1.1;
+// A last row of tiles (of a square also the last column) of which at most half exists: half of the warps multiply
+// nothing. Counted, not measured: half of the operands' bytes of shared memory and all of the copies' are 0.156 bytes
+// for a multiply-add of the large tile. A full tile has 0.125, and a tile of 64 x 64 has 0.188 and two thirds of its
+// rate, measured. So it multiplies at 0.8 of the rate: half of the work in 0.625 of the time, which the epilogue is
+// taken to need, too. One row of tiles alone counts as whole: there tiles of 64 x 64 were measured.
+constexpr double kHalfEmptyTile = 0.625;
+double tiles_along(std::int64_t count, std::int64_t side) {
+  const std::int64_t rest = count % side;
+  const double last = count > side && 2 * rest <= side ? kHalfEmptyTile : 1.0;
+  return real(count / side) + (rest > 0 ? last : 0.0);
+}
 constexpr double kScoresStart = 4.0;
 // Epilogue of a pair: written out; tested for its anchor; tested for both.
 constexpr double kDensePair = 2.0e-4;
@@ -371,11 +382,14 @@ double bank_pass_us(const ForwardPlan& plan, std::int64_t columns, const Machine
 
 double score_pass_us(const ScorePass& pass, const DeviceFacts& device) {
   const Rates rate = rates(device);
-  const double down = real(divide_up(pass.rows, pass.tile_rows));
-  const double across = real(divide_up(pass.columns, pass.tile_columns));
+  const double down = tiles_along(pass.rows, pass.tile_rows);
+  // Columns of a sample are walked in whole tiles, and elsewhere the last of many columns matters little.
+  const double across =
+      pass.symmetric ? tiles_along(pass.columns, pass.tile_columns) : real(divide_up(pass.columns, pass.tile_columns));
   // Of the square of the rows with themselves, tiles on and above the diagonal: with as many rows as columns in a tile,
-  // down (down + 1) / 2. They serve both triangles.
-  const double own = pass.symmetric ? real(divide_up(pass.rows, pass.tile_columns)) : 0.0;
+  // down (down + 1) / 2. They serve both triangles. (A wide tile counts as whole where half of it lies below the
+  // diagonal, which no warp multiplies.)
+  const double own = pass.symmetric ? tiles_along(pass.rows, pass.tile_columns) : 0.0;
   const double twice = own * (down + static_cast<double>(pass.tile_columns) / pass.tile_rows) / 2.0;
   const double tiles = twice + down * (across - own);
   const double pairs = static_cast<double>(pass.tile_rows) * pass.tile_columns;

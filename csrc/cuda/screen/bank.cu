@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
   } else if constexpr (kMode == ScoreMode::kSample) {
     epilogue.sample(rProducts);
   } else {
-    epilogue.template append_support<false>(rProducts, true, false);
+    epilogue.template append_support<false>(rProducts, false);
     if (!score.far) return;
     if (!memory.wants_far()) return;  // the whole block
     for (int i = thread_id(); i < Tile::kRows + Tile::kColumns; i += Tile::kThreads) {
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) bank_kernel(const __grid_co
           i, number < matrix.count ? fold_label(load(matrix.labels + matrix.first + number * matrix.step)) : 0);
     }
     sync_block();
-    epilogue.template append_far<false>(rProducts, true, false);
+    epilogue.template append_far<false>(rProducts, false);
   }
 }
 

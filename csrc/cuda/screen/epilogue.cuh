@@ -281,29 +281,24 @@ struct Epilogue {
     sync_warp();
   }
 
-  // rows, columns: which of its anchors the warp serves. Columns are anchors in the symmetric case alone, kBoth, and of
-  // the strip.
+  // columns: whether the warp serves its columns as anchors, too: in the symmetric case alone, kBoth, and of the strip.
   template <bool kBoth>
-  __device__ __forceinline__ void append_support(const Products<Tile>& rProducts, bool rows, bool columns) {
+  __device__ __forceinline__ void append_support(const Products<Tile>& rProducts, bool columns) {
     Hits<Tile> rOfRows{};
     Hits<Tile> rOfColumns{};
-    if (rows) support<true>(rProducts, rOfRows);
+    support<true>(rProducts, rOfRows);
     if constexpr (kBoth) {
       if (columns) support<false>(rProducts, rOfColumns);
     }
     append<kBoth, false>(rProducts, rOfRows, rOfColumns);
   }
   template <bool kBoth>
-  __device__ __forceinline__ void append_far(const Products<Tile>& rProducts, bool rows, bool columns) {
-    Hits<Tile> rAlike;
-    alike(rAlike);
+  __device__ __forceinline__ void append_far(const Products<Tile>& rProducts, bool columns) {
     Hits<Tile> rOfRows;
+    alike(rOfRows);
     Hits<Tile> rOfColumns;
 #pragma unroll
-    for (int w = 0; w < Tile::kHitWords; ++w) {
-      rOfRows[w] = rows ? rAlike[w] : 0;
-      rOfColumns[w] = kBoth && columns ? rAlike[w] : 0;
-    }
+    for (int w = 0; w < Tile::kHitWords; ++w) rOfColumns[w] = kBoth && columns ? rOfRows[w] : 0;
     append<kBoth, true>(rProducts, rOfRows, rOfColumns);
   }
 

@@ -33,7 +33,12 @@
 // 6. Order of tiles. The grid walks bands of kBand tile rows, and the columns of a band one after the other: blocks
 //    that run at one time share few rows and columns.
 //
-// 7. The symmetric case. Anchors are candidates: of the square that a strip's own rows make with themselves there are
+// 7. Partial tiles. One anchor beyond a whole row of tiles begins another one, of which almost all rows are missing. A
+//    warp without a pair to score multiplies nothing and has no epilogue: half of such a tile's warps, where a tile has
+//    two down. All copy their shares of the stages and meet at every barrier. A block below the diagonal in a wide tile
+//    (8) is no warp's work, either.
+//
+// 8. The symmetric case. Anchors are candidates: of the square that a strip's own rows make with themselves there are
 //    tiles on and above the diagonal alone, each tested for its rows and for its columns. Columns before and behind the
 //    square are ordinary ones. They are walked in a circle from the square's first column on, so the square comes first
 //    in a band, as a staircase. One strip of all anchors is nothing but the square.
@@ -171,11 +176,25 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const std::int64_t first_candidate = kMode == ScoreMode::kSample ? static_cast<std::int64_t>(place.column) : column;
   const std::int64_t spread = kMode == ScoreMode::kSample ? static_cast<std::int64_t>(args.tile_columns) : 1;
   // Columns right of the diagonal's square block serve as anchors, too, where they are of the strip: others have no
-  // threshold yet, or no buffer any more. A block left of it is served by its mirror.
+  // threshold yet, or no buffer any more.
   const auto serves_columns = [&](int block) {
     const std::uint32_t across = place.column * Tile::kBlocksAcross + static_cast<std::uint32_t>(block);
     return kSymmetric && place.row < across && across < args.tile_rows;
   };
+  const auto serves_rows = [&](int block) {  // a block left of it is served by its mirror
+    return !kSymmetric || place.row <= place.column * Tile::kBlocksAcross + static_cast<std::uint32_t>(block);
+  };
+
+  // Whether the warp has a pair to score. Else its rows or its columns begin beyond the last one, or its square block
+  // lies below the diagonal and serves no anchor: a block that serves its columns serves its rows. Of a sample all
+  // groups are written, also those without a candidate.
+  const WarpPlace<Tile> warp;
+  const int warp_block = warp.column / Tile::kRows;
+  const auto has_pairs = [&] {
+    if (row + warp.row >= args.anchors.count) return false;
+    return kMode == ScoreMode::kSample || (column + warp.column < args.candidates.count && serves_rows(warp_block));
+  };
+  const bool works = any_lane(has_pairs());  // all lanes agree, and the compiler sees it: a predicate, no register
 
   // What this thread's rows or columns bring to the epilogue. A place beyond the matrix keeps nothing and is kept by no
   // anchor, unless a NaN is involved; therefore hits are checked again.
@@ -198,9 +217,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   // 1. Products.
   SharedArena arena;
   const Shared<T16> sRing = arena.take<T16>(Tile::kStages * Tile::kStageElements);
-  Products<Tile> rProducts;
-  clear<Tile>(rProducts);
-  const WarpPlace<Tile> warp;
+  Products<Tile> rProducts;  // set where the warp works
   {
     const int copy_row = thread_id() / kRowChunks;
     int element = thread_id() % kRowChunks * kChunkElements;  // of the next stage to be copied
@@ -245,7 +262,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
       async_wait<Tile::kStages - 2>();
       sync_block();  // the oldest stage has arrived, and the slot that is overwritten next has been read by all
     };
-    if constexpr (Tile::kAhead) {
+    // A warp without pairs makes its copies and meets the others, as often as those below. It has a loop of its own: in
+    // theirs a condition would add up to 8 % of instructions, and products of the wide tile would not overlap copies.
+    // (bar.sync counts warps, wherever they are; only the lanes of a warp must come together.)
+    if (!works) {
+#pragma unroll 1
+      for (int stage = 0; stage < args.stages; ++stage) {
+        arrive();
+        copy_stage(slot == 0 ? Tile::kStages - 1 : slot - 1);
+        slot = next(slot);
+      }
+      if constexpr (Tile::kAhead) arrive();
+    } else if constexpr (Tile::kAhead) {
+      clear<Tile>(rProducts);
       Operands<Tile> rOperands[2];
       const auto load_depth = [&](int from, int depth) {
         const Shared<T16> sStage = sRing.offset(from * Tile::kStageElements);
@@ -268,6 +297,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
         multiply<T16, Tile>(rProducts, rOperands[(kDepths - 1) % 2]);
       }
     } else {
+      clear<Tile>(rProducts);
 #pragma unroll 1
       for (int stage = 0; stage < args.stages; ++stage) {
         arrive();
@@ -309,15 +339,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   // 3. Scores.
   Epilogue<T16, Tile> epilogue(args, memory, warp, row, column);
   if constexpr (kMode == ScoreMode::kDense) {
-    epilogue.dense(rProducts);
+    if (works) epilogue.dense(rProducts);  // no barrier follows
   } else if constexpr (kMode == ScoreMode::kSample) {
-    epilogue.sample(rProducts);
+    if (works) epilogue.sample(rProducts);
   } else {
-    const int block = warp.column / Tile::kRows;
-    const bool columns_too = serves_columns(block);
-    const bool rows_too =
-        !kSymmetric || place.row <= place.column * Tile::kBlocksAcross + static_cast<std::uint32_t>(block);
-    epilogue.template append_support<kSymmetric>(rProducts, rows_too, columns_too);
+    const bool columns_too = serves_columns(warp_block);
+    if (works) epilogue.template append_support<kSymmetric>(rProducts, columns_too);
     if (!args.far) return;
     if (!memory.wants_far()) return;  // the whole block
     for_each_carried<Tile>([&](int q, int i) {
@@ -326,7 +353,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
       memory.sLabels.set(i, matrix_row >= 0 ? fold_label(load(matrix.labels + matrix_row)) : 0);
     });
     sync_block();
-    epilogue.template append_far<kSymmetric>(rProducts, rows_too, columns_too);
+    if (works) epilogue.template append_far<kSymmetric>(rProducts, columns_too);
   }
 }
 

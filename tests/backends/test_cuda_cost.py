@@ -245,17 +245,20 @@ def steps(core: ModuleType, sizes: list[int], shape_of: Callable[[int], tuple[in
 
 Walk = tuple[str, Callable[[int], tuple[int, int, int]], bool]
 WALKS: list[Walk] = [
-    *((f"N x {d}", lambda n, d=d: (n, n, d), True) for d in (64, 512, 2048)),
-    *((f"N against {m} x 512", lambda n, m=m: (n, m, 512), False) for m in (64, 256, 4096, 65536)),
-    *((f"{n} against M x 512", lambda m, n=n: (n, m, 512), False) for n in (64, 256, 4096, 65536)),
+    *((f"N x {d}", lambda n, d=d: (n, n, d), True) for d in (8, 64, 512, 2048)),
+    *((f"N against {m} x {d}", lambda n, m=m, d=d: (n, m, d), False) for d in (8, 512) for m in (64, 256, 4096, 65536)),
+    *((f"N against 300000 x {d}", lambda n, d=d: (n, 300_000, d), False) for d in (8, 64, 512, 2048)),
+    *((f"{n} against M x {d}", lambda m, n=n, d=d: (n, m, d), False) for d in (8, 512) for n in (64, 256, 4096, 65536)),
 ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dtype", "k"), [(F32, 10), (BF16, 10), (F32, 33), (F32, 100)])
+@pytest.mark.parametrize(("dtype", "k"), [(F32, 1), (F32, 10), (BF16, 10), (F32, 33), (F32, 100), (BF16, 128)])
 def test_more_rows_are_never_cheaper_nor_much_dearer(core: ModuleType, device: str, dtype: int, k: int) -> None:
     """One row more may cost a row of tiles more. At a change of path, slice, strip or sample it costs at most 1.3 times
-    as much. Where none of the architecture was measured, 1.35: beyond 2^22 pairs there are two strips."""
+    as much. Where none of the architecture was measured, 1.35: beyond 2^22 pairs there are two strips. The bank's
+    kernel has up to 256 anchors and rounds candidates as they come. One anchor more, and they are copied first, then
+    scored in five rows of tiles instead of four: together up to 1.4 where rows are short."""
     limit = 1.3 if device == "sm_90" else 1.35
     for name, shape_of, symmetric in WALKS:
         sizes = around((*EDGES, *LARGE))
@@ -268,7 +271,8 @@ def test_more_rows_are_never_cheaper_nor_much_dearer(core: ModuleType, device: s
             if m != n + 1:
                 continue
             growth = tiles(m, symmetric) / tiles(n, symmetric)
-            assert more <= max(limit, 1.05 * growth) * us, (name, n, before, after, us, more)
+            least = 1.4 if (before, after) == ("bank", "screen") else limit
+            assert more <= max(least, 1.05 * growth) * us, (name, n, before, after, us, more)
 
 
 class Planned(NamedTuple):
@@ -298,7 +302,7 @@ def dearest_step(before: Planned, after: Planned, device: str) -> float:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dtype", "k"), [(F64, 10), (F32, 200)])
+@pytest.mark.parametrize(("dtype", "k"), [(F64, 10), (F32, 200), (F32, 300), (F32, 1100)])
 def test_direct_sums_alone_grow_with_rows(core: ModuleType, device: str, dtype: int, k: int) -> None:
     """Types and numbers of neighbours that no other path serves (up to 128 candidates there are no more neighbours, and
     the screening may serve). Strips are whole tiles or whole waves of them: a few per cent up or down."""

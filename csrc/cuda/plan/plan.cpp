@@ -92,6 +92,9 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
     consider(longest);
     if (longest.strips > 1) {
       consider(direct_shape(problem, elements, kLongestStrip, false));
+      if (longest.strip_rows > kDirectTile) {
+        consider(direct_shape(problem, elements, longest.strip_rows - kDirectTile, true));
+      }
       const std::int64_t multiprocessors = std::max(1, device.multiprocessors);
       const std::int64_t blocks = direct_tiles(1, problem.M, false) * longest.d_slices;  // of a row of tiles
       const std::int64_t waves = direct_tiles(longest.strip_rows, 1, false) * blocks / multiprocessors;

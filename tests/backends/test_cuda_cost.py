@@ -305,8 +305,12 @@ def dearest_step(before: Planned, after: Planned, device: str) -> float:
 @pytest.mark.parametrize(("dtype", "k"), [(F64, 10), (F32, 200), (F32, 300), (F32, 1100)])
 def test_direct_sums_alone_grow_with_rows(core: ModuleType, device: str, dtype: int, k: int) -> None:
     """Types and numbers of neighbours that no other path serves (up to 128 candidates there are no more neighbours, and
-    the screening may serve). Strips are whole tiles or whole waves of them: a few per cent up or down."""
+    the screening may serve). Strips are whole tiles or whole waves of them: a few per cent up or down. Of 8 dimensions
+    the sums are nothing beside the selection, in which a block has a row to itself: there a second strip takes up to
+    1.9 times as long, which this leaves out."""
     for name, shape_of, symmetric in WALKS:
+        if name.endswith(" x 8"):
+            continue
         sizes = around((*EDGES, *LARGE))
         planned = [
             Planned(n, m, symmetric, plan(core, n, m, d, device, dtype=dtype, k=k, symmetric=symmetric))

@@ -28,7 +28,7 @@ def spread(rows: int, dims: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dims", SHORT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rows_of_every_length(dims: int, dtype: torch.dtype) -> None:
-    """97 rows: the last block has one. 152: the last warp has rows for some of its lanes alone."""
+    """97 rows: the last block has one, for some of the lanes of its only warp."""
     labels = torch.arange(152) % 11
     feats = spread(152, dims).to(dtype)
     alone = check(Case(feats[:97], labels[:97], k=5), buffer_capacity=0)

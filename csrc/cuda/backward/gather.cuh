@@ -19,7 +19,8 @@
 //
 // A block of 8 warps serves 8 targets, a warp each, in a slice of D. Blocks of one slice are neighbours in the grid, so
 // the slice of all rows stays in the second-level cache while they run, as far as it fits (plan_backward.cpp). A warp
-// fetches 3 to 8 rows at a time: 64 to 128 bytes a lane. Chunks of a hub are shared by all warps.
+// fetches 2 to 8 rows at a time: 64 to 128 bytes a lane, in broken packs of half precision 32. Chunks of a hub are
+// shared by all warps.
 //
 // Two kernels find a target's incoming edges: gather.cu reads them in a list, search.cu searches the graph. This file
 // has what comes then.

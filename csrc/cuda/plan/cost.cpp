@@ -1,6 +1,6 @@
 // The cost model. A kernel takes a launch, then the longer of two times, smoothly joined: that of one block alone, and
 // that of all its work on all multiprocessors. Tiles of equal work come in waves instead. Everything grows with rows,
-// candidates and dimensions, so the cheapest of several paths does, too.
+// candidates and dimensions (strips of whole tiles by a few per cent less), so the cheapest of several paths does, too.
 //
 // Constants are microseconds, and what one multiprocessor of an H200 does in one. They were read from
 // benchmarks/results/nvidia-h200/2026-11-26-d45aac1840-measure.json (a "record" below), steps "paths", "kernels" and
@@ -50,7 +50,7 @@ constexpr double kTileElement = 0.057;
 constexpr double kHalfTiles = 1.1;  // half inputs: 512 x 2048 in 65.8 against 62.1, 1024 x 2048 in 298 against 270
 
 // Selection: a row alone, and rows one after the other on a multiprocessor, which are as many times shorter as blocks
-// reside there. Where one warp extracts (M up to 384 then), 64 to 256 x 2048: 10.0 to 12.1. A neighbour has two
+// reside there. Where one warp extracts, 64 to 256 x 2048: 10.0 to 12.1. A neighbour has two
 // reductions and a look at the lane's candidates: counted, not measured, K = 10 alone was.
 constexpr double kShortRowStart = 7.5;
 constexpr double kShortRowRank = 0.05;

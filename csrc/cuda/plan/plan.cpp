@@ -92,9 +92,6 @@ void plan_direct(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
     consider(longest);
     if (longest.strips > 1) {
       consider(direct_shape(problem, elements, kLongestStrip, false));
-      if (longest.strip_rows > kDirectTile) {
-        consider(direct_shape(problem, elements, longest.strip_rows - kDirectTile, true));
-      }
       const std::int64_t multiprocessors = std::max(1, device.multiprocessors);
       const std::int64_t blocks = direct_tiles(1, problem.M, false) * longest.d_slices;  // of a row of tiles
       const std::int64_t waves = direct_tiles(longest.strip_rows, 1, false) * blocks / multiprocessors;
@@ -232,7 +229,8 @@ void plan_screened(ForwardPlan& plan, const Problem& problem, const DeviceFacts&
     plan.strip_rows = N;
     plan.strips = 1;
     choose_thin_sample(plan, problem, device);
-    // The place of the buffer also holds what the sample leaves: beyond some 500,000 candidates both grow as sqrt(M).
+    // The place of the buffer also holds what the sample leaves: of more than kFewRows anchors both grow as sqrt(M)
+    // beyond some 500,000 candidates.
     const bool lean = takes_lean_sample(N, plan.K);
     std::int64_t ratio = lean ? kLeanRatio : kSampleRatio;
     if (plan.thin_sample) ratio = std::max(ratio, M / kFewSample);

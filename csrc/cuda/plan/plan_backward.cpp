@@ -63,8 +63,9 @@ void add_buckets_and_lists(const BackwardProblem& problem, BackwardPlan* plan) {
 // row are given by D and the type alone: these fix the order of the sums.
 //
 // Narrow slices are near but many, and every slice costs a warp some 340 instructions and 8 a row before its first
-// element, whatever its width: with 9 rows a target 590 instructions for two packs, 550 for one and a half, 500 for
-// one, 460 for half of one (counted, not measured). Far rows come at 0.7 of the cache's rate on an H200. So:
+// element, whatever its width: with 9 rows a target 590 instructions by the model for two packs, 550 for one and a
+// half, 500 for one, 460 for half of one (counted, not measured). Far rows come at 0.7 of the cache's rate on an
+// H200. So:
 //
 //   * Slices wider than a pack are near, as a rule, though the prediction alone would let them grow a little beyond:
 //     how much slower far rows are was measured in another kernel. Where they are not near, they serve only if one pack

@@ -89,9 +89,6 @@ inline constexpr std::int64_t kScratchEntries = std::int64_t{1} << 22;
 // Of partial sums at a time, all slices together: twice as many in fp64, four times as many in fp32.
 inline constexpr std::int64_t kPartialBytes = 16 * kScratchEntries;
 
-// And 1 / kScratchSlack more, to fill tiles.
-inline constexpr std::int64_t kScratchSlack = 32;
-
 // How a problem is cut, within that scratch (or one anchor's, if that is more).
 struct DirectShape {
   std::int64_t slice_elements;
@@ -115,8 +112,7 @@ constexpr bool direct_triangular(const Problem& problem, std::int64_t strip_rows
   return problem.symmetric && (strip_rows >= problem.N || strip_rows % kDirectTile == 0);
 }
 // Strips of at most so many rows. whole_tiles: they have whole tiles of rows, and may share triangles. At 127 rows that
-// would be half as many. Where a few rows are missing to one more row of tiles, the scratch is larger by those: just
-// beyond the scratch of one strip, the first strip is as long as ever.
+// would be half as many.
 constexpr DirectShape direct_shape(const Problem& problem, std::int64_t slice_elements, std::int64_t most_rows,
                                    bool whole_tiles) {
   DirectShape shape{};
@@ -126,9 +122,8 @@ constexpr DirectShape direct_shape(const Problem& problem, std::int64_t slice_el
   shape.d_slices = direct_slices(problem.D, shape.slice_elements);
   const std::int64_t partials = kPartialBytes / accumulator_bytes(problem.dtype) / shape.d_slices;
   shape.strip_rows = std::min({N, most_rows, std::max<std::int64_t>(1, std::min(partials, kScratchEntries) / M)});
-  if (whole_tiles && shape.strip_rows > kDirectTile && shape.strip_rows < std::min(N, most_rows)) {
-    const std::int64_t missing = round_up(shape.strip_rows, kDirectTile) - shape.strip_rows;
-    shape.strip_rows += missing * kScratchSlack <= shape.strip_rows ? missing : missing - kDirectTile;
+  if (whole_tiles && shape.strip_rows > kDirectTile && shape.strip_rows < N) {
+    shape.strip_rows -= shape.strip_rows % kDirectTile;
   }
   shape.strips = divide_up(N, shape.strip_rows);
   shape.triangular = direct_triangular(problem, shape.strip_rows);

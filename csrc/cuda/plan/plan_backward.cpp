@@ -70,8 +70,8 @@ void add_buckets_and_lists(const BackwardProblem& problem, BackwardPlan* plan) {
 //   * Slices wider than a pack are near, as a rule, though the prediction alone would let them grow a little beyond:
 //     how much slower far rows are was measured in another kernel. Where they are not near, they serve only if one pack
 //     would lose more than kMostLoss even if distance cost nothing: where targets have few rows (k below 10, more
-//     candidates than anchors). Likewise where one slice holds whole rows, which narrower ones would divide, and where
-//     blocks search the graph, as they do in every slice anew.
+//     candidates than anchors). Likewise one and a half packs where they hold whole rows, of which one pack would leave
+//     less than half for a second slice, and where blocks search the graph, as they do in every slice anew.
 //   * One pack always serves. Of 65536 x 2048 its slices are 32 MB. On an H200 half packs, 16 MB, would take 1.4 times
 //     as long, and 12 bytes a lane, 24 MB, 1.12 times (two packs, 64 MB, 0.92 times). Where memory is slow beside the
 //     cache half packs do pay, from some 70000 rows on, and here and there where they leave fewer lanes beyond D.
@@ -117,9 +117,8 @@ void choose_slices(const BackwardProblem& problem, const DeviceFacts& device, Ba
     };
     for (const int lane_bytes : {2 * kPack, kPack + kPack / 2}) {
       const BackwardPlan wide = of_width(lane_bytes);
-      if (plan->searches || near(wide) || wide.slices == 1 || near_us(whole) > kMostLoss * near_us(wide)) {
-        consider(wide);
-      }
+      const bool rest = lane_bytes < 2 * kPack && wide.slices == 1;  // of rows little longer than a slice of one pack
+      if (plan->searches || rest || near(wide) || near_us(whole) > kMostLoss * near_us(wide)) consider(wide);
     }
   }
   if (!plan->searches) consider(of_width(kPack / 2));

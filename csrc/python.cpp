@@ -83,6 +83,12 @@ void expect_problem(const char* function, std::int64_t N, std::int64_t M, std::i
                                 " and k of 1 to as many, got " + std::to_string(N) + ", " + std::to_string(M) + ", " +
                                 std::to_string(D) + " and " + std::to_string(k));
   }
+  // No device holds these, and offsets in a workspace are 64 bits.
+  constexpr double kMostElements = 0x1p56;
+  if ((static_cast<double>(N) + static_cast<double>(M)) * static_cast<double>(D) > kMostElements) {
+    throw std::invalid_argument(std::string(function) + ": expected (N + M) x D of at most 2^56, got (" +
+                                std::to_string(N) + " + " + std::to_string(M) + ") x " + std::to_string(D));
+  }
   if (symmetric && N != M) {
     throw std::invalid_argument(std::string(function) + ": symmetric: expected N = M, got " + std::to_string(N) +
                                 " and " + std::to_string(M));

@@ -232,6 +232,9 @@ def test_bad_arguments(core: ModuleType) -> None:
     for size in (-1, 2**31, 2**62):
         with pytest.raises(ValueError, match=rf"expected N, M, D of 0 to 2147483647.* got {size}, 1, 1 and 10"):
             plan(core, size, 1, 1)
+    with pytest.raises(ValueError, match=r"of at most 2\^56, got \(2147483647 \+ 1\) x 2147483647"):
+        plan(core, 2**31 - 1, 1, 2**31 - 1)
+    assert plan(core, 2**31 - 1, 2**31 - 1, 2**23)["workspace_bytes"] > 0
     with pytest.raises(ValueError, match="symmetric: expected N = M, got 2 and 3"):
         plan(core, 2, 3, 1, symmetric=True)
     with pytest.raises(ValueError, match=r"expected a capability of 8.0 or newer.* got 7.5, 132"):

@@ -140,6 +140,22 @@ def test_large_identities_in_clusters(dims: int, rescreen: bool) -> None:
         assert report.slices_summed <= slices * (rows // SIDE + 1) * (rows // SIDE + 10)
 
 
+def test_a_positive_that_no_row_has_for_a_neighbor_stays() -> None:
+    """Anchors in one point, among others too many for a buffer; most of their positives are in the opposite point, too
+    many and too near to each other for a bound. After the first slice none of these is a neighbour of any row."""
+    generator = torch.Generator().manual_seed(11)
+    point = torch.nn.functional.normalize(torch.randn(300, generator=generator), dim=0)
+    near, far = overflowing(4), 200
+    sign = torch.ones(80 + near + far)
+    sign[80 + near :] = -1
+    feats = sign[:, None] * point + 1e-4 * torch.randn(len(sign), 300, generator=generator) / 300**0.5
+    labels = torch.cat([torch.zeros(80).long(), 1 + torch.arange(near) % 50, torch.zeros(far).long()])
+    case = Case(feats[:80], labels[:80], k=4, candidates=feats[80:], candidate_labels=labels[80:])
+    report = check(case, far_capacity=16)
+    assert report.fallen_back == 80
+    assert report.slices_summed > 0
+
+
 def test_identical_rows_of_large_identities_cost_no_sum() -> None:
     """The mean is exact, all distances are 0: the labels alone decide near and far."""
     rows = 500

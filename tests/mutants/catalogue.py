@@ -80,7 +80,7 @@ def _fallback() -> list[Mutant]:
         (
             "tile-drops-positives", search,
             "const std::uint32_t votes = ballot(better || positive);", "const std::uint32_t votes = ballot(better);",
-            "a far positive is dropped after its first slice", "test_large_identities_in_clusters",
+            "a far positive is dropped after its first slice", "test_a_positive_that_no_row_has_for_a_neighbor_stays",
         ),
         (
             "tile-closed-before-the-index", search,

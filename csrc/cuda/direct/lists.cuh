@@ -3,12 +3,12 @@
 // A list is 32 keys that one warp sorts by shuffles. Then each key counts, by a binary search of every other list, how
 // many come before it: that is its place. It takes two barriers, whatever the number of keys.
 //
-// Where a row has more candidates than lists should sort, and few are wanted: candidates fall into 256 groups, one or
-// two a thread, and 8 lists hold the least key of each. The r-th of a list is a bound that r of its groups have a
-// candidate within, so of 8 lists the largest r-th, with r = wanted / 8 rounded up, holds at least `wanted`. How many
-// least keys the r-th of each list holds is counted, and the smallest that holds enough is the bound. Only threads with
-// a least key within it look at their candidates once more, and what they find is sorted in lists: by simulation of
-// random rows 12 for 10 wanted, and 160 to 190 for 128.
+// Of a row with more candidates than lists should sort, few are wanted. Candidates fall into 256 groups, one or two a
+// thread, and 8 lists hold the least key of each. The r-th of a list is a bound that r of its groups have a candidate
+// within, so of 8 lists the largest r-th, with r = wanted / 8 rounded up, holds at least `wanted`. How many least keys
+// the r-th of each list holds is counted, and the smallest that holds enough is the bound. Only threads with a least
+// key within it look at their candidates once more, and what they find is sorted in lists: by simulation of random rows
+// 12 for 10 wanted, and 160 to 190 for 128.
 #pragma once
 
 #include <cstdint>

@@ -50,8 +50,8 @@ constexpr double kTileElement = 0.057;
 constexpr double kHalfTiles = 1.1;  // half inputs: 512 x 2048 in 65.8 against 62.1, 1024 x 2048 in 298 against 270
 
 // Selection: a row alone, and rows one after the other on a multiprocessor, which are as many times shorter as blocks
-// reside there. Where one warp extracts, 64 to 256 x 2048: 10.0 to 12.1. A neighbour has two
-// reductions and a look at the lane's candidates: counted, not measured, K = 10 alone was.
+// reside there. Where one warp extracts, 64 to 256 x 2048: 10.0 to 12.1. A neighbour has two reductions and a look at
+// the lane's candidates: counted, not measured, K = 10 alone was.
 constexpr double kShortRowStart = 7.5;
 constexpr double kShortRowRank = 0.05;
 constexpr double kShortRowRankEntry = 0.00017;

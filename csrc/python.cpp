@@ -204,7 +204,7 @@ pybind11::dict cuda_backward_plan(std::int64_t N, std::int64_t M, std::int64_t D
   return pybind11::dict("launches"_a = plan.launches, "workspace_bytes"_a = plan.workspace_bytes,
                         "partitioned"_a = plan.partitioned, "buckets"_a = plan.buckets,
                         "slice_elements"_a = plan.slice_elements, "slices"_a = plan.slices,
-                        "lane_bytes"_a = plan.lane_bytes, "row_lanes"_a = plan.row_lanes,
+                        "lane_bytes"_a = plan.lane_bytes, "target_lanes"_a = plan.target_lanes, "row_lanes"_a = plan.row_lanes,
                         "predicted_us"_a = cost.total(), "kernels"_a = kernels_of(cost));
 }
 

@@ -38,13 +38,14 @@ def test_backward_with_and_without_lists(name: str, partition: str) -> None:
     judge.assert_same_bits(*grads)
 
 
-WIDTHS = [("never", 16), ("never", 24), ("never", 32), *(("always", width) for width in (8, 16, 24, 32))]
+SEARCHES = [("never", 32, width) for width in (16, 24, 32)]
+LISTS = [("always", 32, 16), ("always", 32, 32), *(("always", 16, width) for width in (16, 24, 32))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["bank", "hub", "wide"])
 def test_slices_of_the_backward_do_not_show(name: str, dtype: torch.dtype) -> None:
-    """Slices of D of 8, 16, 24 and 32 bytes a lane: hubs and ragged ends included."""
+    """Slices of D of 16, 24 and 32 bytes a lane, of a warp or half of one: hubs and ragged ends included."""
     case = {
         "bank": problems.bank_case(30, 50, 301, 8, self_kind="offset"),
         "hub": problems.self_case(90, 260, 8, k=5),
@@ -53,12 +54,13 @@ def test_slices_of_the_backward_do_not_show(name: str, dtype: torch.dtype) -> No
     if name == "hub":  # the first row is everyone's nearest
         case.feats[0] = 0
     grads = []
-    for partition, lane_bytes in WIDTHS:
+    for partition, lanes, width in SEARCHES + LISTS:
         leaves = case.leaves()
-        with simt.using(partition=partition, lane_bytes=lane_bytes, seed=lane_bytes):
+        with simt.using(partition=partition, target_lanes=lanes, lane_bytes=width, seed=lanes + width):
             loss = sn_ops.sn_loss(**leaves.arguments(), backend="simt")
             grads.append(torch.autograd.grad(loss, leaves.inputs()))
-            assert simt.last_report is not None and simt.last_report.lane_bytes == lane_bytes
+            assert simt.last_report is not None
+            assert (simt.last_report.target_lanes, simt.last_report.lane_bytes) == (lanes, width)
         assert all(bool((grad != 0).any(dim=0).all()) for grad in grads[-1])
     for other in grads[1:]:
         judge.assert_same_bits(other, grads[0])
@@ -153,10 +155,10 @@ def test_any_graph(kind: str, dims: int, dtype: torch.dtype) -> None:
     graph = drawn(kind, dtype, dims)
     eps = {torch.float32: 2e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     first: list[Tensor] = []
-    for seed, (partition, lane_bytes, bucket_shift) in enumerate(
-        [("never", 16, 0), ("always", 8, 0), ("always", 16, 3), ("always", 32, 10), ("always", 24, 1), ("auto", 0, 0)]
-    ):
-        with simt.using(partition=partition, lane_bytes=lane_bytes, bucket_shift=bucket_shift, seed=seed):
+    shifts = (0, 3, 10, 1, 0)  # of buckets
+    ways = [("never", 32, 16, 0), *((*way, shift) for way, shift in zip(LISTS, shifts, strict=True)), ("auto", 0, 0, 0)]
+    for seed, (partition, lanes, width, shift) in enumerate(ways):
+        with simt.using(partition=partition, target_lanes=lanes, lane_bytes=width, bucket_shift=shift, seed=seed):
             found = list(graph.gradients())[: 1 if graph.candidates is None else 2]
         if first:
             judge.assert_same_bits(found, first)
@@ -167,20 +169,22 @@ def test_any_graph(kind: str, dims: int, dtype: torch.dtype) -> None:
             assert ((got.double() - wanted).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("row_bytes", [520, 528, 752, 760, 768, 776, 784, 1280, 1296, 1304, 1328, 1536, 2304])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "row_bytes", [272, 376, 384, 392, 400, 640, 648, 656, 768, 776, 784, 1280, 1296, 1304, 1328, 1536, 2304]
+)
 def test_slices_end_anywhere(row_bytes: int, dtype: torch.dtype) -> None:
-    """24 bytes a lane are a pack of 16 and one of 8, apart: rows end within slices of 768 bytes, among packs of either
-    kind, or with them. Rows of broken packs are read element by element."""
+    """24 bytes a lane are a pack of 16 and one of 8, apart: rows end within slices of 768 and of 384 bytes, among packs
+    of either kind, or with them. Rows of broken packs are read element by element."""
     dims = row_bytes // dtype.itemsize
     graph = drawn("hub" if row_bytes % 32 == 16 else "bank", dtype, dims)
     first: list[Tensor] = []
-    for seed, (partition, lane_bytes) in enumerate([("always", 16), ("always", 24), ("never", 24), ("always", 32)]):
-        with simt.using(partition=partition, lane_bytes=lane_bytes, seed=seed):
+    for seed, (partition, lanes, width) in enumerate(LISTS + SEARCHES):
+        with simt.using(partition=partition, target_lanes=lanes, lane_bytes=width, seed=seed):
             found = list(graph.gradients())[: 1 if graph.candidates is None else 2]
         first = first or found
         judge.assert_same_bits(found, first)
-    eps = 2e-6 if dtype == torch.float32 else 1e-14
+    eps = {torch.float32: 2e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     for got, wanted in zip(first, graph.expected(), strict=True):
         assert ((got.double() - wanted).abs() <= eps * (wanted.abs() + wanted.abs().mean() + 20)).all()
 

@@ -285,13 +285,13 @@ def _backward() -> list[Mutant]:
         ),
         (
             "chunk-for-the-target-before", gather,
-            "&& rUpTo <= chunk));", "&& rUpTo < chunk));",
+            "&& rUpTo <= chunk;", "&& rUpTo < chunk;",
             "the first chunk of a list is looked for behind the one before", graphs,
         ),
         (
             "lists-lose-a-single-edge", gather,
-            "if (l * kWarpSize < edges) list.append", "if (l * kWarpSize + 1 < edges) list.append",
-            "one edge behind whole warps of them is left out", graphs,
+            "edge < count; edge += kLanes", "edge + 1 < count; edge += kLanes",
+            "the last edge that stands ready is left out", graphs,
         ),
         (
             "buckets-without-an-end", place,
@@ -336,13 +336,69 @@ def _backward() -> list[Mutant]:
         ),
         (
             "reverses-over-chunks", lists,
-            "if ((at - begin) % kEdgeChunk == 0) {", "if (at == begin) {",
+            "if (at % kEdgeChunk == 0) {", "if (at == 0) {",
             "weights of two chunks are added in another order", graphs,
         ),
         (
             "reverses-behind-the-first", lists,
-            "lists.sources[middle] < source", "lists.sources[middle] <= source",
+            "gSources[middle] < source", "gSources[middle] <= source",
             "the search ends behind the reverses", sorts,
+        ),
+        (
+            "lists-close-up-with-the-neighbors", lists,
+            " & (kFullWarp >> (kWarpSize - lanes));", ";",
+            "a target's list has gaps for edges of those whose lanes come behind", graphs,
+        ),
+        (
+            "lists-close-up-once", lists,
+            "      rest += static_cast<std::uint32_t>(popcount(counting));\n",
+            "      rest = static_cast<std::uint32_t>(popcount(counting));\n",
+            "a further round of a list is written over the one before", graphs,
+        ),
+        (
+            "own-edges-over-the-rest", lists,
+            "const bool counts = rIndex >= 0", "rest = list_edges % kEdgeChunk;\n    const bool counts = rIndex >= 0",
+            "own edges follow a gap, in which something else stands", graphs,
+        ),
+        (
+            "own-edges-beyond-the-rows", lists,
+            "rIndex >= 0 && rIndex < graph.targets && rWeight", "rIndex >= 0 && rWeight",
+            "an own edge to no row is listed", graphs,
+        ),
+        (
+            "own-edges-uncounted", lists,
+            "= rest + static_cast<std::uint32_t>(popcount(counting));", "= rest;",
+            "the gather does not read own edges", sorts,
+        ),
+        (
+            "lists-without-room-for-own-edges", BACKWARD + "lists.cuh",
+            "return begin + target * own_slots;", "return begin + target * (own_slots - (own_slots > 0 ? 1u : 0u));",
+            "a list whose own edges all count ends in the next one", graphs,
+        ),
+        (
+            "ready-edges-before-the-chunks", gather,
+            "begin + edges / kEdgeChunk * kEdgeChunk", "begin + edges % kEdgeChunk",
+            "what stands behind a hub's chunks is looked for among them", graphs,
+        ),
+        (
+            "votes-of-both-targets", rows,
+            ": 0xffffu << (thread_id() & kHalfWarp);", ": kFullWarp;",
+            "of two targets that share a warp one's list has gaps for the other's edges", graphs,
+        ),
+        (
+            "sums-of-both-targets", rows,
+            "kElements = kValues * kLanes;", "kElements = kValues * kHalfWarp;",
+            "chunk sums of whole warps overlap", graphs,
+        ),
+        (
+            "half-a-warp-writes-no-target", sums,
+            "if (exists() && target_lane", "if (target_lane",
+            "behind the last row half a warp writes another", graphs,
+        ),
+        (
+            "chunks-of-eight-targets", gather,
+            "for (int by = 0; by < kTargets; ++by) {", "for (int by = 0; by < kGroupWarps; ++by) {",
+            "chunks that the second eight of 16 targets have summed are lost", graphs,
         ),
     ]  # fmt: skip
     return [Mutant(name, file, old, new, why, (test,)) for name, file, old, new, why, test in changes]

@@ -113,8 +113,8 @@ std::vector<Piece*> pieces_of(sn::cuda::ForwardPlan& plan) {
           &plan.waiting,         &plan.rescreen_tiles};
 }
 std::vector<Piece*> pieces_of(sn::cuda::BackwardPlan& plan) {
-  return {&plan.histogram,      &plan.totals,      &plan.begins,       &plan.placed_targets, &plan.placed_sources,
-          &plan.placed_weights, &plan.list_begins, &plan.list_sources, &plan.list_weights,   &plan.own_weights};
+  return {&plan.histogram,      &plan.totals,      &plan.begins,     &plan.placed_targets, &plan.placed_sources,
+          &plan.placed_weights, &plan.list_begins, &plan.list_rests, &plan.list_sources,   &plan.list_weights};
 }
 
 // Changes a plan as the settings say, with all that depends on it.
@@ -177,10 +177,15 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
 
 void change(sn::cuda::BackwardPlan& plan, const sn::cuda::BackwardProblem& problem, const sn_simt_settings& settings) {
   const std::int64_t element = sn::element_bytes(problem.dtype);
-  const std::int64_t lane_bytes = settings.lane_bytes;
-  if (lane_bytes >= (plan.searches ? 16 : 8) && lane_bytes <= (element > 2 ? 32 : 16) && plan.slices > 0) {
+  const int target_lanes = settings.target_lanes == 0 ? 32 : settings.target_lanes;
+  int row_lanes = 1;
+  while (row_lanes < 32 && row_lanes * 16 < problem.D * element) row_lanes *= 2;
+  if (plan.slices > 0 && (target_lanes == 32 || row_lanes == 32) &&
+      sn::cuda::gather_serves(problem.dtype, settings.lane_bytes, target_lanes, plan.searches)) {
     plan.lane_bytes = settings.lane_bytes;
-    plan.slice_elements = lane_bytes / element * plan.row_lanes;
+    plan.target_lanes = target_lanes;
+    plan.row_lanes = std::min(row_lanes, target_lanes);
+    plan.slice_elements = plan.lane_bytes / element * plan.row_lanes;
     plan.slices = sn::divide_up(problem.D, plan.slice_elements);
   }
   if (settings.bucket_shift > 0 && plan.partitioned) {
@@ -291,6 +296,7 @@ extern "C" SN_SIMT_EXPORT int sn_simt_backward(const sn::BackwardArgs* args, con
     if (!fault.empty()) return finish(cudaErrorInvalidValue, fault, 0, *report);
     change(plan, problem, *settings);
     report->lane_bytes = plan.lane_bytes;
+    report->target_lanes = plan.target_lanes;
     report->workspace_bytes = plan.workspace_bytes;
     report->partitioned = plan.partitioned ? 1 : 0;
     const std::int64_t row = problem.D * sn::element_bytes(args->dtype);

@@ -53,9 +53,12 @@ def main() -> int:
     from support import simt
 
     for case in cases():
-        # Each path, then each width of the backward's slices that is more than a pack.
-        for path, lane_bytes in (*((path, 0) for path in PATHS), ("direct", 24), ("direct", 32)):
-            with simt.using(path=path, lane_bytes=lane_bytes):
+        # Each path, then each width of the backward's slices that is more than a pack, and half warps.
+        planned = [(path, 0, 0) for path in PATHS]
+        widths = [("direct", lanes, width) for lanes, width in ((32, 24), (32, 32), (16, 16), (16, 24), (16, 32))]
+        for path, lanes, width in planned + widths:
+            partition = "always" if lanes == 16 else "auto"
+            with simt.using(path=path, lane_bytes=width, target_lanes=lanes, partition=partition):
                 expected = results(case)
                 for one, other in zip(expected, results(guarded(case)), strict=True):
                     assert torch.equal(one, other), f"{path}, {case.feats.dtype}, {tuple(case.feats.shape)}"

@@ -70,6 +70,7 @@ class Settings:
     positive_segments: int = 0
     shared_reduction: int = 0
     lane_bytes: int = 0
+    target_lanes: int = 0
     buffer_capacity: int = 0
     no_rescreen: int = 0
     few_rows: int = 0
@@ -85,6 +86,7 @@ class Report:
     path: str
     partitioned: bool
     lane_bytes: int
+    target_lanes: int
     launches: int
     workspace_bytes: int
     refined: int
@@ -194,6 +196,7 @@ class _Settings(ctypes.Structure):
         ("positive_segments", ctypes.c_int32),
         ("shared_reduction", ctypes.c_int32),
         ("lane_bytes", ctypes.c_int32),
+        ("target_lanes", ctypes.c_int32),
         ("buffer_capacity", ctypes.c_int32),
         ("no_rescreen", ctypes.c_int32),
         ("few_rows", ctypes.c_int32),
@@ -233,6 +236,7 @@ class _Report(ctypes.Structure):
         ("path", ctypes.c_int32),
         ("partitioned", ctypes.c_int32),
         ("lane_bytes", ctypes.c_int32),
+        ("target_lanes", ctypes.c_int32),
         ("control", _Control),
         ("fault", ctypes.c_char * 8192),
     ]
@@ -248,6 +252,7 @@ def _run(function: ctypes._NamedFuncPointer, args: ctypes.Structure) -> None:
         path=_PATHS[report.path],
         partitioned=bool(report.partitioned),
         lane_bytes=report.lane_bytes,
+        target_lanes=report.target_lanes,
         launches=report.launches,
         workspace_bytes=report.workspace_bytes,
         refined=report.control.refined,

@@ -32,8 +32,8 @@ struct IncomingEdges {
 
   // Appends the edge at `position` of the graph, one a lane, to the list if it counts and has no reverse among the own
   // edges of `target`. Otherwise adds its weight to `merged` of the lane that holds the reverse.
-  __device__ __forceinline__ void append(const EdgeList<Acc, std::int32_t>& list, int& count, int target, bool valid,
-                                         std::uint32_t position, Acc& merged) const {
+  __device__ __forceinline__ void append(const EdgeList<Acc, std::int32_t, kWarpSize>& list, int& count, int target,
+                                         bool valid, std::uint32_t position, Acc& merged) const {
     std::int32_t source = 0;
     Acc weight = 0;
     if (valid) {

@@ -1,12 +1,12 @@
 // The gather of gradients (gather.cuh has what is computed, and in which order) from lists of incoming edges by target.
 // It also serves problems without incoming edges.
 //
-// 1. The lanes of each warp read where the lists of the block's 8 targets begin.
+// 1. The lanes of each warp read where the lists of the block's targets begin.
 //
-// 2. Where one has a chunk of edges (a hub, or many neighbours), all warps sum chunks of all targets in turn, and the
-//    warp of a target adds its chunk sums in order. No block waits for a single warp.
+// 2. Where one has a chunk of edges (a hub, or many neighbours), the lanes of each target sum chunks of all targets in
+//    turn, and those of the target add its chunk sums in order. No block waits for a single warp.
 //
-// 3. Each warp sums what is left of its list, and its own edges.
+// 3. The lanes of each target sum what stands behind its chunks, and its own edges where these are not listed.
 #include <cstdint>
 
 #include "cuda/backward/gather.cuh"
@@ -25,65 +25,68 @@ namespace {
 using Place = std::int64_t;  // of a listed edge's row
 
 // Three blocks of float fit the 100 KB of the smallest multiprocessors, of which a block costs 1 KB more than it
-// asks for.
-static_assert(kMinBlocks * (sum_shared_bytes<float, kWideLane, Place>() + 1024) <= 100 * 1024);
-static_assert(sum_shared_bytes<double, kWideLane, Place>() <= kPlainSharedBytes);
+// asks for. Of the widest slices for half a warp, whose lists are as many as in others, two do.
+static_assert(kMinBlocks * (sum_shared_bytes<float, kWideLane, Place, kWarpSize>() + 1024) <= 100 * 1024);
+static_assert(kMinBlocks * (sum_shared_bytes<float, kMiddleLane, Place, kHalfWarp>() + 1024) <= 100 * 1024);
+static_assert(2 * (sum_shared_bytes<float, kWideLane, Place, kHalfWarp>() + 1024) <= 100 * 1024);
+static_assert(sum_shared_bytes<double, kWideLane, Place, kWarpSize>() <= kPlainSharedBytes);
+static_assert(sum_shared_bytes<double, kWideLane, Place, kHalfWarp>() <= kPlainSharedBytes);
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-// Where the lists of the block's targets lie: lane l has that of target l of the group.
+// Where the incoming edges of the block's targets are listed: a lane has those of target lane % kTargets.
+template <int kLanes>
 struct GroupLists {
+  static constexpr int kTargets = kBlockTargets<kLanes>;
+  static_assert(kTargets <= kLanes, "the lanes of each target see all");
+
   std::uint32_t rBegin = 0;
   std::uint32_t rEdges = 0;
 
   __device__ __forceinline__ GroupLists(const Lists& lists, const GatherBlock& block) {
     if (lists.begins == nullptr || !block.side.takes_incoming) return;
-    rBegin = lane_id() <= block.targets ? load(lists.begins + block.first + lane_id()) : 0;
-    const std::uint32_t next = shuffle_down(rBegin, 1);
-    rEdges = lane_id() < block.targets ? next - rBegin : 0;
+    const int mine = thread_id() & (kTargets - 1);
+    const std::uint32_t* gBegins = lists.begins + block.first;
+    rBegin = load(gBegins + (mine < block.targets ? mine : block.targets));
+    rEdges = load(gBegins + (mine < block.targets ? mine + 1 : block.targets)) - rBegin;
   }
 };
 
-// Lists, for gathering, the edges of [begin, begin + edges) that count: at most a chunk.
-template <typename Acc>
-__device__ __forceinline__ void append_incoming(const Lists& lists, const EdgeList<Acc, Place>& list,
-                                                std::uint32_t begin, int edges, int& count) {
-  constexpr int kLoads = kEdgeChunk / kWarpSize;
-  std::int32_t rSources[kLoads];
-  Acc rWeights[kLoads];
-#pragma unroll
-  for (int l = 0; l < kLoads; ++l) {
-    const int at = l * kWarpSize + lane_id();
-    const std::int64_t edge = std::int64_t{begin} + at;
-    rSources[l] = at < edges ? load(lists.sources + edge) : 0;
-    rWeights[l] = at < edges ? load(static_cast<const Acc*>(lists.weights) + edge) : Acc(0);
-  }
-#pragma unroll
-  for (int l = 0; l < kLoads; ++l) {
-    if (l * kWarpSize < edges) list.append(count, rWeights[l] != Acc(0), rSources[l], rWeights[l]);
-  }
-}
-
-// All full chunks of all targets, a warp each in turn.
-template <typename TargetSums>
-__device__ __forceinline__ void sum_chunks(const Lists& lists, const GroupLists& group, TargetSums& sums) {
+// All full chunks of all targets, in turn.
+template <int kLanes, typename TargetSums>
+__device__ __forceinline__ void sum_chunks(const Lists& lists, const GroupLists<kLanes>& group, TargetSums& sums) {
+  constexpr int kTargets = kBlockTargets<kLanes>;
+  constexpr int kLoads = kEdgeChunk / kLanes;
+  using Acc = typename TargetSums::Acc;
   const std::uint32_t rChunks = group.rEdges / kEdgeChunk;
-  const std::uint32_t rUpTo = prefix_sum(rChunks);
-  const std::uint32_t chunks = shuffle(rUpTo, kGroupWarps - 1);
-  const std::uint32_t own_end = shuffle(rUpTo, warp_id());
-  const std::uint32_t own_begin = own_end - shuffle(rChunks, warp_id());
-  for (std::uint32_t round = 0; round < chunks; round += kGroupWarps) {
-    const std::uint32_t chunk = round + static_cast<std::uint32_t>(warp_id());
-    if (chunk < chunks) {
-      const int of = popcount(ballot(lane_id() < kGroupWarps && rUpTo <= chunk));
+  const std::uint32_t rUpTo = shuffle(prefix_sum(lane_id() < kTargets ? rChunks : 0), thread_id() & (kTargets - 1));
+  const std::uint32_t chunks = shuffle(rUpTo, kTargets - 1);
+  const std::uint32_t own_end = shuffle(rUpTo, sums.place);
+  const std::uint32_t own_begin = own_end - shuffle(rChunks, sums.place);
+  for (std::uint32_t round = 0; round < chunks; round += kTargets) {
+    const std::uint32_t chunk = round + static_cast<std::uint32_t>(sums.place);
+    if (any_lane(chunk < chunks)) {
+      const bool earlier = target_lane<kLanes>() < kTargets && rUpTo <= chunk;
+      const int of = popcount(ballot(earlier) & target_lanes<kLanes>()) % kTargets;
       const std::uint32_t number = chunk - (shuffle(rUpTo, of) - shuffle(rChunks, of));
+      const std::uint32_t target = sums.block.first + static_cast<std::uint32_t>(of);
+      const std::uint32_t begin = shuffle(group.rBegin, of) + number * kEdgeChunk;
+      std::int32_t rSources[kLoads];
+      Acc rWeights[kLoads];
+#pragma unroll
+      for (int l = 0; l < kLoads; ++l) {
+        const std::int64_t edge = lists.place(begin, target) + l * kLanes + target_lane<kLanes>();
+        rSources[l] = chunk < chunks ? load(lists.sources + edge) : 0;
+        rWeights[l] = chunk < chunks ? load(static_cast<const Acc*>(lists.weights) + edge) : Acc(0);
+      }
       int count = 0;
-      append_incoming(lists, sums.list, shuffle(group.rBegin, of) + number * kEdgeChunk, kEdgeChunk, count);
-      sums.sum_chunk(sums.block.first + static_cast<std::uint32_t>(of), count);
+#pragma unroll
+      for (int l = 0; l < kLoads; ++l) sums.list.append(count, rWeights[l] != Acc(0), rSources[l], rWeights[l]);
+      sums.sum_chunk(target, count);
     }
     sync_block();
 #pragma unroll 1  // registers: unrolled it spills on sm_120
-    for (int by = 0; by < kGroupWarps; ++by) {
+    for (int by = 0; by < kTargets; ++by) {
       const std::uint32_t served = round + static_cast<std::uint32_t>(by);
       if (served >= own_begin && served < own_end) sums.add_chunk(by);
     }
@@ -91,58 +94,65 @@ __device__ __forceinline__ void sum_chunks(const Lists& lists, const GroupLists&
   }
 }
 
-template <typename T, int kLaneBytes, bool kVector>
+// Lists, for gathering, `count` edges that stand ready. By the lanes of the target.
+template <typename Acc, int kLanes>
+__device__ __forceinline__ void list_ready(const Lists& lists, const EdgeList<Acc, Place, kLanes>& list,
+                                           std::int64_t begin, int count) {
+  const std::int32_t* gSources = lists.sources + begin;
+  const Acc* gWeights = static_cast<const Acc*>(lists.weights) + begin;
+#pragma unroll 1
+  for (int edge = target_lane<kLanes>(); edge < count; edge += kLanes) {
+    list.set(edge, load(gSources + edge), load(gWeights + edge));
+  }
+}
+
+template <typename T, int kLaneBytes, bool kVector, int kLanes>
 __global__ void __launch_bounds__(kGroupThreads, kVector ? kMinBlocks : kMinBlocksUnaligned)
     gather_kernel(__grid_constant__ const GatherArgs args, __grid_constant__ const Lists lists) {
-  using Warp = TargetSums<T, kLaneBytes, kVector, Place>;
-  using Acc = typename Warp::Acc;
+  using Target = TargetSums<T, kLaneBytes, kVector, Place, kLanes>;
+  using Acc = typename Target::Acc;
   const Graph& graph = args.graph;
   SharedArena arena;
-  const SumMemory<T, kLaneBytes, Place> memory(arena);
-  const GatherBlock block(args);
-  Warp sums(args, block, memory);
+  const SumMemory<T, kLaneBytes, Place, kLanes> memory(arena);
+  const GatherBlock block(args, kBlockTargets<kLanes>);
+  Target sums(args, block, memory);
 
   // 1. Lists.
-  const GroupLists group(lists, block);
-  const bool brings = block.side.takes_own && lists.own_weights == nullptr;
-  if (brings) {
+  const GroupLists<kLanes> group(lists, block);
+  const bool sorts_own = block.side.takes_own && lists.own_slots == 0;
+  if (sorts_own) {
     memory.bring_upstream(graph);
     sync_block();
   }
 
   // 2. Chunks.
   if (any_lane(group.rEdges >= kEdgeChunk)) sum_chunks(lists, group, sums);
-  if (warp_id() >= block.targets) return;
+  if (!any_lane(sums.place < block.targets)) return;
 
-  // 3. The rest, and an own edge a lane: all loads are under way before the first one is waited for.
+  // 3. The rest.
   const double poison = load(graph.stats + kPoison);
-  const std::uint32_t own_edge = sums.target * graph.edges + static_cast<std::uint32_t>(lane_id());
-  const bool holds = sums.takes_own && sums.held && static_cast<std::uint32_t>(lane_id()) < graph.edges;
-  const std::int32_t rIndex = holds ? load(graph.indices + own_edge) : -1;
-  Acc rWeight = 0;
-  if (holds) {
-    rWeight = brings ? edge_weight<Acc>(graph, memory.sUpstream.get(0), sums.target, own_edge)
-                     : load(static_cast<const Acc*>(lists.own_weights) + own_edge);
-  }
-  const std::uint32_t edges = shuffle(group.rEdges, warp_id());
-  const int rest = static_cast<int>(edges % kEdgeChunk);
+  const std::uint32_t begin = shuffle(group.rBegin, sums.place);
+  const std::uint32_t edges = shuffle(group.rEdges, sums.place);
   int count = 0;
-  append_incoming(lists, sums.list, shuffle(group.rBegin, warp_id()) + edges - static_cast<std::uint32_t>(rest), rest,
-                  count);
-  sums.append_own(count, rIndex, rWeight);
-  Acc rSum[Warp::Row::kValues] = {};
+  if (lists.begins != nullptr && block.side.takes_incoming && sums.exists()) {
+    count = static_cast<int>(load(lists.rests + sums.target));
+    list_ready(lists, sums.list, lists.place(begin + edges / kEdgeChunk * kEdgeChunk, sums.target), count);
+  }
+  if (sorts_own && sums.held) sums.template append_own_edges<kOwnSlots>(count, 0);
+  Acc rSum[Target::Row::kValues] = {};
   sums.gather(sums.target, count, rSum);
-  if (sums.takes_own && !sums.held) sums.sum_own_chunks(rSum);
+  if (sorts_own && !sums.held) sums.sum_own_chunks(rSum);
   sums.store(rSum, poison);
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
-template <typename T, int kLaneBytes>
+template <typename T, int kLaneBytes, int kLanes>
 cudaError_t launch_lanes(const BackwardArgs& args, const BackwardPlan& plan, const Lists& lists, cudaStream_t stream) {
   const GatherArgs gather = gather_args_of(args, plan);
-  const LaunchShape shape{gather_blocks(gather, plan), kGroupThreads, sum_shared_bytes<T, kLaneBytes, Place>()};
-  const auto kernel = gathers_packs(args) ? gather_kernel<T, kLaneBytes, true> : gather_kernel<T, kLaneBytes, false>;
+  const LaunchShape shape{gather_blocks(gather, plan), kGroupThreads, sum_shared_bytes<T, kLaneBytes, Place, kLanes>()};
+  const auto kernel =
+      gathers_packs(args) ? gather_kernel<T, kLaneBytes, true, kLanes> : gather_kernel<T, kLaneBytes, false, kLanes>;
   return launch(kernel, shape, stream, gather, lists);
 }
 
@@ -151,15 +161,21 @@ cudaError_t launch_lanes(const BackwardArgs& args, const BackwardPlan& plan, con
 // ---- dispatch -------------------------------------------------------------------------------------------------------
 
 cudaError_t enqueue_gather(const BackwardArgs& args, const BackwardPlan& plan, char* workspace, cudaStream_t stream) {
+  if (!gather_serves(args.dtype, plan.lane_bytes, plan.target_lanes, false)) return cudaErrorInvalidValue;
   const Lists lists = lists_of(plan, workspace);
   return for_type(args.dtype, [&]<class T>() {
-    if constexpr (sizeof(T) > 2) {
-      if (plan.lane_bytes == kWideLane) return launch_lanes<T, kWideLane>(args, plan, lists, stream);
-      if (plan.lane_bytes == kMiddleLane) return launch_lanes<T, kMiddleLane>(args, plan, lists, stream);
+    constexpr bool kWide = sizeof(T) > 2;  // a half-precision pack has 8 elements already
+    if (plan.target_lanes == kHalfWarp) {
+      if constexpr (kWide) {
+        if (plan.lane_bytes == kWideLane) return launch_lanes<T, kWideLane, kHalfWarp>(args, plan, lists, stream);
+      }
+      return plan.lane_bytes == kMiddleLane ? launch_lanes<T, kMiddleLane, kHalfWarp>(args, plan, lists, stream)
+                                            : launch_lanes<T, kPackBytes, kHalfWarp>(args, plan, lists, stream);
     }
-    if (plan.lane_bytes == kNarrowLane) return launch_lanes<T, kNarrowLane>(args, plan, lists, stream);
-    return plan.lane_bytes == kPackBytes ? launch_lanes<T, kPackBytes>(args, plan, lists, stream)
-                                         : cudaErrorInvalidValue;
+    if constexpr (kWide) {
+      if (plan.lane_bytes == kWideLane) return launch_lanes<T, kWideLane, kWarpSize>(args, plan, lists, stream);
+    }
+    return launch_lanes<T, kPackBytes, kWarpSize>(args, plan, lists, stream);
   });
 }
 

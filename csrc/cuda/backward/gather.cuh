@@ -14,13 +14,17 @@
 //      So are the weights of the edges that an own edge merges.
 //   3. The rest is summed in the same way, and the own edges continue that sum (of more than kMergedSlots own edges,
 //      each kEdgeChunk are a chunk as well). This sum is added to the total last, and the result is rounded once.
-//   4. Where a row of the slice needs only L < 32 lanes, 32 / L groups of lanes share the list: group g takes the edges
-//      g, g + 32 / L, ..., and the groups meet in a butterfly before the rounding. L depends on D and the type alone.
+//   4. Where a row needs only L < 32 lanes, 32 / L groups of lanes share the list: group g takes the edges g,
+//      g + 32 / L, ..., and the groups meet in a butterfly before the rounding. L depends on D and the type alone.
 //
-// A block of 8 warps serves 8 targets, a warp each, in a slice of D. Blocks of one slice are neighbours in the grid, so
-// the slice of all rows stays in the second-level cache while they run, as far as it fits (plan_backward.cpp). A warp
-// fetches 2 to 8 rows at a time: 64 to 128 bytes a lane, in broken packs of half precision 32. Chunks of a hub are
-// shared by all warps.
+// A block of 8 warps serves 8 targets, a warp each, or 16, half a warp each, in a slice of D. Blocks of one slice are
+// neighbours in the grid, so the slice of all rows stays in the second-level cache while they run, as far as it fits
+// (plan_backward.cpp). Lanes fetch 2 to 8 rows at a time: 64 to 128 bytes a lane, in broken packs of half precision 32.
+// Chunks of a hub are shared by all targets' lanes.
+//
+// What a target's lanes do before its first row and behind its last is as much in a narrow slice as in a wide one.
+// Two targets a warp share it: that is what narrow slices are for, of rows so many that wide ones would not stay in
+// the cache.
 //
 // Two kernels find a target's incoming edges: gather.cu reads them in a list, search.cu searches the graph. This file
 // has what comes then.
@@ -37,13 +41,14 @@
 
 namespace sn::cuda {
 
-inline constexpr int kGroupWarps = static_cast<int>(kBackwardGroup);  // of a gather block: one a target
+inline constexpr int kGroupWarps = static_cast<int>(kBackwardGroup);  // of a gather block
 inline constexpr int kGroupThreads = kGroupWarps * kWarpSize;
+template <int kLanes>
+inline constexpr int kBlockTargets = kGroupThreads / kLanes;
 
 // Bytes of a row's slice, of a lane, beside a pack.
 inline constexpr int kWideLane = 2 * kPackBytes;
 inline constexpr int kMiddleLane = kPackBytes + kPackBytes / 2;
-inline constexpr int kNarrowLane = kPackBytes / 2;
 
 // 80 registers a thread: 24 warps with 2 to 4 KB under way each are more than what hides the latency of the
 // second-level cache at a multiprocessor's share of its bandwidth.
@@ -79,28 +84,28 @@ struct GatherBlock {
   std::uint32_t first;  // target
   int targets;
 
-  __device__ __forceinline__ explicit GatherBlock(const GatherArgs& args)
+  __device__ __forceinline__ GatherBlock(const GatherArgs& args, int most_targets)
       : side(args.sides[block_id() >= args.first_blocks ? 1 : 0]) {
     const bool second = block_id() >= args.first_blocks;
     const std::uint32_t block = static_cast<std::uint32_t>(block_id() - (second ? args.first_blocks : 0));
     slice = block / static_cast<std::uint32_t>(side.groups);
-    first = (block - slice * static_cast<std::uint32_t>(side.groups)) * kGroupWarps;
+    first = (block - slice * static_cast<std::uint32_t>(side.groups)) * static_cast<std::uint32_t>(most_targets);
     const std::int64_t rest = side.rows - first;
-    targets = static_cast<int>(rest < kBackwardGroup ? rest : kBackwardGroup);
+    targets = static_cast<int>(rest < most_targets ? rest : most_targets);
   }
 };
 
 template <typename T, int kLaneBytes>
 inline constexpr int kBlockSums = kGroupThreads * kLaneBytes / static_cast<int>(sizeof(T));
 
-template <typename T, int kLaneBytes, typename Place>
+template <typename T, int kLaneBytes, typename Place, int kLanes>
 constexpr int sum_shared_bytes() {
   using Acc = sn::cuda::Acc<T>;
-  return shared_bytes<Place>(kGroupWarps * kList) + shared_bytes<Acc>(kGroupWarps * kList) +
+  return shared_bytes<Place>(kBlockTargets<kLanes> * kList) + shared_bytes<Acc>(kBlockTargets<kLanes> * kList) +
          2 * shared_bytes<Acc>(kBlockSums<T, kLaneBytes>) + shared_bytes<double>(1);
 }
 
-template <typename T, int kLaneBytes, typename Place>
+template <typename T, int kLaneBytes, typename Place, int kLanes>
 struct SumMemory {
   using Acc = sn::cuda::Acc<T>;
 
@@ -111,8 +116,8 @@ struct SumMemory {
   Shared<double> sUpstream;
 
   __device__ __forceinline__ explicit SumMemory(SharedArena& arena)
-      : sPlaces(arena.take<Place>(kGroupWarps * kList)),
-        sWeights(arena.take<Acc>(kGroupWarps * kList)),
+      : sPlaces(arena.take<Place>(kBlockTargets<kLanes> * kList)),
+        sWeights(arena.take<Acc>(kBlockTargets<kLanes> * kList)),
         sTotals(arena.take<Acc>(kBlockSums<T, kLaneBytes>)),
         sPartials(arena.take<Acc>(kBlockSums<T, kLaneBytes>)),
         sUpstream(arena.take<double>(1)) {}
@@ -125,35 +130,41 @@ struct SumMemory {
   }
 };
 
-// A warp of the block, its target, and the sums of its slice.
-template <typename T, int kLaneBytes, bool kVector, typename Place>
+// The kLanes lanes of a target, and the sums of its slice. What is not said to be for some is done by all lanes of
+// a warp.
+template <typename T, int kLaneBytes, bool kVector, typename Place, int kLanes>
 struct TargetSums {
   using Row = RowStrip<T, kLaneBytes, kVector>;
   using Acc = typename Row::Acc;
-  using Sums = LaneSums<Acc, Row::kValues>;
+  using Sums = LaneSums<Acc, Row::kValues, kLanes>;
   using Values = Acc[Row::kValues];
 
   const GatherArgs& args;
   const GatherBlock& block;
-  const SumMemory<T, kLaneBytes, Place>& memory;
-  const std::uint32_t target;  // this warp's
-  const bool takes_own;
-  const bool held;  // own edges one a lane
+  const SumMemory<T, kLaneBytes, Place, kLanes>& memory;
+  const int place;  // of the target in the block
+  const std::uint32_t target;
+  const int row_shift;  // log2 of the lanes of a row
+  const bool held;      // own edges fit the list beside a chunk
   const Row strip;
-  const EdgeList<Acc, Place> list;
+  const EdgeList<Acc, Place, kLanes> list;
   bool summed = false;  // chunks have been added to the total
 
   __device__ __forceinline__ TargetSums(const GatherArgs& gather_args, const GatherBlock& gather_block,
-                                        const SumMemory<T, kLaneBytes, Place>& sum_memory)
+                                        const SumMemory<T, kLaneBytes, Place, kLanes>& sum_memory)
       : args(gather_args),
         block(gather_block),
         memory(sum_memory),
-        target(block.first + static_cast<std::uint32_t>(warp_id())),
-        takes_own(block.side.takes_own && warp_id() < block.targets),
+        place(kLanes == kWarpSize ? warp_id() : thread_id() >> kHalfWarpShift),
+        target(block.first + static_cast<std::uint32_t>(place)),
+        row_shift(kLanes < kWarpSize ? kHalfWarpShift : args.row_shift),
         held(args.graph.edges <= kOwnSlots),
-        strip(args.graph.dims, block.slice * args.slice_elements, args.row_shift),
-        list{memory.sPlaces.offset(warp_id() * kList), memory.sWeights.offset(warp_id() * kList),
-             block.side.other_stride, args.row_shift} {}
+        strip(args.graph.dims, block.slice * args.slice_elements, row_shift),
+        list{memory.sPlaces.offset(place * kList), memory.sWeights.offset(place * kList),
+             block.side.other_stride * static_cast<std::int64_t>(sizeof(Place) == 8 ? sizeof(T) : 1), row_shift} {}
+
+  // Whether the target exists. Warps that have none leave before they gather.
+  __device__ __forceinline__ bool exists() const { return kLanes == kWarpSize || place < block.targets; }
 
   // Adds the listed edges of a target.
   __device__ __forceinline__ void gather(std::uint32_t of, int count, Values& rSum) const {
@@ -161,41 +172,47 @@ struct TargetSums {
     gather_list(strip, list, count, gOwn, static_cast<const T*>(block.side.other) + strip.begin, rSum);
   }
 
-  // Sums the listed edges, a chunk of some target, into this warp's partial sums.
+  // Sums the listed edges, a chunk of some target, into these lanes' partial sums.
   __device__ __forceinline__ void sum_chunk(std::uint32_t of, int count) const {
     Acc rSum[Row::kValues] = {};
     gather(of, count, rSum);
-    Sums::store(memory.sPartials, warp_id(), rSum);
+    Sums::store(memory.sPartials, place, rSum);
   }
 
-  // Adds a warp's partial sums, a chunk of this warp's target, to the total.
+  // Adds partial sums, a chunk of this target, to the total. By the target's lanes.
   __device__ __forceinline__ void add_chunk(int by) {
     Acc rSum[Row::kValues] = {};
     Sums::add_to(memory.sPartials, by, rSum);
     add_to_total(rSum);
   }
 
-  // The list of what is left behind the chunks continues with the own edges held one a lane.
+  // The list continues with an own edge a lane.
   __device__ __forceinline__ void append_own(int& count, std::int32_t index, Acc weight) const {
     list.append(count, index >= 0 && index < block.side.other_rows && weight != Acc(0), index, weight);
   }
 
-  // Own edges too many for a warp's lanes: chunks as well.
-  __device__ __forceinline__ void sum_own_chunks(Values& rSum) {
+  // The list continues with own edges as the graph has them: kMost from this one on, as far as there are any.
+  template <int kMost>
+  __device__ __forceinline__ void append_own_edges(int& count, std::uint32_t slots) const {
     const Graph& graph = args.graph;
-    for (std::uint32_t slots = 0; slots < graph.edges; slots += kEdgeChunk) {
+    for (std::uint32_t at = static_cast<unsigned>(target_lane<kLanes>()); at < kMost; at += kLanes) {
+      std::int32_t index = -1;
+      Acc weight = 0;
+      if (exists() && slots + at < graph.edges) {
+        const std::uint32_t edge = target * graph.edges + slots + at;
+        index = load(graph.indices + edge);
+        weight = edge_weight<Acc>(graph, memory.sUpstream.get(0), target, edge);
+      }
+      append_own(count, index, weight);
+    }
+  }
+
+  // Own edges too many for a list: chunks as well.
+  __device__ __forceinline__ void sum_own_chunks(Values& rSum) {
+    for (std::uint32_t slots = 0; slots < args.graph.edges; slots += kEdgeChunk) {
       add_to_total(rSum);
       int count = 0;
-      for (std::uint32_t at = static_cast<unsigned>(lane_id()); at < kEdgeChunk; at += kWarpSize) {
-        std::int32_t index = -1;
-        Acc weight = 0;
-        if (slots + at < graph.edges) {
-          const std::uint32_t edge = target * graph.edges + slots + at;
-          index = load(graph.indices + edge);
-          weight = edge_weight<Acc>(graph, memory.sUpstream.get(0), target, edge);
-        }
-        append_own(count, index, weight);
-      }
+      append_own_edges<kEdgeChunk>(count, slots);
 #pragma unroll
       for (int v = 0; v < Row::kValues; ++v) rSum[v] = 0;
       gather(target, count, rSum);
@@ -204,8 +221,8 @@ struct TargetSums {
 
   // Joins the total and the groups of lanes that shared the rest, and rounds.
   __device__ __forceinline__ void store(Values& rSum, double poison) const {
-    if (summed) Sums::add_to(memory.sTotals, warp_id(), rSum);
-    for (int mask = 1 << args.row_shift; mask < kWarpSize; mask *= 2) {
+    if (summed) Sums::add_to(memory.sTotals, place, rSum);
+    for (int mask = 1 << row_shift; mask < kLanes; mask *= 2) {
 #pragma unroll
       for (int v = 0; v < Row::kValues; ++v) rSum[v] = add(rSum[v], shuffle_xor(rSum[v], mask));
     }
@@ -213,15 +230,15 @@ struct TargetSums {
 #pragma unroll
       for (int v = 0; v < Row::kValues; ++v) rSum[v] = quiet_nan<Acc>();
     }
-    if (lane_id() >> args.row_shift == 0) {
+    if (exists() && target_lane<kLanes>() >> row_shift == 0) {
       strip.store_row(static_cast<T*>(block.side.out) + target * args.graph.dims + strip.begin, rSum);
     }
   }
 
  private:
   __device__ __forceinline__ void add_to_total(Values& rSum) {
-    if (summed) Sums::add_to(memory.sTotals, warp_id(), rSum);
-    Sums::store(memory.sTotals, warp_id(), rSum);
+    if (summed) Sums::add_to(memory.sTotals, place, rSum);
+    Sums::store(memory.sTotals, place, rSum);
     summed = true;
   }
 };
@@ -229,14 +246,14 @@ struct TargetSums {
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
 inline BackwardSide side_of(const FeatureView& own, const FeatureView& other, void* out, bool takes_own,
-                            bool takes_incoming) {
+                            bool takes_incoming, std::int64_t block_targets) {
   return {.own = own.data,
           .own_stride = own.row_stride,
           .other = other.data,
           .other_stride = other.row_stride,
           .rows = own.rows,
           .other_rows = other.rows,
-          .groups = out == nullptr ? 0 : divide_up(own.rows, kBackwardGroup),
+          .groups = out == nullptr ? 0 : divide_up(own.rows, block_targets),
           .out = out,
           .takes_own = takes_own,
           .takes_incoming = takes_incoming};
@@ -245,11 +262,12 @@ inline BackwardSide side_of(const FeatureView& own, const FeatureView& other, vo
 inline GatherArgs gather_args_of(const BackwardArgs& args, const BackwardPlan& plan) {
   GatherArgs gather{};
   gather.graph = graph_of(args);
+  const std::int64_t block_targets = kGroupThreads / plan.target_lanes;
   if (args.symmetric) {
-    gather.sides[0] = side_of(args.anchors, args.anchors, args.grad_anchors, true, true);
+    gather.sides[0] = side_of(args.anchors, args.anchors, args.grad_anchors, true, true, block_targets);
   } else {
-    gather.sides[0] = side_of(args.anchors, args.candidates, args.grad_anchors, true, false);
-    gather.sides[1] = side_of(args.candidates, args.anchors, args.grad_candidates, false, true);
+    gather.sides[0] = side_of(args.anchors, args.candidates, args.grad_anchors, true, false, block_targets);
+    gather.sides[1] = side_of(args.candidates, args.anchors, args.grad_candidates, false, true, block_targets);
   }
   gather.first_blocks = gather.sides[0].groups * plan.slices;
   gather.slice_elements = plan.slice_elements;

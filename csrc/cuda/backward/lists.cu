@@ -6,7 +6,8 @@
 //
 // Then edges are merged where the graph is symmetric and a target's own edges fit a warp. A list is sorted by source,
 // so an own edge to j finds its reverses, which stand side by side, by searching for j. Of several own edges to one
-// target the first takes them.
+// target the first takes them. At last the edges behind a list's chunks that do not count are left out, and own edges
+// that do follow, so that no slice of the gather has to look for them.
 #include <cstdint>
 
 #include "cuda/backward/buckets.cuh"
@@ -28,15 +29,17 @@ constexpr int kListThreads = kListWarps * kWarpSize;
 constexpr int kListBlocks = 2;     // on a multiprocessor
 constexpr int kListLoads = 4;      // of a lane, at once
 constexpr int kListTargets = 512;  // of a block, at most: a counter each for each warp
+constexpr int kTargetShift = 3;    // log2 of the lanes of a target, if it has not more own edges
 static_assert(kListTargets <= kListThreads, "a thread makes the places of one target");
+static_assert(kMergedSlots <= kWarpSize, "a lane holds an own edge");
 
 struct ListArgs {
   Graph graph;
   Buckets buckets;
   Lists lists;
   std::int64_t blocks_per_bucket;
-  int targets;     // of a block
-  int slot_shift;  // log2 of the lanes that hold the own edges of a target, one each
+  int targets;       // of a block
+  int target_shift;  // log2 of the lanes that close up a target's list, and hold its own edges, one each
 };
 
 constexpr int list_shared_bytes(int targets) {
@@ -47,26 +50,25 @@ static_assert(list_shared_bytes(kListTargets) <= kPlainSharedBytes);
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-// Edges of the list [begin, end) that come from `source`: what their weights add up to, in the one order of sums, which
-// cuts a list in chunks (gather.cuh). They count no longer. The list was written by this block.
+// Of a list of incoming edges those that come from `source`: what their weights add up to, in the one order of sums,
+// which cuts a list in chunks (gather.cuh). They count no longer. The list was written by this block.
 template <typename Acc>
-__device__ __forceinline__ Acc take_reverses(const Lists& lists, std::uint32_t begin, std::uint32_t end,
+__device__ __forceinline__ Acc take_reverses(const std::int32_t* gSources, Acc* gWeights, std::uint32_t edges,
                                              std::int32_t source) {
-  Acc* gWeights = static_cast<Acc*>(lists.weights);
-  std::uint32_t at = begin;
-  for (std::uint32_t behind = end; at < behind;) {
+  std::uint32_t at = 0;
+  for (std::uint32_t behind = edges; at < behind;) {
     const std::uint32_t middle = at + (behind - at) / 2;
-    if (lists.sources[middle] < source) {
+    if (gSources[middle] < source) {
       at = middle + 1;
     } else {
       behind = middle;
     }
   }
-  const std::uint32_t rest = end - (end - begin) % kEdgeChunk;
+  const std::uint32_t rest = edges - edges % kEdgeChunk;
   Acc total = 0;
   Acc chunk = 0;
-  for (; at < end && lists.sources[at] == source; ++at) {
-    if ((at - begin) % kEdgeChunk == 0) {
+  for (; at < edges && gSources[at] == source; ++at) {
+    if (at % kEdgeChunk == 0) {
       total = add(total, chunk);
       chunk = 0;
     }
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kListThreads, kListBlocks) list_kernel(__grid_
 
   // 1. How many edges each warp has of each target, and of earlier targets of the bucket.
   for (int target = lane_id(); target < targets; target += kWarpSize) sOwn.set(target, 0);
-  if (lists.own_weights != nullptr && warp_id() == 0) {
+  if (lists.own_slots > 0 && warp_id() == 0) {
     const double upstream = shared_upstream<Acc>(graph);
     if (lane_id() == 0) sUpstream.set(0, upstream);
   }
@@ -185,34 +187,73 @@ __global__ void __launch_bounds__(kListThreads, kListBlocks) list_kernel(__grid_
       sync_warp();
       if (inside) {
         if (before == 0) sOwn.set(place, next + static_cast<std::uint32_t>(popcount(peers)));
-        const std::int64_t at = std::int64_t{next} + before;
+        const std::int64_t at = lists.place(next + before, first + place);
         lists.sources[at] = rSources[l];
         gWeights[at] = rWeights[l];
       }
       sync_warp();
     }
   }
-  if (lists.own_weights == nullptr) return;
   sync_block();
 
-  // 4. Own edges take the weights of their reverses. A group of lanes has a target, a lane an own edge.
-  const int slot = lane_id() & ((1 << args.slot_shift) - 1);
-  const int each = kWarpSize >> args.slot_shift;
+  // 4. Own edges take the weights of their reverses, and what counts behind the chunks closes up. A group of lanes has
+  // a target; a lane an own edge.
+  const int lanes = 1 << args.target_shift;
+  const int mine = lane_id() & (lanes - 1);
+  const int each = kWarpSize >> args.target_shift;
+  const auto group_of = [&](std::uint32_t votes) {  // votes of the target's lanes
+    return votes >> (lane_id() - mine) & (kFullWarp >> (kWarpSize - lanes));
+  };
+  const std::uint32_t below = (1u << mine) - 1u;
   for (int base = warp_id() * each; base < targets; base += kListWarps * each) {
-    const int local = base + (lane_id() >> args.slot_shift);
-    const bool holds = local < targets && static_cast<std::uint32_t>(slot) < graph.edges;
-    const std::uint32_t anchor = static_cast<std::uint32_t>(first) + static_cast<std::uint32_t>(local);
-    const std::uint32_t edge = anchor * graph.edges + static_cast<std::uint32_t>(slot);
-    const std::int32_t index = holds ? load(graph.indices + edge) : -1;
-    const std::uint32_t peers =
-        match_any(std::uint64_t{static_cast<std::uint32_t>(local)} << 32 | static_cast<std::uint32_t>(index));
-    if (holds) {
-      Acc weight = edge_weight<Acc>(graph, sUpstream.get(0), anchor, edge);
-      if (index >= 0 && (peers & lanes_below()) == 0) {
-        weight = add(weight, take_reverses<Acc>(lists, sBegins.get(local), sBegins.get(local + 1), index));
+    const int local = base + (lane_id() >> args.target_shift);
+    const bool exists = local < targets;
+    const std::uint32_t list_begin = exists ? sBegins.get(local) : 0;
+    const std::uint32_t list_edges = exists ? sBegins.get(local + 1) - list_begin : 0;
+    std::int32_t* gSources = lists.sources + lists.place(list_begin, first + local);
+    Acc* gListed = gWeights + lists.place(list_begin, first + local);
+
+    std::int32_t rIndex = -1;
+    Acc rWeight = 0;
+    if (lists.own_slots > 0) {
+      const bool holds = exists && static_cast<std::uint32_t>(mine) < graph.edges;
+      const std::uint32_t anchor = static_cast<std::uint32_t>(first) + static_cast<std::uint32_t>(local);
+      const std::uint32_t edge = anchor * graph.edges + static_cast<std::uint32_t>(mine);
+      if (holds) rIndex = load(graph.indices + edge);
+      const std::uint32_t peers =
+          match_any(std::uint64_t{static_cast<std::uint32_t>(local)} << 32 | static_cast<std::uint32_t>(rIndex));
+      if (holds) {
+        rWeight = edge_weight<Acc>(graph, sUpstream.get(0), anchor, edge);
+        if (rIndex >= 0 && (peers & lanes_below()) == 0) {
+          rWeight = add(rWeight, take_reverses<Acc>(gSources, gListed, list_edges, rIndex));
+        }
       }
-      static_cast<Acc*>(lists.own_weights)[edge] = weight;
+      sync_warp();
     }
+
+    const std::uint32_t chunks_end = list_edges - list_edges % kEdgeChunk;
+    std::uint32_t rest = 0;
+    for (std::uint32_t from = chunks_end; any_lane(from < list_edges); from += static_cast<std::uint32_t>(lanes)) {
+      const std::uint32_t at = from + static_cast<std::uint32_t>(mine);
+      const Acc weight = at < list_edges ? gListed[at] : Acc(0);
+      const std::int32_t source = at < list_edges ? gSources[at] : 0;
+      const std::uint32_t counting = group_of(ballot(weight != Acc(0)));
+      sync_warp();  // edges have been read that others take the place of
+      if (weight != Acc(0)) {
+        const std::uint32_t to = chunks_end + rest + static_cast<std::uint32_t>(popcount(counting & below));
+        gSources[to] = source;
+        gListed[to] = weight;
+      }
+      rest += static_cast<std::uint32_t>(popcount(counting));
+    }
+    const bool counts = rIndex >= 0 && rIndex < graph.targets && rWeight != Acc(0);
+    const std::uint32_t counting = group_of(ballot(counts));
+    if (counts) {
+      const std::uint32_t to = chunks_end + rest + static_cast<std::uint32_t>(popcount(counting & below));
+      gSources[to] = rIndex;
+      gListed[to] = rWeight;
+    }
+    if (exists && mine == 0) lists.rests[first + local] = rest + static_cast<std::uint32_t>(popcount(counting));
   }
 }
 
@@ -228,7 +269,8 @@ cudaError_t enqueue_lists(const BackwardArgs& args, const BackwardPlan& plan, ch
   const std::int64_t bucket_targets = std::int64_t{1} << plan.bucket_shift;
   list.targets = static_cast<int>(bucket_targets < kListTargets ? bucket_targets : kListTargets);
   list.blocks_per_bucket = bucket_targets / list.targets;
-  while ((std::int64_t{1} << list.slot_shift) < args.edges) ++list.slot_shift;
+  list.target_shift = kTargetShift;
+  while ((std::int64_t{1} << list.target_shift) < list.lists.own_slots) ++list.target_shift;
   const LaunchShape shape{plan.buckets * list.blocks_per_bucket, kListThreads, list_shared_bytes(list.targets)};
   const auto kernel = args.dtype == DType::kFloat64 ? list_kernel<double> : list_kernel<float>;
   return launch(kernel, shape, stream, list);

@@ -31,7 +31,7 @@ constexpr int search_shared_bytes() {
   using Acc = sn::cuda::Acc<T>;
   static_assert(shared_bytes<Acc>(kBlockSums<T, kLaneBytes>) >= shared_bytes<std::uint16_t>(kWindow),
                 "matches lie where chunk sums will");
-  return sum_shared_bytes<T, kLaneBytes, Place>() + shared_bytes<std::uint16_t>(kSorted) +
+  return sum_shared_bytes<T, kLaneBytes, Place, kWarpSize>() + shared_bytes<std::uint16_t>(kSorted) +
          2 * shared_bytes<int>(kGroupWarps) + shared_bytes<std::uint32_t>(kGroupWarps * kEdgeChunk) +
          shared_bytes<std::int32_t>(kGroupWarps * kOwnSlots) + shared_bytes<Acc>(kGroupWarps * kOwnSlots);
 }
@@ -44,7 +44,7 @@ template <typename T, int kLaneBytes>
 struct SearchMemory {
   using Acc = sn::cuda::Acc<T>;
 
-  SumMemory<T, kLaneBytes, Place> sums;
+  SumMemory<T, kLaneBytes, Place, kWarpSize> sums;
   Shared<std::uint16_t> sSorted;  // edges target by target: in the window, or in the tail
   Shared<int> sMatchCounts;
   Shared<int> sLengths;          // edges of a target that wait
@@ -84,7 +84,7 @@ __device__ __forceinline__ void bring_own_edges(const Graph& graph, const Gather
 // A warp of the block, and what has been found of its target so far.
 template <typename T, int kLaneBytes, bool kVector>
 struct SearchWarp {
-  using Target = TargetSums<T, kLaneBytes, kVector, Place>;
+  using Target = TargetSums<T, kLaneBytes, kVector, Place, kWarpSize>;
   using Acc = typename Target::Acc;
 
   const SearchMemory<T, kLaneBytes>& memory;
@@ -194,7 +194,7 @@ struct SearchWarp {
       incoming.append(sums.list, count, warp_id(), valid, valid ? memory.sTails.get(warp_id() * kEdgeChunk + at) : 0,
                       rMerged);
     }
-    if (sums.takes_own && sums.held) {
+    if (sums.block.side.takes_own && sums.held) {
       const std::int32_t index = memory.sOwnIndices.get(warp_id() * kOwnSlots + lane_id());
       Acc weight = 0;
       if (index >= 0) {
@@ -213,15 +213,16 @@ __global__ void __launch_bounds__(kGroupThreads, kVector ? kMinBlocks : kMinBloc
   const Graph& graph = args.graph;
   SharedArena arena;
   const SearchMemory<T, kLaneBytes> memory(arena);
-  const GatherBlock block(args);
+  const GatherBlock block(args, kBlockTargets<kWarpSize>);
   const std::uint32_t edges = block.side.takes_incoming ? graph.all_edges : 0;
 
   // All first loads are under way before the first one is waited for.
   WindowTargets rWindow;
   rWindow.read(graph.indices, 0, edges);
   bring_own_edges(graph, block, memory);
-  TargetSums<T, kLaneBytes, kVector, Place> sums(args, block, memory.sums);
-  SearchWarp<T, kLaneBytes, kVector> warp(graph, memory, sums);
+  using Warp = SearchWarp<T, kLaneBytes, kVector>;
+  typename Warp::Target sums(args, block, memory.sums);
+  Warp warp(graph, memory, sums);
 
   for (std::uint32_t window = 0; window < edges;) {
     // 1. Which edges belong to the group. The next window is under way while this one's matches are sorted out.
@@ -246,10 +247,9 @@ __global__ void __launch_bounds__(kGroupThreads, kVector ? kMinBlocks : kMinBloc
 
   if (warp_id() >= block.targets) return;
   const double poison = load(graph.stats + kPoison);
-  typename TargetSums<T, kLaneBytes, kVector, Place>::Acc
-      rSum[TargetSums<T, kLaneBytes, kVector, Place>::Row::kValues] = {};
+  typename Warp::Acc rSum[Warp::Target::Row::kValues] = {};
   warp.sum_rest(rSum);
-  if (sums.takes_own && !sums.held) sums.sum_own_chunks(rSum);
+  if (sums.block.side.takes_own && !sums.held) sums.sum_own_chunks(rSum);
   sums.store(rSum, poison);
 }
 
@@ -268,6 +268,7 @@ cudaError_t launch_lanes(const BackwardArgs& args, const BackwardPlan& plan, cud
 // ---- dispatch -------------------------------------------------------------------------------------------------------
 
 cudaError_t enqueue_search(const BackwardArgs& args, const BackwardPlan& plan, cudaStream_t stream) {
+  if (plan.target_lanes != kWarpSize) return cudaErrorInvalidValue;
   return for_type(args.dtype, [&]<class T>() {
     if constexpr (sizeof(T) > 2) {
       if (plan.lane_bytes == kWideLane) return launch_lanes<T, kWideLane>(args, plan, stream);

@@ -56,9 +56,6 @@ Cost predict_forward(const ForwardPlan& plan, const Problem& problem, const Devi
                      Batch batch = Batch::kRandom);
 Cost predict_backward(const BackwardPlan& plan, const BackwardProblem& problem, const DeviceFacts& device);
 
-// What the backward's sums alone would take if all rows were near, whatever begins or finds them: grows as the rows do.
-double near_gather_us(const BackwardPlan& plan, const BackwardProblem& problem, const DeviceFacts& device);
-
 // One pass of the score kernel over rows x columns pairs of `dims` (padded) dimensions by tiles of tile_rows x
 // tile_columns. symmetric: of the square of the rows with themselves, tiles on and above the diagonal alone. dense:
 // scores are written, not tested.

@@ -9,14 +9,15 @@ namespace sn::cuda {
 namespace {
 
 // Buckets: 8192 x 12 edges 2.8, 1.8 and 10; 65536 x 12 edges 6.9, 3.5 and 34. Lists, counted, not measured: two rounds
-// of loads, two of a search and three barriers in a row, then each edge as where it is placed.
+// of loads, two of a search, three barriers and two rounds of loads that close up in a row, then each edge as where it
+// is placed.
 constexpr double kCountStart = 2.0;
 constexpr double kCountEdge = 0.0008;
 constexpr double kPrefixStart = 1.5;
 constexpr double kPrefixEdge = 0.0003;
 constexpr double kPlaceStart = 5.5;
 constexpr double kPlaceEdge = 0.0048;
-constexpr double kListStart = 5.0;
+constexpr double kListStart = 6.0;
 constexpr double kListEdge = 0.0048;
 
 // Edges whose row is fetched, for each edge of the graph: some have weight 0, two that are each other's reverse are one
@@ -24,11 +25,16 @@ constexpr double kListEdge = 0.0048;
 // the target's own.
 constexpr double kFetched = 0.75;
 
-// Instructions of a warp, counted in the machine code of sm_90a, not measured: beside the rows; for a row; for a lane's
-// element of a row; for widening it. A multiprocessor issues 4 a clock of 1.755 GHz, of which the gather of the record
-// reached 0.6 of the peak, with barriers that the lists have made unnecessary.
-constexpr double kWarpInstructions = 340.0;
-constexpr double kRowInstructions = 8.0;
+// Instructions, counted in the machine code of sm_90a, not measured: of a target's lanes beside the rows, and for a
+// row, where they read a list and where they search; for a lane's element of a row; for widening it. Two targets of a
+// warp take as many rows as the longer list has: of lists of some 10 rows a fifth more than a target has. A
+// multiprocessor issues 4 a clock of 1.755 GHz, of which the gather of the record reached 0.6 of the peak, with
+// barriers that the lists have made unnecessary.
+constexpr double kListInstructions = 320.0;
+constexpr double kListRowInstructions = 5.0;
+constexpr double kSearchInstructions = 340.0;
+constexpr double kSearchRowInstructions = 8.0;
+constexpr double kLongerList = 1.2;
 constexpr double kElementInstructions = 2.5;
 constexpr double kWidenInstructions = 1.0;
 constexpr double kInstruction = 1.0 / (4.0 * 1755.0 * 0.65);
@@ -60,10 +66,13 @@ GatherWork gather_work(const BackwardPlan& plan, const BackwardProblem& problem,
   const double sides = (problem.need_anchors ? 1.0 : 0.0) + (candidates ? 1.0 : 0.0);
   const double rows = kFetched * sides * real(problem.N) * real(problem.edges);
 
-  // Groups of lanes that share a list take its rows side by side.
-  const double row = (kRowInstructions + element * lane_elements) * lanes / 32.0;
+  // Groups of lanes that share a list take its rows side by side, and two targets of a warp theirs.
+  const double shared = real(plan.target_lanes) / 32.0;
+  const double beside = (plan.searches ? kSearchInstructions : kListInstructions) * shared;
+  const double row = ((plan.searches ? kSearchRowInstructions : kListRowInstructions) + element * lane_elements) *
+                     lanes / 32.0 * (plan.target_lanes < 32 ? kLongerList : 1.0);
   return {.targets = targets,
-          .issued = real(plan.slices) * (targets * kWarpInstructions + rows * row) * kInstruction,
+          .issued = real(plan.slices) * (targets * beside + rows * row) * kInstruction,
           .read_bytes = (rows + targets) * row_bytes,
           .written_bytes = targets * row_bytes};
 }
@@ -71,7 +80,7 @@ GatherWork gather_work(const BackwardPlan& plan, const BackwardProblem& problem,
 double gather_us(const BackwardPlan& plan, const BackwardProblem& problem, const Machine& machine) {
   const GatherWork all = gather_work(plan, problem, machine);
   double work = all.issued;
-  const double blocks = real(plan.slices) * all.targets / real(kBackwardGroup);
+  const double blocks = real(plan.slices) * all.targets * real(plan.target_lanes) / 32.0 / real(kBackwardGroup);
   if (plan.searches) {
     const double windows = real(problem.N) * real(problem.edges) / kWindowEdges;
     const double searching =
@@ -91,13 +100,6 @@ double gather_us(const BackwardPlan& plan, const BackwardProblem& problem, const
 }
 
 }  // namespace
-
-double near_gather_us(const BackwardPlan& plan, const BackwardProblem& problem, const DeviceFacts& device) {
-  const Machine machine(device);
-  const GatherWork all = gather_work(plan, problem, machine);
-  return joined(machine.spread(all.issued),
-                joined(machine.spread(all.read_bytes / kCacheBytes), machine.memory_us(all.written_bytes)));
-}
 
 Cost predict_backward(const BackwardPlan& plan, const BackwardProblem& problem, const DeviceFacts& device) {
   Cost cost;

@@ -190,9 +190,9 @@ struct BackwardProblem {
   Partition partition = Partition::kAuto;
 };
 
-// Target rows that a block of the backward serves, one a warp. Buckets are whole groups.
+// Warps of a block of the backward's gather, which serve a target each, or two.
 inline constexpr std::int64_t kBackwardGroup = 8;
-// Own edges that a warp of the backward holds one a lane. An anchor with more has none merged.
+// Own edges that the backward lists beside a chunk of incoming ones. An anchor with more has none merged.
 inline constexpr std::int64_t kMergedSlots = 32;
 // Edges of a call, all anchors together: positions of edges are 32 bits.
 inline constexpr std::int64_t kMostEdges = 0xffffffff;
@@ -202,25 +202,27 @@ struct BackwardPlan {
   std::int64_t workspace_bytes = 0;
   std::int64_t slice_elements = 0;  // elements of D that a block works on
   std::int64_t slices = 0;
-  int lane_bytes = 16;       // of one row's slice, of a lane: 8, 16, or for fp32 and fp64 24 or 32
-  int row_lanes = 32;        // lanes of a warp that share a row of the slice; groups of them take every so many edges
-  bool searches = false;     // blocks look for incoming edges in the whole graph; with lane_bytes of 16 or more
+  int lane_bytes = 16;       // of one row's slice, of a lane: 16, 24 or 32, as gather_serves says
+  int target_lanes = 32;     // lanes that sum a target: a warp, or half of one
+  int row_lanes = 32;        // of these, that share a row of the slice; groups of them take every so many edges
+  bool searches = false;     // blocks look for incoming edges in the whole graph
   bool partitioned = false;  // edges are first put in buckets of targets, in their order, and listed by target
   int bucket_shift = 0;      // target >> bucket_shift is its bucket
   std::int64_t buckets = 0;
   std::int64_t parts = 0;       // warps that share the edges out
   std::int64_t part_edges = 0;  // consecutive edges of one part
 
-  Piece histogram;       // uint32 [buckets][parts]: edges, then edges of earlier parts
-  Piece totals;          // uint32 [buckets]
-  Piece begins;          // uint32 [buckets + 1]
-  Piece placed_targets;  // int32 [N * edges], bucket by bucket
-  Piece placed_sources;  // int32 [N * edges]
-  Piece placed_weights;  // acc [N * edges]
-  Piece list_begins;     // uint32 [targets + 1]
-  Piece list_sources;    // int32 [N * edges], target by target
-  Piece list_weights;    // acc [N * edges]
-  Piece own_weights;     // acc [N * edges], where edges are merged
+  Piece histogram;              // uint32 [buckets][parts]: edges, then edges of earlier parts
+  Piece totals;                 // uint32 [buckets]
+  Piece begins;                 // uint32 [buckets + 1]
+  Piece placed_targets;         // int32 [N * edges], bucket by bucket
+  Piece placed_sources;         // int32 [N * edges]
+  Piece placed_weights;         // acc [N * edges]
+  Piece list_begins;            // uint32 [targets + 1]
+  Piece list_rests;             // uint32 [targets]
+  Piece list_sources;           // int32 [N * edges + targets * listed_own], target by target
+  Piece list_weights;           // acc, of these
+  std::int64_t listed_own = 0;  // own edges of a target that its list has room for: all, where edges are merged, or 0
 };
 
 }  // namespace sn::cuda

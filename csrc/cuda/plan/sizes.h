@@ -382,6 +382,14 @@ constexpr std::int64_t screened_launches(const ForwardPlan& plan, const Problem&
 
 // ---- the backward ---------------------------------------------------------------------------------------------------
 
+// Whether the gather has a kernel for lanes of these bytes (or, where blocks search, that one does).
+constexpr bool gather_serves(DType dtype, int lane_bytes, int target_lanes, bool searches) {
+  const bool wide = element_bytes(dtype) > 2;
+  if (lane_bytes == 16) return target_lanes == 32 || (target_lanes == 16 && !searches);
+  if (lane_bytes == 32) return wide && (target_lanes == 32 || (target_lanes == 16 && !searches));
+  return lane_bytes == 24 && (searches ? wide && target_lanes == 32 : target_lanes == 16);
+}
+
 // What the second-level cache keeps near of the rows that are read: one of its two partitions on an H200 is 30 MB.
 inline constexpr std::int64_t kNearBytes = std::int64_t{24} << 20;
 

@@ -111,16 +111,18 @@ void check_problem(const Problem& p) {
     check_selection(p, r, all);
     Gradients gradients;
     // As planned, then searched for, then from lists in slices of every width.
-    constexpr std::array kPartitions{0, 1, 1, 2, 2, 2, 2};
-    constexpr std::array kLaneBytes{0, 24, 32, 8, 16, 24, 32};
+    constexpr std::array kPartitions{0, 1, 1, 2, 2, 2, 2, 2};
+    constexpr std::array kLaneBytes{0, 24, 32, 16, 32, 16, 24, 32};
+    constexpr std::array kTargetLanes{0, 32, 32, 32, 32, 16, 16, 16};
     for (std::size_t run = 0; run < kPartitions.size(); ++run) {
       const int partition = kPartitions[run];
       sn_simt_settings back = settings;
       back.partition = partition;
       back.lane_bytes = kLaneBytes[run];
+      back.target_lanes = kTargetLanes[run];
       back.seed += run;
-      where = p.name + ", backward, partition " + std::to_string(partition) + ", lanes of " +
-              std::to_string(back.lane_bytes);
+      where = p.name + ", backward, partition " + std::to_string(partition) + ", " + std::to_string(back.target_lanes) +
+              " lanes of " + std::to_string(back.lane_bytes);
       const double start = now();
       Gradients g = backward(p, r, back);
       seconds[0] += now() - start;
@@ -273,6 +275,10 @@ int run_all(int argc, char** argv) {
   poisoned("random", DType::kFloat32, {30, 30, 8, 5, 1000000}, false, infinity);
   // More anchors than half of the bank's tile holds.
   run("random", DType::kFloat32, {130, 40, 30, 5, 6});
+  // Rows of half precision wide enough for slices of half a warp, in whole packs.
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    for (int again = 0; again < 2; ++again) run("random", dtype, {40, 40, 328, 5, 8});
+  }
   if (only.empty()) check_bound_matters();
 
   for (int path = 1; path < kPaths; ++path) {

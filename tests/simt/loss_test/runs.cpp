@@ -30,6 +30,7 @@ sn_simt_settings settings_for(std::uint64_t seed, simt::MmaError error, ForwardP
           .positive_segments = 0,
           .shared_reduction = 0,
           .lane_bytes = 0,
+          .target_lanes = 0,
           .buffer_capacity = 0,
           .no_rescreen = 0,
           .few_rows = 0,
@@ -51,7 +52,8 @@ void vary(sn_simt_settings& settings, std::uint64_t word) {
   settings.shared_reduction = static_cast<std::int32_t>(word / 19 % 2);
   settings.buffer_capacity = word / 23 % 2;
   settings.few_rows = word / 29 % 2;
-  settings.lane_bytes = std::array{0, 8, 16, 24, 32}[word / 37 % 5];
+  settings.lane_bytes = std::array{0, 16, 24, 32}[word / 37 % 4];
+  settings.target_lanes = word / 53 % 2 == 0 ? 32 : 16;
   settings.bucket_shift = std::array{0, 3, 10}[word / 41 % 3];
   settings.select_threads = word / 43 % 2 == 0 ? 256 : 128;
   settings.selection = static_cast<std::int32_t>(word / 47 % 4);

@@ -220,7 +220,7 @@ def _backward() -> list[Mutant]:
         # name, file, old, new, why, test
         (
             "search-stride-of-32-bits", rows,
-            ": places.get(at) * stride;", ": places.get(at) * static_cast<std::int32_t>(stride);",
+            "slice + places.get(at) * stride;", "slice + places.get(at) * static_cast<std::int32_t>(stride);",
             "rows 2^31 elements apart are looked for elsewhere", apart,
         ),
         (

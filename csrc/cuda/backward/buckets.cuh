@@ -1,6 +1,6 @@
 // Edges sorted into buckets of targets. It is a stable counting sort: edges keep their order within a bucket. count.cu
 // counts the edges of each bucket in each part of the graph, prefix_sum.cu turns counts into places, place.cu writes
-// the edges there. Then lists.cu sorts each bucket by target, in one block's shared memory (lists.cuh).
+// the edges there. Then lists.cu sorts each bucket by target, (lists.cuh).
 #pragma once
 
 #include <cstdint>

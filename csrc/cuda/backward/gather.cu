@@ -25,7 +25,7 @@ namespace {
 using Place = std::int64_t;  // of a listed edge's row
 
 // Three blocks of float fit the 100 KB of the smallest multiprocessors, of which a block costs 1 KB more than it
-// asks for. Of the widest slices for half a warp, whose lists are as many as in others, two do.
+// asks for. Of half a warp's widest slices two do, of 16 lists and as many sums.
 static_assert(kMinBlocks * (sum_shared_bytes<float, kWideLane, Place, kWarpSize>() + 1024) <= 100 * 1024);
 static_assert(kMinBlocks * (sum_shared_bytes<float, kMiddleLane, Place, kHalfWarp>() + 1024) <= 100 * 1024);
 static_assert(2 * (sum_shared_bytes<float, kWideLane, Place, kHalfWarp>() + 1024) <= 100 * 1024);

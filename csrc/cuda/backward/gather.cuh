@@ -5,25 +5,27 @@
 // The difference comes first: the factored form (sum w) x_t - sum w other cancels for near neighbours. A target has
 // incoming edges (from anchors that selected it, by ascending edge id) and own edges (in slot order). A side of the
 // problem has one kind; in the symmetric case it has both. There, an incoming edge whose reverse is an own edge is the
-// same vector: its weight is added to the own edge's weight, and the row is fetched once. Edges without an index or
-// with weight 0 do not count.
+// same vector: its weight is added to the own edge's weight, and the row is fetched once, unless own edges are more
+// than kMergedSlots. Edges without an index or with weight 0 do not count.
 //
 // ONE order of summation, whatever the plan, the schedule and the other rows are:
 //   1. The incoming edges of a target, those that do not count included, are cut into chunks of kEdgeChunk.
 //   2. A full chunk is summed from zero by fused multiply-adds in order; chunk sums are added in order to the total.
-//      So are the weights of the edges that an own edge merges.
-//   3. The rest is summed in the same way, and the own edges continue that sum (of more than kMergedSlots own edges,
-//      each kEdgeChunk are a chunk as well). This sum is added to the total last, and the result is rounded once.
-//   4. Where a row needs only L < 32 lanes, 32 / L groups of lanes share the list: group g takes the edges g,
-//      g + 32 / L, ..., and the groups meet in a butterfly before the rounding. L depends on D and the type alone.
+//      So are the weights of the edges that an own edge merges, those of the rest one by one.
+//   3. The rest is summed in the same way, and up to kMergedSlots own edges continue that sum, which is added to the
+//      total last. Of more own edges, that sum is added to the total first, and each kEdgeChunk of them are a chunk as
+//      well. The result is rounded once.
+//   4. Where a row is at most L < 32 packs of 16 bytes, L a power of two, 32 / L groups of lanes share the list: of the
+//      edges that are left in it group g takes number g, g + 32 / L, ..., and the groups meet in a butterfly before the
+//      rounding. L depends on D and the type alone.
 //
 // A block of 8 warps serves 8 targets, a warp each, or 16, half a warp each, in a slice of D. Blocks of one slice are
 // neighbours in the grid, so the slice of all rows stays in the second-level cache while they run, as far as it fits
-// (plan_backward.cpp). Lanes fetch 2 to 8 rows at a time: 64 to 128 bytes a lane, in broken packs of half precision 32.
-// Chunks of a hub are shared by all targets' lanes.
+// (plan_backward.cpp). Lanes fetch 2 to 8 rows at a time: 96 to 128 bytes a lane, in half precision 48 or 64, of rows
+// that are not aligned 32 or 48. Chunks of a hub are shared by all targets' lanes.
 //
 // What a target's lanes do before its first row and behind its last is as much in a narrow slice as in a wide one.
-// Two targets a warp share it: that is what narrow slices are for, of rows so many that wide ones would not stay in
+// So in narrow slices two targets share a warp. Narrow slices are for rows so many that wide ones would not stay in
 // the cache.
 //
 // Two kernels find a target's incoming edges: gather.cu reads them in a list, search.cu searches the graph. This file
@@ -46,11 +48,11 @@ inline constexpr int kGroupThreads = kGroupWarps * kWarpSize;
 template <int kLanes>
 inline constexpr int kBlockTargets = kGroupThreads / kLanes;
 
-// Bytes of a row's slice, of a lane, beside a pack.
+// Bytes of a slice that a lane may have instead of one pack.
 inline constexpr int kWideLane = 2 * kPackBytes;
 inline constexpr int kMiddleLane = kPackBytes + kPackBytes / 2;
 
-// 80 registers a thread: 24 warps with 2 to 4 KB under way each are more than what hides the latency of the
+// 80 registers a thread: up to 24 warps with 1.5 to 4 KB under way each are more than what hides the latency of the
 // second-level cache at a multiprocessor's share of its bandwidth.
 // Unaligned rows need an address an element.
 inline constexpr int kMinBlocks = 3;

@@ -7,7 +7,7 @@
 // Then edges are merged where the graph is symmetric and a target's own edges fit a warp. A list is sorted by source,
 // so an own edge to j finds its reverses, which stand side by side, by searching for j. Of several own edges to one
 // target the first takes them. At last the edges behind a list's chunks that do not count are left out, and own edges
-// that do follow, so that no slice of the gather has to look for them.
+// that count are appended, so that no slice of the gather has to look for them.
 #include <cstdint>
 
 #include "cuda/backward/buckets.cuh"

@@ -1,5 +1,5 @@
-// Edges listed by target, so that every slice of the gather reads what it needs and none searches for it, or sorts out
-// what does not count. lists.cu makes the lists from the buckets (buckets.cuh).
+// Edges listed by target, so that every slice of the gather reads what it needs and none searches for it. lists.cu
+// makes the lists from the buckets (buckets.cuh).
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,12 @@
 namespace sn::cuda {
 
 // Incoming edges of all targets, target by target, each target's in the order of the graph: by ascending edge, so by
-// ascending source. Of a target with E edges the first E - E % kEdgeChunk are its chunks (gather.cuh), in which what
-// weighs 0 does not count. What counts of the rest stands without gaps behind them, and own edges behind that, where
-// edges are merged: there each target has room for these, and an incoming edge whose reverse is an own edge has given
-// it its weight.
+// ascending source. A list of E incoming edges has, in this order: its chunks (gather.cuh), the first E - E %
+// kEdgeChunk, among which are still some that weigh 0 and do not count; those of the rest that count; and, where edges
+// are merged, own edges that count. There each list has room for own_slots more, and an incoming edge whose reverse is
+// an own edge has given it its weight.
 struct Lists {
-  std::uint32_t* begins;  // [targets + 1], of incoming edges alone; null: no target has any
+  std::uint32_t* begins;  // [targets + 1], of incoming edges alone; null: there are no lists
   std::uint32_t* rests;   // [targets]: how many edges stand behind the chunks
   std::int32_t* sources;
   void* weights;

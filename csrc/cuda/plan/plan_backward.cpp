@@ -12,12 +12,12 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kPack = 16;  // bytes of the widest load
 
-// A block of the list kernel sorts a bucket. Counters of a bucket lie in shared memory of the kernels that fill them,
-// so the number of buckets is limited.
+// A warp's counters, one a bucket, lie in shared memory of the kernels that fill buckets, so the number of these
+// is limited.
 constexpr int kBucketShift = 6;
 constexpr std::int64_t kMostBuckets = 4096;
 
-// A warp counts and places a part. There are few enough parts that the histogram stays below 16 MB, and a multiple of
+// A warp counts and places a part. There are few enough parts that the histogram is at most 16 MB, and a multiple of
 // the warps of a block.
 constexpr std::int64_t kSmallestPart = 256;
 constexpr std::int64_t kMostParts = 1024;
@@ -60,13 +60,14 @@ void add_buckets_and_lists(const BackwardProblem& problem, BackwardPlan* plan) {
 // Narrow slices are near but many, and every slice costs the lanes of a target some 320 instructions and 5 a row beside
 // its elements, whatever its width. So half a warp serves a target where a slice is narrow: two targets share these.
 // With 9 rows a target a kilobyte of a row takes 550 instructions of a warp in slices of 1 KB, 590 in slices of 512
-// bytes, 710 of 384, 970 of 256 (counted, not measured; whole warps in slices of 512 would take 910). Far rows come at
+// bytes, 710 of 384, 960 of 256 (counted, not measured; whole warps in slices of 512 would take 910). Far rows come at
 // 0.7 of the cache's rate on an H200. So a slice is near up to 65536 rows, and beyond these not wider than 384 bytes a
-// row; 256 serve where the prediction says so. Of a large bank most rows have few edges, or none, and narrower slices
-// lose more: 512 bytes may be far. Of what serves the prediction takes the cheapest.
+// row; 256 serve where the prediction says so. Of candidates of their own, such as a large bank, most have few edges,
+// or none, and narrower slices lose more: 512 bytes may be far. Of what serves the prediction takes the cheapest.
 //
-// Which order the sums have follows from D and the type alone (row_lanes). Rows of up to 256 bytes are one slice, whose
-// lanes share the list. In a search, which every slice begins anew, any width serves.
+// The order of sums follows from D and the type alone: target_lanes / row_lanes groups of lanes share a list, which is
+// one group for rows of more than 256 bytes, whatever the width. Shorter rows are one slice. Where blocks search, every
+// slice does so anew, and rows are few: any width serves.
 constexpr int kMostFar = 384;  // bytes of a row
 constexpr int kMostFarOfBank = 512;
 

@@ -153,7 +153,7 @@ def test_no_cliff_where_slices_change(core: ModuleType, device: str, dtype: int)
 @pytest.mark.parametrize("dtype", [F32, F64, F16])
 def test_more_dimensions_and_neighbours_are_never_cheaper(core: ModuleType, device: str, dtype: int) -> None:
     """But that rows of up to 256 bytes, with a warp for each target, may cost a quarter more than longer ones, of which
-    two targets share a warp."""
+    two targets share a warp. With one neighbor, or in a bank whose rows have few edges, it is more."""
     short = [*range(8, 256 // ELEMENT[dtype] + 1, 8)]
     long = [d for d in (*range(8, 520, 8), *range(576, 4161, 64)) if d > short[-1]]
     for n in (64, 256, 1024, 8192, 65536):

@@ -21,7 +21,7 @@
 //
 // A block of 8 warps serves 8 targets, a warp each, or 16, half a warp each, in a slice of D. Blocks of one slice are
 // neighbours in the grid, so the slice of all rows stays in the second-level cache while they run, as far as it fits
-// (plan_backward.cpp). Lanes fetch 2 to 8 rows at a time: 96 to 128 bytes a lane, in half precision 48 or 64, of rows
+// (plan_backward.cpp). Lanes fetch 2 to 8 rows at a time: 96 to 128 bytes a lane, in half precision 64 or 72, of rows
 // that are not aligned 32 or 48. Chunks of a hub are shared by all targets' lanes.
 //
 // What a target's lanes do before its first row and behind its last is as much in a narrow slice as in a wide one.
@@ -52,7 +52,7 @@ inline constexpr int kBlockTargets = kGroupThreads / kLanes;
 inline constexpr int kWideLane = 2 * kPackBytes;
 inline constexpr int kMiddleLane = kPackBytes + kPackBytes / 2;
 
-// 80 registers a thread: up to 24 warps with 1.5 to 4 KB under way each are more than what hides the latency of the
+// 80 registers a thread: up to 24 warps with 2 to 4 KB under way each are more than what hides the latency of the
 // second-level cache at a multiprocessor's share of its bandwidth.
 // Unaligned rows need an address an element.
 inline constexpr int kMinBlocks = 3;

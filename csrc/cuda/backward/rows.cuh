@@ -27,7 +27,7 @@ __device__ __forceinline__ std::uint32_t target_lanes() {
 
 // Registers of a lane for rows under way: what 80 registers leave. Half-precision rows are twice as many values.
 template <typename T>
-inline constexpr int kRowRegisters = sizeof(T) == 2 ? 16 : (sizeof(T) == 4 ? 32 : 24);
+inline constexpr int kRowRegisters = sizeof(T) == 2 ? 18 : (sizeof(T) == 4 ? 32 : 24);
 
 // The elements of a row's slice that a lane works on: kLaneBytes of them. kVector: packs of 16 bytes, then one of 8
 // where 8 bytes are left (or there are no more), neighbouring lanes side by side, each whole or beyond D. Otherwise as

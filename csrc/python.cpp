@@ -248,7 +248,6 @@ PYBIND11_MODULE(_C, module) {
       "cuda_backward_plan", &cuda_backward_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"),
       py::arg("dtype"), py::arg("symmetric"), capability, multiprocessors, shared_bytes,
       "How the CUDA backward would run: launches, workspace_bytes, partitioned, slices and lanes; predicted_us and "
-      "kernels "
-      "as those of cuda_plan, and arguments as far as it has the same. ValueError also for more edges than a call may "
-      "have.");
+      "kernels as those of cuda_plan, and arguments as far as it has the same. ValueError also for more edges than a "
+      "call may have.");
 }

@@ -153,13 +153,17 @@ def test_no_cliff_where_slices_change(core: ModuleType, device: str, dtype: int)
 @pytest.mark.parametrize("dtype", [F32, F64, F16])
 def test_more_dimensions_and_neighbours_are_never_cheaper(core: ModuleType, device: str, dtype: int) -> None:
     """But that rows of up to 256 bytes, with a warp for each target, may cost a quarter more than longer ones, of which
-    two targets share a warp. With one neighbor, or in a bank whose rows have few edges, it is more."""
+    two targets share a warp; of one neighbour, as far as 65536 rows, 1.3 times as much."""
     short = [*range(8, 256 // ELEMENT[dtype] + 1, 8)]
     long = [d for d in (*range(8, 520, 8), *range(576, 4161, 64)) if d > short[-1]]
     for n in (64, 256, 1024, 8192, 65536):
         times = [[plan(core, n, 0, d, device, dtype=dtype)["predicted_us"] for d in dims] for dims in (short, long)]
         for of_these in times:
             assert all(more >= us * (1 - 1e-9) for us, more in pairwise(of_these)), n
-        assert times[0][-1] <= 1.25 * times[1][0]
+        for k, most in ((10, 1.25), (1, 1.3)):
+            last, next_one = (
+                plan(core, n, 0, d, device, dtype=dtype, k=k)["predicted_us"] for d in (short[-1], long[0])
+            )
+            assert last <= most * next_one, (n, k)
         edges = [plan(core, n, 0, 512, device, dtype=dtype, k=k)["predicted_us"] for k in range(1, 60)]
         assert all(us * (1 - 1e-9) <= more <= 1.3 * us for us, more in pairwise(edges)), (n, edges)

@@ -178,8 +178,7 @@ void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const
 void change(sn::cuda::BackwardPlan& plan, const sn::cuda::BackwardProblem& problem, const sn_simt_settings& settings) {
   const std::int64_t element = sn::element_bytes(problem.dtype);
   const int target_lanes = settings.target_lanes == 0 ? 32 : settings.target_lanes;
-  int row_lanes = 1;
-  while (row_lanes < 32 && row_lanes * 16 < problem.D * element) row_lanes *= 2;
+  const int row_lanes = sn::cuda::lanes_of_row(problem.D, problem.dtype);
   if (plan.slices > 0 && (target_lanes == 32 || row_lanes == 32) &&
       sn::cuda::gather_serves(problem.dtype, settings.lane_bytes, target_lanes, plan.searches)) {
     plan.lane_bytes = settings.lane_bytes;

@@ -61,12 +61,13 @@ __device__ __forceinline__ void sum_chunks(const Lists& lists, const GroupLists<
   const std::uint32_t rChunks = group.rEdges / kEdgeChunk;
   const std::uint32_t rUpTo = shuffle(prefix_sum(lane_id() < kTargets ? rChunks : 0), thread_id() & (kTargets - 1));
   const std::uint32_t chunks = shuffle(rUpTo, kTargets - 1);
-  const std::uint32_t own_end = shuffle(rUpTo, sums.place);
-  const std::uint32_t own_begin = own_end - shuffle(rChunks, sums.place);
+  const std::uint32_t own_end = shuffle(rUpTo, sums.local);
+  const std::uint32_t own_begin = own_end - shuffle(rChunks, sums.local);
   for (std::uint32_t round = 0; round < chunks; round += kTargets) {
-    const std::uint32_t chunk = round + static_cast<std::uint32_t>(sums.place);
+    const std::uint32_t chunk = round + static_cast<std::uint32_t>(sums.local);
     if (any_lane(chunk < chunks)) {
       const bool earlier = target_lane<kLanes>() < kTargets && rUpTo <= chunk;
+      // A number beyond all chunks is read as the first target's, and adds nothing.
       const int of = popcount(ballot(earlier) & target_lanes<kLanes>()) % kTargets;
       const std::uint32_t number = chunk - (shuffle(rUpTo, of) - shuffle(rChunks, of));
       const std::uint32_t target = sums.block.first + static_cast<std::uint32_t>(of);
@@ -75,7 +76,7 @@ __device__ __forceinline__ void sum_chunks(const Lists& lists, const GroupLists<
       Acc rWeights[kLoads];
 #pragma unroll
       for (int l = 0; l < kLoads; ++l) {
-        const std::int64_t edge = lists.place(begin, target) + l * kLanes + target_lane<kLanes>();
+        const std::int64_t edge = lists.offset(begin, target) + l * kLanes + target_lane<kLanes>();
         rSources[l] = chunk < chunks ? load(lists.sources + edge) : 0;
         rWeights[l] = chunk < chunks ? load(static_cast<const Acc*>(lists.weights) + edge) : Acc(0);
       }
@@ -127,16 +128,16 @@ __global__ void __launch_bounds__(kGroupThreads, kVector ? kMinBlocks : kMinBloc
 
   // 2. Chunks.
   if (any_lane(group.rEdges >= kEdgeChunk)) sum_chunks(lists, group, sums);
-  if (!any_lane(sums.place < block.targets)) return;
+  if (!any_lane(sums.local < block.targets)) return;
 
   // 3. The rest.
   const double poison = load(graph.stats + kPoison);
-  const std::uint32_t begin = shuffle(group.rBegin, sums.place);
-  const std::uint32_t edges = shuffle(group.rEdges, sums.place);
+  const std::uint32_t begin = shuffle(group.rBegin, sums.local);
+  const std::uint32_t edges = shuffle(group.rEdges, sums.local);
   int count = 0;
   if (lists.begins != nullptr && block.side.takes_incoming && sums.exists()) {
     count = static_cast<int>(load(lists.rests + sums.target));
-    list_ready(lists, sums.list, lists.place(begin + edges / kEdgeChunk * kEdgeChunk, sums.target), count);
+    list_ready(lists, sums.list, lists.offset(begin + edges / kEdgeChunk * kEdgeChunk, sums.target), count);
   }
   if (sorts_own && sums.held) sums.template append_own_edges<kOwnSlots>(count, 0);
   Acc rSum[Target::Row::kValues] = {};

@@ -144,7 +144,7 @@ struct TargetSums {
   const GatherArgs& args;
   const GatherBlock& block;
   const SumMemory<T, kLaneBytes, Place, kLanes>& memory;
-  const int place;  // of the target in the block
+  const int local;  // number of the target in the block
   const std::uint32_t target;
   const int row_shift;  // log2 of the lanes of a row
   const bool held;      // own edges fit the list beside a chunk
@@ -157,16 +157,16 @@ struct TargetSums {
       : args(gather_args),
         block(gather_block),
         memory(sum_memory),
-        place(kLanes == kWarpSize ? warp_id() : thread_id() >> kHalfWarpShift),
-        target(block.first + static_cast<std::uint32_t>(place)),
+        local(kLanes == kWarpSize ? warp_id() : thread_id() >> kHalfWarpShift),
+        target(block.first + static_cast<std::uint32_t>(local)),
         row_shift(kLanes < kWarpSize ? kHalfWarpShift : args.row_shift),
         held(args.graph.edges <= kOwnSlots),
         strip(args.graph.dims, block.slice * args.slice_elements, row_shift),
-        list{memory.sPlaces.offset(place * kList), memory.sWeights.offset(place * kList),
+        list{memory.sPlaces.offset(local * kList), memory.sWeights.offset(local * kList),
              block.side.other_stride * static_cast<std::int64_t>(sizeof(Place) == 8 ? sizeof(T) : 1), row_shift} {}
 
   // Whether the target exists. Warps that have none leave before they gather.
-  __device__ __forceinline__ bool exists() const { return kLanes == kWarpSize || place < block.targets; }
+  __device__ __forceinline__ bool exists() const { return kLanes == kWarpSize || local < block.targets; }
 
   // Adds the listed edges of a target.
   __device__ __forceinline__ void gather(std::uint32_t of, int count, Values& rSum) const {
@@ -178,7 +178,7 @@ struct TargetSums {
   __device__ __forceinline__ void sum_chunk(std::uint32_t of, int count) const {
     Acc rSum[Row::kValues] = {};
     gather(of, count, rSum);
-    Sums::store(memory.sPartials, place, rSum);
+    Sums::store(memory.sPartials, local, rSum);
   }
 
   // Adds partial sums, a chunk of this target, to the total. By the target's lanes.
@@ -223,7 +223,7 @@ struct TargetSums {
 
   // Joins the total and the groups of lanes that shared the rest, and rounds.
   __device__ __forceinline__ void store(Values& rSum, double poison) const {
-    if (summed) Sums::add_to(memory.sTotals, place, rSum);
+    if (summed) Sums::add_to(memory.sTotals, local, rSum);
     for (int mask = 1 << row_shift; mask < kLanes; mask *= 2) {
 #pragma unroll
       for (int v = 0; v < Row::kValues; ++v) rSum[v] = add(rSum[v], shuffle_xor(rSum[v], mask));
@@ -239,8 +239,8 @@ struct TargetSums {
 
  private:
   __device__ __forceinline__ void add_to_total(Values& rSum) {
-    if (summed) Sums::add_to(memory.sTotals, place, rSum);
-    Sums::store(memory.sTotals, place, rSum);
+    if (summed) Sums::add_to(memory.sTotals, local, rSum);
+    Sums::store(memory.sTotals, local, rSum);
     summed = true;
   }
 };

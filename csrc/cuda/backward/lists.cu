@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kListThreads, kListBlocks) list_kernel(__grid_
       sync_warp();
       if (inside) {
         if (before == 0) sOwn.set(place, next + static_cast<std::uint32_t>(popcount(peers)));
-        const std::int64_t at = lists.place(next + before, first + place);
+        const std::int64_t at = lists.offset(next + before, first + place);
         lists.sources[at] = rSources[l];
         gWeights[at] = rWeights[l];
       }
@@ -210,8 +210,8 @@ __global__ void __launch_bounds__(kListThreads, kListBlocks) list_kernel(__grid_
     const bool exists = local < targets;
     const std::uint32_t list_begin = exists ? sBegins.get(local) : 0;
     const std::uint32_t list_edges = exists ? sBegins.get(local + 1) - list_begin : 0;
-    std::int32_t* gSources = lists.sources + lists.place(list_begin, first + local);
-    Acc* gListed = gWeights + lists.place(list_begin, first + local);
+    std::int32_t* gSources = lists.sources + lists.offset(list_begin, first + local);
+    Acc* gListed = gWeights + lists.offset(list_begin, first + local);
 
     std::int32_t rIndex = -1;
     Acc rWeight = 0;

@@ -22,7 +22,7 @@ struct Lists {
   std::uint32_t own_slots;  // room for own edges; 0: they are not listed
 
   // Where the list of a target begins.
-  __device__ __forceinline__ std::int64_t place(std::uint32_t begin, std::int64_t target) const {
+  __device__ __forceinline__ std::int64_t offset(std::uint32_t begin, std::int64_t target) const {
     return begin + target * own_slots;
   }
 };

@@ -79,9 +79,7 @@ constexpr Width kWidths[] = {{2 * kPack, 32}, {kPack + kPack / 2, 32}, {kPack, 3
                              {2 * kPack, 16}, {kPack + kPack / 2, 16}, {kPack, 16}};
 
 void choose_slices(const BackwardProblem& problem, const DeviceFacts& device, BackwardPlan* plan) {
-  const std::int64_t packs = std::max<std::int64_t>(1, divide_up(problem.D * element_bytes(problem.dtype), kPack));
-  int lanes = 1;  // that a row needs
-  while (lanes < kWarp && lanes < packs) lanes *= 2;
+  const int lanes = lanes_of_row(problem.D, problem.dtype);
   const BackwardPlan any = *plan;
   double least = std::numeric_limits<double>::infinity();
   for (const Width& width : kWidths) {

@@ -382,7 +382,14 @@ constexpr std::int64_t screened_launches(const ForwardPlan& plan, const Problem&
 
 // ---- the backward ---------------------------------------------------------------------------------------------------
 
-// Whether the gather has a kernel for lanes of these bytes (or, where blocks search, that one does).
+// Lanes that the packs of 16 bytes of a row ask for, a power of two up to a warp. The order of sums depends on them.
+constexpr int lanes_of_row(std::int64_t dims, DType dtype) {
+  int lanes = 1;
+  while (lanes < 32 && lanes * 16 < dims * element_bytes(dtype)) lanes *= 2;
+  return lanes;
+}
+
+// Whether there is a kernel for lanes of these bytes: of the gather from lists, or where blocks search, of the search.
 constexpr bool gather_serves(DType dtype, int lane_bytes, int target_lanes, bool searches) {
   const bool wide = element_bytes(dtype) > 2;
   if (lane_bytes == 16) return target_lanes == 32 || (target_lanes == 16 && !searches);

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sn_ops.triton import gradients, loss, operators, screening, search, tuning
+from sn_ops.triton import gradients, loss, operators, positives, screening, search, tuning
 
 # Most shared memory of a block, bytes.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -186,7 +186,9 @@ def main() -> int:
         for regime in REGIMES:
             walk(regime)
     is_kernel: Callable[[str], bool] = lambda name: name.endswith("_kernel")  # noqa: E731
-    every = {name for module in (search, screening, loss, gradients) for name in vars(module) if is_kernel(name)}
+    every = {
+        name for module in (search, screening, positives, loss, gradients) for name in vars(module) if is_kernel(name)
+    }
     failures = [f"{name}: no regime launches it" for name in sorted(every - {launch.kernel for launch in launches})]
 
     print(f"triton {triton.__version__}: {len(launches)} variants of {len(every)} kernels")

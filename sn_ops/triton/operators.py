@@ -7,13 +7,14 @@ modules need Triton; the first call imports them.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference import BackwardArguments, ForwardArguments, Graph, Reduction, accumulation_dtype
 from . import tuning
+from .batch import Batch, Selection, unit_stride
 from .tuning import cdiv
 
 FORWARD = (
@@ -28,57 +29,11 @@ BACKWARD = (
 )
 
 
-def _unit_stride(rows: Tensor) -> Tensor:
-    """The rows with unit stride along D, which the kernels need; rows may lie anywhere."""
-    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
-
-
 def _halves(value: float) -> tuple[float, float]:
     """A float64 as the sum of two float32: a kernel takes no other numbers."""
     largest = 3.4e38
     high = ctypes.c_float(max(-largest, min(largest, value))).value
     return high, max(-largest, min(largest, value - high))
-
-
-class Batch(NamedTuple):
-    """The arguments of a forward as the kernels take them."""
-
-    feats: Tensor  # [N, D]
-    labels: Tensor  # [N]
-    candidates: Tensor  # [M, D]; feats in the self case
-    candidate_labels: Tensor  # [M]
-    self_index: Tensor | None  # [N]
-    self_offset: int
-    symmetric: bool
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """N, M, D."""
-        return self.feats.shape[0], self.candidates.shape[0], self.feats.shape[1]
-
-    def self_arguments(self) -> tuple[Tensor, int]:
-        """gSelf and self_offset; without an index another int64 tensor takes its place and is not read."""
-        return self.labels if self.self_index is None else self.self_index, self.self_offset
-
-
-class Selection(NamedTuple):
-    """What a forward selected; the support set is in columns 0 to K - 1 of the graph's indices."""
-
-    d2: Tensor  # [N, K] acc
-    near_d2: Tensor  # [N] acc
-    near: Tensor  # [N] int32, -1 for none
-    far_d2: Tensor
-    far: Tensor
-
-    @staticmethod
-    def empty(anchors: int, neighbours: int, like: Tensor, acc: torch.dtype) -> Selection:
-        def new(*size: int, dtype: torch.dtype = acc) -> Tensor:
-            return torch.empty(size, dtype=dtype, device=like.device)
-
-        return Selection(
-            new(anchors, neighbours),
-            new(anchors), new(anchors, dtype=torch.int32), new(anchors), new(anchors, dtype=torch.int32),
-        )  # fmt: skip
 
 
 def _inspect(batch: Batch) -> Tensor:
@@ -145,161 +100,17 @@ def _search(batch: Batch, neighbours: int, indices: Tensor, selection: Selection
             indices[first : first + rows, :neighbours] = candidate.masked_fill(itself, -1)
 
 
-class Screened(NamedTuple):
-    """Rows as the products take them, one entry a row of the matrix they were made from."""
-
-    half: Tensor  # [rows, D or more] half precision
-    scale: Tensor  # [rows] what a product is multiplied by
-    norm: Tensor
-    rho: Tensor
-
-
-def _centre(rows: Tensor) -> Tensor:
-    """[D] float32: the median of a few rows, about the middle of all; neither outliers nor NaN move it."""
-    few = rows[:: max(1, rows.shape[0] // 64)][:64]
-    middle = few.sort(dim=0).values[few.shape[0] // 2]
-    return middle.nan_to_num(0.0, 0.0, 0.0)
-
-
-def _vectors(count: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[count, n] with every row aligned to 16 bytes: for other alignments Triton would compile a kernel again."""
-    return torch.empty((count, cdiv(n, 4) * 4), dtype=dtype, device=device)[:, :n]
-
-
-def _prepare(rows: Tensor, centre: Tensor | None, flags: Tensor, first_flag: int, block_rows: int) -> Screened:
-    from . import order, screening
-
-    n, d = rows.shape
-    half = rows if centre is None else rows.new_empty((n, cdiv(d, 64) * 64), dtype=torch.float16)
-    scale, norm, rho = _vectors(3, n, torch.float32, rows.device)
-    if n:
-        screening.prepare_kernel[(cdiv(n, block_rows),)](
-            rows, rows.stride(0), n, d, rows if centre is None else centre, half, half.stride(0),
-            scale, norm, rho, flags, first_flag,
-            CAST=centre is not None, R=block_rows, BLOCK=512, num_warps=4, **order.EXACT,
-        )  # fmt: skip
-    return Screened(half, scale, norm, rho)
-
-
-def _positives(batch: Batch, selection: Selection) -> None:
-    """near and far of every anchor, from direct sums within identities."""
-    from . import order, screening
-
-    n, _, d = batch.sizes
-    labels, candidate_order = batch.candidate_labels.sort(stable=True)
-    anchor_order = candidate_order if batch.symmetric else batch.labels.sort(stable=True).indices
-    ordered = batch.labels[anchor_order]
-    begin = torch.searchsorted(labels, ordered, out_int32=True)
-    end = torch.searchsorted(labels, ordered, right=True, out_int32=True)
-    plan = tuning.search_plan(n, batch.sizes[1], 1, False, False)
-    screening.positives_kernel[(cdiv(n, plan.rows),)](
-        batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
-        batch.labels, batch.candidate_labels, *batch.self_arguments(), anchor_order, candidate_order, begin, end, n, d,
-        *selection[1:],
-        R=plan.rows, C=plan.columns, HAS_SELF=batch.self_index is not None, ONE_SECTION=d <= order.SECTION.value,
-        num_warps=plan.warps, **order.EXACT,
-    )  # fmt: skip
-
-
-def _screen(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tensor, selection: Selection) -> Tensor:
-    """Selection through products of half precision; returns the flags of `_inspect`."""
-    from . import order, screening
-
-    n, m, d = batch.sizes
-    device = batch.feats.device
-    block_rows = 256 if tuning.INTERPRETED else 4
-    own_flags = cdiv(n, block_rows)
-    flags = torch.empty(own_flags + (0 if batch.symmetric else cdiv(m, block_rows)), dtype=torch.int32, device=device)
-    centre = _centre(batch.candidates) if batch.feats.dtype == torch.float32 else None
-    anchors = _prepare(batch.feats, centre, flags, 0, block_rows)
-    pool = anchors if batch.symmetric else _prepare(batch.candidates, centre, flags, own_flags, block_rows)
-    depth = anchors.half.shape[1]
-    product = {
-        "BM": plan.tile[0], "BN": plan.tile[1], "BK": plan.tile[2], "GROUP": 8, "EVEN": depth % plan.tile[2] == 0,
-        "UPCAST": tuning.INTERPRETED, "num_warps": plan.warps, "num_stages": plan.stages, **order.EXACT,
-    }  # fmt: skip
-
-    def new(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=device)
-
-    strip = plan.strip
-    least = new(strip, plan.groups, dtype=torch.float32)
-    limit, twice = _vectors(2, strip, torch.float32, device)
-    count, short_count, queue = _vectors(3, strip, torch.int32, device)
-    queue_count = new(1)
-    buffer = new(strip, plan.capacity, dtype=torch.int64)
-    short = new(strip, plan.short)
-    log_kp = plan.list_size.bit_length() - 1
-    width = max(tuning.power_of_two(neighbours + 1), 2)  # of the thresholds' lists, which hold one key more
-    sample_width = max(width, tuning.power_of_two(plan.groups))
-    # Widening half precision beside the fallback's loop takes registers: half the pairs of a tile, as for float64.
-    direct = tuning.search_plan(n, m, neighbours, batch.feats.dtype != torch.float32, False)
-    one_section = d <= order.SECTION.value
-    has_self = batch.self_index is not None
-
-    def groups_of(wide: int, narrow: int) -> int:
-        return (wide // narrow).bit_length() - 1
-
-    for first in range(0, n, strip):
-        rows = min(strip, n - first)
-        row_tiles = cdiv(rows, plan.tile[0])
-        screening.sample_kernel[(row_tiles * cdiv(plan.samples, plan.tile[1]),)](
-            anchors.half, anchors.half.stride(0), *anchors[1:], pool.half, pool.half.stride(0), *pool[1:],
-            first, rows, plan.samples, plan.stride, depth, least, plan.groups, GROUP_SIZE=plan.group_size, **product,
-        )  # fmt: skip
-        block = min(64, tuning.power_of_two(rows)) if tuning.INTERPRETED else max(1, 512 // sample_width)
-        screening.threshold_kernel[(cdiv(rows, block),)](
-            least, plan.groups, first, rows, neighbours, depth, anchors.norm, anchors.rho, count, queue_count, limit,
-            twice,
-            C=sample_width, KP=width, LOG_KP=width.bit_length() - 1, LOG_GROUPS=groups_of(sample_width, width),
-            R=block, num_warps=4, **order.EXACT,
-        )  # fmt: skip
-        screening.screen_kernel[(row_tiles * cdiv(m, plan.tile[1]),)](
-            anchors.half, anchors.half.stride(0), anchors.scale, pool.half, pool.half.stride(0), *pool[1:],
-            limit, twice, first, rows, m, depth, count, buffer, CAPACITY=plan.capacity, **product,
-        )  # fmt: skip
-        block = min(64, tuning.power_of_two(rows)) if tuning.INTERPRETED else 1
-        screening.shortlist_kernel[(cdiv(rows, block),)](
-            anchors.norm, anchors.rho, pool.norm, pool.rho, *batch.self_arguments(), first, rows, neighbours, depth,
-            count, buffer, short, short_count, queue, queue_count,
-            HAS_SELF=has_self, CAPACITY=plan.capacity, SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp,
-            LOG_GROUPS=groups_of(plan.capacity, plan.list_size), R=block, num_warps=4, **order.EXACT,
-        )  # fmt: skip
-        columns = max(16, plan.list_size)
-        screening.refine_kernel[(cdiv(rows, block),)](
-            batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
-            first, rows, neighbours, d, short, short_count, indices, selection.d2,
-            SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp, LOG_GROUPS=groups_of(columns, plan.list_size),
-            R=block, C=columns, ONE_SECTION=one_section, UNROLL=plan.unroll, num_warps=4, **order.EXACT,
-        )  # fmt: skip
-        screening.fallback_kernel[(plan.fallback_programs,)](
-            batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
-            batch.labels, batch.candidate_labels, *batch.self_arguments(), first, m, d,
-            cdiv(cdiv(m, plan.fallback_segments), direct.columns) * direct.columns, queue, queue_count, buffer,
-            R=direct.rows, C=direct.columns, KP=plan.list_size, LOG_KP=log_kp,
-            LOG_GROUPS=groups_of(direct.columns, plan.list_size), SEGMENTS=plan.fallback_segments, HAS_SELF=has_self,
-            ONE_SECTION=one_section, num_warps=direct.warps, **order.EXACT,
-        )  # fmt: skip
-        block = 64 if tuning.INTERPRETED else max(1, 128 // plan.list_size)
-        screening.fallback_merge_kernel[(cdiv(rows, block),)](
-            queue, queue_count, buffer, first, neighbours, indices, selection.d2,
-            R=block, KP=plan.list_size, LOG_KP=log_kp, SEGMENTS=plan.fallback_segments, num_warps=1, **order.EXACT,
-        )  # fmt: skip
-    _positives(batch, selection)
-    return flags
-
-
 def forward(*arguments: Any) -> Graph:
     """`sn_triton::forward`, given `ForwardArguments` one by one."""
-    from . import loss, order
+    from . import loss, order, screened
 
     args = ForwardArguments(*arguments)
-    feats, labels = _unit_stride(args.feats), args.labels.contiguous()
+    feats, labels = unit_stride(args.feats), args.labels.contiguous()
     if args.candidates is None or args.candidate_labels is None:
         batch = Batch(feats, labels, feats, labels, None, 0, True)
     else:
         batch = Batch(
-            feats, labels, _unit_stride(args.candidates), args.candidate_labels.contiguous(),
+            feats, labels, unit_stride(args.candidates), args.candidate_labels.contiguous(),
             None if args.self_index is None else args.self_index.contiguous(), args.self_offset, False,
         )  # fmt: skip
     n, m, _ = batch.sizes
@@ -322,7 +133,7 @@ def forward(*arguments: Any) -> Graph:
             if n:
                 _search(batch, neighbours, indices, selection)
         else:
-            flags = _screen(batch, neighbours, screen, indices, selection)
+            flags = screened.select(batch, neighbours, screen, indices, selection)
         plan = tuning.loss_plan(n, neighbours)
         records = new(cdiv(n, plan.rows), loss.RECORD_SIZE.value, dtype=torch.float64)
         if n:
@@ -346,8 +157,8 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
     args = BackwardArguments(*arguments)
     symmetric = args.candidates is None
-    feats = _unit_stride(args.feats)
-    pool = feats if args.candidates is None else _unit_stride(args.candidates)
+    feats = unit_stride(args.feats)
+    pool = feats if args.candidates is None else unit_stride(args.candidates)
     indices, coefficients = args.indices.contiguous(), args.coefficients.contiguous()
     grad_loss, stats = args.grad_loss.contiguous(), args.stats.contiguous()
     (n, edges), (m, d) = indices.shape, pool.shape

@@ -12,7 +12,7 @@ they do not fit the anchor's buffer, direct sums against all candidates serve it
     refine_kernel          their direct sums, sorted: the support set
     fallback_kernel        the anchors whose buffer or shortlist was too small, by direct sums of all pairs
     fallback_merge_kernel  the fallback's segments merged
-    positives_kernel       near and far by direct sums within the identity, rows sorted by label
+    positives_kernel       near and far by direct sums within the identity, rows sorted by label (`positives.py`)
 
 ## The bound
 
@@ -49,16 +49,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .order import (
-    NO_KEY,
-    listed_distances,
-    merge_sorted,
-    own_index,
-    pack_keys,
-    smallest,
-    tile_distances,
-    update_extremes,
-)
+from .order import NO_KEY, listed_distances, merge_sorted, own_index, pack_keys, smallest
 from .search import merge_lists, search_segment, store_support
 
 # Beyond these a row's norm squared is not screened.
@@ -421,44 +412,3 @@ def fallback_merge_kernel(
         slot = (anchor - first_row).to(tl.int64) * SEGMENTS
         best = merge_lists(gKeys, slot, used, SEGMENTS, KP, LOG_KP)
         store_support(best, anchor, used, gIndices, gD2, K, KP)
-
-
-# ---- near and far ---------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["N"])
-def positives_kernel(
-    gX, x_stride, gZ, z_stride, gLabels, gCandidateLabels, gSelf, self_offset, gAnchorOrder, gCandidateOrder,
-    gBegin, gEnd, N, D, gNearD2, gNear, gFarD2, gFar,
-    R: tl.constexpr, C: tl.constexpr, HAS_SELF: tl.constexpr, ONE_SECTION: tl.constexpr,
-):  # fmt: skip
-    """near and far of R anchors that follow each other in the order of labels.
-
-    The candidates are in the same order; read are those from the first anchor's identity to the last one's. Within an
-    identity the order is that of indices.
-    """
-    place = tl.program_id(0) * R + tl.arange(0, R)
-    used = place < N
-    anchor = tl.load(gAnchorOrder + place, used, 0)
-    own = own_index(gSelf, self_offset, anchor, used, HAS_SELF)
-    label = tl.load(gLabels + anchor, used, 0)
-    begin = tl.min(tl.load(gBegin + place, used, 0x7FFFFFFF), axis=0)
-    end = tl.max(tl.load(gEnd + place, used, 0), axis=0)
-    near_d2 = tl.full((R,), float("inf"), tl.float32)
-    near = tl.full((R,), -1, tl.int32)
-    far_d2 = tl.full((R,), -1.0, tl.float32)
-    far = tl.full((R,), -1, tl.int32)
-    for first in range(begin, end, C):
-        position = first + tl.arange(0, C)
-        present = position < end
-        candidate = tl.load(gCandidateOrder + position, present, 0)
-        squared = tile_distances(
-            gX, anchor * x_stride, used, gZ, candidate * z_stride, present, D, tl.float32, ONE_SECTION
-        )
-        same = used[:, None] & present[None, :] & (candidate[None, :] != own[:, None])
-        same = same & (tl.load(gCandidateLabels + candidate, present, 0)[None, :] == label[:, None])
-        near_d2, near, far_d2, far = update_extremes(squared, same, candidate.to(tl.int32), near_d2, near, far_d2, far)
-    tl.store(gNearD2 + anchor, near_d2, used)
-    tl.store(gNear + anchor, near, used)
-    tl.store(gFarD2 + anchor, far_d2, used)
-    tl.store(gFar + anchor, far, used)

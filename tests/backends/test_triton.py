@@ -267,9 +267,9 @@ def fused_is_fused() -> bool:
 
 def test_one_place_sums() -> None:
     """No `tl.sum` of squares, no product outside `tl.fma`: `lane_step` and `lane_tree` are the order's only code."""
-    from sn_ops.triton import gradients, loss, order, screening, search
+    from sn_ops.triton import gradients, loss, order, positives, screening, search
 
-    for module in (order, search, screening, loss, gradients):
+    for module in (order, search, screening, positives, loss, gradients):
         path = module.__file__
         assert path is not None
         for node in ast.walk(ast.parse(Path(path).read_text())):

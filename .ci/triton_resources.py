@@ -1,33 +1,45 @@
-"""Compiles every variant of every Triton kernel ahead of time, for GPUs that need not be there, and prints what each
-takes: registers a thread, bytes of shared memory, and instructions that go to local memory (spills), read from the
-compiled code.
+"""Compiles every variant of every Triton kernel ahead of time, for GPUs that need not be there, and makes a table of
+what each takes, read from the compiled code:
 
-Which variants there are is not written down here: the operators run on tensors without data, for the batches in
-REGIMES, and their launches are compiled instead of run. A spill in a hot kernel, more shared memory than the GPU has,
-or a kernel of the package that no regime launched fails the run.
+* registers a thread, bytes of shared memory, spills (instructions that go to local memory)
+* barriers of a block, instructions, and instructions and barriers of the main loop: of the loop that has the most
+  products (HGMMA, HMMA and their like), fused multiply-adds, or loads outside loops inside it
+* warnings of ptxas: C75xx says that it waits for every wgmma by itself
 
-    python .ci/triton_resources.py [sm_80 sm_90 sm_100] [--kernels search_kernel,loss_kernel]
+The table is compared with the committed one, sn_ops/triton/resources.txt, which `--write` replaces. A difference fails
+the run, unless the committed one is of another version of Triton: then it is not looked for. A spill in a hot kernel, a
+warning, more shared memory than the GPU has and a kernel that no batch launches fail with any version.
+
+    python .ci/triton_resources.py [sm_80 sm_90 sm_100] [--kernels search_kernel,loss_kernel] [--jobs 2] [--write]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
+import importlib
+import io
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
-from sn_ops.triton import gradients, loss, operators, positives, screening, search, tuning
+from sass import Flow, Instruction, read_functions
+from sn_ops.triton import tuning
+from triton_launches import REGIMES, Launch, kernels, launches_of
+
+TABLE = Path(__file__).resolve().parent.parent / "sn_ops" / "triton" / "resources.txt"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 # Most shared memory of a block, bytes.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -36,115 +48,86 @@ SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227
 HOT = {"search_kernel", "sample_kernel", "screen_kernel", "refine_kernel", "positives_kernel", "fallback_kernel",
        "gradient_kernel", "hub_kernel"}  # fmt: skip
 
+# What ptxas may warn of until it is mended: that of CUDA 12.8, in Triton 3.6, does.
+KNOWN_WARNINGS = {("screen_kernel", "sm_90", "C7515")}
 
-class Regime(NamedTuple):
-    """A batch whose launches are compiled."""
-
-    anchors: int
-    candidates: int  # 0: the anchors
-    dims: int
-    k: int
-    dtype: torch.dtype
-    reduction: int = 0
-    squeeze: int = 0
+WARNING = re.compile(r"\bC75\d\d\b")
+PRODUCTS = re.compile(r"\w*MMA$")
+FMA = ("FFMA", "FFMA2", "DFMA")
+LOADS = ("LDG", "LDGSTS", "LD")
 
 
-REGIMES = (
-    Regime(128, 0, 2048, 10, torch.float32),
-    Regime(128, 0, 2048, 10, torch.float32, reduction=2, squeeze=1),
-    Regime(100, 300, 77, 33, torch.float32, reduction=1, squeeze=2),
-    Regime(512, 0, 4096, 64, torch.float32, squeeze=3),
-    Regime(512, 0, 256, 128, torch.float16),
-    Regime(512, 0, 256, 200, torch.float32),
-    Regime(512, 0, 256, 10, torch.float64),
-    Regime(8192, 0, 2048, 10, torch.float32),
-    Regime(8192, 0, 4096, 10, torch.float32),
-    Regime(65536, 0, 128, 10, torch.bfloat16),
-    Regime(8192, 0, 512, 10, torch.float16),
-    Regime(256, 65536, 2048, 32, torch.float32),
-    Regime(16384, 0, 256, 128, torch.float32),
-)
-
-
-class Launch(NamedTuple):
-    """A kernel with what its compiled code depends on."""
+class Row(NamedTuple):
+    """A variant's code for an architecture."""
 
     kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[str, ...]
-    options: tuple[tuple[str, Any], ...]
+    variant: str
+    architecture: str
+    warps: int
+    registers: int
+    shared: int
+    spills: int
+    barriers: int
+    code: int  # instructions
+    loop: int  # instructions of the main loop, 0 without one
+    loop_barriers: int
+    warnings: tuple[str, ...]
 
 
-_POINTER = {
-    torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
+def told(launch: Launch) -> str:
+    """What tells a variant from the others of its kernel: types, constants, and what 16 divides (16|D)."""
+    types = sorted({kind for _, kind in launch.signature if kind in ("*fp16", "*bf16", "*fp32", "*fp64")})
+    constants = [
+        f"{name}={getattr(value, 'name', value)}" for name, value in launch.constants if not name.startswith("LOG_")
+    ]
+    pointers = {name for name, kind in launch.signature if kind.startswith("*")}
+    wide = [f"{name}:i64" for name, kind in launch.signature if kind == "i64"]
+    divided = [f"16|{name}" for name in launch.aligned if name not in pointers]
+    odd = [f"{name}%16" for name in sorted(pointers - set(launch.aligned))]
+    return " ".join([*types, *constants, *wide, *divided, *odd])
 
 
-def describe(kernel: JITFunction[Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Launch:
-    """A launch as Triton would specialise it: 1 is a constant, and what 16 divides is said to be so."""
-    values = dict(zip(kernel.arg_names, arguments, strict=False))
-    options: dict[str, Any] = {}
-    for name, value in named.items():
-        (values if name in kernel.arg_names else options)[name] = value
-    signature, constants, aligned = {}, {}, []
-    for parameter in kernel.params:
-        name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _POINTER[value.dtype]
-            aligned.append(name)  # allocations start at multiples of more than 16 bytes
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            signature[name], constants[name] = "constexpr", 1
-        else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                aligned.append(name)
-    return Launch(
-        kernel.__name__, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(options.items())
-    )
+def main_loop(code: list[Instruction]) -> tuple[int, int]:
+    """Instructions and barriers of the main loop, outside loops inside it; zeros without one."""
+
+    def work(blocks: Iterable[int]) -> tuple[int, int, int, int]:
+        names = [instruction.name for instruction in flow.code(sorted(blocks)) if not instruction.never]
+        products = sum(PRODUCTS.match(name) is not None for name in names)
+        return products, sum(name in FMA for name in names), sum(name in LOADS for name in names), -len(names)
+
+    flow = Flow(code)
+    loops = [flow.own(loop) for loop in flow.loops]
+    best = max(loops, key=work, default=None)
+    if best is None:
+        return 0, 0
+    inside = flow.code(sorted(best))
+    return len(inside), sum(instruction.name == "BAR" for instruction in inside)
 
 
-@contextmanager
-def recorded(launches: dict[Launch, JITFunction[Any]]) -> Iterator[None]:
-    """Kernels note how they are launched instead of running."""
+def read_row(launch: Launch, architecture: str, cubin: Path, shared: int, log: str) -> Row:
+    """Of a variant's machine code, and of what ptxas said while making it."""
 
-    def note(self: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        launches.setdefault(describe(self, arguments, named), self)
+    def dumped(what: str) -> str:
+        return subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout
 
-    run = JITFunction.run
-    JITFunction.run = note
-    try:
-        yield
-    finally:
-        JITFunction.run = run
-
-
-def walk(regime: Regime) -> None:
-    """A forward and a backward of the regime on tensors without data."""
-
-    def new(*size: int, dtype: torch.dtype = regime.dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    feats, labels = new(regime.anchors, regime.dims), new(regime.anchors, dtype=torch.int64)
-    banked = regime.candidates > 0
-    bank = new(regime.candidates, regime.dims) if banked else None
-    bank_labels = new(regime.candidates, dtype=torch.int64) if banked else None
-    self_index = new(regime.anchors, dtype=torch.int64) if banked else None
-    outputs = operators.forward(
-        feats, labels, bank, bank_labels, self_index, -1 if banked else 0,
-        regime.k, 50.0, 0.1, regime.squeeze, regime.reduction, regime.squeeze == 3,
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    code = read_functions(dumped("-sass"))[launch.kernel]
+    registers = int(re.findall(r"REG:(\d+)", dumped("-res-usage"))[-1])
+    return Row(
+        launch.kernel, told(launch), architecture, dict(launch.options).get("num_warps", 4), registers, shared,
+        # Instructions, not the size of the stack, which a call of a division's slow path needs too.
+        sum(instruction.name in ("STL", "LDL") for instruction in code),
+        sum(instruction.name == "BAR" for instruction in code),
+        len(code),
+        *main_loop(code),
+        tuple(sorted(set(WARNING.findall(log)))),
     )  # fmt: skip
-    value, indices, coefficients, *_, stats = outputs
-    operators.backward(value, feats, bank, indices, coefficients, stats, regime.reduction, True, banked)
 
 
-def compile_for(launch: Launch, kernel: JITFunction[Any], architecture: int, folder: Path) -> tuple[int, int, int]:
-    """Registers, shared memory and spills of a launch's code."""
+def compile_for(task: tuple[str, Launch, str]) -> Row:
+    """Compiles a variant, of a kernel of the module, for an architecture."""
+    module, launch, architecture = task
+    kernel = getattr(importlib.import_module(module), launch.kernel)
     place = {name: (kernel.arg_names.index(name),) for name in kernel.arg_names}
     source = ASTSource(
         fn=kernel,
@@ -152,62 +135,120 @@ def compile_for(launch: Launch, kernel: JITFunction[Any], architecture: int, fol
         constexprs={place[name]: value for name, value in launch.constants},
         attrs={place[name]: [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    log = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder:
+        knobs.cache.dir = folder  # what comes out of a cache has no log
+        knobs.nvidia.dump_ptxas_log = True
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(source, target=target, options=dict(launch.options))
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        assert "Compiling entry function" in log.getvalue(), "ptxas printed nothing"
+        return read_row(launch, architecture, cubin, int(compiled.metadata.shared), log.getvalue())
 
-    def dumped(what: str) -> str:
-        return subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout
 
-    registers = int(re.findall(r"REG:(\d+)", dumped("-res-usage"))[-1])
-    # Instructions, not the size of the stack, which a call of a division's slow path needs too.
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", dumped("-sass")))
-    return registers, int(compiled.metadata.shared), spills
+def faults_of(rows: Iterable[Row]) -> list[str]:
+    """What no version of Triton may do."""
+    faults = []
+    for row in rows:
+        of = f"on {row.architecture}: {row.variant}"
+        most = SHARED[int(row.architecture.removeprefix("sm_"))]
+        if row.spills and row.kernel in HOT:
+            faults.append(f"{row.kernel} has {row.spills} spill instructions {of}")
+        if row.shared > most:
+            faults.append(f"{row.kernel} wants {row.shared} bytes of shared memory, of at most {most}, {of}")
+        faults += [
+            f"{row.kernel}: ptxas warns with {warning} {of}"
+            for warning in row.warnings
+            if (row.kernel, row.architecture, warning) not in KNOWN_WARNINGS
+        ]
+    return faults
 
 
-def told(launch: Launch) -> str:
-    """What tells a variant from the others of its kernel."""
-    constants = dict(launch.constants)
-    kept = [f"{name}={getattr(value, 'name', value)}" for name, value in constants.items() if name.isupper()]
-    types = sorted({kind for _, kind in launch.signature if kind in ("*fp16", "*bf16", "*fp32", "*fp64")})
-    return " ".join([*types, *kept])
+HEAD = (
+    f"{'kernel':22}{'for':7}{'warps':>5}{'regs':>5}{'shared':>7}{'spills':>7}{'bars':>5}{'code':>6}{'loop':>9}  variant"
+)
+
+
+def line(row: Row) -> str:
+    """Of the table."""
+    loop = f"{row.loop}/{row.loop_barriers}" if row.loop else "-"
+    return (
+        f"{row.kernel:22}{row.architecture:7}{row.warps:5}{row.registers:5}{row.shared:7}{row.spills:7}"
+        f"{row.barriers:5}{row.code:6}{loop:>9}  {' '.join([row.variant, *row.warnings])}"
+    )
+
+
+def table(rows: Iterable[Row]) -> str:
+    """One line a variant and architecture."""
+
+    def place(row: Row) -> tuple[str, str, int]:
+        return row.kernel, row.variant, int(row.architecture.removeprefix("sm_"))
+
+    return "\n".join([
+        f"# triton {triton.__version__}; made by .ci/triton_resources.py, which says what is counted",
+        "# regs: registers a thread; shared: bytes; bars: barriers; code: instructions;",
+        "# loop: instructions/barriers of the main loop; 16|D: a variant for D that 16 divides",
+        HEAD, *map(line, sorted(rows, key=place)),
+    ]) + "\n"  # fmt: skip
+
+
+def compare(made: str, committed: str, kernels: set[str], architectures: Iterable[str]) -> list[str]:
+    """Faults: lines of the committed table that differ, of these kernels and architectures."""
+
+    def chosen(text: str) -> list[str]:
+        cells = [line.split() for line in text.splitlines() if not line.startswith("#")]
+        return [" ".join(row) for row in cells if row[0] in kernels and row[1] in architectures]
+
+    version, ours = committed.split(";")[0], made.split(";")[0]
+    if committed and version != ours:
+        print(f"{ours.strip('# ')}: not compared with sn_ops/triton/resources.txt, which is of{version.strip('#')}")
+        return []
+    difference = list(difflib.unified_diff(chosen(committed), chosen(made), "committed", "made", lineterm="", n=0))
+    print(*difference, sep="\n")
+    if difference:
+        return ["the table differs from sn_ops/triton/resources.txt: if that is meant, commit what --write makes of it"]
+    return []
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("architectures", nargs="*", default=["sm_80", "sm_90", "sm_100"])
+    parser.add_argument("architectures", nargs="*", default=ARCHITECTURES)
     parser.add_argument("--kernels", help="only these, separated by commas")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--write", action="store_true", help="the committed table anew, in place of a comparison")
     chosen = parser.parse_args()
     assert not tuning.INTERPRETED, "TRITON_INTERPRET is set: nothing would be compiled"
 
-    launches: dict[Launch, JITFunction[Any]] = {}
-    with recorded(launches):
-        for regime in REGIMES:
-            walk(regime)
-    is_kernel: Callable[[str], bool] = lambda name: name.endswith("_kernel")  # noqa: E731
-    every = {
-        name for module in (search, screening, positives, loss, gradients) for name in vars(module) if is_kernel(name)
-    }
-    failures = [f"{name}: no regime launches it" for name in sorted(every - {launch.kernel for launch in launches})]
-
-    print(f"triton {triton.__version__}: {len(launches)} variants of {len(every)} kernels")
-    print(f"{'kernel':22}{'target':8}{'registers':>10}{'shared':>8}{'spills':>8}  variant")
-    with tempfile.TemporaryDirectory() as folder:
-        for launch, kernel in sorted(launches.items(), key=lambda item: item[0].kernel):
-            if chosen.kernels and launch.kernel not in chosen.kernels.split(","):
-                continue
-            for name in chosen.architectures:
-                architecture = int(name.removeprefix("sm_"))
-                registers, shared, spills = compile_for(launch, kernel, architecture, Path(folder))
-                print(f"{launch.kernel:22}{name:8}{registers:10}{shared:8}{spills:8}  {told(launch)}", flush=True)
-                if spills and launch.kernel in HOT:
-                    failures.append(f"{launch.kernel} has {spills} spill instructions on {name}: {told(launch)}")
-                if shared > SHARED[architecture]:
-                    failures.append(f"{launch.kernel} wants {shared} bytes of shared memory on {name}: {told(launch)}")
-    for failure in failures:
-        print("FAILED", failure)
-    return 1 if failures else 0
+    launches = launches_of(REGIMES)
+    wanted = set(chosen.kernels.split(",")) if chosen.kernels else kernels()
+    whole = wanted == kernels() and set(chosen.architectures) == set(ARCHITECTURES)
+    faults = [f"{name}: no batch launches it" for name in sorted(kernels() - {launch.kernel for launch in launches})]
+    tasks = [
+        (kernel.fn.__module__, launch, architecture)
+        for launch, kernel in launches.items()
+        if launch.kernel in wanted
+        for architecture in chosen.architectures
+    ]
+    print(f"triton {triton.__version__}: {len(launches)} variants of {len(kernels())} kernels")
+    print(HEAD)
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(chosen.jobs) as pool:
+        for row in pool.imap_unordered(compile_for, tasks):
+            rows.append(row)
+            print(line(row), flush=True)
+    faults += faults_of(rows)
+    made = table(rows)
+    if chosen.write:
+        assert whole, "--write wants all kernels and architectures"
+        TABLE.write_text(made)
+    else:
+        committed = TABLE.read_text() if TABLE.exists() else ""
+        faults += compare(made, committed, wanted, chosen.architectures)
+    for fault in faults:
+        print("FAILED", fault)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

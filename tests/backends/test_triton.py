@@ -465,16 +465,13 @@ def test_shapes_decide_everything() -> None:
     """Forward and backward run on tensors without data: no value is ever waited for, so a CUDA graph can hold them.
 
     In a process without the interpreter, with launches that are noted instead of made."""
-    script = Path(sn_ops.__file__).parents[1] / ".ci" / "triton_resources.py"
+    script = Path(sn_ops.__file__).parents[1] / ".ci" / "triton_launches.py"
     if not script.exists():
-        script = Path(__file__).parents[2] / ".ci" / "triton_resources.py"
+        script = Path(__file__).parents[2] / ".ci" / "triton_launches.py"
     code = f"""
 import runpy
 facts = runpy.run_path({str(script)!r})
-launches = {{}}
-with facts["recorded"](launches):
-    for regime in facts["REGIMES"]:
-        facts["walk"](regime)
+launches = facts["launches_of"](facts["REGIMES"])
 names = {{launch.kernel for launch in launches}}
 assert {{"search_kernel", "screen_kernel", "gradient_kernel"}} <= names, names
 """

@@ -1,4 +1,22 @@
-"""near and far of every anchor: direct sums within identities, rows sorted by label."""
+"""near and far of every anchor: direct sums within identities, rows sorted by label.
+
+Candidates in the order of labels, and of indices within a label, are places 0 to M - 1. The positives of an anchor are
+the places begin to end of its identity, found by bisection. A group of R anchors that follow each other in the order of
+labels needs the places of its own identities and no others. With end_-1 = 0 anchor r adds to those of the anchors
+before it in the group
+
+    size_r = end_r - start_r places,        start_r = max(begin_r, end_{r-1}),
+
+none if it shares an identity with the anchor before it, or has no candidate. Counted through they are 0 to V - 1:
+anchor r's begin at first_r = size_0 + .. + size_{r-1}, and v is the place
+
+    v + max over r with first_r <= v of (start_r - first_r),
+
+since what is jumped over before anchor r, start_r - first_r, grows with r. A tile takes C of them, whatever lies
+between: identities without an anchor cost nothing, and small ones share a tile. The V / C tiles of a group go to
+programs in equal parts, segments; each keeps its best positives as keys, and the least and greatest of all segments'
+keys are near and far, whatever the order.
+"""
 
 from __future__ import annotations
 
@@ -8,61 +26,139 @@ import triton.language as tl
 
 from . import order, tuning
 from .batch import Batch, Selection
-from .order import own_index, tile_distances, update_extremes
+from .order import NO_KEY, own_index, pack_keys, tile_distances
 from .tuning import cdiv
 
+# Below the far key of every candidate. A far key has the index's complement: on a tie the least index is the greatest.
+NO_FAR_KEY = tl.constexpr(-1)
+LAST_INDEX = tl.constexpr(0x7FFFFFFF)
 
-@triton.jit(do_not_specialize=["N"])
+
+@triton.jit
+def halved(gSorted, low, high, label, used, AFTER: tl.constexpr):
+    """One step of a bisection of places low to high for the first label that is not less, or AFTER: that is greater."""
+    middle = low + (high - low) // 2
+    inside = used & (low < high)
+    value = tl.load(gSorted + middle, inside, 0)
+    before = inside & (value <= label if AFTER else value < label)
+    return tl.where(before, middle + 1, low), tl.where(before, high, middle)
+
+
+@triton.jit(do_not_specialize=["N", "M", "steps"])
+def ranges_kernel(gLabels, gAnchorOrder, gSorted, N, M, steps, gBegin, gEnd, R: tl.constexpr):
+    """Places gBegin to gEnd of each anchor's identity in gSorted [M], for anchors in the order of labels.
+
+    A step leaves less than half of the places, so as many steps as M has bits leave none.
+    """
+    rank = tl.program_id(0) * R + tl.arange(0, R)
+    used = rank < N
+    label = tl.load(gLabels + tl.load(gAnchorOrder + rank, used, 0), used, 0)
+    begin = tl.zeros((R,), tl.int32)
+    end = tl.zeros((R,), tl.int32)
+    begin_high = begin + M
+    end_high = end + M
+    for _ in range(steps):
+        begin, begin_high = halved(gSorted, begin, begin_high, label, used, False)
+        end, end_high = halved(gSorted, end, end_high, label, used, True)
+    tl.store(gBegin + rank, begin, used)
+    tl.store(gEnd + rank, end, used)
+
+
+@triton.jit(do_not_specialize=["N", "segments"])
 def positives_kernel(
-    gX, x_stride, gZ, z_stride, gLabels, gCandidateLabels, gSelf, self_offset, gAnchorOrder, gCandidateOrder,
-    gBegin, gEnd, N, D, gNearD2, gNear, gFarD2, gFar,
+    gX, x_stride, gZ, z_stride, gSelf, self_offset, gAnchorOrder, gCandidateOrder, gBegin, gEnd, N, D, segments,
+    gNearKeys, gFarKeys,
     R: tl.constexpr, C: tl.constexpr, HAS_SELF: tl.constexpr, ONE_SECTION: tl.constexpr,
 ):  # fmt: skip
-    """near and far of R anchors that follow each other in the order of labels.
+    """R anchors that follow each other in the order of labels, against their segment of their own candidates.
 
-    The candidates are in the same order; read are those from the first anchor's identity to the last one's. Within an
-    identity the order is that of indices.
+    gNearKeys and gFarKeys [N, segments]: the key of the nearest positive, and of the farthest.
     """
-    place = tl.program_id(0) * R + tl.arange(0, R)
-    used = place < N
-    anchor = tl.load(gAnchorOrder + place, used, 0)
+    group = tl.program_id(0) // segments
+    segment = tl.program_id(0) % segments
+    rank = group * R + tl.arange(0, R)
+    used = rank < N
+    anchor = tl.load(gAnchorOrder + rank, used, 0)
     own = own_index(gSelf, self_offset, anchor, used, HAS_SELF)
-    label = tl.load(gLabels + anchor, used, 0)
-    begin = tl.min(tl.load(gBegin + place, used, 0x7FFFFFFF), axis=0)
-    end = tl.max(tl.load(gEnd + place, used, 0), axis=0)
-    near_d2 = tl.full((R,), float("inf"), tl.float32)
-    near = tl.full((R,), -1, tl.int32)
-    far_d2 = tl.full((R,), -1.0, tl.float32)
-    far = tl.full((R,), -1, tl.int32)
-    for first in range(begin, end, C):
-        position = first + tl.arange(0, C)
-        present = position < end
-        candidate = tl.load(gCandidateOrder + position, present, 0)
-        squared = tile_distances(
-            gX, anchor * x_stride, used, gZ, candidate * z_stride, present, D, tl.float32, ONE_SECTION
-        )
+    begin = tl.load(gBegin + rank, used, 0)
+    end = tl.load(gEnd + rank, used, 0)
+    start = tl.maximum(begin, tl.load(gEnd + rank - 1, used & (rank > group * R), 0))
+    size = tl.where(used, end - start, 0)
+    first = tl.cumsum(size, axis=0) - size
+    jumped = start - first
+    wanted = tl.sum(size, axis=0)
+    near = tl.full((R,), NO_KEY, tl.int64)
+    far = tl.full((R,), NO_FAR_KEY, tl.int64)
+    share = tl.cdiv(tl.cdiv(wanted, C), segments) * C
+    for tile in range(segment * share, tl.minimum(segment * share + share, wanted), C):
+        number = tile + tl.arange(0, C)
+        present = number < wanted
+        place = number + tl.max(tl.where(first[:, None] <= number[None, :], jumped[:, None], 0), axis=0)
+        candidate = tl.load(gCandidateOrder + place, present, 0)
         same = used[:, None] & present[None, :] & (candidate[None, :] != own[:, None])
-        same = same & (tl.load(gCandidateLabels + candidate, present, 0)[None, :] == label[:, None])
-        near_d2, near, far_d2, far = update_extremes(squared, same, candidate.to(tl.int32), near_d2, near, far_d2, far)
-    tl.store(gNearD2 + anchor, near_d2, used)
-    tl.store(gNear + anchor, near, used)
-    tl.store(gFarD2 + anchor, far_d2, used)
-    tl.store(gFar + anchor, far, used)
+        same = same & (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
+        # Anchors that are their identity's only candidate read no row.
+        if tl.max(tl.max(same.to(tl.int32), axis=1), axis=0) > 0:
+            squared = tile_distances(
+                gX, anchor * x_stride, used, gZ, candidate * z_stride, present, D, tl.float32, ONE_SECTION
+            )
+            index = candidate.to(tl.int32)[None, :]
+            near = tl.minimum(near, tl.min(tl.where(same, pack_keys(squared, index), NO_KEY), axis=1))
+            far_keys = pack_keys(squared, index ^ LAST_INDEX)
+            far = tl.maximum(far, tl.max(tl.where(same, far_keys, NO_FAR_KEY), axis=1))
+    slot = anchor * segments + segment
+    tl.store(gNearKeys + slot, near, used)
+    tl.store(gFarKeys + slot, far, used)
+
+
+@triton.jit(do_not_specialize=["N", "segments"])
+def extremes_kernel(
+    gNearKeys, gFarKeys, N, segments, gNearD2, gNear, gFarD2, gFar, R: tl.constexpr, SEGMENTS: tl.constexpr
+):
+    """near and far of R anchors, from the keys of all segments; SEGMENTS is a power of two not below `segments`."""
+    anchor = tl.program_id(0) * R + tl.arange(0, R)
+    used = anchor < N
+    segment = tl.arange(0, SEGMENTS)[None, :]
+    slot = anchor[:, None].to(tl.int64) * segments + segment
+    inside = used[:, None] & (segment < segments)
+    near = tl.min(tl.load(gNearKeys + slot, inside, NO_KEY), axis=1)
+    far = tl.max(tl.load(gFarKeys + slot, inside, NO_FAR_KEY), axis=1)
+    found = near != NO_KEY
+    tl.store(gNearD2 + anchor, tl.where(found, distance_of(near), float("inf")), used)
+    tl.store(gNear + anchor, tl.where(found, near.to(tl.int32), -1), used)
+    tl.store(gFarD2 + anchor, tl.where(found, distance_of(far), -1.0), used)
+    tl.store(gFar + anchor, tl.where(found, far.to(tl.int32) ^ LAST_INDEX, -1), used)
+
+
+@triton.jit
+def distance_of(key):
+    """The squared distance in a key."""
+    return (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 def find(batch: Batch, selection: Selection) -> None:
     """near and far of every anchor, from direct sums within identities."""
-    n, _, d = batch.sizes
+    n, m, d = batch.sizes
+    device = batch.feats.device
     labels, candidate_order = batch.candidate_labels.sort(stable=True)
     anchor_order = candidate_order if batch.symmetric else batch.labels.sort(stable=True).indices
-    ordered = batch.labels[anchor_order]
-    begin = torch.searchsorted(labels, ordered, out_int32=True)
-    end = torch.searchsorted(labels, ordered, right=True, out_int32=True)
-    plan = tuning.search_plan(n, batch.sizes[1], 1, False, False)
-    positives_kernel[(cdiv(n, plan.rows),)](
+    plan = tuning.positives_plan(n, m)
+    begin = torch.empty(n, dtype=torch.int32, device=device)
+    end = torch.empty_like(begin)
+    near_keys = torch.empty((n, plan.segments), dtype=torch.int64, device=device)
+    far_keys = torch.empty_like(near_keys)
+    ranges_kernel[(cdiv(n, plan.block),)](
+        batch.labels, anchor_order, labels, n, m, m.bit_length(), begin, end,
+        R=plan.block, num_warps=4, **order.EXACT,
+    )  # fmt: skip
+    positives_kernel[(cdiv(n, plan.rows) * plan.segments,)](
         batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
-        batch.labels, batch.candidate_labels, *batch.self_arguments(), anchor_order, candidate_order, begin, end, n, d,
-        *selection[1:],
+        *batch.self_arguments(), anchor_order, candidate_order, begin, end, n, d, plan.segments, near_keys, far_keys,
         R=plan.rows, C=plan.columns, HAS_SELF=batch.self_index is not None, ONE_SECTION=d <= order.SECTION.value,
         num_warps=plan.warps, **order.EXACT,
+    )  # fmt: skip
+    segments = tuning.power_of_two(plan.segments)
+    rows = max(1, plan.block // segments)
+    extremes_kernel[(cdiv(n, rows),)](
+        near_keys, far_keys, n, plan.segments, *selection[1:], R=rows, SEGMENTS=segments, num_warps=4, **order.EXACT,
     )  # fmt: skip

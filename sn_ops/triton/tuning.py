@@ -168,6 +168,30 @@ def screen_plan(anchors: int, candidates: int, dims: int, neighbours: int, wide:
 
 
 @dataclass(frozen=True)
+class PositivesPlan:
+    """R anchors of a group, C candidates of a tile; a group's tiles in segments. BLOCK entries in small kernels."""
+
+    rows: int
+    columns: int
+    segments: int
+    warps: int
+    block: int
+
+
+def positives_plan(anchors: int, candidates: int) -> PositivesPlan:
+    """Tiles as for all pairs. How many a group has only the device knows: any number that the candidates allow.
+
+    Without a tile a program ends at once, so a large batch has one segment or two, and a few anchors of a large bank
+    have dozens.
+    """
+    if INTERPRETED:
+        return PositivesPlan(min(64, power_of_two(anchors)), min(128, power_of_two(candidates)), 1, 4, 1024)
+    rows, columns = 16, 32
+    segments = max(1, min(cdiv(_PROGRAMS, cdiv(anchors, rows)), cdiv(candidates, columns), 64))
+    return PositivesPlan(rows, columns, segments, 8, 256)
+
+
+@dataclass(frozen=True)
 class LossPlan:
     """R anchors of a program, BLOCK slots at a time."""
 

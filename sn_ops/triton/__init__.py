@@ -61,6 +61,10 @@ def unfit(device: torch.device) -> str:
     """Why the backend cannot serve this device; empty if it can."""
     if device.type != "cuda":
         return ""
+    # PyTorch for ROCm calls its devices "cuda" too, with capabilities that mean another thing.
+    if torch.version.cuda is None:
+        found = "without it" if torch.version.hip is None else f"for ROCm {torch.version.hip}"
+        return f"it needs PyTorch for CUDA, {device} is served by one {found}"
     capability = torch.cuda.get_device_capability(device)
     if capability >= OLDEST_CAPABILITY:
         return ""

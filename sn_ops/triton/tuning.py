@@ -14,9 +14,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-# Read once, as Triton does. Its interpreter runs kernels on CPU tensors, one NumPy operation on a tile after the other:
-# it wants few large tiles, a GPU many that fit its registers.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Read once, and as Triton reads it: every other value leaves the interpreter off. It runs kernels on CPU tensors, one
+# NumPy operation on a tile after the other: it wants few large tiles, a GPU many that fit its registers.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 MAX_LISTED_K = 128
 """Above this the first k are found by sorting whole rows of distances, not in lists."""

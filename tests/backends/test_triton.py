@@ -449,6 +449,7 @@ def test_auto_passes_over_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> 
         device = torch.device("cuda", 0)
 
     monkeypatch.setattr(dispatch, "LOAD_ERROR", {})
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     capability = (8, 6)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(dispatch, "runs_on", lambda _, found: found == (9, 0))

@@ -24,8 +24,10 @@ def switch_on() -> None:
 
 def speed_up() -> None:
     """Patch the language once a module and launch, and round to bfloat16."""
+    from sn_ops.triton import tuning  # which reads the variable too
+
     # Without Triton, only the tests of its backend fail, and they say why.
-    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+    if not tuning.INTERPRETED or importlib.util.find_spec("triton") is None:
         return
     from triton.runtime import interpreter
 

@@ -161,7 +161,7 @@ def needed(case: Case, rows: int) -> list[int]:
     return [int(np.isin(pool, labels[first : first + rows]).sum()) for first in range(0, len(labels), rows)]
 
 
-@pytest.mark.parametrize("segments", [1, 5])
+@pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize("self_kind", ["self", "none", "offset", "tensor"])
 @pytest.mark.parametrize("bank", BANKS, ids=lambda bank: bank.__name__)
 def test_near_and_far(

@@ -26,6 +26,7 @@ from mutants.mutant import (
 from mutants.partial_tiles import partial_tiles
 from mutants.preparation import preparation
 from mutants.selection import selection
+from mutants.triton import triton
 
 
 def _fallback() -> list[Mutant]:
@@ -524,4 +525,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *_fallback(),
     *preparation(),
     *selection(),
+    *triton(),
 )

@@ -1,4 +1,4 @@
-"""Breaks the CUDA kernels on purpose, one place at a time, and shows that a test notices.
+"""Breaks the CUDA and Triton kernels on purpose, one place at a time, and shows that a test notices.
 
     python tests/mutants/run.py [--list] [--tree FOLDER] [NAME ...]
 

@@ -1,26 +1,30 @@
 #!/usr/bin/env bash
 # Builds on a machine without a GPU what prove.py and measure.py need on one, where nothing is compiled.
 #
-#   benchmarks/gpu/prepare.sh [--arch 9.0a] [--python 3.12] [--torch 2.11.0] [--env FOLDER] [--archive FILE.tar]
+#   benchmarks/gpu/prepare.sh [--arch 9.0a] [--python 3.12] [--torch 2.11.0] [--env FOLDER] [--no-triton]
+#                             [--archive FILE.tar]
 #
 # --arch     the target's compute capability, as TORCH_CUDA_ARCH_LIST spells it
 # --python   the target's Python; --torch its PyTorch, of which headers and link libraries are used
-# --env      a virtual environment with both; default: one is made in build/gpu, without what PyTorch depends on, so
-#            that its import is not tried here
+# --env      a virtual environment with both; default: one is made in build/gpu, 6 GB
+# --no-triton  leave out the Triton kernels, which are then compiled there; the environment that is made has not what
+#            PyTorch depends on, so that its import is not tried here
 # --archive  also write all that travels into one file
 #
-# Leaves sn_ops/_C.*.so and _C_cuda.so in place, the probe and the micro-benchmarks in benchmarks/gpu/built, and a
-# manifest there: the commit, the versions, the files' hashes. Lists what travels, and says what is missing.
+# Leaves sn_ops/_C.*.so and _C_cuda.so in place; in benchmarks/gpu/built the probe, the micro-benchmarks, the compiled
+# Triton kernels (fill.py says which) and a manifest: the commit, the versions, the files' hashes. Lists what travels,
+# and says what is missing.
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "$0")/../.."
 
-arch=9.0a python=3.12 torch=2.11.0 env='' archive=''
+arch=9.0a python=3.12 torch=2.11.0 env='' archive='' triton=yes
 limit_mib=64
 say() { printf 'prepare: %s\n' "$*"; }
 usage() { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" | sed '$d'; }
 while [ $# -gt 0 ]; do
   case $1 in -h | --help) usage; exit 0 ;; esac
+  case $1 in --no-triton) triton='' && shift && continue ;; esac
   case $1 in --*) [ $# -gt 1 ] || { printf 'prepare: %s: expected a value\n' "$1"; exit 2; } ;; esac
   case $1 in
     --arch) arch=$2 ;;
@@ -44,9 +48,17 @@ if [ -z "$env" ]; then
     [ -n "$interpreter" ] || { say "missing: python$python on PATH (or name an environment with --env)"; exit 1; }
     "$interpreter" -m venv "$env"
   fi
-  "$env/bin/python" -c 'import torch.version' 2>/dev/null ||
-    "$env/bin/python" -m pip install -q --no-deps "torch==$torch"
+  if [ -n "$triton" ]; then
+    # The interpreter of Triton 3.6 fails with later versions of NumPy.
+    "$env/bin/python" -m pip install -q "torch==$torch" "numpy<2.4" pytest hypothesis scikit-learn
+  else
+    "$env/bin/python" -c 'import torch.version' 2>/dev/null ||
+      "$env/bin/python" -m pip install -q --no-deps "torch==$torch"
+  fi
   "$env/bin/python" -m pip install -q cmake ninja "setuptools>=77" typing_extensions
+fi
+if [ -n "$triton" ] && ! (cd / && "$env/bin/python" -c 'import torch, triton, numpy, pytest, hypothesis, sklearn'); then
+  missing+=("what compiles Triton kernels in $env: it cannot import the above (--no-triton leaves them out)")
 fi
 found=$("$env/bin/python" - <<'PY'
 import importlib.util, pathlib, re, sys
@@ -105,9 +117,32 @@ else
   say "not checked that they load: torch in $env has not what it needs to be imported"
 fi
 
+# ---- Triton's kernels ----------------------------------------------------------------------------------------------
+
+# The check is made in a copy elsewhere: an entry of Triton's cache must not depend on the path of the checkout.
+triton_kernels() {
+  local copy=build/gpu/elsewhere status
+  PYTHONPATH=$PWD:$PWD/benchmarks/gpu \
+    python benchmarks/gpu/fill.py "$built/triton.tar.gz" --capability "$arch" || return
+  rm -rf "$copy" && mkdir -p "$copy" && cp -r sn_ops benchmarks "$copy" || return
+  PYTHONPATH=$PWD/$copy:$PWD/$copy/benchmarks/gpu \
+    python "$copy/benchmarks/gpu/fill.py" "$built/triton.tar.gz" --capability "$arch" --check
+  status=$?
+  rm -rf "$copy"
+  return $status
+}
+if [ -n "$triton" ]; then
+  say "the Triton kernels, by Triton $(python -c 'import triton; print(triton.__version__)')"
+  if ! triton_kernels >build/gpu/triton.log 2>&1; then
+    tail -n 30 build/gpu/triton.log
+    exit 1
+  fi
+  grep '^fill: ' build/gpu/triton.log | sed 's/^fill/prepare/'
+fi
+
 # ---- what travels ----------------------------------------------------------------------------------------------------
 
-python - "$arch" "${found#* }" "$limit_mib" "$archive" <<'PY'
+python - "$arch" "${found#* }" "$limit_mib" "$archive" ${triton:+"$built/triton.tar.gz"} <<'PY'
 import datetime
 import glob
 import hashlib
@@ -125,7 +160,7 @@ def output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 suffix = output(sys.executable, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
-built = [f"sn_ops/_C{suffix}", "sn_ops/_C_cuda.so", *sorted(glob.glob("benchmarks/gpu/built/sn_gpu_*"))]
+built = [f"sn_ops/_C{suffix}", "sn_ops/_C_cuda.so", *sorted(glob.glob("benchmarks/gpu/built/sn_gpu_*")), *sys.argv[5:]]
 missing = [name for name in built if not os.path.exists(name)]
 home = os.environ.get("CUDA_HOME", "")
 nvcc = output(f"{home}/bin/nvcc" if home else "nvcc", "--version")

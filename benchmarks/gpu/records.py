@@ -169,8 +169,23 @@ class Kernel(TypedDict):
     total_us: float
 
 
-class Cases(TypedDict):
-    """Data of the steps loss, paths, rivals, triton and train."""
+class Compiled(TypedDict):
+    """Kernels of Triton that a step's processes loaded: `hits` from the cache, `misses` compiled or built in `seconds`,
+    of which `missed` names the first. `prepared`: the cache was filled beforehand."""
+
+    prepared: bool
+    hits: int
+    misses: int
+    seconds: float
+    missed: list[str]
+
+
+class _Cases(TypedDict, total=False):
+    compiled: Compiled
+
+
+class Cases(_Cases):
+    """Data of the steps loss, paths, rivals, triton and train; of triton with `compiled`."""
 
     cases: list[Case]
     kernels: list[Kernel]
@@ -223,8 +238,12 @@ class Smoke(TypedDict):
     runs: list[SmokeRun]
 
 
-class Tests(TypedDict):
-    """Data of the step tests: counts, and the names of what failed."""
+class _Tests(TypedDict, total=False):
+    compiled: Compiled
+
+
+class Tests(_Tests):
+    """Data of the steps tests and tests-triton: counts, and the names of what failed."""
 
     passed: int
     failed: int
@@ -376,6 +395,7 @@ def _cases_problems(data: Cases, where: str) -> Iterator[str]:
     for index, kernel in enumerate(data["kernels"]):
         if kernel["calls"] < 1 or kernel["total_us"] < 0:
             yield f"{where}.kernels[{index}]: expected at least one call and a time of at least zero"
+    yield from _compiled_problems(data, where)
 
 
 def _ceilings_problems(data: dict[str, Ceiling], where: str) -> Iterator[str]:
@@ -396,7 +416,18 @@ def _probe_problems(data: Probe, where: str) -> Iterator[str]:
         yield f"{where}.holds: {data['holds']} contradicts the worst errors and the bound {data['bound']}"
 
 
+def _compiled_problems(data: Cases | Tests, where: str) -> Iterator[str]:
+    found = data.get("compiled")
+    if found is None:
+        return
+    if min(found["hits"], found["misses"], found["seconds"]) < 0:
+        yield f"{where}.compiled: expected counts and seconds of at least zero"
+    if len(found["missed"]) > found["misses"] or (found["misses"] and not found["missed"]):
+        yield f"{where}.compiled.missed: {len(found['missed'])} names for {found['misses']} misses"
+
+
 def _tests_problems(data: Tests, where: str) -> Iterator[str]:
+    yield from _compiled_problems(data, where)
     if min(data["passed"], data["failed"], data["skipped"]) < 0:
         yield f"{where}: expected counts of at least zero"
     if len(data["failures"]) > data["failed"]:

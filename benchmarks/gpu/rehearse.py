@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kernel_cache
 import manifest
 import protocol
 import records
@@ -59,6 +60,10 @@ PROGRAMS = {
     "gate": "protocol.fail('it does not load')",
     "fills": "import os\nwith open(os.path.join(os.environ['TMPDIR'], '../../../big'), 'wb', 0) as f:\n"
     "    try:\n        while True: f.write(b'x' * 65536)\n    except OSError as e: print(e)\nsay(cases=[7])",
+    "loads": "import os, pathlib; cache = pathlib.Path(os.environ['TRITON_CACHE_DIR'])\n"
+    "say(cases=sorted(path.name for path in cache.glob('*/*'))); (cache / 'ENTRY' / 'new').write_text('')\n"
+    "kernel_cache.note('a_kernel', 'D=64', True, 0.0); kernel_cache.note('b_kernel', 'D=65', False, 2.0)\n"
+    "say(figure=kernel_cache.tell())",
     "talks": "for i in range(40000): print('x' * 100)\nsay(cases=[8])",
 }
 
@@ -138,6 +143,10 @@ def whole(stage: Stage) -> None:
         stage.check([s["name"] for s in record["steps"]] == names, f"{call}: not all steps are in the record")
         bad = [s["name"] for s in record["steps"] if s["result"] != "passed"]
         stage.check(not bad, f"{call}: did not pass: {bad}")
+        told = [s["name"] for s in record["steps"] if "compiled" in (s["data"] or {})]
+        stage.check(
+            told == (["tests-triton"] if call == "prove" else ["triton"]), f"{call}: compiled is said by {told}"
+        )
         # The commit may be missing where there is no git.
         problems = [text for text in records.problems(record) if not text.startswith("provenance.")]
         stage.check(not problems, f"{call}: not in the schema: {problems}")
@@ -210,6 +219,30 @@ def gates(stage: Stage) -> None:
     stage.expect(results, "good", "not run", "time was used up")
 
 
+def cached(stage: Stage) -> None:
+    """Steps with the kernels that travelled: each has a copy of its own; what was compiled all the same is named."""
+    made = stage.folder / "made"
+    (made / "ENTRY").mkdir(parents=True)
+    (made / "ENTRY" / "a_kernel.json").write_text("{}")
+    (made / "calls").write_text("[]")
+    kept, kernel_cache.ARCHIVE = kernel_cache.ARCHIVE, made / "triton.tar.gz"
+    chosen = os.environ.pop("TRITON_CACHE_DIR", None)
+    try:
+        kernel_cache.pack(made, made / "calls", kernel_cache.ARCHIVE)
+        _, results = stage.play("cached", [step("loads"), step("loads again")])
+    finally:
+        kernel_cache.ARCHIVE = kept
+        if chosen is not None:
+            os.environ["TRITON_CACHE_DIR"] = chosen
+    for name in ("loads", "loads again"):
+        stage.expect(results, name, "passed", cases=["__grp__a_kernel.json", "a_kernel.json"])
+        found = (results.get(name, {}).get("data") or {}).get("compiled", {})
+        stage.check(
+            (found.get("hits"), found.get("misses"), found.get("missed")) == (1, 1, ["b_kernel D=65"]),
+            f"{name}: what was compiled is not told: {found}",
+        )
+
+
 def stopped(stage: Stage) -> None:
     """The runner itself is told to end: the record says what ran then."""
     out = stage.folder / "stopped"
@@ -272,7 +305,7 @@ def pretend_full(steps: list[Step], out: Path) -> None:
         runner.Disk = kept  # type: ignore[misc]
 
 
-ACTS: tuple[Callable[[Stage], None], ...] = (failing, hanging, dying, gates, stopped, on_small_disk, whole)
+ACTS: tuple[Callable[[Stage], None], ...] = (failing, hanging, dying, gates, cached, stopped, on_small_disk, whole)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -289,7 +322,8 @@ def emulated_programs() -> dict[str, str]:
 
 def act(name: str) -> None:
     """Be a step of a made-up call."""
-    exec(PROGRAMS[name], {"protocol": protocol, "say": protocol.say, "LEFT_BEHIND": LEFT_BEHIND})
+    known = {"protocol": protocol, "say": protocol.say, "kernel_cache": kernel_cache, "LEFT_BEHIND": LEFT_BEHIND}
+    exec(PROGRAMS[name.removesuffix(" again")], known)
 
 
 def main() -> int:

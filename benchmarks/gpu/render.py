@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import expected
-from records import DATA, Case, Cases, Ceiling, Kernel, Probe, Provenance, Record, Smoke, Step, Tests, kind_of
+from records import DATA, Case, Cases, Ceiling, Compiled, Kernel, Probe, Provenance, Record, Smoke, Step, Tests, kind_of
 
 # An interquartile range above this share of the median: something else was running.
 NOISY = 0.1
@@ -180,6 +180,20 @@ def failures_table(record: Record) -> Table:
     return Table("What failed", ["step", "what", "result", "note"], lines)
 
 
+def compiled_table(record: Record) -> Table:
+    """What Triton compiled in its steps, and what it found in the cache."""
+    lines = []
+    for step in record["steps"]:
+        found = cast("Compiled | None", (step["data"] or {}).get("compiled"))
+        if found is not None:
+            cells = [str(found["hits"]), str(found["misses"]), f"{found['seconds']:.1f}"]
+            prepared = "yes" if found["prepared"] else "no"
+            lines.append([step["name"], prepared, *cells, "; ".join(found["missed"]) or NOTHING])
+    return Table(
+        "Kernels of Triton", ["step", "cache prepared", "from the cache", "compiled", "seconds", "of these"], lines
+    )
+
+
 def probe_table(probe: Probe) -> Table:
     """How the tensor core accumulates, by type."""
     holds = "holds" if probe["holds"] else "DOES NOT HOLD"
@@ -329,7 +343,9 @@ def kernels_table(kernels: list[Kernel]) -> Table:
 def prove_tables(record: Record) -> list[Table]:
     """All of a prove record, without empty tables."""
     probes = [probe_table(cast(Probe, step["data"])) for step in steps_of(record, "probe")]
-    return [table for table in [steps_table(record), failures_table(record), *probes] if table.lines]
+    return [
+        table for table in [steps_table(record), failures_table(record), compiled_table(record), *probes] if table.lines
+    ]
 
 
 def measure_tables(record: Record) -> list[Table]:
@@ -343,6 +359,7 @@ def measure_tables(record: Record) -> list[Table]:
         rivals_table([case for kind in ("rivals", "compile", "triton") for case in cases_of(record, kind)], own),
         train_table(cases_of(record, "train")),
         kernels_table(kernels_of(record)),
+        compiled_table(record),
     ]
     return [table for table in tables if table.lines]
 

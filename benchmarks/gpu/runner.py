@@ -30,6 +30,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import kernel_cache
 import manifest
 import protocol
 import steps as table
@@ -200,8 +201,12 @@ class Runner:
         # The programs import the modules of this folder; without an installed package, the checkout's own.
         paths = [str(HERE)] if importlib.util.find_spec("sn_ops") else [str(HERE), str(ROOT)]
         changes["PYTHONPATH"] = os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH", "")]))
-        # A cache that was filled beforehand saves minutes.
-        changes.setdefault("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(scratch / "triton")))
+        # A cache that was filled beforehand saves minutes. What travelled is not written to: each step has a copy.
+        cache = scratch / "triton"
+        if "TRITON_CACHE_DIR" not in os.environ and kernel_cache.ARCHIVE.is_file() and not cache.exists():
+            kernel_cache.unpack(kernel_cache.ARCHIVE, cache)
+        changes.setdefault("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(cache)))
+        changes[kernel_cache.EVENTS] = str(scratch / "compiled")
         return os.environ | changes
 
     def listen(self, step: Step, process: subprocess.Popen[bytes]) -> None:

@@ -359,6 +359,8 @@ def test_a_folder_is_for_one_runner_at_a_time(tmp_path: Path) -> None:
         (["--python", "2.99"], "missing: python2.99 on PATH"),
         (["--env", "{environment}", "--python", "2.99", "--torch", "0.0"], "missing: Python 2.99 in"),
         (["--env", "{environment}", "--torch", "0.0"], "missing: torch 0.0 in"),
+        (["--env", "{environment}", "--torch", "0.0"], "missing: what compiles Triton kernels in"),
+        (["--env", "{environment}", "--torch", "0.0", "--no-triton", "--python", "2.99"], "missing: Python 2.99 in"),
     ],
 )
 def test_prepare_says_what_is_missing(tmp_path: Path, options: list[str], said: str) -> None:

@@ -104,6 +104,9 @@ def case(backend: records.Backend, scope: records.Scope, how: records.How, media
     )
 
 
+COMPILED = {"prepared": True, "hits": 11, "misses": 1, "seconds": 1.5, "missed": ["search_kernel KP=16 D:i32"]}
+
+
 def measure(commit: str = "a" * 40) -> dict[str, Any]:
     loss = [
         case("cuda", "forward", "graph", 20.0, path="direct"),
@@ -118,6 +121,7 @@ def measure(commit: str = "a" * 40) -> dict[str, Any]:
     failed = case("compile", "both", "called", 1.0) | {"samples_us": [], "note": "out of memory"}
     failed |= {"median_us": None, "q1_us": None, "q3_us": None}
     rivals = [case("eager", "both", "called", 700.0), failed]
+    triton = [case("triton", "both", "called", 60.0, shape=(32, 32, 64))]
     kernels = [
         {"label": "random", "scope": "both", "name": "tile", "calls": 1, "total_us": 30.0},
         {"label": "random", "scope": "both", "name": "gather", "calls": 2, "total_us": 10.0},
@@ -130,6 +134,14 @@ def measure(commit: str = "a" * 40) -> dict[str, Any]:
         step("paths", {"cases": paths, "kernels": []}),
         step("rivals", {"cases": rivals, "kernels": []}),
         step("train", {"cases": [case("cuda", "both", "called", 90.0, note="share 0.4 %")], "kernels": []}),
+        step(
+            "triton",
+            {
+                "cases": triton,
+                "kernels": [],
+                "compiled": COMPILED,
+            },
+        ),
         step("ncu", None, result="not run", reason="no time left"),
     ]
     return record("measure", steps, commit)
@@ -224,6 +236,10 @@ CASE = ("steps", 1, "data", "cases", 0)
         (put(5.0, "steps", 0, "data", "copy", "median"), "copy.median: 5.0 is not that of the samples"),
         (put([], "steps", 0, "data", "copy", "samples"), "copy.samples: expected figures above zero"),
         (put("GB/s", "steps", 0, "data", "copy", "unit"), "copy.unit: expected one of s, B/s, FLOP/s"),
+        (put(-1, "steps", 5, "data", "compiled", "hits"), "compiled: expected counts and seconds of at least zero"),
+        (put([], "steps", 5, "data", "compiled", "missed"), "compiled.missed: 0 names for 1 misses"),
+        (put(0, "steps", 5, "data", "compiled", "misses"), "compiled.missed: 1 names for 0 misses"),
+        (put("yes", "steps", 5, "data", "compiled", "prepared"), "compiled.prepared: expected bool"),
     ],
 )
 def test_each_defect_of_a_measure_record_is_named(change: Change, said: str) -> None:
@@ -397,10 +413,11 @@ def test_the_page_says_what_the_records_say(results: Path) -> None:
     # forward: graph, expected, ratio, called; the same of both
     assert rows(text, "random", "256 x 2048", "float32", "direct", "20.0", "-", "-", "-", "50.0", "25.0", "2.00", "100")
     assert rows(text, "64 x 65536 x 2048 bank", "float32", "forward", "graph", "321", "123", "bank", "-")
-    assert rows(text, "256 x 2048", "float32", "both", "called", "100", "7.00x", "failed", "out of memory")
+    assert rows(text, "256 x 2048", "float32", "both", "called", "100", "7.00x", "failed", "-", "out of memory")
     assert rows(text, "random", "both", "tile", "1", "30.0", "75 %")
     assert rows(text, "[old.json](old.json)", "not recorded", "2026-01-02")[0].endswith("| with uncommitted changes |")
     assert rows(text, "ncu", "not run", "1.5", "40", "-", "no time left")
+    assert rows(text, "triton", "yes", "11", "1", "1.5", "search_kernel KP=16 D:i32")
 
 
 def test_each_step_is_shown_from_the_newest_record_that_ran_it(results: Path) -> None:
@@ -416,7 +433,9 @@ def test_each_step_is_shown_from_the_newest_record_that_ran_it(results: Path) ->
     assert "| 50.0 | 25.0 | 2.00 |" not in text
     assert rows(text, "64 x 65536 x 2048 bank", "float32", "forward", "graph", "321", "123")  # the older record's
     unwrapped = " ".join(text.split())
-    assert unwrapped.count(" has loss fp32: ") == 1 and " has ceilings, paths, rivals, train, ncu: " in unwrapped
+    assert (
+        unwrapped.count(" has loss fp32: ") == 1 and " has ceilings, paths, rivals, train, triton, ncu: " in unwrapped
+    )
     assert "Tensor core: Hopper" in text  # the other call's
 
 

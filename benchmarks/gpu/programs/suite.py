@@ -14,6 +14,7 @@ from collections import Counter
 
 import torch
 
+import kernel_cache
 import protocol
 from device import ROOT
 
@@ -46,6 +47,8 @@ def command(backend: str) -> list[str]:
         wanted, modules = ("simt" if backend == "cuda" else "triton"), TRITON_MODULES[:1]
     line = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--no-header"]
     line += [f"--maxfail={MOST_FAILURES}", "-k", wanted]
+    if backend == "triton":
+        line += ["-p", kernel_cache.__name__]
     if not protocol.pretending() and importlib.util.find_spec("xdist") is not None:
         line += ["-n", str(WORKERS)]
     return [*line, *modules]
@@ -92,6 +95,8 @@ def main(backend: str) -> None:
             tell()
     status = process.wait()
     tell()
+    if backend == "triton":
+        kernel_cache.tell()
     if counts["PASSED"] == 0:
         protocol.fail(f"no test passed; pytest's exit status is {status}")
     if status != 0:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import expected
+import kernel_cache
 import manifest
 import predict
 import protocol
@@ -366,11 +367,12 @@ def rivals(device: Gpu | Pretended) -> None:
 
 
 def by_triton(device: Gpu | Pretended) -> None:
-    """The Triton backend; its first calls, which compile, are not counted."""
+    """The Triton backend; its first calls, which load or compile, are not counted."""
+    kernel_cache.listen()
     for shape in TRITON if device.name == "cuda" else EMULATED[:1]:
         for case in timed(device, shape, "triton", ours(device.backend, shape.k), "", None, ("graph", "called")):
             told(device, case)
-    say(figure="the Triton backend at 4 shapes" if device.name == "cuda" else "one shape")
+    say(figure=f"{len(TRITON) if device.name == 'cuda' else 'pretended'} shapes; {kernel_cache.tell()}")
 
 
 def compiled(device: Gpu | Pretended) -> None:

@@ -72,7 +72,8 @@ def describe(kernel: JITFunction[Any], arguments: tuple[Any, ...], named: dict[s
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTER[value.dtype]
-            aligned.append(name)  # allocations start at multiples of more than 16 bytes
+            if not parameter.do_not_specialize_on_alignment:
+                aligned.append(name)  # allocations start at multiples of more than 16 bytes
         elif isinstance(value, float):
             signature[name] = "fp32"
         elif value == 1 and not parameter.do_not_specialize:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional
 from torch import Tensor
 
 
@@ -13,10 +14,29 @@ def unit_stride(rows: Tensor) -> Tensor:
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
+def padded(rows: Tensor) -> Tensor:
+    """Half-precision rows at multiples of 16 elements and bytes, zeros behind D: copied if they are not there already.
+
+    Zeros change no squared distance. Elsewhere the compiler would load two bytes at a time. Rows of other types go
+    4 bytes or 8 at a time at worst, and stay where they are.
+    """
+    if rows.element_size() != 2 or rows.numel() == 0:
+        return rows
+    odd = rows.shape[1] % 16
+    if odd:
+        return torch.nn.functional.pad(rows, (0, 16 - odd))
+    return rows if rows.stride(0) % 16 == 0 and aligned(rows) else rows.clone(memory_format=torch.contiguous_format)
+
+
+def aligned(rows: Tensor) -> bool:
+    """Whether the first row starts at a multiple of 16 bytes, as Triton asks of a pointer."""
+    return rows.device.type == "meta" or rows.data_ptr() % 16 == 0
+
+
 class Batch(NamedTuple):
     """The arguments of a forward as the kernels take them."""
 
-    feats: Tensor  # [N, D]
+    feats: Tensor  # [N, D], D perhaps with zeros behind it
     labels: Tensor  # [N]
     candidates: Tensor  # [M, D]; feats in the self case
     candidate_labels: Tensor  # [M]
@@ -35,13 +55,16 @@ class Batch(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What a forward selected; the support set is in columns 0 to K - 1 of the graph's indices."""
+    """What a forward selected; the support set is in columns 0 to K - 1 of the graph's indices.
 
-    d2: Tensor  # [N, K] acc
-    near_d2: Tensor  # [N] acc
-    near: Tensor  # [N] int32, -1 for none
-    far_d2: Tensor
-    far: Tensor
+    Entries are tensors or parts of a `Workspace`.
+    """
+
+    d2: Any  # [N, K] acc
+    near_d2: Any  # [N, S] acc, of S segments of the candidates
+    near: Any  # [N, S] int32, -1 for none
+    far_d2: Any
+    far: Any
 
     @staticmethod
     def empty(anchors: int, neighbours: int, like: Tensor, acc: torch.dtype) -> Selection:
@@ -52,3 +75,15 @@ class Selection(NamedTuple):
             new(anchors, neighbours),
             new(anchors), new(anchors, dtype=torch.int32), new(anchors), new(anchors, dtype=torch.int32),
         )  # fmt: skip
+
+
+class Found(NamedTuple):
+    """A selection, and the rest of what `loss_kernel` and `reduce_kernel` take."""
+
+    selection: Selection
+    segments: int  # S
+    keys: Any  # [N, S, KP] int64: the support sets, not merged yet; None where they are in the graph's indices
+    flags: Any  # [F] int32: 1 where a NaN or Inf was seen
+    flag_count: int  # F
+    records: Any  # [programs of `loss_kernel`, RECORD_SIZE] float64
+    memory: Any  # of the entries that are parts of a `Workspace`

@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .order import NO_KEY
+from .search import merged_extremes, merged_lists
+
 # Distances are clamped from below so that sqrt has a finite derivative; no gradient flows where the clamp holds.
 SQUARED_DISTANCE_FLOOR = tl.constexpr(1e-12)
 
@@ -59,18 +62,34 @@ def support_slots(gIndices, gD2, gCandidateLabels, anchor, used, label, first, K
     return slot, index, squared, filled, positive
 
 
-@triton.jit(do_not_specialize=["N", "K", "flags"])
+@triton.jit
+def merged_slots(gKeys, gCandidateLabels, anchor, used, label, segments, K,
+                 KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_SEGMENTS: tl.constexpr):  # fmt: skip
+    """The same from the segments' lists, all K slots at once, KP >= K."""
+    best = merged_lists(gKeys, anchor, used, segments, KP, LOG_KP, LOG_SEGMENTS)
+    slot = tl.arange(0, KP)[None, :]
+    filled = used[:, None] & (slot < K) & (best != NO_KEY)
+    index = tl.where(filled, best.to(tl.int32), -1)
+    squared = tl.where(filled, (best >> 32).to(tl.int32).to(tl.float32, bitcast=True), 0.0)
+    positive = filled & (tl.load(gCandidateLabels + index, filled, 0) == label[:, None])
+    return slot, index, squared, filled, positive
+
+
+@triton.jit(do_not_specialize=["segments", "N", "K"], do_not_specialize_on_alignment=["gLabels", "gCandidateLabels"])
 def loss_kernel(
-    gIndices, gD2, gNearD2, gNear, gFarD2, gFar, gLabels, gCandidateLabels, gFlags, flags,
+    gIndices, gD2, gKeys, gNearD2, gNear, gFarD2, gFar, segments, gLabels, gCandidateLabels,
     N, K, alpha_high, alpha_low, weight_high, weight_low,
-    gLoss, gCoefficients, gSquared, gRecords,
+    gLoss, gCoefficients, gSquared, gNearest, gFarthest, gRecords,
     SQUEEZE: tl.constexpr, REDUCTION: tl.constexpr, WANT_SQUARED: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    MERGED: tl.constexpr, LOG_SEGMENTS: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Selections to losses, coefficients of edges [N, K + 2] and one record for each R anchors.
 
-    Reads columns 0 to K - 1 of gIndices [N, K + 2] and writes the last two: near_i, if the support set has no positive,
-    and far_i, if the squeeze needs it and no other column holds it.
+    The support sets are merged from the lists of gKeys [N, segments, BLOCK] (MERGED), or are columns 0 to K - 1 of
+    gIndices [N, K + 2] and gD2 [N, K]; the extremes are those of `segments` segments. Writes gNearest and gFarthest,
+    and in gIndices what was merged and the last two columns: near_i, if the support set has no positive, and far_i, if
+    the squeeze needs it and no other column holds it.
     """
     anchor = tl.program_id(0) * R + tl.arange(0, R)
     used = anchor < N
@@ -79,10 +98,15 @@ def loss_kernel(
     alpha = tl.zeros((R,), tl.float64) + alpha_high + alpha_low
     weight = tl.zeros((R,), tl.float64) + weight_high + weight_low
     label = tl.load(gLabels + anchor, used, 0)
-    near = tl.load(gNear + anchor, used, -1)
-    near_d2 = tl.load(gNearD2 + anchor, used, 0.0)
-    far = tl.load(gFar + anchor, used, -1)
-    far_d2 = tl.load(gFarD2 + anchor, used, 0.0)
+    # K <= BLOCK (ONE_BLOCK): the slots are held, else each of the three passes below reads them anew.
+    if MERGED:
+        held = merged_slots(gKeys, gCandidateLabels, anchor, used, label, segments, K, BLOCK, LOG_BLOCK, LOG_SEGMENTS)
+        tl.store(gIndices + row[:, None] * (K + 2) + held[0], held[1], used[:, None] & (held[0] < K))
+    elif ONE_BLOCK:
+        held = support_slots(gIndices, gD2, gCandidateLabels, anchor, used, label, 0, K, BLOCK)
+    near_d2, near, far_d2, far = merged_extremes(gNearD2, gNear, gFarD2, gFar, anchor, used, segments, LOG_SEGMENTS)
+    tl.store(gNearest + anchor, near, used)
+    tl.store(gFarthest + anchor, far, used)
     near_d = clamped_distance(near_d2)
     valid = near >= 0
 
@@ -98,9 +122,12 @@ def loss_kernel(
     last_d2 = tl.full((R,), -1.0, ACC)  # of the farthest member of P_i, the first slot on a tie
     last_slot = tl.zeros((R,), tl.int32) + K
     for first in range(0, K, BLOCK):
-        slot, index, squared, filled, positive = support_slots(
-            gIndices, gD2, gCandidateLabels, anchor, used, label, first, K, BLOCK
-        )
+        if ONE_BLOCK:
+            slot, index, squared, filled, positive = held
+        else:
+            slot, index, squared, filled, positive = support_slots(
+                gIndices, gD2, gCandidateLabels, anchor, used, label, first, K, BLOCK
+            )
         d = clamped_distance(squared)
         negative = filled & ~positive
         positives += tl.sum(positive.to(tl.int32), axis=1)
@@ -139,9 +166,12 @@ def loss_kernel(
     positive_mass = tl.where(outside, 1.0, tl.zeros((R,), tl.float64))
     negative_mass = tl.zeros((R,), tl.float64)
     for first in range(0, K, BLOCK):
-        slot, index, squared, filled, positive = support_slots(
-            gIndices, gD2, gCandidateLabels, anchor, used, label, first, K, BLOCK
-        )
+        if ONE_BLOCK:
+            slot, index, squared, filled, positive = held
+        else:
+            slot, index, squared, filled, positive = support_slots(
+                gIndices, gD2, gCandidateLabels, anchor, used, label, first, K, BLOCK
+            )
         start = tl.where(positive, near_d[:, None], nearest_negative[:, None])
         mass = tl.where(filled, tl.exp(-alpha[:, None] * (clamped_distance(squared) - start)), 0.0)
         positive_mass += tl.sum(tl.where(positive, mass, 0.0), axis=1)
@@ -178,9 +208,12 @@ def loss_kernel(
     pull = alpha * share / positive_mass
     push = -alpha * share / negative_mass
     for first in range(0, K, BLOCK):
-        slot, index, squared, filled, positive = support_slots(
-            gIndices, gD2, gCandidateLabels, anchor, used, label, first, K, BLOCK
-        )
+        if ONE_BLOCK:
+            slot, index, squared, filled, positive = held
+        else:
+            slot, index, squared, filled, positive = support_slots(
+                gIndices, gD2, gCandidateLabels, anchor, used, label, first, K, BLOCK
+            )
         d = clamped_distance(squared)
         start = tl.where(positive, near_d[:, None], nearest_negative[:, None])
         mass = tl.where(filled & contested[:, None], tl.exp(-alpha[:, None] * (d - start)), 0.0)
@@ -200,8 +233,7 @@ def loss_kernel(
     tl.store(gCoefficients + row * (K + 2) + K + 1, tl.where(extra, far_coefficient, 0.0).to(ACC), used)
 
     if REDUCTION == NONE:
-        poisoned = any_flag(gFlags, flags)
-        tl.store(gLoss + anchor, tl.where(poisoned, float("nan"), loss).to(ACC), used)
+        tl.store(gLoss + anchor, loss.to(ACC), used)
     record = gRecords + tl.program_id(0).to(tl.int64) * RECORD_SIZE
     tl.store(record + 0, tl.sum(loss, axis=0))
     tl.store(record + 1, tl.sum(tl.where(valid, positive_sum, 0.0), axis=0))
@@ -213,21 +245,20 @@ def loss_kernel(
     tl.store(record + 7, tl.sum(tl.where(valid, support_positives, 0), axis=0).to(tl.float64))
 
 
-@triton.jit
-def any_flag(gFlags, flags):
-    """Whether one of the flags is set."""
-    found = tl.zeros((256,), tl.int32)
-    for first in range(0, flags, 256):
-        position = first + tl.arange(0, 256)
-        found |= tl.load(gFlags + position, position < flags, 0)
-    return tl.max(found, axis=0) > 0
-
-
-@triton.jit(do_not_specialize=["records", "flags"])
+@triton.jit(do_not_specialize=["records", "flags", "N"])
 def reduce_kernel(
-    gRecords, records, gFlags, flags, gLoss, gStats, REDUCTION: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr
-):
-    """One program adds the records in order: the loss, unless every anchor has its own, and the statistics."""
+    gRecords, records, gFlags, flags, gLoss, gStats, N,
+    REDUCTION: tl.constexpr, FLAGS: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program adds the records in order: the loss, unless every anchor has its own, and the statistics.
+
+    One of the `flags` flags poisons them, and every anchor's loss too.
+    """
+    found = tl.zeros((FLAGS,), tl.int32)
+    for first in range(0, flags, FLAGS):
+        flag = first + tl.arange(0, FLAGS)
+        found |= tl.load(gFlags + flag, flag < flags, 0)
+    poisoned = tl.max(found, axis=0) > 0
     total = tl.zeros((R, RECORD_SIZE), tl.float64)
     field = tl.arange(0, RECORD_SIZE)
     for first in range(0, records, R):
@@ -243,8 +274,13 @@ def reduce_kernel(
     valid = tl.sum(tl.where(field == 5, total, 0.0), axis=0)
     nearest = tl.sum(tl.where(field == 6, total, 0.0), axis=0)
     inside = tl.sum(tl.where(field == 7, total, 0.0), axis=0)
-    poison = tl.where(any_flag(gFlags, flags), float("nan"), 0.0)
-    if REDUCTION != NONE:
+    poison = tl.where(poisoned, float("nan"), 0.0)
+    if REDUCTION == NONE:
+        if poisoned:
+            for first in range(0, N, FLAGS):
+                anchor = first + tl.arange(0, FLAGS)
+                tl.store(gLoss + anchor, tl.full((FLAGS,), float("nan"), ACC), anchor < N)
+    else:
         if REDUCTION == MEAN:
             loss = loss / tl.maximum(valid, 1.0)
         tl.store(gLoss, (loss + poison).to(ACC))

@@ -24,8 +24,8 @@ SECTION = tl.constexpr(2048)
 # Above the key of every candidate, also of one at infinity.
 NO_KEY = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
-EXACT = {"enable_fp_fusion": False}
-"""Options of every launch: the compiler fuses no product into an addition, so the code rounds where it says so."""
+# Steps of `tile_distances` on their way from memory while one is summed, one less than this: copied without registers.
+STAGES = tl.constexpr(4)
 
 
 def type_of(dtype: torch.dtype) -> tl.dtype:
@@ -63,7 +63,7 @@ def tile_distances(gX, x_offsets, x_used, gZ, z_offsets, z_used, D, ACC: tl.cons
     lane = tl.arange(0, LANES)
     total = tl.zeros((x_offsets.shape[0], z_offsets.shape[0], LANES), ACC)
     if ONE_SECTION:
-        for start in range(0, D, LANES):
+        for start in tl.range(0, D, LANES, num_stages=STAGES):
             inside = start + lane < D
             a = tl.load(gX + x_offsets[:, None] + (start + lane), x_used[:, None] & inside, 0.0).to(ACC)
             b = tl.load(gZ + z_offsets[:, None] + (start + lane), z_used[:, None] & inside, 0.0).to(ACC)
@@ -71,7 +71,7 @@ def tile_distances(gX, x_offsets, x_used, gZ, z_offsets, z_used, D, ACC: tl.cons
     else:
         for section in range(0, D, SECTION):
             part = tl.zeros_like(total)
-            for start in range(section, tl.minimum(section + SECTION, D), LANES):
+            for start in tl.range(section, tl.minimum(section + SECTION, D), LANES, num_stages=STAGES):
                 inside = start + lane < D
                 a = tl.load(gX + x_offsets[:, None] + (start + lane), x_used[:, None] & inside, 0.0).to(ACC)
                 b = tl.load(gZ + z_offsets[:, None] + (start + lane), z_used[:, None] & inside, 0.0).to(ACC)
@@ -140,13 +140,19 @@ def _compare_exchange(x, distance: tl.constexpr, run: tl.constexpr, flip: tl.con
 @triton.jit
 def smallest(x, KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr, DESCENDING: tl.constexpr):
     """The KP smallest of each row of x [R, KP << LOG_GROUPS], in order: [R, KP]."""
-    R: tl.constexpr = x.shape[0]
     # Runs of KP, sorted up and down in turn; a single run as DESCENDING says.
     for size in tl.static_range(1, LOG_KP + 1):
         for step in tl.static_range(size):
             x = _compare_exchange(
                 x, 1 << (size - 1 - step), 1 << size, DESCENDING * (LOG_GROUPS == 0) * (size == LOG_KP)
             )
+    return smallest_of_runs(x, KP, LOG_KP, LOG_GROUPS, DESCENDING)
+
+
+@triton.jit
+def smallest_of_runs(x, KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr, DESCENDING: tl.constexpr):
+    """The same of rows whose runs of KP are in order already, ascending in even runs and descending in odd ones."""
+    R: tl.constexpr = x.shape[0]
     # The smaller at each place of an ascending and a descending run: the KP smallest of both, in bitonic order.
     for level in tl.static_range(LOG_GROUPS):
         x = tl.min(tl.reshape(x, (R, 1 << (LOG_GROUPS - 1 - level), 2, KP)), axis=2)

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from . import order, tuning
 from .batch import Batch, Selection
+from .launch import EXACT
 from .order import NO_KEY, own_index, pack_keys, tile_distances
 from .tuning import cdiv
 
@@ -149,16 +150,16 @@ def find(batch: Batch, selection: Selection) -> None:
     far_keys = torch.empty_like(near_keys)
     ranges_kernel[(cdiv(n, plan.block),)](
         batch.labels, anchor_order, labels, n, m, m.bit_length(), begin, end,
-        R=plan.block, num_warps=4, **order.EXACT,
+        R=plan.block, num_warps=4, **EXACT,
     )  # fmt: skip
     positives_kernel[(cdiv(n, plan.rows) * plan.segments,)](
         batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
         *batch.self_arguments(), anchor_order, candidate_order, begin, end, n, d, plan.segments, near_keys, far_keys,
         R=plan.rows, C=plan.columns, HAS_SELF=batch.self_index is not None, ONE_SECTION=d <= order.SECTION.value,
-        num_warps=plan.warps, **order.EXACT,
+        num_warps=plan.warps, **EXACT,
     )  # fmt: skip
     segments = tuning.power_of_two(plan.segments)
     rows = max(1, plan.block // segments)
     extremes_kernel[(cdiv(n, rows),)](
-        near_keys, far_keys, n, plan.segments, *selection[1:], R=rows, SEGMENTS=segments, num_warps=4, **order.EXACT,
+        near_keys, far_keys, n, plan.segments, *selection[1:], R=rows, SEGMENTS=segments, num_warps=4, **EXACT,
     )  # fmt: skip

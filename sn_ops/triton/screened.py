@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from . import order, positives, screening, tuning
-from .batch import Batch, Selection
+from .batch import Batch, Found, Selection
+from .launch import EXACT
+from .loss import RECORD_SIZE
 from .tuning import cdiv
 
 
@@ -41,7 +43,7 @@ def _prepare(rows: Tensor, centre: Tensor | None, flags: Tensor, first_flag: int
         screening.prepare_kernel[(cdiv(n, block_rows),)](
             rows, rows.stride(0), n, d, rows if centre is None else centre, half, half.stride(0),
             scale, norm, rho, flags, first_flag,
-            CAST=centre is not None, R=block_rows, BLOCK=512, num_warps=4, **order.EXACT,
+            CAST=centre is not None, R=block_rows, BLOCK=512, num_warps=4, **EXACT,
         )  # fmt: skip
     return Screened(half, scale, norm, rho)
 
@@ -59,7 +61,7 @@ def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tens
     depth = anchors.half.shape[1]
     product = {
         "BM": plan.tile[0], "BN": plan.tile[1], "BK": plan.tile[2], "GROUP": 8, "EVEN": depth % plan.tile[2] == 0,
-        "UPCAST": tuning.INTERPRETED, "num_warps": plan.warps, "num_stages": plan.stages, **order.EXACT,
+        "UPCAST": tuning.INTERPRETED, "num_warps": plan.warps, "num_stages": plan.stages, **EXACT,
     }  # fmt: skip
 
     def new(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -95,7 +97,7 @@ def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tens
             least, plan.groups, first, rows, neighbours, depth, anchors.norm, anchors.rho, count, queue_count, limit,
             twice,
             C=sample_width, KP=width, LOG_KP=width.bit_length() - 1, LOG_GROUPS=groups_of(sample_width, width),
-            R=block, num_warps=4, **order.EXACT,
+            R=block, num_warps=4, **EXACT,
         )  # fmt: skip
         screening.screen_kernel[(row_tiles * cdiv(m, plan.tile[1]),)](
             anchors.half, anchors.half.stride(0), anchors.scale, pool.half, pool.half.stride(0), *pool[1:],
@@ -106,14 +108,14 @@ def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tens
             anchors.norm, anchors.rho, pool.norm, pool.rho, *batch.self_arguments(), first, rows, neighbours, depth,
             count, buffer, short, short_count, queue, queue_count,
             HAS_SELF=has_self, CAPACITY=plan.capacity, SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp,
-            LOG_GROUPS=groups_of(plan.capacity, plan.list_size), R=block, num_warps=4, **order.EXACT,
+            LOG_GROUPS=groups_of(plan.capacity, plan.list_size), R=block, num_warps=4, **EXACT,
         )  # fmt: skip
         columns = max(16, plan.list_size)
         screening.refine_kernel[(cdiv(rows, block),)](
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
             first, rows, neighbours, d, short, short_count, indices, selection.d2,
             SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp, LOG_GROUPS=groups_of(columns, plan.list_size),
-            R=block, C=columns, ONE_SECTION=one_section, UNROLL=plan.unroll, num_warps=4, **order.EXACT,
+            R=block, C=columns, ONE_SECTION=one_section, UNROLL=plan.unroll, num_warps=4, **EXACT,
         )  # fmt: skip
         screening.fallback_kernel[(plan.fallback_programs,)](
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
@@ -121,12 +123,20 @@ def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tens
             cdiv(cdiv(m, plan.fallback_segments), direct.columns) * direct.columns, queue, queue_count, buffer,
             R=direct.rows, C=direct.columns, KP=plan.list_size, LOG_KP=log_kp,
             LOG_GROUPS=groups_of(direct.columns, plan.list_size), SEGMENTS=plan.fallback_segments, HAS_SELF=has_self,
-            ONE_SECTION=one_section, num_warps=direct.warps, **order.EXACT,
+            ONE_SECTION=one_section, num_warps=direct.warps, **EXACT,
         )  # fmt: skip
         block = 64 if tuning.INTERPRETED else max(1, 128 // plan.list_size)
         screening.fallback_merge_kernel[(cdiv(rows, block),)](
             queue, queue_count, buffer, first, neighbours, indices, selection.d2,
-            R=block, KP=plan.list_size, LOG_KP=log_kp, SEGMENTS=plan.fallback_segments, num_warps=1, **order.EXACT,
+            R=block, KP=plan.list_size, LOG_KP=log_kp, SEGMENTS=plan.fallback_segments, num_warps=1, **EXACT,
         )  # fmt: skip
     positives.find(batch, selection)
     return flags
+
+
+def find(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, loss_programs: int, indices: Tensor) -> Found:
+    """The selection, with the support sets in `indices`."""
+    selection = Selection.empty(batch.sizes[0], neighbours, batch.feats, torch.float32)
+    flags = select(batch, neighbours, plan, indices, selection)
+    records = torch.empty((loss_programs, RECORD_SIZE.value), dtype=torch.float64, device=batch.feats.device)
+    return Found(selection, 1, None, flags, flags.numel(), records, None)

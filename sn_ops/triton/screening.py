@@ -389,7 +389,7 @@ def fallback_kernel(
         anchor = tl.load(gQueue + place, used, first_row)
         own = own_index(gSelf, self_offset, anchor, used, HAS_SELF)
         begin = tl.minimum(segment * segment_size, M)
-        best, _, _, _, _ = search_segment(
+        best, _, _, _, _, _ = search_segment(
             gX, x_stride, gZ, z_stride, gLabels, gCandidateLabels, anchor, used, own,
             begin, tl.minimum(begin + segment_size, M), M, D, gKeys, place,
             C, KP, LOG_KP, LOG_GROUPS, False, False, tl.float32, ONE_SECTION,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 
 # Read once, and as Triton reads it: every other value leaves the interpreter off. It runs kernels on CPU tensors, one
 # NumPy operation on a tile after the other: it wants few large tiles, a GPU many that fit its registers.
@@ -24,8 +25,18 @@ MAX_LISTED_K = 128
 DENSE_PAIRS = 1 << 22
 """Squared distances held at a time where rows are sorted whole."""
 
+MOST_FLAGS = 2048
+"""Programs that look for NaN and Inf, at most: one program reads what they found."""
+
 _PROGRAMS = 1024
 """How many programs a kernel should have, about, for a small batch: a few for each SM of any GPU."""
+
+
+_LARGE_TILES = 264
+"""Tiles of 512 pairs that it takes to give each of some 130 SMs two of them: below that tiles are smaller."""
+
+_MERGED_KEYS = 2048
+"""Keys of an anchor's lists in all segments, at most: `loss_kernel` merges them in registers."""
 
 
 def power_of_two(n: int) -> int:
@@ -49,7 +60,10 @@ class SearchPlan:
     warps: int
 
 
-def search_plan(anchors: int, candidates: int, neighbours: int, wide: bool, dense: bool) -> SearchPlan:
+@lru_cache(maxsize=1024)
+def search_plan(
+    anchors: int, candidates: int, neighbours: int, wide: bool, dense: bool, one_section: bool = True
+) -> SearchPlan:
     """A tile has R x C pairs of 32 lanes: 512 pairs are 64 registers a thread of 8 warps, as many in float64 with half
     the pairs. A list of KP keys a row needs C >= KP. Segments fill the GPU where there are few groups of anchors.
 
@@ -69,17 +83,23 @@ def search_plan(anchors: int, candidates: int, neighbours: int, wide: bool, dens
     option or another version of the compiler.
     """
     list_size = 1 if dense else power_of_two(max(neighbours, 2))
+    warps = 8
     if INTERPRETED:
         rows = min(64, power_of_two(anchors))
         columns = max(list_size, min(128, power_of_two(candidates)))
     else:
         columns = max(32, list_size)
-        rows = max(1, (256 if wide else 512) // columns)
-    groups = cdiv(anchors, rows)
+        tight = wide or (list_size == 128 and not one_section)  # half the pairs
+        rows = (256 if tight else 512) // columns
+        if cdiv(anchors, rows) * cdiv(candidates, columns) < _LARGE_TILES:
+            columns = max(16, list_size)
+            rows = max(2, (64 if wide else 128) // columns)
+            warps = 8 if list_size == 128 else 4
+    groups = max(1, cdiv(anchors, rows))
     tiles = max(1, cdiv(candidates, columns))
-    segments = 1 if INTERPRETED else max(1, min(cdiv(_PROGRAMS, groups), tiles, 32))
+    segments = 1 if INTERPRETED else max(1, min(cdiv(_PROGRAMS, groups), tiles, 32, _MERGED_KEYS // list_size))
     size = cdiv(tiles, segments) * columns
-    return SearchPlan(rows, columns, list_size, max(1, cdiv(candidates, size)), size, 8)
+    return SearchPlan(rows, columns, list_size, max(1, cdiv(candidates, size)), size, warps)
 
 
 def dense_rows(anchors: int, candidates: int) -> int:
@@ -114,6 +134,7 @@ _STRIP_ENTRIES = 1 << 21
 """Entries of 8 bytes in the buffers of a strip: 16 MB."""
 
 
+@lru_cache(maxsize=1024)
 def screen_plan(anchors: int, candidates: int, dims: int, neighbours: int, wide: bool) -> ScreenPlan | None:
     """None where direct sums of all pairs serve.
 
@@ -200,11 +221,14 @@ class LossPlan:
     warps: int
 
 
+@lru_cache(maxsize=1024)
 def loss_plan(anchors: int, neighbours: int) -> LossPlan:
     """The float64 stage needs many registers a slot: about four slots a thread."""
-    block = min(128, power_of_two(max(1, neighbours)))
+    block = min(128, power_of_two(max(2, neighbours)))
     if INTERPRETED:
         return LossPlan(min(256, power_of_two(anchors)), block, 4)
+    if anchors * block <= 1 << 14:
+        return LossPlan(max(1, 32 // block), block, max(1, block // 32))
     return LossPlan(max(1, 256 // block), block, 4)
 
 
@@ -217,9 +241,18 @@ class GradientPlan:
     block: int
     chunk: int
     warps: int
+    sorted: bool  # whether incoming edges are sorted by target, or each program lists its own
 
 
-def gradient_plan(rows: int, dims: int, edges: int, half: bool) -> GradientPlan:
+_LISTED_EDGES = 300 if INTERPRETED else 1 << 13
+"""Edges that a program looks through for those of its row, at most."""
+
+_SEARCHED_EDGES = 1 << 22
+"""The same times rows."""
+
+
+@lru_cache(maxsize=1024)
+def gradient_plan(anchors: int, candidates: int, dims: int, edges: int, bytes_each: int) -> GradientPlan:
     """A tile of 4 x 512 values puts 16 registers a thread in flight, which hides the latency of gathered rows.
 
     In half precision it is half as many, as the widened values need registers too. Chunks of 16 times the edges of an
@@ -241,9 +274,14 @@ def gradient_plan(rows: int, dims: int, edges: int, half: bool) -> GradientPlan:
     Half a microsecond of 10 TB/s of cached rows over 132 SMs is 38 KB, an estimate: more in flight should hide no more
     latency, and wider blocks leave lanes idle where D is not a multiple of them.
     """
+    listed = anchors * edges
+    sort = listed > _LISTED_EDGES or candidates * listed > _SEARCHED_EDGES
     if INTERPRETED:
         block, slots = min(2048, power_of_two(max(dims, 16))), 16
-        few = max(1, min(power_of_two(rows), (1 << 18) // (slots * block)))
-        return GradientPlan(few, slots, block, max(64, power_of_two(4 * edges)), 4)
-    block = min(256 if half else 512, power_of_two(max(dims, 16)))
-    return GradientPlan(1, 4, block, max(128, power_of_two(16 * edges)), 4)
+        few = max(1, min(power_of_two(max(anchors, candidates)), (1 << 18) // (slots * block)))
+        return GradientPlan(few if sort else 1, slots, block, max(64, power_of_two(4 * edges)), 4, sort)
+    if not sort:
+        block = min(256, power_of_two(max(dims, 16)))
+        return GradientPlan(1, 4, block, 512, 1, False)
+    block = min(256 if bytes_each == 2 else 512, power_of_two(max(dims, 16)))
+    return GradientPlan(1, 4, block, max(128, power_of_two(16 * edges)), max(1, block // 128), True)

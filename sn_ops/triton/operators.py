@@ -44,12 +44,12 @@ def forward(*arguments: Any) -> Graph:
     from .launch import device_of, launch
 
     args = ForwardArguments(*arguments)
-    feats, labels = padded(unit_stride(args.feats)), args.labels.contiguous()
+    feats, labels = unit_stride(args.feats), args.labels.contiguous()
     if args.candidates is None or args.candidate_labels is None:
         batch = Batch(feats, labels, feats, labels, None, 0, True)
     else:
         batch = Batch(
-            feats, labels, padded(unit_stride(args.candidates)), args.candidate_labels.contiguous(),
+            feats, labels, unit_stride(args.candidates), args.candidate_labels.contiguous(),
             None if args.self_index is None else args.self_index.contiguous(), args.self_offset, False,
         )  # fmt: skip
     n, m, d = batch.sizes
@@ -64,11 +64,14 @@ def forward(*arguments: Any) -> Graph:
     squared = torch.empty((n, neighbours + 2) if args.want_squared else (0,), dtype=acc, device=device)
     stats = torch.empty(6, dtype=torch.float64, device=device)
     with device_of(feats):
-        screen = tuning.screen_plan(n, m, d, neighbours, wide=acc == torch.float64)
+        gpu = tuning.device_facts(device)
+        screen = tuning.screen_plan(n, m, d, neighbours, wide=acc == torch.float64, device=gpu)
         plan = tuning.loss_plan(n, neighbours)
         programs = cdiv(n, plan.rows)
         if screen is None:
-            found = direct.select(batch, neighbours, acc, programs, indices)
+            whole = padded(feats)
+            pool = whole if batch.symmetric else padded(batch.candidates)
+            found = direct.select(batch._replace(feats=whole, candidates=pool), neighbours, acc, programs, indices)
         else:
             found = screened.find(batch, neighbours, screen, programs, indices)
         merged = found.keys is not None

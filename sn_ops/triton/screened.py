@@ -15,59 +15,98 @@ from .tuning import cdiv
 
 
 class Screened(NamedTuple):
-    """Rows as the products take them, one entry a row of the matrix they were made from."""
+    """Rows as the products take them, and one entry a row of the matrix they were made from."""
 
-    half: Tensor  # [rows, D or more] half precision
-    scale: Tensor  # [rows] what a product is multiplied by
+    half: Tensor  # [rows, depth] half precision
+    scale: Tensor  # [rows, padded] what a product is multiplied by
     norm: Tensor
     rho: Tensor
+    near: Tensor
 
 
 def _centre(rows: Tensor) -> Tensor:
     """[D] float32: the median of a few rows, about the middle of all; neither outliers nor NaN move it."""
-    few = rows[:: max(1, rows.shape[0] // 64)][:64]
-    middle = few.sort(dim=0).values[few.shape[0] // 2]
-    return middle.nan_to_num(0.0, 0.0, 0.0)
+    m, d = rows.shape
+    centre = torch.empty(d, dtype=torch.float32, device=rows.device)
+    step = max(1, m // 64)
+    columns = 512 if tuning.INTERPRETED else 16
+    screening.centre_kernel[(cdiv(d, columns),)](
+        rows, rows.stride(0), step, min(64, cdiv(m, step)), d, centre,
+        ROWS=64, LOG_ROWS=6, C=columns, num_warps=4, **EXACT,
+    )  # fmt: skip
+    return centre
 
 
-def _vectors(count: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[count, n] with every row aligned to 16 bytes: for other alignments Triton would compile a kernel again."""
-    return torch.empty((count, cdiv(n, 4) * 4), dtype=dtype, device=device)[:, :n]
+def _vectors(count: int, n: int, dtype: torch.dtype, device: torch.device, multiple: int = 4) -> Tensor:
+    """[count, n or a few more] with every row aligned to 16 bytes: for other alignments Triton would compile again."""
+    return torch.empty((count, cdiv(n, multiple) * multiple), dtype=dtype, device=device)
 
 
-def _prepare(rows: Tensor, centre: Tensor | None, flags: Tensor, first_flag: int, block_rows: int) -> Screened:
+def _whole(rows: Tensor, depth: int) -> bool:
+    """Whether half-precision rows are read in whole blocks as they lie, 16 bytes at a time."""
+    return (
+        rows.shape[1] == depth and rows.data_ptr() % 16 == 0
+        and rows.stride(0) % 16 == 0 and rows.stride(0) <= tuning.MOST_DEPTH
+    )  # fmt: skip
+
+
+def _prepare(rows: Tensor, centre: Tensor | None, block: int, flags: Tensor, first_flag: int, most: int) -> Screened:
+    """Half precision and facts of rows; flags from first_flag on, which `most` programs may write."""
     n, d = rows.shape
-    half = rows if centre is None else rows.new_empty((n, cdiv(d, 64) * 64), dtype=torch.float16)
-    scale, norm, rho = _vectors(3, n, torch.float32, rows.device)
-    if n:
-        screening.prepare_kernel[(cdiv(n, block_rows),)](
-            rows, rows.stride(0), n, d, rows if centre is None else centre, half, half.stride(0),
-            scale, norm, rho, flags, first_flag,
-            CAST=centre is not None, R=block_rows, BLOCK=512, num_warps=4, **EXACT,
-        )  # fmt: skip
-    return Screened(half, scale, norm, rho)
+    depth = cdiv(d, block) * block
+    copied = centre is None and not _whole(rows, depth)
+    half = rows
+    if centre is not None or copied:
+        half = rows.new_empty((n, depth), dtype=rows.dtype if copied else torch.float16)
+    facts = _vectors(4, n, torch.float32, rows.device, screening.FACT_ROWS)
+    screening.prepare_kernel[(most,)](
+        rows, rows.stride(0), n, facts.shape[1], d, depth, rows if centre is None else centre, half, half.stride(0),
+        *facts, flags, first_flag,
+        CAST=centre is not None, COPY=copied, R=_prepared_rows(), BLOCK=512 if tuning.INTERPRETED else 128,
+        num_warps=4, **EXACT,
+    )  # fmt: skip
+    return Screened(half, *facts)
+
+
+def _prepared_rows() -> int:
+    """Rows of a program of `prepare_kernel` at a time."""
+    return 256 if tuning.INTERPRETED else 8
+
+
+def _flags(batch: Batch) -> tuple[int, int]:
+    """How many programs prepare the anchors and the candidates, each with a flag; together at most MOST_FLAGS."""
+    most = tuning.MOST_FLAGS if batch.symmetric else tuning.MOST_FLAGS // 2
+    n, m, _ = batch.sizes
+    own, others = (max(1, min(most, cdiv(rows, _prepared_rows()))) for rows in (n, m))
+    return own, 0 if batch.symmetric else others
 
 
 def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tensor, selection: Selection) -> Tensor:
-    """Selection through products of half precision; returns the flags of `_inspect`."""
-    n, m, d = batch.sizes
+    """Selection through products of half precision; returns the flags of `_inspect`, at most MOST_FLAGS."""
     device = batch.feats.device
-    block_rows = 256 if tuning.INTERPRETED else 4
-    own_flags = cdiv(n, block_rows)
-    flags = torch.empty(own_flags + (0 if batch.symmetric else cdiv(m, block_rows)), dtype=torch.int32, device=device)
-    centre = _centre(batch.candidates) if batch.feats.dtype == torch.float32 else None
-    anchors = _prepare(batch.feats, centre, flags, 0, block_rows)
-    pool = anchors if batch.symmetric else _prepare(batch.candidates, centre, flags, own_flags, block_rows)
+    cast = batch.feats.dtype == torch.float32
+    own_flags, other_flags = _flags(batch)
+    flags = torch.empty(own_flags + other_flags, dtype=torch.int32, device=device)
+    centre = _centre(batch.candidates) if cast else None
+    anchors = _prepare(batch.feats, centre, plan.tile[2], flags, 0, own_flags)
+    pool = anchors
+    if not batch.symmetric:
+        pool = _prepare(batch.candidates, centre, plan.tile[2], flags, own_flags, other_flags)
+    if not cast:
+        # Direct sums take the copies too: zeros behind the last column add nothing to any of them, in any order.
+        batch = batch._replace(feats=anchors.half, candidates=pool.half)
+    n, m, d = batch.sizes
     depth = anchors.half.shape[1]
     product = {
-        "BM": plan.tile[0], "BN": plan.tile[1], "BK": plan.tile[2], "GROUP": 8, "EVEN": depth % plan.tile[2] == 0,
-        "UPCAST": tuning.INTERPRETED, "num_warps": plan.warps, "num_stages": plan.stages, **EXACT,
+        "BM": plan.tile[0], "BN": plan.tile[1], "BK": plan.tile[2], "GROUP": 8,
+        "UNIT": not cast, "PLAIN": tuning.INTERPRETED,
+        "num_warps": plan.warps, "num_stages": plan.stages, **EXACT,
     }  # fmt: skip
 
     def new(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
-    strip = plan.strip
+    strip = cdiv(plan.strip, plan.tile[0]) * plan.tile[0]
     least = new(strip, plan.groups, dtype=torch.float32)
     limit, twice = _vectors(2, strip, torch.float32, device)
     count, short_count, queue = _vectors(3, strip, torch.int32, device)
@@ -76,46 +115,56 @@ def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tens
     short = new(strip, plan.short)
     log_kp = plan.list_size.bit_length() - 1
     width = max(tuning.power_of_two(neighbours + 1), 2)  # of the thresholds' lists, which hold one key more
-    sample_width = max(width, tuning.power_of_two(plan.groups))
-    # Widening half precision beside the fallback's loop takes registers: half the pairs of a tile, as for float64.
-    direct = tuning.search_plan(n, m, neighbours, batch.feats.dtype != torch.float32, False)
+    sample_width = max(width, min(tuning.power_of_two(plan.groups), 256))
+    # Widening half precision and long lists take registers beside the fallback's loop: half the pairs of a tile.
+    direct = tuning.search_plan(n, m, neighbours, not cast or plan.list_size > 64, False)
     one_section = d <= order.SECTION.value
+    chunk = max(plan.list_size, min(128, plan.capacity))
     has_self = batch.self_index is not None
 
     def groups_of(wide: int, narrow: int) -> int:
         return (wide // narrow).bit_length() - 1
 
-    for first in range(0, n, strip):
-        rows = min(strip, n - first)
+    sampled = _vectors(3, plan.samples, torch.float32, device, screening.FACT_ROWS)
+    screening.sampled_facts_kernel[(cdiv(sampled.shape[1], 1024),)](
+        *pool[1:4], plan.samples, sampled.shape[1], plan.stride, depth, sampled, R=1024, num_warps=4, **EXACT
+    )
+    for first in range(0, n, plan.strip):
+        rows = min(plan.strip, n - first)
         row_tiles = cdiv(rows, plan.tile[0])
         screening.sample_kernel[(row_tiles * cdiv(plan.samples, plan.tile[1]),)](
-            anchors.half, anchors.half.stride(0), *anchors[1:], pool.half, pool.half.stride(0), *pool[1:],
-            first, rows, plan.samples, plan.stride, depth, least, plan.groups, GROUP_SIZE=plan.group_size, **product,
+            anchors.half, anchors.half.stride(0), *anchors[1:4], pool.half, pool.half.stride(0),
+            sampled, sampled.shape[1], first, rows, plan.samples, plan.stride, depth, least, plan.groups,
+            GROUP_SIZE=plan.group_size, **product,
         )  # fmt: skip
         block = min(64, tuning.power_of_two(rows)) if tuning.INTERPRETED else max(1, 512 // sample_width)
-        screening.threshold_kernel[(cdiv(rows, block),)](
-            least, plan.groups, first, rows, neighbours, depth, anchors.norm, anchors.rho, count, queue_count, limit,
-            twice,
+        padded = row_tiles * plan.tile[0]
+        screening.threshold_kernel[(cdiv(padded, block),)](
+            least, plan.groups, first, rows, padded, neighbours, depth, anchors.norm, anchors.rho,
+            count, queue_count, limit, twice,
             C=sample_width, KP=width, LOG_KP=width.bit_length() - 1, LOG_GROUPS=groups_of(sample_width, width),
             R=block, num_warps=4, **EXACT,
         )  # fmt: skip
         screening.screen_kernel[(row_tiles * cdiv(m, plan.tile[1]),)](
-            anchors.half, anchors.half.stride(0), anchors.scale, pool.half, pool.half.stride(0), *pool[1:],
-            limit, twice, first, rows, m, depth, count, buffer, CAPACITY=plan.capacity, **product,
+            anchors.half, anchors.half.stride(0), anchors.scale,
+            pool.half, pool.half.stride(0), pool.scale, pool.rho, pool.near,
+            limit, twice, first, rows, m, depth, count, buffer,
+            CAPACITY=plan.capacity, maxnreg=plan.registers, **product,
         )  # fmt: skip
         block = min(64, tuning.power_of_two(rows)) if tuning.INTERPRETED else 1
         screening.shortlist_kernel[(cdiv(rows, block),)](
-            anchors.norm, anchors.rho, pool.norm, pool.rho, *batch.self_arguments(), first, rows, neighbours, depth,
+            *anchors[1:4], *pool[1:4], *batch.self_arguments(), first, rows, m, neighbours, depth,
             count, buffer, short, short_count, queue, queue_count,
             HAS_SELF=has_self, CAPACITY=plan.capacity, SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp,
-            LOG_GROUPS=groups_of(plan.capacity, plan.list_size), R=block, num_warps=4, **EXACT,
+            LOG_GROUPS=groups_of(chunk, plan.list_size), R=block, C=chunk, num_warps=1, **EXACT,
         )  # fmt: skip
         columns = max(16, plan.list_size)
         screening.refine_kernel[(cdiv(rows, block),)](
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
             first, rows, neighbours, d, short, short_count, indices, selection.d2,
             SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp, LOG_GROUPS=groups_of(columns, plan.list_size),
-            R=block, C=columns, ONE_SECTION=one_section, UNROLL=plan.unroll, num_warps=4, **EXACT,
+            R=block, C=columns, ONE_SECTION=one_section, UNROLL=plan.unroll,
+            num_warps=max(4, columns // 8), **EXACT,
         )  # fmt: skip
         screening.fallback_kernel[(plan.fallback_programs,)](
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),

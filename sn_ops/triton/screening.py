@@ -4,8 +4,10 @@ A matrix product in half precision gives all distances roughly. With a proven bo
 candidates of an anchor can be among the first K at all; direct sums in the one summation order decide between those. If
 they do not fit the anchor's buffer, direct sums against all candidates serve it.
 
+    centre_kernel          the median of a few rows
     prepare_kernel         rows -> half precision, their norms, and how far rounding moved them
-    sample_kernel          upper bounds of distances to a sample of the candidates, the least of each group
+    sampled_facts_kernel   norms and bounds of a sample of the candidates
+    sample_kernel          upper bounds of distances to the sample, the least of each group
     threshold_kernel       K of those that are distinct bound the K-th distance from above: a threshold for each anchor
     screen_kernel          the product with all candidates; those not above the threshold go to the anchor's buffer
     shortlist_kernel       of these the ones not above the K-th smallest upper bound
@@ -37,11 +39,19 @@ from underflow. If K candidates have U_ij <= U, the K-th key is at most U^2 (1 +
 set has D_ij <= t* = U (1 + 2 gamma) + 2^-60. So nothing is lost by keeping j where L_ij <= t*, that is, with
 t = t* + rho_i, where
 
-    n_j (1 - eta) - rho_j^2 - 2 t rho_j - P_ij <= t^2 - n_i (1 - eta)
+    near_j - 2 t rho_j - P_ij <= t^2 - n_i (1 - eta),        near_j = n_j (1 - eta) - rho_j^2
 
-which takes a few operations a pair. A sample may hold the anchor itself, so the bound is taken from K + 1 groups of it.
-Rows whose norm lies outside 2^+-30 (and is not 0) are not screened: as candidates they have rho = inf and are kept for
-every anchor, as anchors they go to the fallback. Rows with a NaN or Inf only need to do no harm, as the loss is NaN.
+which takes four operations a pair. A sample may hold the anchor itself, so the bound is taken from K + 1 groups of it.
+Rows whose norm lies outside 2^+-30 (and is not 0) are not screened: as candidates they have rho = inf, near = -inf and
+are kept for every anchor, as anchors they go to the fallback. Rows with a NaN or Inf only need to do no harm, as the
+loss is NaN.
+
+## Tiles
+
+The products have no masks. The last rows of a tile repeat the last row of the matrix. Facts of rows are padded to whole
+tiles, with near = inf behind the last row: nothing is kept there. Counters and buffers are padded to whole tiles too,
+and what anchors behind the last leave in theirs is never read. Half precision is a copy with zeros up to a multiple of
+the tiles' depth, except for half-precision features that have this form already.
 """
 
 from __future__ import annotations
@@ -52,6 +62,8 @@ import triton.language as tl
 from .order import NO_KEY, listed_distances, merge_sorted, own_index, pack_keys, smallest
 from .search import merge_lists, search_segment, store_support
 
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
+
 # Beyond these a row's norm squared is not screened.
 LEAST_NORM = tl.constexpr(2.0**-60)
 LARGEST_NORM = tl.constexpr(2.0**60)
@@ -59,6 +71,15 @@ LARGEST_NORM = tl.constexpr(2.0**60)
 # Roots and thresholds are rounded outwards by this much, which covers the roundings on the way to them.
 UP = tl.constexpr(1.0 + 2.0**-20)
 DOWN = tl.constexpr(1.0 - 2.0**-20)
+
+# A column of an accumulator tile in so many slices: what the test of a slice needs beside it fits the registers.
+SLICES = tl.constexpr(4)
+
+# Pairs that one branch guards.
+PACK = tl.constexpr(4)
+
+FACT_ROWS = 256
+"""Facts of rows are padded to a multiple of this, the widest tile."""
 
 # The largest magnitude in a row becomes 2^13 to 2^14 in half precision: squares of 2^-11 of it are far from underflow.
 TOP_EXPONENT = tl.constexpr(13)
@@ -79,69 +100,97 @@ def widened(distance, D):
 # ---- prepare ------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows", "first_flag"])
-def prepare_kernel(
-    gX, stride, rows, D, gCentre, gH, h_stride, gScale, gNorm, gRho, gFlags, first_flag,
-    CAST: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rows of X -> gH (if CAST), gScale (2^-e), gNorm (n) and gRho; and the flags of `inspect_kernel`."""
-    row = tl.program_id(0) * R + tl.arange(0, R)
-    used = row < rows
-    base = row.to(tl.int64) * stride
-    largest = tl.zeros((R,), tl.float32)
-    bad = tl.zeros((R,), tl.int32)
-    for start in range(0, D, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        x = tl.load(gX + base[:, None] + column, used[:, None] & (column < D), 0.0).to(tl.float32)
-        finite = x * 0 == 0
-        bad |= tl.max((~finite).to(tl.int32), axis=1)
-        if CAST:
-            x -= tl.load(gCentre + column, column < D, 0.0)[None, :]
-        largest = tl.maximum(largest, tl.max(tl.where(finite, tl.abs(x), 0.0), axis=1))
-    tl.store(gFlags + first_flag + tl.program_id(0), tl.max(bad, axis=0))
+@triton.jit(do_not_specialize=["step", "count"])
+def centre_kernel(gZ, stride, step, count, D, gCentre, ROWS: tl.constexpr, LOG_ROWS: tl.constexpr, C: tl.constexpr):
+    """gCentre [D]: the median of rows 0, step, 2 step, ... of Z, `count` of them; 0 where it is not finite."""
+    column = tl.program_id(0) * C + tl.arange(0, C)
+    row = tl.arange(0, ROWS)
+    inside = (row < count)[None, :] & (column < D)[:, None]
+    x = tl.load(gZ + (row * step).to(tl.int64)[None, :] * stride + column[:, None], inside, float("inf"))
+    x = smallest(tl.where(x == x, x, float("inf")), ROWS, LOG_ROWS, 0, 0)
+    middle = tl.sum(tl.where((row == count // 2)[None, :], x, 0.0), axis=1)
+    tl.store(gCentre + column, tl.where(tl.abs(middle) < float("inf"), middle, 0.0), column < D)
 
-    if CAST:
-        exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
-        sane = (exponent >= -60) & (exponent <= 60)
-        exponent = tl.where(sane, exponent, TOP_EXPONENT)
-        up = ((-exponent + (127 + TOP_EXPONENT)) << 23).to(tl.float32, bitcast=True)  # 2^e
-        down = ((exponent + (127 - TOP_EXPONENT)) << 23).to(tl.float32, bitcast=True)
-    else:
-        up = tl.full((R,), 1.0, tl.float32)
-        down = up
-    norm = tl.zeros((R,), tl.float32)
-    moved = tl.zeros((R,), tl.float32)
-    full = tl.zeros((R,), tl.float32)
-    for start in range(0, D, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = used[:, None] & (column < D)
-        x = tl.load(gX + base[:, None] + column, inside, 0.0).to(tl.float32)
-        x = tl.where((bad > 0)[:, None], 0.0, x)
+
+@triton.jit(do_not_specialize=["rows", "padded", "first_flag"])
+def prepare_kernel(
+    gX, stride, rows, padded, D, depth, gCentre, gH, h_stride, gScale, gNorm, gRho, gNear, gFlags, first_flag,
+    CAST: tl.constexpr, COPY: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows of X -> gH [rows, depth] (if CAST or COPY), and the facts [padded] gScale (2^-e), gNorm (n), gRho, gNear.
+
+    gFlags[first_flag + program] = 1 if a value of the program's rows is not finite, else 0.
+    """
+    poisoned = tl.zeros((R,), tl.int32)
+    for first in range(tl.program_id(0) * R, padded, tl.num_programs(0) * R):
+        row = first + tl.arange(0, R)
+        used = row < rows
+        base = row.to(tl.int64) * stride
+        largest = tl.zeros((R, BLOCK), tl.float32)
+        bad = tl.zeros((R, BLOCK), tl.int32)
+        for start in range(0, D, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(gX + base[:, None] + column, used[:, None] & (column < D), 0.0).to(tl.float32)
+            finite = x * 0 == 0
+            bad |= (~finite).to(tl.int32)
+            if CAST:
+                x -= tl.load(gCentre + column, column < D, 0.0)[None, :]
+            largest = tl.maximum(largest, tl.where(finite, tl.abs(x), 0.0))
+        largest = tl.max(largest, axis=1)
+        bad = tl.max(bad, axis=1)
+        poisoned |= bad
+
         if CAST:
-            x = tl.where(inside & (bad == 0)[:, None], x - tl.load(gCentre + column, column < D, 0.0)[None, :], 0.0)
-            v = tl.where(sane[:, None], x * up[:, None], 0.0)
-            h = v.to(tl.float16)
-            # Columns behind D are zero: the product's loop runs over whole blocks.
-            tl.store(gH + row[:, None].to(tl.int64) * h_stride + column, h, used[:, None] & (column < h_stride))
-            wide = h.to(tl.float32)
-            moved += tl.sum((v - wide) * (v - wide), axis=1)
-            full += tl.sum(v * v, axis=1)
+            exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
+            sane = (exponent >= -60) & (exponent <= 60)
+            exponent = tl.where(sane, exponent, TOP_EXPONENT)
+            up = ((-exponent + (127 + TOP_EXPONENT)) << 23).to(tl.float32, bitcast=True)  # 2^e
+            down = ((exponent + (127 - TOP_EXPONENT)) << 23).to(tl.float32, bitcast=True)
         else:
-            wide = x
-        norm += tl.sum(wide * wide, axis=1)
-    norm = norm * down * down
-    screenable = (norm >= LEAST_NORM) & (norm <= LARGEST_NORM)
-    if CAST:
-        # The measured residual, the rounding of x - m, and squares that underflowed; 1.001 for the sums' own rounding.
-        rho = (tl.sqrt(moved) + tl.sqrt(full) * (2.0**-24) + 2.0**-40) * down * 1.001
-    else:
-        rho = tl.zeros((R,), tl.float32)
-    screenable = screenable | (largest == 0.0)
-    harmless = bad > 0
-    rho = tl.where(harmless | (largest == 0.0), 0.0, tl.where(screenable, rho, float("inf")))
-    tl.store(gScale + row, down, used)
-    tl.store(gNorm + row, tl.where(screenable & ~harmless, norm, 0.0), used)
-    tl.store(gRho + row, rho, used)
+            up = tl.full((R,), 1.0, tl.float32)
+            down = up
+        norm = tl.zeros((R, BLOCK), tl.float32)
+        moved = tl.zeros((R, BLOCK), tl.float32)
+        full = tl.zeros((R, BLOCK), tl.float32)
+        for start in range(0, depth, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = used[:, None] & (column < D)
+            x = tl.load(gX + base[:, None] + column, inside, 0.0)
+            h = x
+            x = tl.where((bad > 0)[:, None], 0.0, x.to(tl.float32))
+            if CAST:
+                centre = tl.load(gCentre + column, column < D, 0.0)[None, :]
+                x = tl.where(inside & (bad == 0)[:, None], x - centre, 0.0)
+                v = tl.where(sane[:, None], x * up[:, None], 0.0)
+                h = v.to(tl.float16)
+                wide = h.to(tl.float32)
+                moved += (v - wide) * (v - wide)
+                full += v * v
+            else:
+                wide = x
+            if CAST or COPY:
+                # Columns behind D are zero: the product's loop runs over whole blocks.
+                tl.store(gH + row[:, None].to(tl.int64) * h_stride + column, h, used[:, None] & (column < depth))
+            norm += wide * wide
+        norm = tl.sum(norm, axis=1) * down * down
+        screenable = (norm >= LEAST_NORM) & (norm <= LARGEST_NORM)
+        if CAST:
+            # The measured residual, the rounding of x - m, squares that underflowed; 1.001 for the sums' own rounding.
+            rho = tl.sqrt(tl.sum(moved, axis=1)) + tl.sqrt(tl.sum(full, axis=1)) * (2.0**-24) + 2.0**-40
+            rho = rho * down * 1.001
+        else:
+            rho = tl.zeros((R,), tl.float32)
+        screenable = screenable | (largest == 0.0)
+        harmless = (bad > 0) | ~used
+        rho = tl.where(harmless | (largest == 0.0), 0.0, tl.where(screenable, rho, float("inf")))
+        norm = tl.where(screenable & ~harmless, norm, 0.0)
+        near = norm * (1.0 - eta_of(depth)) - rho * rho
+        filled = row < padded
+        tl.store(gScale + row, down, filled)
+        tl.store(gNorm + row, norm, filled)
+        tl.store(gRho + row, rho, filled)
+        tl.store(gNear + row, tl.where(used, near, float("inf")), filled)
+    tl.store(gFlags + first_flag + tl.program_id(0), tl.max(poisoned, axis=0))
 
 
 # ---- products -----------------------------------------------------------------------------------
@@ -149,29 +198,47 @@ def prepare_kernel(
 
 @triton.jit
 def products(
-    gA, a_stride, a_row, a_used, gB, b_stride, b_row, b_used, D, BK: tl.constexpr, EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
-):  # fmt: skip
-    """[BM, BN] float32 inner products of rows of A and rows of B; EVEN promises that D is a multiple of BK.
+    gA, a_stride, a_first, a_last, gB, b_stride, b_offsets, D, BM: tl.constexpr, BK: tl.constexpr, PLAIN: tl.constexpr
+):
+    """[BM, BN] float32 inner products of rows a_first, a_first + 1, ... of A, the last of them a_last, and rows of B.
 
-    UPCAST is for the interpreter, whose product of bfloat16 is wrong: products are exact and summed in float32 anyway.
+    `b_offsets` [BN] says where these start, in 32 bits: an address is one of 64 bits and an offset, which takes half
+    the registers. BK divides D. PLAIN is for the interpreter, whose product of bfloat16 is wrong: products are exact
+    and summed in float32 anyway.
     """
+    # A loop that may not run would have its accumulators initialised behind the compiler's back: products in flight
+    # (wgmma) could not overlap it.
+    tl.assume(D > 0)
     k = tl.arange(0, BK)
-    pA = gA + a_row[:, None].to(tl.int64) * a_stride + k[None, :]
-    pB = gB + b_row[None, :].to(tl.int64) * b_stride + k[:, None]
-    total = tl.zeros((a_row.shape[0], b_row.shape[0]), tl.float32)
+    gA += a_first.to(tl.int64) * a_stride
+    a_offsets = (tl.minimum(tl.arange(0, BM), a_last - a_first) * a_stride)[:, None] + k[None, :]
+    b_offsets = b_offsets[None, :] + k[:, None]
+    total = tl.zeros((BM, b_offsets.shape[1]), tl.float32)
     for start in range(0, D, BK):
-        if EVEN:
-            a = tl.load(pA + start, a_used[:, None], 0.0)
-            b = tl.load(pB + start, b_used[None, :], 0.0)
-        else:
-            a = tl.load(pA + start, a_used[:, None] & (start + k < D)[None, :], 0.0)
-            b = tl.load(pB + start, b_used[None, :] & (start + k < D)[:, None], 0.0)
-        if UPCAST:
+        a = tl.load(gA + start + a_offsets)
+        b = tl.load(gB + start + b_offsets)
+        if PLAIN:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         total = tl.dot(a, b, total)
     return total
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of a matrix's columns. Compiled, no value moves: a thread has some of each."""
+    R: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    return tl.split(tl.permute(tl.reshape(x, (R, 2, C // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def slices(x):
+    """The SLICES parts of a matrix's columns, from left to right."""
+    left, right = halves(x)
+    first, second = halves(left)
+    third, fourth = halves(right)
+    return first, second, third, fourth
 
 
 @triton.jit
@@ -186,118 +253,249 @@ def tile_of(tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def bounded(squared):
-    """The root of an estimate of a square, which may be a little below 0; inf where it is NaN and bounds nothing."""
-    root = tl.sqrt(tl.where(squared < 0.0, 0.0, squared))
-    return tl.where(root < float("inf"), root, float("inf"))
+    """The root of an estimate of a square, which may be a little below 0; NaN, which bounds nothing, stays NaN."""
+    return tl.sqrt(tl.maximum(squared, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def sampled(sample, stride):
+    """The candidate that a sample is: one of candidates sample * stride to (sample + 1) * stride - 1.
+
+    Which one is as if at random: identities that repeat with a period must not escape the sample.
+    """
+    return sample * stride + ((sample * 40503) & 0xFFFF) % stride
+
+
+@triton.jit(do_not_specialize=["samples", "padded", "stride"])
+def sampled_facts_kernel(gScale, gNorm, gRho, samples, padded, stride, D, gFacts, R: tl.constexpr):
+    """Facts of the samples one behind the other, gFacts [3, padded]: 2^-e, n (1 + eta) and rho.
+
+    Those that bound nothing have n = inf: candidates that are not screened, and what lies behind the last sample.
+    """
+    sample = tl.program_id(0) * R + tl.arange(0, R)
+    present = sample < samples
+    candidate = sampled(sample, stride)
+    rho = tl.load(gRho + candidate, present, float("inf"))
+    bounds = rho < float("inf")
+    norm = tl.load(gNorm + candidate, present, 0.0) * (1.0 + eta_of(D))
+    inside = sample < padded
+    tl.store(gFacts + sample, tl.load(gScale + candidate, present, 0.0), inside)
+    tl.store(gFacts + padded + sample, tl.where(bounds, norm, float("inf")), inside)
+    tl.store(gFacts + 2 * padded + sample, tl.where(bounds, rho, 0.0), inside)
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "samples", "stride", "groups"])
 def sample_kernel(
-    gA, a_stride, gAScale, gANorm, gARho, gB, b_stride, gBScale, gBNorm, gBRho,
+    gA, a_stride, gAScale, gANorm, gARho, gB, b_stride, gFacts, padded,
     first_row, rows, samples, stride, D, gLeast, groups,
-    GROUP_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, UPCAST: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """gLeast [rows, groups]: the least U_ij of each GROUP_SIZE samples.
+    """gLeast [rows, groups]: the least U_ij of groups of GROUP_SIZE samples, BN / GROUP_SIZE groups a tile.
 
-    Sample c is one of candidates c * stride to (c + 1) * stride - 1, chosen as if at random: identities that repeat
-    with a period must not escape it.
+    A group has samples from every slice: the least of these is taken where the products lie. With UNIT (see
+    `screen_kernel`) one root serves a group.
     """
+    W: tl.constexpr = BN // SLICES
+    WIDTH: tl.constexpr = GROUP_SIZE // SLICES  # samples of a group in one slice
     tile_m, tile_n = tile_of(tl.cdiv(rows, BM), tl.cdiv(samples, BN), GROUP)
     row = tile_m * BM + tl.arange(0, BM)
     used = row < rows
-    anchor = first_row + row
-    sample = tile_n * BN + tl.arange(0, BN)
-    present = sample < samples
-    candidate = sample * stride + ((sample * 40503) & 0xFFFF) % stride
-    product = products(gA, a_stride, anchor, used, gB, b_stride, candidate, present, D, BK, EVEN, UPCAST)
-    scale = 2.0 * tl.load(gAScale + anchor, used, 0.0)
-    norm = tl.load(gANorm + anchor, used, 0.0)
-    rho = tl.load(gARho + anchor, used, 0.0)
-    other_norm = tl.load(gBNorm + candidate, present, 0.0)
-    other_rho = tl.load(gBRho + candidate, present, float("inf"))
-    squared = (norm[:, None] + other_norm[None, :]) * (1.0 + eta_of(D))
-    squared -= scale[:, None] * (product * tl.load(gBScale + candidate, present, 0.0)[None, :])
-    upper = bounded(squared) * UP + (rho[:, None] + other_rho[None, :])
-    least = tl.min(tl.reshape(upper, (BM, BN // GROUP_SIZE, GROUP_SIZE)), axis=2)
-    group = tile_n * (BN // GROUP_SIZE) + tl.arange(0, BN // GROUP_SIZE)
-    tl.store(gLeast + row[:, None].to(tl.int64) * groups + group[None, :], least, used[:, None] & (group < groups))
+    b_first = tile_n * BN
+    # Offsets from the tile's first sample stay within 32 bits.
+    candidate = sampled(tl.minimum(b_first + tl.arange(0, BN), samples - 1), stride) - b_first * stride
+    product = products(
+        gA, a_stride, first_row + tile_m * BM, first_row + rows - 1,
+        gB + (b_first * stride).to(tl.int64) * b_stride, b_stride, candidate * b_stride, D, BM, BK, PLAIN,
+    )  # fmt: skip
+    scale = -2.0 * tl.load(gAScale + first_row + row, used, 0.0)[:, None]
+    norm = (tl.load(gANorm + first_row + row, used, 0.0) * (1.0 + eta_of(D)))[:, None]
+    rho = tl.load(gARho + first_row + row, used, 0.0)[:, None]
+    parts = slices(product)
+    least = tl.full((BM, W), float("inf"), tl.float32)
+    for part in tl.static_range(SLICES):
+        sample = b_first + part * W + tl.arange(0, W)
+        norms = norm + tl.load(gFacts + padded + sample)[None, :]
+        if UNIT:
+            upper = tl.fma(parts[part], -2.0, norms)
+        else:
+            upper = tl.fma(scale, parts[part] * tl.load(gFacts + sample)[None, :], norms)
+            upper = tl.fma(bounded(upper), UP, tl.load(gFacts + 2 * padded + sample)[None, :])
+        least = tl.minimum(least, tl.where(upper == upper, upper, float("inf")))
+    if WIDTH > 1:
+        least = tl.min(tl.reshape(least, (BM, W // WIDTH, WIDTH)), axis=2)
+    if UNIT:
+        least = bounded(least) * UP
+    group = tile_n * (W // WIDTH) + tl.arange(0, W // WIDTH)
+    tl.store(gLeast + row[:, None].to(tl.int64) * groups + group[None, :], least + rho, used[:, None])
 
 
-@triton.jit(do_not_specialize=["groups", "first_row", "rows", "K"])
+@triton.jit(do_not_specialize=["groups", "first_row", "rows", "padded", "K"])
 def threshold_kernel(
-    gLeast, groups, first_row, rows, K, D, gNorm, gRho, gCount, gQueueCount, gLimit, gTwice,
+    gLeast, groups, first_row, rows, padded, K, D, gNorm, gRho, gCount, gQueueCount, gLimit, gTwice,
     C: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """The right side of the test above, gLimit [rows], and 2 t, gTwice [rows]; clears the counters of the strip."""
+    """The right side of the test above, gLimit [rows], and 2 t, gTwice [rows]; clears the counters, gCount [padded]."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     used = row < rows
-    group = tl.arange(0, C)[None, :]
-    least = tl.load(gLeast + row[:, None].to(tl.int64) * groups + group, used[:, None] & (group < groups), float("inf"))
-    best = smallest(pack_keys(least, tl.broadcast_to(group, (R, C))), KP, LOG_KP, LOG_GROUPS, 0)
+    base = row[:, None].to(tl.int64) * groups
+    best = tl.full((R, KP), NO_KEY, tl.int64)
+    for first in range(0, groups, C):
+        group = first + tl.arange(0, C)[None, :]
+        least = tl.load(gLeast + base + group, used[:, None] & (group < groups), float("inf"))
+        keys = pack_keys(least, tl.broadcast_to(group, (R, C)))
+        best = merge_sorted(best, smallest(keys, KP, LOG_KP, LOG_GROUPS, 1), LOG_KP)
     # The (K + 1)-th: one of the groups may owe its bound to the anchor itself.
     wanted = tl.sum(tl.where(tl.arange(0, KP)[None, :] == K, best, 0), axis=1)
     upper = (wanted >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     norm = tl.load(gNorm + first_row + row, used, 0.0)
     rho = tl.load(gRho + first_row + row, used, 0.0)
     t = (widened(upper, D) + rho) * UP
-    limit = t * t * UP - norm * (1.0 - eta_of(D))
+    # Finite where t is not: near = inf, behind the last candidate, must stay above it.
+    limit = tl.minimum(t * t * UP - norm * (1.0 - eta_of(D)), LARGEST)
     # An anchor that is not screened keeps nothing here, and goes to the fallback.
     screened = rho < float("inf")
     tl.store(gLimit + row, tl.where(screened, limit, -float("inf")), used)
-    tl.store(gTwice + row, tl.where(screened & (t < float("inf")), 2.0 * t, 0.0), used)
-    tl.store(gCount + row, tl.zeros((R,), tl.int32), used)
+    tl.store(gTwice + row, tl.where(screened, tl.minimum(2.0 * t, LARGEST), 0.0), used)
+    tl.store(gCount + row, tl.zeros((R,), tl.int32), row < padded)
     if tl.program_id(0) == 0:
         tl.store(gQueueCount, 0)
 
 
+@triton.constexpr_function
+def offer_code(pack, capacity):
+    """`offer` in PTX, for `pack` pairs at a time: results $0 to $(pack - 1), then as many registers for each argument.
+
+    One branch passes over the pairs if none is kept. The atomics come first, all of them, so that one latency covers
+    them; counters and rows of buffers are addresses, which only a kept pair needs to compute with.
+    """
+    value, limit, dot, candidate, counter, row = (
+        [f"${(1 + argument) * pack + pair}" for pair in range(pack)] for argument in range(6)
+    )
+    pairs = range(pack)
+    lines = [
+        f".reg .pred any, keep<{pack}>;", f".reg .b32 place<{pack}>;", f".reg .b64 address<{pack}>;",
+        *(f"setp.leu.f32 keep{i}, {value[i]}, {limit[i]};" for i in pairs),
+        "mov.pred any, keep0;",
+        *(f"or.pred any, any, keep{i};" for i in pairs[1:]),
+        "@!any bra done;",
+        *(f"@keep{i} atom.global.relaxed.gpu.add.u32 place{i}, [{counter[i]}], 1;" for i in pairs),
+    ]  # fmt: skip
+    for i in pairs:
+        lines += [
+            f"setp.lt.and.u32 keep{i}, place{i}, {capacity}, keep{i};",
+            f"mad.wide.u32 address{i}, place{i}, 8, {row[i]};",
+            f"@keep{i} st.global.v2.b32 [address{i}], {{{candidate[i]}, {dot[i]}}};",
+        ]
+    lines += ["done:", *(f"mov.b32 ${i}, 0;" for i in pairs)]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def offer_registers(pack):
+    """The registers of `offer_code`, as LLVM's constraints."""
+    return ",".join(["=r"] * pack + ["f"] * (3 * pack) + ["r"] * pack + ["l"] * (2 * pack))
+
+
+@triton.jit
+def offer(value, limit, dot, candidate, row, gCount, gBuffer, CAPACITY: tl.constexpr, PLAIN: tl.constexpr):
+    """Pairs [BM, W] that are not above the limit [BM, 1], NaN too, go to their rows of gBuffer, in any order.
+
+    An entry is 64 bits, the candidate's index below the product's bits. Each kept pair counts, and one that finds its
+    buffer full is dropped. The compiled code is the plain one, on the products as they lie in registers: Triton would
+    move them first, and store after a barrier.
+    """
+    if PLAIN:
+        keep = ~(value > limit)
+        counter = gCount + tl.broadcast_to(row[:, None], value.shape)
+        place = tl.atomic_add(counter, tl.full(value.shape, 1, tl.int32), mask=keep, sem="relaxed")
+        entry = (dot.to(tl.int32, bitcast=True).to(tl.int64) << 32) | candidate[None, :].to(tl.int64)
+        tl.store(gBuffer + row[:, None] * CAPACITY + place, entry, keep & (place < CAPACITY))
+    else:
+        tl.inline_asm_elementwise(
+            offer_code(PACK, CAPACITY),
+            offer_registers(PACK),
+            [
+                value, limit, dot, candidate[None, :],
+                (gCount + row).to(tl.uint64)[:, None], (gBuffer + row * CAPACITY).to(tl.uint64)[:, None],
+            ],
+            tl.int32,
+            is_pure=False,
+            pack=PACK,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["first_row", "rows", "M"])
 def screen_kernel(
-    gA, a_stride, gAScale, gB, b_stride, gBScale, gBNorm, gBRho, gLimit, gTwice,
+    gA, a_stride, gAScale, gB, b_stride, gBScale, gBRho, gBNear, gLimit, gTwice,
     first_row, rows, M, D, gCount, gBuffer,
-    CAPACITY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, UPCAST: tl.constexpr,
+    CAPACITY: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """The candidates that can matter to each anchor, with P_ij: gBuffer [rows, CAPACITY] in any order, gCount [rows].
+    """The candidates that can matter to each anchor, with their products: gBuffer [rows, CAPACITY] in any order.
 
-    A count above CAPACITY says that the buffer was too small. Integer atomics count; sorting the keys undoes the order
-    that they lead to.
+    gCount [rows]; above CAPACITY it says that the buffer was too small. Integer atomics count; sorting the keys undoes
+    the order that they lead to. UNIT promises that scales are 1 and every rho is 0, or near = -inf in its place.
     """
     tile_m, tile_n = tile_of(tl.cdiv(rows, BM), tl.cdiv(M, BN), GROUP)
     row = tile_m * BM + tl.arange(0, BM)
     used = row < rows
-    candidate = tile_n * BN + tl.arange(0, BN)
-    present = candidate < M
-    product = products(gA, a_stride, first_row + row, used, gB, b_stride, candidate, present, D, BK, EVEN, UPCAST)
-    norm = tl.load(gBNorm + candidate, present, 0.0)
-    rho = tl.load(gBRho + candidate, present, 0.0)
-    near_side = norm * (1.0 - eta_of(D)) - rho * rho
-    scale = 2.0 * tl.load(gAScale + first_row + row, used, 0.0)
-    product = scale[:, None] * (product * tl.load(gBScale + candidate, present, 0.0)[None, :])
-    # A candidate that is not screened has rho = inf, and -inf on this side: every anchor keeps it. NaN, from a product
-    # beyond float32, is kept too.
-    value = near_side[None, :] - tl.load(gTwice + row, used, 0.0)[:, None] * tl.where(rho < float("inf"), rho, 0.0)
-    keep = ~(value - product > tl.load(gLimit + row, used, -float("inf"))[:, None])
-    keep = keep & used[:, None] & present[None, :]
-    # One atomic for each row of the tile that keeps anything; its candidates follow each other in the buffer.
-    kept = keep.to(tl.int32)
-    total = tl.sum(kept, axis=1)
-    first = tl.atomic_add(gCount + row, total, mask=used & (total > 0), sem="relaxed")
-    place = first[:, None] + tl.cumsum(kept, axis=1) - 1
-    offset = (row * CAPACITY)[:, None] + place  # of a strip: fits 32 bits
-    entry = (product.to(tl.int32, bitcast=True).to(tl.int64) << 32) | candidate[None, :].to(tl.int64)
-    tl.store(gBuffer + offset, entry, keep & (place < CAPACITY))
+    b_first = tile_n * BN
+    product = products(
+        gA, a_stride, first_row + tile_m * BM, first_row + rows - 1,
+        gB + b_first.to(tl.int64) * b_stride, b_stride, tl.minimum(tl.arange(0, BN), M - 1 - b_first) * b_stride,
+        D, BM, BK, PLAIN,
+    )  # fmt: skip
+    limit = tl.load(gLimit + row, used, -float("inf"))[:, None]
+    twice = -tl.load(gTwice + row, used, 0.0)[:, None]
+    scale = -2.0 * tl.load(gAScale + first_row + row, used, 0.0)[:, None]
+    parts = slices(product)
+    W: tl.constexpr = BN // SLICES
+    for part in tl.static_range(SLICES):
+        candidate = b_first + part * W + tl.arange(0, W)
+        # A candidate that is not screened has near = -inf: every anchor keeps it. NaN, from a product beyond float32 or
+        # 0 times inf, is kept too.
+        value = tl.load(gBNear + candidate)[None, :]
+        if UNIT:
+            value = tl.fma(parts[part], -2.0, value)
+        else:
+            value = tl.fma(twice, tl.load(gBRho + candidate)[None, :], value)
+            value = tl.fma(scale, parts[part] * tl.load(gBScale + candidate)[None, :], value)
+        offer(value, limit, parts[part], candidate, row, gCount, gBuffer, CAPACITY, PLAIN)
 
 
 # ---- from the buffers to the support sets ---------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "K"])
+@triton.jit
+def buffered(gBuffer, first, here, own, scale, norm, rho, gBScale, gBNorm, gBRho, M, D, C: tl.constexpr):
+    """C entries of the anchors' buffers from `first` on: candidates, whether they are eligible, L_ij and U_ij, [R, C].
+
+    `here` says how many entries there are. U_ij is inf where a candidate is not eligible, as one behind the last is not
+    that features with a NaN or Inf lead to.
+    """
+    place = first + tl.arange(0, C)[None, :]
+    filled = place < here[:, None]
+    entry = tl.load(gBuffer + place, filled, 0)
+    candidate = entry.to(tl.int32)
+    eligible = filled & (candidate < M) & (candidate.to(tl.int64) != own[:, None])
+    product = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    product = scale[:, None] * (product * tl.load(gBScale + candidate, eligible, 0.0))
+    norms = norm[:, None] + tl.load(gBNorm + candidate, eligible, 0.0)
+    rhos = rho[:, None] + tl.load(gBRho + candidate, eligible, 0.0)
+    eta = eta_of(D)
+    upper = bounded(norms * (1.0 + eta) - product) * UP + rhos
+    upper = tl.where(eligible & (upper == upper), upper, float("inf"))
+    lower = tl.sqrt(tl.maximum(norms * (1.0 - eta) - product, 0.0)) * DOWN - rhos
+    return candidate, eligible, lower, upper
+
+
+@triton.jit(do_not_specialize=["first_row", "rows", "M", "K"])
 def shortlist_kernel(
-    gANorm, gARho, gBNorm, gBRho, gSelf, self_offset, first_row, rows, K, D,
+    gAScale, gANorm, gARho, gBScale, gBNorm, gBRho, gSelf, self_offset, first_row, rows, M, K, D,
     gCount, gBuffer, gShort, gShortCount, gQueue, gQueueCount,
     HAS_SELF: tl.constexpr, CAPACITY: tl.constexpr, SHORT: tl.constexpr,
-    KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr, R: tl.constexpr,
+    KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The candidates in an anchor's buffer that are not above the K-th smallest upper bound in that buffer.
 
@@ -308,30 +506,28 @@ def shortlist_kernel(
     anchor = first_row + row
     own = own_index(gSelf, self_offset, anchor, used, HAS_SELF)
     count = tl.load(gCount + row, used, 0)
+    here = tl.minimum(count, CAPACITY)
+    scale = 2.0 * tl.load(gAScale + anchor, used, 0.0)
     norm = tl.load(gANorm + anchor, used, 0.0)
     rho = tl.load(gARho + anchor, used, 0.0)
-    place = tl.arange(0, CAPACITY)[None, :]
-    filled = used[:, None] & (place < count[:, None])
-    entry = tl.load(gBuffer + row[:, None].to(tl.int64) * CAPACITY + place, filled, 0)
-    candidate = entry.to(tl.int32)
-    eligible = filled & (candidate.to(tl.int64) != own[:, None])
-    product = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    norms = norm[:, None] + tl.load(gBNorm + candidate, eligible, 0.0)
-    rhos = rho[:, None] + tl.load(gBRho + candidate, eligible, 0.0)
-    eta = eta_of(D)
-    upper = bounded(norms * (1.0 + eta) - product) * UP + rhos
-    lower = tl.sqrt(tl.maximum(norms * (1.0 - eta) - product, 0.0)) * DOWN - rhos
-    upper = tl.where(eligible, upper, float("inf"))
-    best = smallest(pack_keys(upper, tl.broadcast_to(place, (R, CAPACITY))), KP, LOG_KP, LOG_GROUPS, 0)
+    gBuffer += row[:, None].to(tl.int64) * CAPACITY
+    best = tl.full((R, KP), NO_KEY, tl.int64)
+    for first in range(0, tl.max(here, axis=0), C):
+        _, _, _, upper = buffered(gBuffer, first, here, own, scale, norm, rho, gBScale, gBNorm, gBRho, M, D, C)
+        keys = pack_keys(upper, tl.broadcast_to(first + tl.arange(0, C)[None, :], (R, C)))
+        best = merge_sorted(best, smallest(keys, KP, LOG_KP, LOG_GROUPS, 1), LOG_KP)
     kth = tl.sum(tl.where(tl.arange(0, KP)[None, :] == K - 1, best, 0), axis=1)
     bound = widened((kth >> 32).to(tl.int32).to(tl.float32, bitcast=True), D)
-    keep = eligible & ~(lower > bound[:, None])  # kept where lower is NaN too
-    target = tl.cumsum(keep.to(tl.int32), axis=1) - 1
-    total = tl.sum(keep.to(tl.int32), axis=1)
+    total = tl.zeros((R,), tl.int32)
+    for first in range(0, tl.max(here, axis=0), C):
+        candidate, eligible, lower, _ = buffered(
+            gBuffer, first, here, own, scale, norm, rho, gBScale, gBNorm, gBRho, M, D, C
+        )
+        keep = eligible & ~(lower > bound[:, None])  # kept where lower is NaN too
+        target = total[:, None] + tl.cumsum(keep.to(tl.int32), axis=1) - 1
+        tl.store(gShort + row[:, None].to(tl.int64) * SHORT + target, candidate, keep & (target < SHORT))
+        total += tl.sum(keep.to(tl.int32), axis=1)
     certified = (count <= CAPACITY) & (total <= SHORT) & (rho < float("inf"))
-    tl.store(
-        gShort + row[:, None].to(tl.int64) * SHORT + target, candidate, keep & (target < SHORT) & certified[:, None]
-    )
     tl.store(gShortCount + row, tl.where(certified, total, 0), used)
     failed = used & ~certified
     position = tl.atomic_add(

@@ -12,8 +12,13 @@ gradients up to rounding.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import metadata
+from typing import Any
+
+import torch
 
 # Read once, and as Triton reads it: every other value leaves the interpreter off. It runs kernels on CPU tensors, one
 # NumPy operation on a tile after the other: it wants few large tiles, a GPU many that fit its registers.
@@ -46,6 +51,36 @@ def power_of_two(n: int) -> int:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What plans depend on of a GPU and of the compiler."""
+
+    capability: tuple[int, int] = (9, 0)
+    shared: int = 227 * 1024  # bytes of shared memory that a block may have
+    compiler: tuple[int, int] = (3, 9)  # Triton's version
+
+    @property
+    def dots_repeat(self) -> bool:
+        """False for B200 and B300 with Triton before 3.8: products there are reported not to repeat bit for bit."""
+        return self.capability[0] != 10 or self.compiler >= (3, 8)
+
+
+HOPPER = Device()
+"""Stands for tensors that are on no GPU: without data, or in the interpreter."""
+
+
+def device_facts(device: torch.device) -> Device:
+    """The facts of a tensor's device."""
+    return _device(device.index or 0) if device.type == "cuda" and not INTERPRETED else HOPPER
+
+
+@cache
+def _device(index: int) -> Device:
+    facts: Any = torch.cuda.get_device_properties(index)  # whose stub lacks a field
+    major, minor = re.findall(r"\d+", metadata.version("triton"))[:2]
+    return Device((facts.major, facts.minor), facts.shared_memory_per_block_optin, (int(major), int(minor)))
 
 
 @dataclass(frozen=True)
@@ -122,6 +157,7 @@ class ScreenPlan:
     tile: tuple[int, int, int]  # BM, BN, BK of the products
     stages: int
     warps: int
+    registers: int | None  # the most of a thread, where two blocks shall fit an SM
     unroll: int  # steps of a direct sum whose loads are in flight together
     fallback_segments: int
     fallback_programs: int
@@ -133,57 +169,78 @@ _LEAST_CANDIDATES = 1024
 _STRIP_ENTRIES = 1 << 21
 """Entries of 8 bytes in the buffers of a strip: 16 MB."""
 
+MOST_DEPTH = 1 << 19
+"""Most elements from a row to the next: a tile's samples lie BN times the stride of the sample apart, in 31 bits."""
+
+
+def _tile(depth: int, device: Device) -> tuple[tuple[int, int, int], int | None]:
+    """The tile of the products, and the most registers of a thread, if any; all with 8 warps and 3 stages.
+
+    Compiled, float32 batches, `screen_kernel` with Triton 3.6.0; no spills; "a pair" are the instructions behind the
+    products that a warp issues for 32 pairs none of which it keeps:
+
+    ==========  ==============  =========  =============  ======  =====================
+    target      tile            registers  shared, bytes  a pair  elements a pair
+    ==========  ==============  =========  =============  ======  =====================
+    sm_80       128 x 256 x 64  250        98304          6.7     0.012, taken
+    sm_90       128 x 256 x 64  250        147456         7.6     0.012, taken
+    sm_90       128 x 128 x 64  128        98304          8.4     0.016, taken for few D
+    sm_100      128 x 256 x 64  254        147472         8.6     0.012, taken
+    sm_100      128 x 128 x 64  128        98320          9.6     0.016, taken for few D
+    sm_86, 120  128 x 128 x 64  169        65536          8.6     0.016, taken
+    ==========  ==============  =========  =============  ======  =====================
+    """
+    if INTERPRETED:
+        return (128, 256, 64), None
+    if device.shared < 147 * 1024:
+        return (128, 128, 64), None
+    # Two blocks on an SM, one tests its pairs while the other multiplies: worth it, by estimate, where a tile has few
+    # steps.
+    if depth <= 192 and device.shared >= 2 * 99 * 1024:
+        return (128, 128, 64), 128
+    return (128, 256, 64), None
+
 
 @lru_cache(maxsize=1024)
-def screen_plan(anchors: int, candidates: int, dims: int, neighbours: int, wide: bool) -> ScreenPlan | None:
+def screen_plan(
+    anchors: int, candidates: int, dims: int, neighbours: int, wide: bool, device: Device = HOPPER
+) -> ScreenPlan | None:
     """None where direct sums of all pairs serve.
 
     A sample of 1/8 of the candidates costs 1/8 of the product and leaves about 8 (K + 1) candidates below the
-    threshold: a buffer of 16 KP has room for their spread. A product tile of 128 x 64 x 64 has 32 float32 accumulators
-    a thread of 8 warps and 24 KB of shared memory a stage. Compiled, float32 batches, 3 stages, 8 warps on an SM in
-    every line:
-
-    ==============  =====  =========  ======  =============  ======================
-    tile            warps  registers  spills  shared, bytes  elements a pair
-    ==============  =====  =========  ======  =============  ======================
-    128 x 64 x 64   8      232        0       73728          0.023, taken
-    128 x 64 x 64   4      255        275     73728          0.023
-    128 x 128 x 64  8      255        382     98304          0.016
-    128 x 128 x 64  4      255        2109    98304          0.016
-    64 x 64 x 64    8      134        0       49152          0.031
-    64 x 64 x 64    4      254        0       49152          0.031
-    128 x 64 x 32   8      232        0       36864          0.023, twice the steps
-    ==============  =====  =========  ======  =============  ======================
-
-    With 128 columns the places of kept candidates spill, so the wider tile is not worth its reuse. The number of stages
-    changes shared memory only: in the tile that is taken 49152 bytes with 2, 98304 with 4.
+    threshold; the buffer has room for more than twice as many. Simulated for random rows, 1024 to 4 M candidates and K
+    from 1 to 128, less than one anchor in 1000 overflows it.
     """
     least = max(_LEAST_CANDIDATES, 64 * neighbours)
-    if wide or neighbours > MAX_LISTED_K or candidates < least or anchors < 1 or dims < 16:
+    if wide or neighbours > MAX_LISTED_K or candidates < least or anchors < 1 or not 16 <= dims <= MOST_DEPTH - 64:
+        return None
+    if not device.dots_repeat:
         return None
     stride = 8
     list_size = power_of_two(max(neighbours, 2))
-    capacity = max(256, 16 * list_size)
-    tile = (128, 128, 512) if INTERPRETED else (128, 64, 64)
-    samples = min(candidates // stride, 512 * tile[1])
-    stride = candidates // samples
-    group_size = 1
+    fallback_segments = 16
+    capacity = max(256, fallback_segments * list_size, cdiv((2 * stride + 4) * (neighbours + 1), 64) * 64)
+    tile, registers = _tile(dims, device)
+    samples = candidates // stride
+    group_size = 4  # one of each slice, at least
     while group_size < tile[1] and samples // (2 * group_size) >= 4 * (neighbours + 1):
         group_size *= 2
+    groups = cdiv(samples, tile[1]) * (tile[1] // group_size)
     return ScreenPlan(
-        strip=min(anchors, max(tile[0], _STRIP_ENTRIES // capacity)),
+        strip=min(anchors, max(tile[0], _STRIP_ENTRIES // max(capacity, power_of_two(groups) // 2))),
         stride=stride,
         samples=samples,
         group_size=group_size,
-        groups=cdiv(samples, group_size),
+        groups=groups,
         capacity=capacity,
         short=max(64, 4 * list_size),
         list_size=list_size,
         tile=tile,
         stages=3,
         warps=8,
-        unroll=1 if INTERPRETED else 4,
-        fallback_segments=16,
+        registers=registers,
+        unroll=1 if INTERPRETED else 2 if list_size > 64 else 4,
+        fallback_segments=fallback_segments,
         fallback_programs=8 if INTERPRETED else 528,
     )
 

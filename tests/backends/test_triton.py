@@ -42,14 +42,18 @@ def forward(case: Case, squeeze: int = 0, reduction: int = 2) -> Graph:
 def small_screens(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> None:
     """Batches of a few dozen rows take the path of thousands, in small strips and with buffers as given."""
 
-    def plan(anchors: int, candidates: int, dims: int, neighbours: int, wide: bool) -> tuning.ScreenPlan | None:
+    def plan(
+        anchors: int, candidates: int, dims: int, neighbours: int, wide: bool, device: tuning.Device
+    ) -> tuning.ScreenPlan | None:
         if wide or anchors == 0 or candidates < 2 * neighbours + 4:
             return None
         list_size = tuning.power_of_two(max(neighbours, 2))
+        stride = 2 if candidates >= 16 * (neighbours + 1) else 1
+        samples = candidates // stride
         usual = tuning.ScreenPlan(
-            strip=64, stride=2, samples=candidates // 2, group_size=1, groups=candidates // 2,
+            strip=64, stride=stride, samples=samples, group_size=4, groups=tuning.cdiv(samples, 32) * 8,
             capacity=max(64, 16 * list_size), short=max(32, 4 * list_size), list_size=list_size, tile=(32, 32, 64),
-            stages=1, warps=4, unroll=2, fallback_segments=4, fallback_programs=3,
+            stages=1, warps=4, registers=None, unroll=2, fallback_segments=4, fallback_programs=3,
         )  # fmt: skip
         return replace(usual, **changed)
 

@@ -201,7 +201,6 @@ def _tile(depth: int, device: Device) -> tuple[tuple[int, int, int], int | None]
     return (128, 256, 64), None
 
 
-@lru_cache(maxsize=1024)
 def screen_plan(
     anchors: int, candidates: int, dims: int, neighbours: int, wide: bool, device: Device = HOPPER
 ) -> ScreenPlan | None:

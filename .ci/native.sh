@@ -93,4 +93,7 @@ native_steps() {
   fi
 }
 
-triton_steps() { step "Triton kernels, ahead of time" python .ci/triton_resources.py; }
+triton_steps() {
+  step "Triton kernels, ahead of time" python .ci/triton_resources.py
+  PYTHONPATH=$work/triton step "Triton kernels by Triton $TRITON_OLDEST" python .ci/triton_resources.py sm_90 --table
+}

@@ -1,11 +1,15 @@
 """Which variants of the Triton kernels there are: not written down, but found by running the operators on tensors
 without data, for the batches in REGIMES. Their launches are noted instead of made.
+
+REGIMES are the batches of the committed table. What the backend serves beyond them, `whole_range`, has about a thousand
+variants; `covering` chooses some.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import combinations, product
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +45,18 @@ REGIMES = (
     Regime(256, 65536, 2048, 32, torch.float32),
     Regime(16384, 0, 256, 128, torch.float32),
 )
+
+
+DIMS = (1, 33, 100, 128, 200, 512, 1000, 2048, 2049, 2050, 4096, 16384)
+NEIGHBOURS = (1, 2, 10, 33, 64, 100, 128, 200)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SIZES = ((128, 0), (512, 0), (16384, 0), (256, 65536), (100, 300))
+
+
+def whole_range() -> Iterator[Regime]:
+    """Batches of all kinds: every class of dimensions and list lengths, aligned or not, with and without a bank."""
+    for (anchors, candidates), dims, k, dtype in product(SIZES, DIMS, NEIGHBOURS, DTYPES):
+        yield Regime(anchors, candidates, dims, k, dtype)
 
 
 class Launch(NamedTuple):
@@ -134,3 +150,55 @@ def kernels() -> set[str]:
     """The names of all kernels of the package."""
     modules = search, screening, positives, loss, gradients
     return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+
+
+# ---- some of many variants -----------------------------------------------------------------------
+
+TOGETHER = 3
+"""A fault shows where so many facts meet: a long list, two sections and rows that are not aligned, say."""
+
+LENGTHS = ("CHUNK", "SEGMENTS")
+"""Constants that only say how long a loop is."""
+
+Facts = dict[str, Any]
+
+
+def facts_of(launch: Launch) -> Facts:
+    """By name: types, constants, and whether 16 divides a number."""
+    constants = {name: getattr(value, "name", value) for name, value in launch.constants}
+    types = {name: kind for name, kind in launch.signature if kind != "constexpr"}
+    divided = {f"16|{name}": name in launch.aligned for name, kind in types.items() if not kind.startswith("*")}
+    every = {**types, **constants, **divided}
+    return {name: value for name, value in every.items() if name not in LENGTHS and not name.startswith("LOG_")}
+
+
+def _meetings(variants: list[Launch]) -> list[set[tuple[Any, ...]]]:
+    """Of each variant the facts that meet in it, TOGETHER at a time; facts that always go together are one."""
+    facts = [facts_of(launch) for launch in variants]
+    kept: dict[tuple[int, ...], str] = {}
+    for name in sorted({name for each in facts for name in each}):
+        numbers: dict[Any, int] = {}
+        values = tuple(numbers.setdefault(each.get(name), len(numbers)) for each in facts)
+        if len(numbers) > 1:
+            kept.setdefault(values, name)
+    groups = list(combinations(sorted(kept.values()), min(TOGETHER, len(kept))))
+    return [{(group, *map(each.get, group)) for group in groups} for each in facts]
+
+
+def covering(launches: Iterable[Launch], given: Iterable[Launch]) -> list[Launch]:
+    """So many of the variants, beside those given, that all facts which meet in one meet in one of these.
+
+    The variant with the most new meetings first, until none is new.
+    """
+    by_kernel: dict[str, list[Launch]] = {}
+    for launch in launches:
+        by_kernel.setdefault(launch.kernel, []).append(launch)
+    known, chosen = set(given), []
+    for variants in by_kernel.values():
+        meetings = dict(zip(variants, _meetings(variants), strict=True))
+        missing = set().union(*meetings.values()).difference(*(meetings[each] for each in variants if each in known))
+        while missing:
+            best = max(variants, key=lambda each: len(meetings[each] & missing))
+            chosen.append(best)
+            missing -= meetings[best]
+    return chosen

@@ -128,9 +128,11 @@ def absent_driver(capability: int, folder: Path) -> Any:
     Launchers are linked with a libcuda.so.1 that is empty; the one of the GPU's machine takes its place there.
     """
     from triton import knobs
-    from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver
     from triton.runtime import build
+
+    sys.path.append(str(manifest.HERE.parent))
+    from bench_triton_host import IdleDriver
 
     builds = hasattr(driver, "make_launcher")  # a launcher for each signature, before Triton 3.9
     if builds and not shutil.which("gcc"):
@@ -144,35 +146,14 @@ def absent_driver(capability: int, folder: Path) -> Any:
         build._load_module_from_path = lambda name, path: Anything()
         driver.CudaUtils()
 
-    class Launcher:
-        def __init__(self, source: Any, metadata: Any) -> None:
+    class Driver(IdleDriver):
+        @staticmethod
+        def launcher_cls(source: Any, metadata: Any) -> Any:
             if builds:
                 driver.CudaLauncher(source, metadata)
+            return IdleDriver.launcher_cls(source, metadata)
 
-        def __call__(self, *_: Any) -> None:
-            pass
-
-    class Utilities:
-        def load_binary(self, *_: Any) -> tuple[int, ...]:
-            return 0, 0, 0, 0, 1024
-
-        def get_device_properties(self, _: int) -> dict[str, int]:
-            return {"max_shared_mem": 227 << 10, "multiprocessor_count": 132}
-
-    class Driver:
-        launcher_cls = Launcher
-        utils = Utilities()
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, _: int) -> int:
-            return 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", capability, 32)
-
-    return Driver()
+    return Driver(capability)
 
 
 def launch(calls: list[Any], capability: int) -> None:
@@ -181,7 +162,6 @@ def launch(calls: list[Any], capability: int) -> None:
 
     from sn_ops.triton import operators
 
-    torch.cuda.is_current_stream_capturing = lambda: False  # it asks a GPU
     with tempfile.TemporaryDirectory() as folder:
         driver.set_active(absent_driver(capability, Path(folder)))
         for name, arguments in calls:

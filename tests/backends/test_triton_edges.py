@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -34,6 +35,12 @@ def huge(case: Case) -> Case:
     return replace(case, feats=case.feats * scale, candidates=candidates)
 
 
+def screened_from(monkeypatch: pytest.MonkeyPatch, candidates: int) -> None:
+    """Batches of so many candidates are screened, with their own plan."""
+    monkeypatch.setattr(tuning, "_LEAST_CANDIDATES", candidates)
+    monkeypatch.setattr(tuning, "screen_plan", inspect.unwrap(tuning.screen_plan))  # it remembers plans of before
+
+
 PATHS = {
     "direct": (False, ordinary),
     "sorted": (False, wide),
@@ -54,22 +61,32 @@ def test_rows_that_32_bits_do_not_reach(monkeypatch: pytest.MonkeyPatch, path: s
         pytest.skip("a GPU has no memory that does not exist")
     screened, made = PATHS[path]
     if screened:
-        monkeypatch.setattr(tuning, "_LEAST_CANDIDATES", 64)
+        screened_from(monkeypatch, 64)
     case = made(problems.bank_case(5, 66, 64, 9, k=1, seed=2) if bank else problems.self_case(66, 64, 9, k=1, seed=1))
     pool = case.feats if case.candidates is None else case.candidates
-    found = tuning.screen_plan(len(case.feats), len(pool), 64, 1, path == "sorted")
-    assert (found is not None) == screened
+    if not bank:  # rows that are all as far from each other, but one: everybody's neighbour, with chunks of edges
+        pool.copy_(torch.nn.functional.normalize(torch.randn(pool.shape), dim=1) * pool[0].norm())
+        pool[7] *= 2.0**-6
+    plan = tuning.screen_plan(len(case.feats), len(pool), 64, 1, path == "sorted")
+    assert (plan is not None) == screened
     apart = replace(
         case, feats=memory.far_apart(case.feats, stride),
         candidates=None if case.candidates is None else memory.far_apart(case.candidates, stride),
     )  # fmt: skip
     results: list[list[Tensor]] = []
+    usual = tuning.gradient_plan
     for each in (case, apart):
         leaves = each.leaves()
-        loss = sn_ops.sn_loss(**leaves.arguments(), backend="triton")
-        gradients = torch.autograd.grad(loss, leaves.inputs())
-        results.append([loss.detach(), *gradients, *judge.neighbors_of(each, "triton")])
-    assert (results[0][1] != 0).any()
+        found = [*judge.neighbors_of(each, "triton")]
+        for by_target in (False, True):
+            rows = 4 if by_target else 1
+            monkeypatch.setattr(
+                tuning, "gradient_plan", lambda *a, r=rows: replace(usual(*a), sorted=r > 1, rows=r, chunk=16)
+            )
+            loss = sn_ops.sn_loss(**leaves.arguments(), backend="triton")
+            found += [loss.detach(), *torch.autograd.grad(loss, leaves.inputs())]
+        results.append(found)
+    assert (results[0][-1] != 0).any()
     judge.assert_same_bits(results[1], results[0])
 
 
@@ -82,7 +99,7 @@ def test_a_nan_that_32_bits_do_not_reach(monkeypatch: pytest.MonkeyPatch, path: 
         pytest.skip("a GPU has no memory that does not exist")
     screened, made = PATHS[path]
     if screened:
-        monkeypatch.setattr(tuning, "_LEAST_CANDIDATES", 64)
+        screened_from(monkeypatch, 64)
     case = made(problems.bank_case(66, 66, 40, 9, k=1, seed=2))
     assert case.candidates is not None
     feats, candidates = case.feats.clone(), case.candidates.clone()
@@ -90,3 +107,19 @@ def test_a_nan_that_32_bits_do_not_reach(monkeypatch: pytest.MonkeyPatch, path: 
     stride = 2**30 + 32
     case = replace(case, feats=memory.far_apart(feats, stride), candidates=memory.far_apart(candidates, stride))
     assert sn_ops.sn_loss(**case.arguments(), backend="triton").isnan()
+
+
+def test_listed_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edges that every program looks through in parts give the gradient that sorted ones give, bit for bit."""
+    case = problems.self_case(40, 20, 9, k=4)
+    usual = tuning.gradient_plan
+    found = []
+    for by_target, chunk in ((True, 4096), (False, 16), (False, 256)):
+        monkeypatch.setattr(
+            tuning, "gradient_plan",
+            lambda *a, s=by_target, c=chunk: replace(usual(*a), sorted=s, rows=4 if s else 1, chunk=c),
+        )  # fmt: skip
+        leaves = case.on("triton").leaves()
+        found.append(torch.autograd.grad(sn_ops.sn_loss(**leaves.arguments(), backend="triton"), leaves.inputs()))
+    for other in found[1:]:
+        judge.assert_same_bits(other, found[0])

@@ -133,12 +133,11 @@ def both_ways(call):
     chosen.clear()
     call()
     ours = list(chosen)
-    table.clear()
     chosen.clear()
-    JITFunction.run = note
+    JITFunction.run, launch._COMPILED = note, {}
     call()
-    JITFunction.run = triton_chooses
-    return ours, [each for each in chosen if each is not None]
+    JITFunction.run, launch._COMPILED = triton_chooses, table  # which keeps what the batches before have left in it
+    return ours, list(chosen)
 
 def check(n=40, d=64, k=5, dtype=torch.float32, offset=0, apart=0, bank=0, self_offset=0, reduction=0):
     memory = torch.zeros((n + 1) * (d + apart) + 64, dtype=dtype)[offset:]

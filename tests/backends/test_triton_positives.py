@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from sn_ops.triton import tuning
+from support import judge
 from support.backends import require
 from support.problems import Case
 
@@ -80,10 +81,20 @@ def case_of(labels: Labels, self_kind: str, dims: int = 20) -> Case:
     feats = torch.randint(-2, 3, (len(own), dims), generator=generator).float()
     itself = {
         "none": None,
-        "offset": 3,
+        "offset": min(3, len(bank) - len(own)),
         "tensor": torch.where(torch.arange(len(own)) % 3 > 0, torch.arange(len(own)) * 37 % len(bank), -1),
     }[self_kind]
     return Case(feats, own, candidates, bank, itself, k=1)
+
+
+def own_indices(case: Case) -> np.ndarray[Any, Any]:
+    """Which candidate each anchor is itself."""
+    n = len(case.feats)
+    if case.candidates is None:
+        return np.arange(n)
+    if isinstance(case.self_index, torch.Tensor):
+        return case.self_index.numpy()
+    return np.full(n, -1) if case.self_index is None else np.arange(n) + case.self_index
 
 
 def expected(case: Case) -> list[np.ndarray[Any, Any]]:
@@ -91,12 +102,7 @@ def expected(case: Case) -> list[np.ndarray[Any, Any]]:
     pool, labels = case.feats if case.candidates is None else case.candidates, case.labels.numpy()
     pool_labels = labels if case.candidate_labels is None else case.candidate_labels.numpy()
     n, m = len(labels), len(pool)
-    if case.candidates is None:
-        own = np.arange(n)
-    elif isinstance(case.self_index, torch.Tensor):
-        own = case.self_index.numpy()
-    else:
-        own = np.full(n, -1) if case.self_index is None else np.arange(n) + case.self_index
+    own = own_indices(case)
     near_d2, far_d2 = np.full(n, np.inf, np.float32), np.full(n, -1, np.float32)
     near, far = np.full(n, -1), np.full(n, -1)
     for i in range(n):
@@ -180,6 +186,31 @@ def test_near_and_far(
         assert sum(parts) <= least and max(parts) <= tuning.cdiv(least, segments)
     if self_kind == "self" and bank is singletons:
         assert not tiles, "an anchor that is its identity's only candidate has no positive"
+
+
+@pytest.mark.parametrize("self_kind", ["self", "none", "offset", "tensor"])
+@pytest.mark.parametrize("bank", [few, uneven, singletons, half_absent], ids=lambda bank: bank.__name__)
+def test_direct_sums_find_the_same(monkeypatch: pytest.MonkeyPatch, bank: Callable[[], Labels], self_kind: str) -> None:
+    """All pairs, in segments: the definition of near and far, and of the support set, ties to the lower index."""
+    case = replace(case_of(bank(), self_kind), k=9)
+    usual = tuning.search_plan
+    pool = len(case.feats) if case.candidates is None else len(case.candidates)
+
+    def plan(*arguments: Any) -> tuning.SearchPlan:
+        size = tuning.cdiv(pool, 3 * COLUMNS) * COLUMNS
+        segments = tuning.cdiv(pool, size)
+        return replace(usual(*arguments), rows=ROWS, columns=COLUMNS, segments=segments, segment_size=size)
+
+    monkeypatch.setattr(tuning, "search_plan", plan)
+    found = judge.neighbors_of(case, "triton")
+    _, near, _, far = expected(case)
+    assert (found.nearest_positive.numpy() == near).all() and (found.farthest_positive.numpy() == far).all()
+    rows = case.feats if case.candidates is None else case.candidates
+    own = own_indices(case)
+    for i in range(0, len(case.feats), 3):
+        d2 = ((case.feats[i] - rows) ** 2).sum(dim=1).numpy()
+        order = [j for j in np.argsort(d2, kind="stable") if j != own[i]]
+        assert found.indices[i].tolist() == order[: case.k]
 
 
 def test_infinitely_far_positives(monkeypatch: pytest.MonkeyPatch) -> None:

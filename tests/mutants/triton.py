@@ -112,5 +112,137 @@ def _devices() -> list[Mutant]:
     ]  # fmt: skip
 
 
+def _rows() -> list[Mutant]:
+    """Offsets of rows in 32 bits, and what is not finite."""
+    search, gradients, positives = (TRITON + name for name in ("search.py", "gradients.py", "positives.py"))
+    apart = "backends/test_triton_edges.py::test_rows_that_32_bits_do_not_reach"
+    unseen = "backends/test_triton_edges.py::test_a_nan_that_32_bits_do_not_reach"
+    nonfinite = "loss/test_nonfinite.py::"
+    narrow = "rows that lie far apart are read from elsewhere"
+    changes = [
+        # name, file, old, new, why, test
+        (
+            "narrow-scanned", search, "candidate.to(tl.int64) * z_stride, present, D, ACC",
+            "candidate * z_stride, present, D, ACC", narrow, apart,
+        ),
+        (
+            "narrow-anchors", search, "x_offsets = anchor.to(tl.int64) * x_stride", "x_offsets = anchor * x_stride",
+            narrow, apart,
+        ),
+        ("narrow-inspected", search, "base = row.to(tl.int64) * stride", "base = row * stride", narrow, unseen),
+        (
+            "narrow-positives", positives, "anchor * x_stride, used, gZ, candidate * z_stride, present",
+            "anchor * x_stride, used, gZ, candidate.to(tl.int32) * z_stride, present", narrow, apart,
+        ),
+        (
+            "narrow-anchors-of-positives", positives, "anchor * x_stride, used, gZ, candidate * z_stride, present",
+            "anchor.to(tl.int32) * x_stride, used, gZ, candidate * z_stride, present", narrow, apart,
+        ),
+        (
+            "narrow-gradients", gradients, "row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)",
+            "row = tl.program_id(0) * R + tl.arange(0, R)", narrow, apart,
+        ),
+        (
+            "narrow-outgoing", gradients, "index[:, :, None].to(tl.int64) * z_stride", "index[:, :, None] * z_stride",
+            narrow, apart,
+        ),
+        (
+            "narrow-incoming", gradients, "anchor = (edge // E).to(tl.int64)", "anchor = (edge // E).to(tl.int32)",
+            narrow, apart,
+        ),
+        (
+            "narrow-hub", gradients, "target = tl.load(gTargets + chunk * CHUNK, present, -1).to(tl.int64)",
+            "target = tl.load(gTargets + chunk * CHUNK, present, -1)", narrow, apart,
+        ),
+        (
+            "candidates-not-inspected", search, "bad |= has_bad_rows(gZ, z_stride, begin, end, D, 4, 256, ACC)",
+            "bad |= 0", "a candidate that is NaN leaves a loss that is a number",
+            nonfinite + "test_with_a_bank[triton-candidates-nan-none]",
+        ),
+        (
+            "nobody-not-inspected", search, '(largest == float("inf")) | (M == 0)', 'largest == float("inf")',
+            "anchors without candidates are not looked at", nonfinite + "test_with_nobody_on_the_other_side[triton]",
+        ),
+        (
+            "nothing-times-inf", gradients, "active = w != 0  # an edge", "active = within  # an edge",
+            "an edge that carries no gradient carries NaN",
+            nonfinite + "test_edges_without_a_coefficient_stay_without_a_gradient[triton-False-inf]",
+        ),
+    ]  # fmt: skip
+    return [
+        Mutant("triton-" + name, where, old, new, why, (f"tests/{test}",), ())
+        for name, where, old, new, why, test in changes
+    ]
+
+
+def _merges() -> list[Mutant]:
+    """Segments of direct sums, chunks of edges, and lists of them."""
+    search, gradients = TRITON + "search.py", TRITON + "gradients.py"
+    direct, hubs = "test_triton_positives.py::test_direct_sums_find_the_same", "test_triton.py::test_hubs_in_chunks"
+    changes = [
+        # name, file, old, new, why, test
+        (
+            "no-segment-backwards", search, "tl.where(segment % 2 == 1, KP - 1", "tl.where(segment % 2 == 2, KP - 1",
+            "runs are merged that are not in the order which the network expects", direct,
+        ),
+        (
+            "lists-of-the-first-segments", search, "used[:, None] & (segment < segments), NO_KEY)",
+            "used[:, None] & (segment < 2), NO_KEY)", "neighbours in the third segment are not found", direct,
+        ),
+        (
+            "near-of-segments-to-the-last", search,
+            "near = tl.min(tl.where((index >= 0) & (d2 == near_d2[:, None]), index, 0x7FFFFFFF), axis=1)",
+            "near = tl.max(tl.where((index >= 0) & (d2 == near_d2[:, None]), index, -1), axis=1)",
+            "of equally near positives the last segment's is near", direct,
+        ),
+        (
+            "far-of-segments-to-the-last", search,
+            "far = tl.min(tl.where((index >= 0) & (d2 == far_d2[:, None]), index, 0x7FFFFFFF), axis=1)",
+            "far = tl.max(tl.where((index >= 0) & (d2 == far_d2[:, None]), index, -1), axis=1)",
+            "of equally far positives the last segment's is far", direct,
+        ),
+        (
+            "far-tie-within-a-segment", TRITON + "order.py",
+            "farther = farthest > far_d2", "farther = farthest >= far_d2",
+            "of equally far positives the last tile's is far", direct,
+        ),
+        (
+            "rest-of-a-hub-forgotten", gradients, "begin = last_whole\n", "begin = end\n",
+            "edges behind the last whole chunk carry no gradient", hubs,
+        ),
+        (
+            "chunk-behind-the-last", gradients, "tl.maximum(end // CHUNK * CHUNK, first_whole)",
+            "tl.maximum((end + CHUNK - 1) // CHUNK * CHUNK, first_whole)",
+            "a chunk that other targets share is taken for one row's", hubs,
+        ),
+        (
+            "listed-edges-of-the-last-part", gradients, "place = count + tl.cumsum(found, axis=0) - 1",
+            "place = tl.cumsum(found, axis=0) - 1", "edges of later parts take the places of earlier ones",
+            "test_triton_edges.py::test_listed_edges",
+        ),
+    ]  # fmt: skip
+    return [
+        Mutant("triton-" + name, where, old, new, why, (BACKENDS + test,), ())
+        for name, where, old, new, why, test in changes
+    ]
+
+
+def _launches() -> list[Mutant]:
+    """What chooses a compiled variant."""
+    test = BACKENDS + "test_triton_launches.py::"
+    return [
+        Mutant(
+            "triton-alignment-not-in-the-key", TRITON + "direct.py", "aligned(batch.feats), aligned(batch.candidates),",
+            "True, True,", "a kernel that loads 16 bytes at a time is launched on rows that start elsewhere",
+            (test + "test_the_key_of_a_variant_says_what_triton_specialises",), (),
+        ),
+        Mutant(
+            "triton-captured-cold", TRITON + "launch.py", "if torch.cuda.is_initialized() and", "if False and",
+            "loading a kernel ends a capture with an error that names neither",
+            (test + "test_a_capture_needs_warm_kernels",), (),
+        ),
+    ]  # fmt: skip
+
+
 def triton() -> list[Mutant]:
-    return [*_positives(), *_devices()]
+    return [*_positives(), *_devices(), *_rows(), *_merges(), *_launches()]

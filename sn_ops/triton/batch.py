@@ -54,6 +54,16 @@ class Batch(NamedTuple):
         return self.labels if self.self_index is None else self.self_index, self.self_offset
 
 
+def row_facts(batch: Batch) -> tuple[Any, ...]:
+    """What the arguments of a batch decide about the variants of the kernels that take them, see `launch.launch`."""
+    feats, candidates = batch.feats, batch.candidates
+    return (
+        feats.device.index, feats.dtype, batch.labels.dtype, batch.candidate_labels.dtype, feats.shape[1],
+        feats.stride(0), candidates.stride(0), aligned(feats), aligned(candidates),
+        -1 << 31 <= batch.self_offset < 1 << 31,
+    )  # fmt: skip
+
+
 class Selection(NamedTuple):
     """What a forward selected; the support set is in columns 0 to K - 1 of the graph's indices.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import order, search, tuning
-from .batch import Batch, Found, Selection, aligned
+from .batch import Batch, Found, Selection, row_facts
 from .launch import launch, workspace
 from .loss import RECORD_SIZE
 from .tuning import cdiv
@@ -34,11 +34,7 @@ def select(batch: Batch, neighbours: int, acc: torch.dtype, loss_programs: int, 
     keys, *extremes = parts
     # Lists hold their distances: what stands for these is not read.
     d2 = torch.empty((n, neighbours), dtype=acc, device=device) if dense else extremes[0]
-    facts = (
-        device.index, batch.feats.dtype, batch.labels.dtype, batch.candidate_labels.dtype, d,
-        batch.feats.stride(0), batch.candidates.stride(0), aligned(batch.feats), aligned(batch.candidates),
-        -1 << 31 <= batch.self_offset < 1 << 31,
-    )  # fmt: skip
+    facts = row_facts(batch)
     for place, first in enumerate(range(0, max(n, 1), strip)):
         rows = min(strip, n - first)
         squared = torch.empty((rows, m), dtype=acc, device=device) if dense else extremes[0]

@@ -75,7 +75,7 @@ def device_of(rows: Tensor) -> AbstractContextManager[Any]:
 
 def launch(
     kernel: Any, grid: tuple[int, ...], facts: tuple[Any, ...], *arguments: Any, warps: int = 4, stages: int = 3,
-    **constants: Any,
+    registers: int | None = None, **constants: Any,
 ) -> None:  # fmt: skip
     """Runs a kernel on the current stream of the current device.
 
@@ -84,6 +84,7 @@ def launch(
         facts: what decides, together with the constants, the variant of the kernel that Triton would compile for these
             arguments, and where: the device, data types, every number and pointer that Triton may specialise.
         arguments: those before the kernel's constants, in order.
+        registers: the most of a thread, if the compiler is to keep within so many.
 
     Raises:
         RuntimeError: the variant was never launched, and the stream is being captured in a CUDA graph.
@@ -91,12 +92,13 @@ def launch(
     if INTERPRETED:
         kernel[grid](*arguments, **constants)
         return
-    key = (kernel.fn, warps, stages, facts, *constants.values())
+    key = (kernel.fn, warps, stages, registers, facts, *constants.values())
     compiled = _COMPILED.get(key)
     if compiled is None:
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(COLD.format(kernel.fn.__name__))
-        compiled = kernel[grid](*arguments, num_warps=warps, num_stages=stages, **EXACT, **constants)
+        options = {**EXACT, "num_warps": warps, "num_stages": stages, "maxnreg": registers}
+        compiled = kernel[grid](*arguments, **options, **constants)
         if compiled is not None:  # None where launches are noted instead of made
             _COMPILED[key] = compiled
         return

@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 
 from . import order, tuning
-from .batch import Batch, Selection
-from .launch import EXACT
+from .batch import Batch, Selection, row_facts
+from .launch import launch
 from .order import NO_KEY, own_index, pack_keys, tile_distances
 from .tuning import cdiv
 
@@ -45,7 +45,7 @@ def halved(gSorted, low, high, label, used, AFTER: tl.constexpr):
     return tl.where(before, middle + 1, low), tl.where(before, high, middle)
 
 
-@triton.jit(do_not_specialize=["N", "M", "steps"])
+@triton.jit(do_not_specialize=["N", "M", "steps"], do_not_specialize_on_alignment=["gLabels"])
 def ranges_kernel(gLabels, gAnchorOrder, gSorted, N, M, steps, gBegin, gEnd, R: tl.constexpr):
     """Places gBegin to gEnd of each anchor's identity in gSorted [M], for anchors in the order of labels.
 
@@ -65,7 +65,7 @@ def ranges_kernel(gLabels, gAnchorOrder, gSorted, N, M, steps, gBegin, gEnd, R: 
     tl.store(gEnd + rank, end, used)
 
 
-@triton.jit(do_not_specialize=["N", "segments"])
+@triton.jit(do_not_specialize=["self_offset", "N", "segments"], do_not_specialize_on_alignment=["gSelf"])
 def positives_kernel(
     gX, x_stride, gZ, z_stride, gSelf, self_offset, gAnchorOrder, gCandidateOrder, gBegin, gEnd, N, D, segments,
     gNearKeys, gFarKeys,
@@ -144,22 +144,26 @@ def find(batch: Batch, selection: Selection) -> None:
     labels, candidate_order = batch.candidate_labels.sort(stable=True)
     anchor_order = candidate_order if batch.symmetric else batch.labels.sort(stable=True).indices
     plan = tuning.positives_plan(n, m)
+    facts = row_facts(batch)
     begin = torch.empty(n, dtype=torch.int32, device=device)
     end = torch.empty_like(begin)
     near_keys = torch.empty((n, plan.segments), dtype=torch.int64, device=device)
     far_keys = torch.empty_like(near_keys)
-    ranges_kernel[(cdiv(n, plan.block),)](
+    launch(
+        ranges_kernel, (cdiv(n, plan.block),), facts,
         batch.labels, anchor_order, labels, n, m, m.bit_length(), begin, end,
-        R=plan.block, num_warps=4, **EXACT,
+        R=plan.block,
     )  # fmt: skip
-    positives_kernel[(cdiv(n, plan.rows) * plan.segments,)](
+    launch(
+        positives_kernel, (cdiv(n, plan.rows) * plan.segments,), facts,
         batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
         *batch.self_arguments(), anchor_order, candidate_order, begin, end, n, d, plan.segments, near_keys, far_keys,
         R=plan.rows, C=plan.columns, HAS_SELF=batch.self_index is not None, ONE_SECTION=d <= order.SECTION.value,
-        num_warps=plan.warps, **EXACT,
+        warps=plan.warps,
     )  # fmt: skip
     segments = tuning.power_of_two(plan.segments)
     rows = max(1, plan.block // segments)
-    extremes_kernel[(cdiv(n, rows),)](
-        near_keys, far_keys, n, plan.segments, *selection[1:], R=rows, SEGMENTS=segments, num_warps=4, **EXACT,
+    launch(
+        extremes_kernel, (cdiv(n, rows),), facts,
+        near_keys, far_keys, n, plan.segments, *selection[1:], R=rows, SEGMENTS=segments,
     )  # fmt: skip

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import order, positives, screening, tuning
-from .batch import Batch, Found, Selection
-from .launch import EXACT
+from .batch import Batch, Found, Selection, aligned, row_facts
+from .launch import launch
 from .loss import RECORD_SIZE
 from .tuning import cdiv
 
@@ -24,15 +24,21 @@ class Screened(NamedTuple):
     near: Tensor
 
 
+def _facts(rows: Tensor) -> tuple[Any, ...]:
+    """What rows alone decide about a kernel's variant."""
+    return rows.device.index, rows.dtype, rows.shape[1], rows.stride(0), aligned(rows)
+
+
 def _centre(rows: Tensor) -> Tensor:
     """[D] float32: the median of a few rows, about the middle of all; neither outliers nor NaN move it."""
     m, d = rows.shape
     centre = torch.empty(d, dtype=torch.float32, device=rows.device)
     step = max(1, m // 64)
     columns = 512 if tuning.INTERPRETED else 16
-    screening.centre_kernel[(cdiv(d, columns),)](
+    launch(
+        screening.centre_kernel, (cdiv(d, columns),), _facts(rows),
         rows, rows.stride(0), step, min(64, cdiv(m, step)), d, centre,
-        ROWS=64, LOG_ROWS=6, C=columns, num_warps=4, **EXACT,
+        ROWS=64, LOG_ROWS=6, C=columns,
     )  # fmt: skip
     return centre
 
@@ -45,7 +51,7 @@ def _vectors(count: int, n: int, dtype: torch.dtype, device: torch.device, multi
 def _whole(rows: Tensor, depth: int) -> bool:
     """Whether half-precision rows are read in whole blocks as they lie, 16 bytes at a time."""
     return (
-        rows.shape[1] == depth and rows.data_ptr() % 16 == 0
+        rows.shape[1] == depth and aligned(rows)
         and rows.stride(0) % 16 == 0 and rows.stride(0) <= tuning.MOST_DEPTH
     )  # fmt: skip
 
@@ -58,14 +64,14 @@ def _prepare(rows: Tensor, centre: Tensor | None, block: int, flags: Tensor, fir
     half = rows
     if centre is not None or copied:
         half = rows.new_empty((n, depth), dtype=rows.dtype if copied else torch.float16)
-    facts = _vectors(4, n, torch.float32, rows.device, screening.FACT_ROWS)
-    screening.prepare_kernel[(most,)](
-        rows, rows.stride(0), n, facts.shape[1], d, depth, rows if centre is None else centre, half, half.stride(0),
-        *facts, flags, first_flag,
+    entries = _vectors(4, n, torch.float32, rows.device, screening.FACT_ROWS)
+    launch(
+        screening.prepare_kernel, (most,), _facts(rows),
+        rows, rows.stride(0), n, entries.shape[1], d, depth, rows if centre is None else centre, half, half.stride(0),
+        *entries, flags, first_flag,
         CAST=centre is not None, COPY=copied, R=_prepared_rows(), BLOCK=512 if tuning.INTERPRETED else 128,
-        num_warps=4, **EXACT,
     )  # fmt: skip
-    return Screened(half, *facts)
+    return Screened(half, *entries)
 
 
 def _prepared_rows() -> int:
@@ -82,7 +88,7 @@ def _flags(batch: Batch) -> tuple[int, int]:
 
 
 def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tensor, selection: Selection) -> Tensor:
-    """Selection through products of half precision; returns the flags of `_inspect`, at most MOST_FLAGS."""
+    """Selection through products of half precision; returns MOST_FLAGS flags at most."""
     device = batch.feats.device
     cast = batch.feats.dtype == torch.float32
     own_flags, other_flags = _flags(batch)
@@ -97,10 +103,11 @@ def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tens
         batch = batch._replace(feats=anchors.half, candidates=pool.half)
     n, m, d = batch.sizes
     depth = anchors.half.shape[1]
+    facts = row_facts(batch)
     product = {
         "BM": plan.tile[0], "BN": plan.tile[1], "BK": plan.tile[2], "GROUP": 8,
         "UNIT": not cast, "PLAIN": tuning.INTERPRETED,
-        "num_warps": plan.warps, "num_stages": plan.stages, **EXACT,
+        "warps": plan.warps, "stages": plan.stages,
     }  # fmt: skip
 
     def new(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -126,58 +133,66 @@ def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tens
         return (wide // narrow).bit_length() - 1
 
     sampled = _vectors(3, plan.samples, torch.float32, device, screening.FACT_ROWS)
-    screening.sampled_facts_kernel[(cdiv(sampled.shape[1], 1024),)](
-        *pool[1:4], plan.samples, sampled.shape[1], plan.stride, depth, sampled, R=1024, num_warps=4, **EXACT
-    )
+    launch(
+        screening.sampled_facts_kernel, (cdiv(sampled.shape[1], 1024),), facts,
+        *pool[1:4], plan.samples, sampled.shape[1], plan.stride, depth, sampled, R=1024,
+    )  # fmt: skip
     for first in range(0, n, plan.strip):
         rows = min(plan.strip, n - first)
         row_tiles = cdiv(rows, plan.tile[0])
-        screening.sample_kernel[(row_tiles * cdiv(plan.samples, plan.tile[1]),)](
+        launch(
+            screening.sample_kernel, (row_tiles * cdiv(plan.samples, plan.tile[1]),), facts,
             anchors.half, anchors.half.stride(0), *anchors[1:4], pool.half, pool.half.stride(0),
             sampled, sampled.shape[1], first, rows, plan.samples, plan.stride, depth, least, plan.groups,
             GROUP_SIZE=plan.group_size, **product,
         )  # fmt: skip
         block = min(64, tuning.power_of_two(rows)) if tuning.INTERPRETED else max(1, 512 // sample_width)
         padded = row_tiles * plan.tile[0]
-        screening.threshold_kernel[(cdiv(padded, block),)](
+        launch(
+            screening.threshold_kernel, (cdiv(padded, block),), facts,
             least, plan.groups, first, rows, padded, neighbours, depth, anchors.norm, anchors.rho,
             count, queue_count, limit, twice,
             C=sample_width, KP=width, LOG_KP=width.bit_length() - 1, LOG_GROUPS=groups_of(sample_width, width),
-            R=block, num_warps=4, **EXACT,
+            R=block,
         )  # fmt: skip
-        screening.screen_kernel[(row_tiles * cdiv(m, plan.tile[1]),)](
+        launch(
+            screening.screen_kernel, (row_tiles * cdiv(m, plan.tile[1]),), facts,
             anchors.half, anchors.half.stride(0), anchors.scale,
             pool.half, pool.half.stride(0), pool.scale, pool.rho, pool.near,
             limit, twice, first, rows, m, depth, count, buffer,
-            CAPACITY=plan.capacity, maxnreg=plan.registers, **product,
+            CAPACITY=plan.capacity, registers=plan.registers, **product,
         )  # fmt: skip
         block = min(64, tuning.power_of_two(rows)) if tuning.INTERPRETED else 1
-        screening.shortlist_kernel[(cdiv(rows, block),)](
+        launch(
+            screening.shortlist_kernel, (cdiv(rows, block),), facts,
             *anchors[1:4], *pool[1:4], *batch.self_arguments(), first, rows, m, neighbours, depth,
             count, buffer, short, short_count, queue, queue_count,
             HAS_SELF=has_self, CAPACITY=plan.capacity, SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp,
-            LOG_GROUPS=groups_of(chunk, plan.list_size), R=block, C=chunk, num_warps=1, **EXACT,
+            LOG_GROUPS=groups_of(chunk, plan.list_size), R=block, C=chunk, warps=1,
         )  # fmt: skip
         columns = max(16, plan.list_size)
-        screening.refine_kernel[(cdiv(rows, block),)](
+        launch(
+            screening.refine_kernel, (cdiv(rows, block),), facts,
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
             first, rows, neighbours, d, short, short_count, indices, selection.d2,
             SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp, LOG_GROUPS=groups_of(columns, plan.list_size),
             R=block, C=columns, ONE_SECTION=one_section, UNROLL=plan.unroll,
-            num_warps=max(4, columns // 8), **EXACT,
+            warps=max(4, columns // 8),
         )  # fmt: skip
-        screening.fallback_kernel[(plan.fallback_programs,)](
+        launch(
+            screening.fallback_kernel, (plan.fallback_programs,), facts,
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
             batch.labels, batch.candidate_labels, *batch.self_arguments(), first, m, d,
             cdiv(cdiv(m, plan.fallback_segments), direct.columns) * direct.columns, queue, queue_count, buffer,
             R=direct.rows, C=direct.columns, KP=plan.list_size, LOG_KP=log_kp,
             LOG_GROUPS=groups_of(direct.columns, plan.list_size), SEGMENTS=plan.fallback_segments, HAS_SELF=has_self,
-            ONE_SECTION=one_section, num_warps=direct.warps, **EXACT,
+            ONE_SECTION=one_section, warps=direct.warps,
         )  # fmt: skip
         block = 64 if tuning.INTERPRETED else max(1, 128 // plan.list_size)
-        screening.fallback_merge_kernel[(cdiv(rows, block),)](
+        launch(
+            screening.fallback_merge_kernel, (cdiv(rows, block),), facts,
             queue, queue_count, buffer, first, neighbours, indices, selection.d2,
-            R=block, KP=plan.list_size, LOG_KP=log_kp, SEGMENTS=plan.fallback_segments, num_warps=1, **EXACT,
+            R=block, KP=plan.list_size, LOG_KP=log_kp, SEGMENTS=plan.fallback_segments, warps=1,
         )  # fmt: skip
     positives.find(batch, selection)
     return flags

@@ -490,7 +490,7 @@ def buffered(gBuffer, first, here, own, scale, norm, rho, gBScale, gBNorm, gBRho
     return candidate, eligible, lower, upper
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "M", "K"])
+@triton.jit(do_not_specialize=["self_offset", "first_row", "rows", "M", "K"], do_not_specialize_on_alignment=["gSelf"])
 def shortlist_kernel(
     gAScale, gANorm, gARho, gBScale, gBNorm, gBRho, gSelf, self_offset, first_row, rows, M, K, D,
     gCount, gBuffer, gShort, gShortCount, gQueue, gQueueCount,
@@ -565,7 +565,10 @@ def refine_kernel(
 # ---- the anchors that are not certified -----------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["first_row", "M", "segment_size"])
+@triton.jit(
+    do_not_specialize=["self_offset", "first_row", "M", "segment_size"],
+    do_not_specialize_on_alignment=["gLabels", "gCandidateLabels", "gSelf"],
+)
 def fallback_kernel(
     gX, x_stride, gZ, z_stride, gLabels, gCandidateLabels, gSelf, self_offset, first_row, M, D, segment_size,
     gQueue, gQueueCount, gKeys,

@@ -129,6 +129,8 @@ def search_plan(
         if cdiv(anchors, rows) * cdiv(candidates, columns) < _LARGE_TILES:
             columns = max(16, list_size)
             rows = max(2, (64 if wide else 128) // columns)
+            if rows == 8 and cdiv(anchors, rows) * cdiv(candidates, columns) <= 64:
+                rows = 4
             warps = 8 if list_size == 128 else 4
     groups = max(1, cdiv(anchors, rows))
     tiles = max(1, cdiv(candidates, columns))
@@ -340,4 +342,5 @@ def gradient_plan(anchors: int, candidates: int, dims: int, edges: int, bytes_ea
         block = min(256, power_of_two(max(dims, 16)))
         return GradientPlan(1, 4, block, 512, 1, False)
     block = min(256 if bytes_each == 2 else 512, power_of_two(max(dims, 16)))
-    return GradientPlan(1, 4, block, max(128, power_of_two(16 * edges)), max(1, block // 128), True)
+    vectors = block * bytes_each // 16  # one a thread: an edge is not shared out among warps
+    return GradientPlan(1, 4, block, max(128, power_of_two(16 * edges)), max(1, min(4, vectors // 32)), True)

@@ -156,6 +156,7 @@ def check(n=40, d=64, k=5, dtype=torch.float32, offset=0, apart=0, bank=0, self_
 
 check()
 for change in (dict(d=65), dict(d=1), dict(offset=1), dict(apart=1), dict(n=41), dict(n=1, d=16), dict(k=200, n=210),
-               dict(dtype=torch.bfloat16, d=33), dict(bank=70, self_offset=16), dict(bank=1, k=1), dict(reduction=2)):
+               dict(dtype=torch.bfloat16, d=33), dict(bank=70, self_offset=16), dict(bank=1, k=1), dict(reduction=2),
+               dict(n=20, d=33, apart=31, bank=1100), dict(apart=16), dict(d=65, apart=15)):
     check(**change)
 """)

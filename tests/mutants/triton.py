@@ -227,13 +227,64 @@ def _merges() -> list[Mutant]:
     ]
 
 
+def _small_batches() -> list[Mutant]:
+    """Poison, listed edges, half precision off 16 elements, and bounds of plans."""
+    search, bad = TRITON + "search.py", "test_one_bad_value_anywhere_poisons"
+    changes = [
+        # name, file, old, new, why, test
+        (
+            "bad-anchors-unseen", search, "tl.minimum(first_anchor + R, first_row + rows), D", "first_anchor, D",
+            "a NaN of an anchor is lost", bad,
+        ),
+        (
+            "far-is-bad", search, "bad = has_bad_rows(gX", "bad = 1 + has_bad_rows(gX",
+            "an overflow of finite rows is taken for NaN", "test_far_rows_poison_nothing",
+        ),
+        (
+            "flags-of-one-strip", search, "gFlags + first_flag + program", "gFlags + program",
+            "later strips write over what earlier ones found", bad,
+        ),
+        (
+            "one-loss-unpoisoned", TRITON + "loss.py", 'tl.full((FLAGS,), float("nan"), ACC), anchor < N)',
+            'tl.full((FLAGS,), float("nan"), ACC), anchor < N - 1)', "the last anchor's loss stays a number", bad,
+        ),
+        (
+            "list-too-short", TRITON + "gradients.py", "(found > 0) & (place < most)",
+            "(found > 0) & (place < most - 1)", "an edge of a candidate of everybody is lost",
+            "test_listed_and_sorted_edges_give_one_gradient",
+        ),
+        (
+            "half-precision-misaligned", TRITON + "batch.py", "rows.stride(0) % 16 == 0 and aligned(rows)",
+            "rows.stride(0) % 16 == 0", "rows off 16 bytes are read two bytes at a time",
+            "test_where_half_precision_rows_lie_changes_no_bit",
+        ),
+        (
+            "merged-without-bound", TRITON + "tuning.py", "tiles, 32, _MERGED_KEYS // list_size)", "tiles, 32)",
+            "long lists of many segments do not fit registers", "test_plans_of_small_batches",
+        ),
+        (
+            "edges-without-bound", TRITON + "tuning.py", "listed > _LISTED_EDGES or candidates", "candidates",
+            "every program looks through very many edges", "test_many_edges_are_sorted",
+        ),
+    ]  # fmt: skip
+    return [
+        Mutant("triton-small-" + name, where, old, new, why, (f"{BACKENDS}test_triton_direct.py::{test}",), ())
+        for name, where, old, new, why, test in changes
+    ]
+
+
 def _launches() -> list[Mutant]:
     """What chooses a compiled variant."""
     test = BACKENDS + "test_triton_launches.py::"
     return [
         Mutant(
-            "triton-alignment-not-in-the-key", TRITON + "direct.py", "aligned(batch.feats), aligned(batch.candidates),",
+            "triton-alignment-not-in-the-key", TRITON + "batch.py", "aligned(feats), aligned(candidates),",
             "True, True,", "a kernel that loads 16 bytes at a time is launched on rows that start elsewhere",
+            (test + "test_the_key_of_a_variant_says_what_triton_specialises",), (),
+        ),
+        Mutant(
+            "triton-dims-not-in-the-key", TRITON + "batch.py", "candidate_labels.dtype, feats.shape[1],",
+            "candidate_labels.dtype,", "a kernel for D that 16 divides runs on other D",
             (test + "test_the_key_of_a_variant_says_what_triton_specialises",), (),
         ),
         Mutant(
@@ -245,4 +296,4 @@ def _launches() -> list[Mutant]:
 
 
 def triton() -> list[Mutant]:
-    return [*_positives(), *_devices(), *_rows(), *_merges(), *_launches()]
+    return [*_positives(), *_devices(), *_rows(), *_merges(), *_small_batches(), *_launches()]

@@ -76,16 +76,6 @@ class Selection(NamedTuple):
     far_d2: Any
     far: Any
 
-    @staticmethod
-    def empty(anchors: int, neighbours: int, like: Tensor, acc: torch.dtype) -> Selection:
-        def new(*size: int, dtype: torch.dtype = acc) -> Tensor:
-            return torch.empty(size, dtype=dtype, device=like.device)
-
-        return Selection(
-            new(anchors, neighbours),
-            new(anchors), new(anchors, dtype=torch.int32), new(anchors), new(anchors, dtype=torch.int32),
-        )  # fmt: skip
-
 
 class Found(NamedTuple):
     """A selection, and the rest of what `loss_kernel` and `reduce_kernel` take."""

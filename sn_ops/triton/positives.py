@@ -14,19 +14,21 @@ anchor r's begin at first_r = size_0 + .. + size_{r-1}, and v is the place
 
 since what is jumped over before anchor r, start_r - first_r, grows with r. A tile takes C of them, whatever lies
 between: identities without an anchor cost nothing, and small ones share a tile. The V / C tiles of a group go to
-programs in equal parts, segments; each keeps its best positives as keys, and the least and greatest of all segments'
-keys are near and far, whatever the order.
+programs in equal parts, segments, whose extremes `loss_kernel` merges: least and largest d2, the lower index on a tie.
+Within a program extremes are keys of d2 and index, so no order of tiles matters.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from . import order, tuning
-from .batch import Batch, Selection, row_facts
-from .launch import launch
+from .batch import Batch, row_facts
+from .launch import launch, workspace
 from .order import NO_KEY, own_index, pack_keys, tile_distances
 from .tuning import cdiv
 
@@ -65,15 +67,21 @@ def ranges_kernel(gLabels, gAnchorOrder, gSorted, N, M, steps, gBegin, gEnd, R: 
     tl.store(gEnd + rank, end, used)
 
 
+@triton.jit
+def distance_of(key):
+    """The squared distance in a key."""
+    return (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["self_offset", "N", "segments"], do_not_specialize_on_alignment=["gSelf"])
 def positives_kernel(
     gX, x_stride, gZ, z_stride, gSelf, self_offset, gAnchorOrder, gCandidateOrder, gBegin, gEnd, N, D, segments,
-    gNearKeys, gFarKeys,
+    gNearD2, gNear, gFarD2, gFar,
     R: tl.constexpr, C: tl.constexpr, HAS_SELF: tl.constexpr, ONE_SECTION: tl.constexpr,
 ):  # fmt: skip
     """R anchors that follow each other in the order of labels, against their segment of their own candidates.
 
-    gNearKeys and gFarKeys [N, segments]: the key of the nearest positive, and of the farthest.
+    gNearD2, gNear, gFarD2, gFar [N, segments]: the nearest positive of a segment, and the farthest; index -1 for none.
     """
     group = tl.program_id(0) // segments
     segment = tl.program_id(0) % segments
@@ -108,47 +116,36 @@ def positives_kernel(
             far_keys = pack_keys(squared, index ^ LAST_INDEX)
             far = tl.maximum(far, tl.max(tl.where(same, far_keys, NO_FAR_KEY), axis=1))
     slot = anchor * segments + segment
-    tl.store(gNearKeys + slot, near, used)
-    tl.store(gFarKeys + slot, far, used)
-
-
-@triton.jit(do_not_specialize=["N", "segments"])
-def extremes_kernel(
-    gNearKeys, gFarKeys, N, segments, gNearD2, gNear, gFarD2, gFar, R: tl.constexpr, SEGMENTS: tl.constexpr
-):
-    """near and far of R anchors, from the keys of all segments; SEGMENTS is a power of two not below `segments`."""
-    anchor = tl.program_id(0) * R + tl.arange(0, R)
-    used = anchor < N
-    segment = tl.arange(0, SEGMENTS)[None, :]
-    slot = anchor[:, None].to(tl.int64) * segments + segment
-    inside = used[:, None] & (segment < segments)
-    near = tl.min(tl.load(gNearKeys + slot, inside, NO_KEY), axis=1)
-    far = tl.max(tl.load(gFarKeys + slot, inside, NO_FAR_KEY), axis=1)
     found = near != NO_KEY
-    tl.store(gNearD2 + anchor, tl.where(found, distance_of(near), float("inf")), used)
-    tl.store(gNear + anchor, tl.where(found, near.to(tl.int32), -1), used)
-    tl.store(gFarD2 + anchor, tl.where(found, distance_of(far), -1.0), used)
-    tl.store(gFar + anchor, tl.where(found, far.to(tl.int32) ^ LAST_INDEX, -1), used)
+    tl.store(gNearD2 + slot, tl.where(found, distance_of(near), float("inf")), used)
+    tl.store(gNear + slot, tl.where(found, near.to(tl.int32), -1), used)
+    tl.store(gFarD2 + slot, tl.where(found, distance_of(far), -1.0), used)
+    tl.store(gFar + slot, tl.where(found, far.to(tl.int32) ^ LAST_INDEX, -1), used)
 
 
-@triton.jit
-def distance_of(key):
-    """The squared distance in a key."""
-    return (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+class Positives(NamedTuple):
+    """near and far of every anchor among the candidates of each of S segments, as `Selection` has them."""
+
+    near_d2: Any  # [N, S] float32
+    near: Any  # [N, S] int32, -1 for none
+    far_d2: Any
+    far: Any
+    segments: int  # S
+    memory: Any  # of the others, which are parts of a `Workspace`
 
 
-def find(batch: Batch, selection: Selection) -> None:
+def find(batch: Batch) -> Positives:
     """near and far of every anchor, from direct sums within identities."""
     n, m, d = batch.sizes
-    device = batch.feats.device
     labels, candidate_order = batch.candidate_labels.sort(stable=True)
     anchor_order = candidate_order if batch.symmetric else batch.labels.sort(stable=True).indices
     plan = tuning.positives_plan(n, m)
     facts = row_facts(batch)
-    begin = torch.empty(n, dtype=torch.int32, device=device)
-    end = torch.empty_like(begin)
-    near_keys = torch.empty((n, plan.segments), dtype=torch.int64, device=device)
-    far_keys = torch.empty_like(near_keys)
+    one, each = (torch.int32, (n,)), (n, plan.segments)
+    begin, end, *extremes, memory = workspace(
+        batch.feats.device, one, one,
+        (torch.float32, each), (torch.int32, each), (torch.float32, each), (torch.int32, each),
+    )  # fmt: skip
     launch(
         ranges_kernel, (cdiv(n, plan.block),), facts,
         batch.labels, anchor_order, labels, n, m, m.bit_length(), begin, end,
@@ -157,13 +154,8 @@ def find(batch: Batch, selection: Selection) -> None:
     launch(
         positives_kernel, (cdiv(n, plan.rows) * plan.segments,), facts,
         batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
-        *batch.self_arguments(), anchor_order, candidate_order, begin, end, n, d, plan.segments, near_keys, far_keys,
+        *batch.self_arguments(), anchor_order, candidate_order, begin, end, n, d, plan.segments, *extremes,
         R=plan.rows, C=plan.columns, HAS_SELF=batch.self_index is not None, ONE_SECTION=d <= order.SECTION.value,
         warps=plan.warps,
     )  # fmt: skip
-    segments = tuning.power_of_two(plan.segments)
-    rows = max(1, plan.block // segments)
-    launch(
-        extremes_kernel, (cdiv(n, rows),), facts,
-        near_keys, far_keys, n, plan.segments, *selection[1:], R=rows, SEGMENTS=segments,
-    )  # fmt: skip
+    return Positives._make([*extremes, plan.segments, memory])

@@ -194,13 +194,14 @@ def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tens
             queue, queue_count, buffer, first, neighbours, indices, selection.d2,
             R=block, KP=plan.list_size, LOG_KP=log_kp, SEGMENTS=plan.fallback_segments, warps=1,
         )  # fmt: skip
-    positives.find(batch, selection)
     return flags
 
 
 def find(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, loss_programs: int, indices: Tensor) -> Found:
     """The selection, with the support sets in `indices`."""
-    selection = Selection.empty(batch.sizes[0], neighbours, batch.feats, torch.float32)
+    extremes = positives.find(batch)
+    d2 = torch.empty((batch.sizes[0], neighbours), dtype=torch.float32, device=batch.feats.device)
+    selection = Selection(d2, *extremes[:4])
     flags = select(batch, neighbours, plan, indices, selection)
     records = torch.empty((loss_programs, RECORD_SIZE.value), dtype=torch.float64, device=batch.feats.device)
-    return Found(selection, 1, None, flags, flags.numel(), records, None)
+    return Found(selection, extremes.segments, None, flags, flags.numel(), records, extremes.memory)

@@ -5,6 +5,7 @@ Features are small integers: every sum is exact, whatever its order, and many di
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -114,9 +115,14 @@ def expected(case: Case) -> list[np.ndarray[Any, Any]]:
     return [near_d2, near, far_d2, far]
 
 
+def tensors(device: torch.device, *parts: tuple[torch.dtype, tuple[int, ...]]) -> list[torch.Tensor | None]:
+    """What the kernels write to, to be looked at."""
+    return [*(torch.empty(shape, dtype=dtype, device=device) for dtype, shape in parts), None]
+
+
 def find(case: Case) -> list[np.ndarray[Any, Any]]:
     from sn_ops.triton import positives
-    from sn_ops.triton.batch import Batch, Selection
+    from sn_ops.triton.batch import Batch
 
     require("triton")
     case = case.on("triton")
@@ -126,9 +132,14 @@ def find(case: Case) -> list[np.ndarray[Any, Any]]:
         tensor = case.self_index if isinstance(case.self_index, torch.Tensor) else None
         offset = case.self_index if isinstance(case.self_index, int) else -1
         batch = Batch(case.feats, case.labels, case.candidates, case.candidate_labels, tensor, offset, False)
-    selection = Selection.empty(len(case.feats), 1, case.feats, torch.float32)
-    positives.find(batch, selection)
-    return [each.cpu().numpy() for each in selection[1:]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(positives, "workspace", tensors)
+        near_d2, near, far_d2, far = (each.cpu().numpy() for each in positives.find(batch)[:4])
+    # What the kernel of the loss makes of the segments.
+    rows = np.arange(len(near))
+    first = np.lexsort((np.where(near < 0, 2**31 - 1, near), near_d2), axis=1)[:, 0]
+    last = np.lexsort((np.where(far < 0, 2**31 - 1, far), -far_d2), axis=1)[:, 0]
+    return [near_d2[rows, first], near[rows, first], far_d2[rows, last], far[rows, last]]
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, segments: int) -> None:
@@ -204,13 +215,26 @@ def test_direct_sums_find_the_same(monkeypatch: pytest.MonkeyPatch, bank: Callab
     monkeypatch.setattr(tuning, "search_plan", plan)
     found = judge.neighbors_of(case, "triton")
     _, near, _, far = expected(case)
-    assert (found.nearest_positive.numpy() == near).all() and (found.farthest_positive.numpy() == far).all()
+    assert (found.nearest_positive.cpu().numpy() == near).all() and (found.farthest_positive.cpu().numpy() == far).all()
     rows = case.feats if case.candidates is None else case.candidates
     own = own_indices(case)
     for i in range(0, len(case.feats), 3):
         d2 = ((case.feats[i] - rows) ** 2).sum(dim=1).numpy()
         order = [j for j in np.argsort(d2, kind="stable") if j != own[i]]
         assert found.indices[i].tolist() == order[: case.k]
+
+
+@pytest.mark.parametrize("self_kind", ["self", "tensor"])
+def test_segments_reach_the_loss(monkeypatch: pytest.MonkeyPatch, self_kind: str) -> None:
+    """near and far of a screened forward, merged over segments."""
+    monkeypatch.setattr(tuning, "_LEAST_CANDIDATES", 64)
+    monkeypatch.setattr(tuning, "screen_plan", inspect.unwrap(tuning.screen_plan))
+    planned(monkeypatch, 3)
+    case = case_of(two(), self_kind)
+    found = judge.neighbors_of(case, "triton")
+    _, near, _, far = expected(case)
+    assert (found.nearest_positive.cpu().numpy() == near).all()
+    assert (found.farthest_positive.cpu().numpy() == far).all()
 
 
 def test_infinitely_far_positives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,19 +61,16 @@ def _positives() -> list[Mutant]:
             "of equally far positives of a tile the last is far", near_and_far,
         ),
         (
-            "first-segment-alone", file, "inside = used[:, None] & (segment < segments)",
-            "inside = used[:, None] & (segment < 1)",
-            "what the other segments found is forgotten", near_and_far,
+            "far-index-of-its-key", file, "far.to(tl.int32) ^ LAST_INDEX", "far.to(tl.int32)",
+            "the complement of the farthest positive's index is far", near_and_far,
         ),
         (
-            "last-segment-forgotten", file, "inside = used[:, None] & (segment < segments)",
-            "inside = used[:, None] & (segment < tl.maximum(segments - 1, 1))",
-            "what the last segment found is forgotten", near_and_far,
+            "one-segment-for-the-loss", TRITON + "screened.py", "Found(selection, extremes.segments, None",
+            "Found(selection, 1, None", "the loss sees a part of the positives", "test_segments_reach_the_loss",
         ),
         (
-            "far-of-segments-by-index", file, "far = tl.max(tl.load(gFarKeys + slot, inside, NO_FAR_KEY), axis=1)",
-            "far = tl.load(gFarKeys + anchor.to(tl.int64) * segments, used, NO_FAR_KEY)",
-            "far is the first segment's", near_and_far,
+            "segments-in-one-place", file, "slot = anchor * segments + segment", "slot = anchor * segments",
+            "segments write over each other", near_and_far,
         ),
         (
             "bisection-one-step-short", file, "m.bit_length(), begin", "m.bit_length() - 1, begin",

@@ -203,6 +203,21 @@ def table(rows: Iterable[Row]) -> str:
     ]) + "\n"  # fmt: skip
 
 
+def merged(made: str, committed: str, kernels: set[str], architectures: Iterable[str]) -> str:
+    """The committed table with the lines of these kernels and architectures anew."""
+
+    def place(text: str) -> tuple[str, str, int]:
+        cells = text.split()
+        return cells[0], " ".join(cells[9:]), int(cells[1].removeprefix("sm_"))
+
+    def lines(text: str) -> list[str]:
+        return [each for each in text.splitlines() if not each.startswith("#") and each != HEAD]
+
+    head = made[: made.index(HEAD) + len(HEAD)]
+    kept = [each for each in lines(committed) if each.split()[0] not in kernels or each.split()[1] not in architectures]
+    return "\n".join([head, *sorted([*kept, *lines(made)], key=place)]) + "\n"
+
+
 def compare(made: str, committed: str, kernels: set[str], architectures: Iterable[str]) -> list[str]:
     """Faults: lines of the committed table that differ, of these kernels and architectures."""
 
@@ -227,7 +242,7 @@ def main() -> int:
     parser.add_argument("--kernels", help="only these, separated by commas")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--table", action="store_true", help="no variants beyond the table's")
-    parser.add_argument("--write", action="store_true", help="the committed table anew, in place of a comparison")
+    parser.add_argument("--write", action="store_true", help="the committed table anew, or its lines of these")
     chosen = parser.parse_args()
     assert not tuning.INTERPRETED, "TRITON_INTERPRET is set: nothing would be compiled"
 
@@ -259,11 +274,12 @@ def main() -> int:
             print(line(row), flush=True)
     faults += faults_of([*rows, *others])
     made = table(rows)
+    committed = TABLE.read_text() if TABLE.exists() else ""
     if chosen.write:
-        assert wanted == kernels() and set(chosen.architectures) == set(ARCHITECTURES), "--write wants all"
-        TABLE.write_text(made)
+        whole = wanted == kernels() and set(chosen.architectures) == set(ARCHITECTURES)
+        assert whole or committed.split(";")[0] == made.split(";")[0], "another version of Triton: --write wants all"
+        TABLE.write_text(made if whole else merged(made, committed, wanted, chosen.architectures))
     else:
-        committed = TABLE.read_text() if TABLE.exists() else ""
         faults += compare(made, committed, wanted, chosen.architectures)
     for fault in faults:
         print("FAILED", fault)

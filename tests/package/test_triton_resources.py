@@ -92,6 +92,17 @@ def test_a_row_that_differs_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert compare(table([other]), "", {"loss_kernel"}, ("sm_80",)) != []
 
 
+def test_lines_are_written_anew() -> None:
+    """Those of some kernels and architectures; in their places, the others kept, those that are gone left out."""
+    other = ROW._replace(kernel="loss_kernel")
+    rows = [ROW, ROW._replace(architecture="sm_100"), ROW._replace(variant="*fp16 D=128"), other]
+    changed = ROW._replace(registers=1)
+    made = triton_resources.merged(table([changed]), table(rows), {"screen_kernel"}, ("sm_90",))
+    assert made == table([changed, rows[1], other])
+    assert triton_resources.merged(table(rows), table(rows), {"screen_kernel"}, ("sm_90", "sm_100")) != table(rows)
+    assert triton_resources.merged(table(rows[:3]), table(rows), {"screen_kernel"}, ("sm_90", "sm_100")) == table(rows)
+
+
 def test_another_version_is_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
     committed = table([ROW]).replace("# triton ", "# triton 0.")
     assert compare(table([ROW._replace(registers=129)]), committed, {"screen_kernel"}, ("sm_90",)) == []

@@ -123,9 +123,8 @@ def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tens
     log_kp = plan.list_size.bit_length() - 1
     width = max(tuning.power_of_two(neighbours + 1), 2)  # of the thresholds' lists, which hold one key more
     sample_width = max(width, min(tuning.power_of_two(plan.groups), 256))
-    # Widening half precision and long lists take registers beside the fallback's loop: half the pairs of a tile.
-    direct = tuning.search_plan(n, m, neighbours, not cast or plan.list_size > 64, False)
     one_section = d <= order.SECTION.value
+    direct = tuning.search_plan(n, m, neighbours, False, False, one_section)
     chunk = max(plan.list_size, min(128, plan.capacity))
     has_self = batch.self_index is not None
 
@@ -171,13 +170,14 @@ def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tens
             LOG_GROUPS=groups_of(chunk, plan.list_size), R=block, C=chunk, warps=1,
         )  # fmt: skip
         columns = max(16, plan.list_size)
+        warps = max(4, columns // 8)
         launch(
             screening.refine_kernel, (cdiv(rows, block),), facts,
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
             first, rows, neighbours, d, short, short_count, indices, selection.d2,
             SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp, LOG_GROUPS=groups_of(columns, plan.list_size),
             R=block, C=columns, ONE_SECTION=one_section, UNROLL=plan.unroll,
-            warps=max(4, columns // 8),
+            warps=warps, registers=min(255, 2048 // warps),
         )  # fmt: skip
         launch(
             screening.fallback_kernel, (plan.fallback_programs,), facts,
@@ -186,7 +186,7 @@ def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tens
             cdiv(cdiv(m, plan.fallback_segments), direct.columns) * direct.columns, queue, queue_count, buffer,
             R=direct.rows, C=direct.columns, KP=plan.list_size, LOG_KP=log_kp,
             LOG_GROUPS=groups_of(direct.columns, plan.list_size), SEGMENTS=plan.fallback_segments, HAS_SELF=has_self,
-            ONE_SECTION=one_section, warps=direct.warps,
+            ONE_SECTION=one_section, warps=direct.warps, registers=255,
         )  # fmt: skip
         block = 64 if tuning.INTERPRETED else max(1, 128 // plan.list_size)
         launch(

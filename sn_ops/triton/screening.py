@@ -175,8 +175,9 @@ def prepare_kernel(
         norm = tl.sum(norm, axis=1) * down * down
         screenable = (norm >= LEAST_NORM) & (norm <= LARGEST_NORM)
         if CAST:
-            # The measured residual, the rounding of x - m, squares that underflowed; 1.001 for the sums' own rounding.
-            rho = tl.sqrt(tl.sum(moved, axis=1)) + tl.sqrt(tl.sum(full, axis=1)) * (2.0**-24) + 2.0**-40
+            # The measured residual and the rounding of x - m. 1.001 is for the roundings of the sums, and for squares
+            # that underflow: the largest element alone makes the second term more than 2^-12.
+            rho = tl.sqrt(tl.sum(moved, axis=1)) + tl.sqrt(tl.sum(full, axis=1)) * (2.0**-24)
             rho = rho * down * 1.001
         else:
             rho = tl.zeros((R,), tl.float32)

@@ -196,8 +196,7 @@ def _tile(depth: int, device: Device) -> tuple[tuple[int, int, int], int | None]
         return (128, 256, 64), None
     if device.shared < 147 * 1024:
         return (128, 128, 64), None
-    # Two blocks on an SM, one tests its pairs while the other multiplies: worth it, by estimate, where a tile has few
-    # steps.
+    # Two blocks on an SM: one tests its pairs while the other multiplies. By estimate that pays where steps are few.
     if depth <= 192 and device.shared >= 2 * 99 * 1024:
         return (128, 128, 64), 128
     return (128, 256, 64), None

@@ -9,7 +9,7 @@ import ast
 import inspect
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,204 +19,16 @@ import pytest
 import torch
 
 import sn_ops
-from sn_ops import dispatch, ops, triton
-from sn_ops.reference import Graph
+from sn_ops import dispatch, triton
 from sn_ops.triton import tuning
 from support import fresh_python, judge, oracle, problems
 from support.problems import Case
+from support.triton_screens import assert_same, forward, small_screens, unscreened
 
 Plan = Callable[..., Any]
 
 
-def forward(case: Case, squeeze: int = 0, reduction: int = 2) -> Graph:
-    """The forward operator with squared distances."""
-    case = case.on("triton")
-    tensor = case.self_index if isinstance(case.self_index, torch.Tensor) else None
-    offset = 0 if case.candidates is None else case.self_index if isinstance(case.self_index, int) else -1
-    return ops.forward(
-        "triton", case.feats, case.labels, case.candidates, case.candidate_labels, tensor, offset,
-        case.k, 5.0, 0.1, squeeze, reduction, True,
-    )  # fmt: skip
-
-
-def small_screens(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> None:
-    """Batches of a few dozen rows take the path of thousands, in small strips and with buffers as given."""
-
-    def plan(
-        anchors: int, candidates: int, dims: int, neighbours: int, wide: bool, device: tuning.Device
-    ) -> tuning.ScreenPlan | None:
-        if wide or anchors == 0 or candidates < 2 * neighbours + 4:
-            return None
-        list_size = tuning.power_of_two(max(neighbours, 2))
-        stride = 2 if candidates >= 16 * (neighbours + 1) else 1
-        samples = candidates // stride
-        usual = tuning.ScreenPlan(
-            strip=64, stride=stride, samples=samples, group_size=4, groups=tuning.cdiv(samples, 32) * 8,
-            capacity=max(64, 16 * list_size), short=max(32, 4 * list_size), list_size=list_size, tile=(32, 32, 64),
-            stages=1, warps=4, registers=None, unroll=2, fallback_segments=4, fallback_programs=3,
-        )  # fmt: skip
-        return replace(usual, **changed)
-
-    monkeypatch.setattr(tuning, "screen_plan", plan)
-
-
-def unscreened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Direct sums of all pairs, whatever the size."""
-    monkeypatch.setattr(tuning, "screen_plan", lambda *_, **__: None)
-
-
-def assert_same(found: Graph, expected: Graph) -> None:
-    """Every output to the bit: the loss too, since it is computed from the same selection by the same code."""
-    for name, a, b in zip(
-        ("loss", "indices", "coefficients", "nearest", "farthest", "squared", "stats"), found, expected, strict=True
-    ):
-        assert judge.same_bits(a, b), name
-
-
-# ---- one selection by every path --------------------------------------------------------------------
-
-SCREENED = [*problems.ADVERSARIAL]
-
-
-@pytest.mark.parametrize("name", SCREENED)
-def test_screening_selects_what_direct_sums_select(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Bit for bit, over batches that defeat bounds: those rows must reach the fallback, not a wrong neighbour."""
-    for dtype in (torch.float32, torch.bfloat16):
-        case = problems.adversarial_case(name, 97, 72, k=6, dtype=dtype)
-        unscreened(monkeypatch)
-        expected = forward(case)
-        small_screens(monkeypatch)
-        assert_same(forward(case), expected)
-
-
-@pytest.mark.parametrize("kind", ["none", "offset", "tensor"])
-def test_screening_a_bank(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    case = problems.bank_case(33, 150, 40, 9, 10, self_kind=kind)
-    unscreened(monkeypatch)
-    expected = forward(case)
-    small_screens(monkeypatch)
-    assert_same(forward(case), expected)
-
-
-@pytest.mark.parametrize(("rows", "dims", "k"), [(40, 1, 2), (65, 33, 1), (90, 130, 17), (120, 2100, 4)])
-def test_screening_off_every_tile(monkeypatch: pytest.MonkeyPatch, rows: int, dims: int, k: int) -> None:
-    """Strips, tiles, blocks of D and sections that do not divide the sizes; half precision without a padded copy."""
-    for dtype in (torch.float32, torch.float16):
-        case = problems.self_case(rows, dims, 12, k).to(dtype)
-        unscreened(monkeypatch)
-        expected = forward(case)
-        small_screens(monkeypatch, strip=48)
-        assert_same(forward(case), expected)
-
-
-def queued(monkeypatch: pytest.MonkeyPatch, case: Case) -> int:
-    """How many anchors of a screened forward went to the fallback: the last strip's counter."""
-    counters: list[torch.Tensor] = []
-    from sn_ops.triton import screening
-
-    launch = type(screening.fallback_merge_kernel).__getitem__
-
-    def note(self: Any, grid: Any) -> Any:
-        run = launch(self, grid)
-        if self is not screening.fallback_merge_kernel:
-            return run
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            counters.append(arguments[1].clone())
-            return run(*arguments, **options)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(screening.fallback_merge_kernel), "__getitem__", note)
-        forward(case)
-    return sum(int(counter) for counter in counters)
-
-
-def test_screening_certifies_ordinary_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few anchors go to the fallback: sending all of them there would be right, and useless."""
-    small_screens(monkeypatch)
-    assert queued(monkeypatch, problems.self_case(120, 64, 30, k=6)) == 0
-    outlier = problems.adversarial_case("outlier-x1000", 120, 64, k=6)
-    assert queued(monkeypatch, outlier) <= 1, "an outlier loosens only itself"
-    collapsed = problems.adversarial_case("collapsed", 120, 64, k=6)
-    assert queued(monkeypatch, collapsed) == 0, "the centre is subtracted first"
-
-
-def test_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shortlists too small for anybody, then buffers: everyone is served by the fallback, and selects the same."""
-    case = problems.self_case(90, 40, 12, k=6)
-    unscreened(monkeypatch)
-    expected = forward(case)
-    for smaller in ({"short": 4}, {"capacity": 32, "fallback_segments": 4}):
-        small_screens(monkeypatch, **smaller)
-        assert_same(forward(case), expected)
-    small_screens(monkeypatch, short=4)
-    assert queued(monkeypatch, case) == 90
-
-
-@pytest.fixture
-def stale_memory() -> Iterator[None]:
-    """New memory holds NaN and the largest integers, which PyTorch does for its deterministic mode."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-@pytest.mark.usefixtures("stale_memory")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("bad", [slice(7, 8), slice(None, None, 9), slice(None)])
-def test_non_finite_rows_among_screened_ones(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bad: slice) -> None:
-    """The loss is NaN, and indices stay inside: none is what the memory held before."""
-    case = problems.self_case(80, 40, 12, k=6)
-    feats = case.feats.to(dtype)
-    feats[bad] = float("nan")
-    feats[5, 3] = float("inf")
-    small_screens(monkeypatch)
-    loss, indices, *_, stats = forward(replace(case, feats=feats), reduction=0)
-    assert loss.isnan() and stats[5].isnan()
-    assert int(indices.min()) >= -1 and int(indices.max()) < 80
-
-
-def test_products_beyond_float32_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half-precision rows whose product is -inf, and whose distance is inf: selected as without screening."""
-    case = problems.bank_case(20, 80, 16, 9, 6)
-    case = replace(
-        case,
-        feats=torch.ones(20, 16, dtype=torch.bfloat16),
-        candidates=torch.full((80, 16), -1e38, dtype=torch.bfloat16),
-    )
-    small_screens(monkeypatch)
-    screened = forward(case)[1]
-    unscreened(monkeypatch)
-    assert torch.equal(screened, forward(case)[1]) and int(screened[:, :6].min()) >= 0
-
-
-def test_the_usual_plan_screens_a_thousand_rows() -> None:
-    """Tiles, sample and buffers as they are by default, against exact distances of sampled anchors."""
-    rows = 1100
-    assert tuning.screen_plan(rows, rows, 40, 10, False) is not None
-    case = problems.self_case(rows, 40, 200)
-    problem = problems.to_oracle(case)
-    sample = [0, 1, 127, 128, 550, *range(17, rows, 90), rows - 1]
-    found = judge.selection_of(judge.neighbors_of(case, "triton"))
-    chosen = oracle.Selection(found.support[sample], found.nearest[sample], found.farthest[sample])
-    oracle.check_selection(problem, case.k, chosen, sample)
-
-
-def test_path_does_not_depend_on_the_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Anchors alone, in a small batch, in a large one: the same neighbours at the same distances, to the bit."""
-    case = problems.bank_case(70, 120, 48, 9, 7)
-    small_screens(monkeypatch)
-    together = forward(case)
-    unscreened(monkeypatch)
-    few = replace(case, feats=case.feats[20:29], labels=case.labels[20:29])
-    for a, b in zip(together[1:6], forward(few)[1:6], strict=True):
-        assert judge.same_bits(a[20:29].contiguous(), b)
-
-
-# ---- the summation order ----------------------------------------------------------------------------
+# ---- paths and the order of sums ----------------------------------------------------------------------------
 
 
 def sums_in_documented_order(anchor: oracle.Array, candidates: oracle.Array) -> oracle.Array:
@@ -280,6 +92,17 @@ def test_one_place_sums() -> None:
             if isinstance(node, ast.FunctionDef) and node.name.endswith("distances"):
                 called = {ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
                 assert {"lane_step", "lane_tree"} <= called and not {"tl.sum", "tl.fma", "tl.dot"} & called
+
+
+def test_path_does_not_depend_on_the_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anchors alone, in a small batch, in a large one: the same neighbours at the same distances, to the bit."""
+    case = problems.bank_case(70, 120, 48, 9, 7)
+    small_screens(monkeypatch)
+    together = forward(case)
+    unscreened(monkeypatch)
+    few = replace(case, feats=case.feats[20:29], labels=case.labels[20:29])
+    for a, b in zip(together[1:6], forward(few)[1:6], strict=True):
+        assert judge.same_bits(a[20:29].contiguous(), b)
 
 
 # ---- other paths and plans ----------------------------------------------------------------------------

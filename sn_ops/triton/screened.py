@@ -177,7 +177,7 @@ def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tens
             first, rows, neighbours, d, short, short_count, indices, selection.d2,
             SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp, LOG_GROUPS=groups_of(columns, plan.list_size),
             R=block, C=columns, ONE_SECTION=one_section, UNROLL=plan.unroll,
-            warps=warps, registers=min(255, 2048 // warps),
+            warps=warps, registers=None if warps == 4 else min(255, 2048 // warps),
         )  # fmt: skip
         launch(
             screening.fallback_kernel, (plan.fallback_programs,), facts,

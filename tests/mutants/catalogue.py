@@ -27,6 +27,7 @@ from mutants.partial_tiles import partial_tiles
 from mutants.preparation import preparation
 from mutants.selection import selection
 from mutants.triton import triton
+from mutants.triton_screening import triton_screening
 
 
 def _fallback() -> list[Mutant]:
@@ -526,4 +527,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *preparation(),
     *selection(),
     *triton(),
+    *triton_screening(),
 )

@@ -18,11 +18,6 @@ def triton_screening() -> list[Mutant]:
     changes = [
         # name, file, old, new, why, test
         (
-            "threshold-of-k", SCREENING,
-            "tl.arange(0, KP)[None, :] == K, best", "tl.arange(0, KP)[None, :] == K - 1, best",
-            "the anchor itself counts as one of the K that bound the threshold", tests + "test_rows_on_a_line",
-        ),
-        (
             "rho-without-margin", SCREENING, "rho = rho * down * 1.001", "rho = rho * down",
             "roundings of the residual's own sum are forgotten", residuals,
         ),

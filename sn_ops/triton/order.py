@@ -192,9 +192,9 @@ def update_extremes(squared, same, candidate, near_d2, near, far_d2, far):
 
 @triton.jit
 def own_index(gSelf, self_offset, anchor, used, HAS_SELF: tl.constexpr):
-    """Which candidate each anchor is itself, int64. A value outside [0, M) means none: it equals no candidate."""
+    """Which candidate each anchor is itself, int32; -1 for none and for what no candidate can be."""
     if HAS_SELF:
         own = tl.load(gSelf + anchor, used, -1)
     else:
         own = tl.where(self_offset >= 0, anchor.to(tl.int64) + self_offset, -1)
-    return own
+    return tl.where(own <= 0x7FFFFFFF, own, -1).to(tl.int32)

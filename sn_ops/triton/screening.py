@@ -479,7 +479,7 @@ def buffered(gBuffer, first, here, own, scale, norm, rho, gBScale, gBNorm, gBRho
     filled = place < here[:, None]
     entry = tl.load(gBuffer + place, filled, 0)
     candidate = entry.to(tl.int32)
-    eligible = filled & (candidate < M) & (candidate.to(tl.int64) != own[:, None])
+    eligible = filled & (candidate < M) & (candidate != own[:, None])
     product = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     product = scale[:, None] * (product * tl.load(gBScale + candidate, eligible, 0.0))
     norms = norm[:, None] + tl.load(gBNorm + candidate, eligible, 0.0)

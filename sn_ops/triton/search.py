@@ -79,7 +79,7 @@ def search_segment(
         squared = tile_distances(
             gX, x_offsets, used, gZ, candidate.to(tl.int64) * z_stride, present, D, ACC, ONE_SECTION
         )
-        eligible = used[:, None] & present[None, :] & (candidate[None, :].to(tl.int64) != own[:, None])
+        eligible = used[:, None] & present[None, :] & (candidate[None, :] != own[:, None])
         if DENSE:
             tl.store(
                 gDense + dense_row[:, None].to(tl.int64) * M + candidate[None, :],

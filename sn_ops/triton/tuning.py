@@ -129,7 +129,8 @@ def search_plan(
         if cdiv(anchors, rows) * cdiv(candidates, columns) < _LARGE_TILES:
             columns = max(16, list_size)
             rows = max(2, (64 if wide else 128) // columns)
-            if rows == 8 and cdiv(anchors, rows) * cdiv(candidates, columns) <= 64:
+            few = cdiv(anchors, rows) * cdiv(candidates, columns) <= 64
+            if rows == 8 and (few or not one_section):  # sums of many sections take twice the registers
                 rows = 4
             warps = 8 if list_size == 128 else 4
     groups = max(1, cdiv(anchors, rows))

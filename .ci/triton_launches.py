@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from triton.runtime.jit import JITFunction
 
-from sn_ops.triton import gradients, loss, operators, positives, screening, search
+from sn_ops.triton import gradients, loss, operators, positives, screening, search, tuning
 
 
 class Regime(NamedTuple):
@@ -137,12 +137,16 @@ def walk(regime: Regime) -> None:
     operators.backward(value, feats, bank, indices, coefficients, stats, regime.reduction, True, banked)
 
 
-def launches_of(regimes: Iterable[Regime]) -> dict[Launch, JITFunction[Any]]:
-    """Every variant that these batches launch."""
+def launches_of(regimes: Iterable[Regime], device: tuning.Device = tuning.HOPPER) -> dict[Launch, JITFunction[Any]]:
+    """Every variant that these batches launch on such a device."""
     launches: dict[Launch, JITFunction[Any]] = {}
-    with recorded(launches):
-        for regime in regimes:
-            walk(regime)
+    usual, tuning.HOPPER = tuning.HOPPER, device
+    try:
+        with recorded(launches):
+            for regime in regimes:
+                walk(regime)
+    finally:
+        tuning.HOPPER = usual
     return launches
 
 

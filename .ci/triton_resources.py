@@ -51,18 +51,17 @@ SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227
 HOT = {"search_kernel", "sample_kernel", "screen_kernel", "refine_kernel", "positives_kernel", "fallback_kernel",
        "gradient_kernel", "hub_kernel"}  # fmt: skip
 
-# Spills until they are mended: kernel, facts, and how many instructions at most.
-KNOWN_SPILLS = (
-    ("fallback_kernel", ("KP=128", "*fp32"), 4),
-    ("refine_kernel", ("KP=64", "ONE_SECTION=False"), 2),
-    ("search_kernel", ("KP=128", "D=1"), 4),
-    ("search_kernel", ("KP=16", "C=16", "ONE_SECTION=False"), 8),
-)
-
 WARNING = re.compile(r"\bC75\d\d\b")
 PRODUCTS = re.compile(r"\w*MMA$")
 FMA = ("FFMA", "FFMA2", "DFMA")
 LOADS = ("LDG", "LDGSTS", "LD")
+
+
+def device_of(architecture: str) -> tuning.Device:
+    """What plans depend on, of a GPU of this architecture and of the Triton that is installed."""
+    number = int(architecture.removeprefix("sm_"))
+    major, minor = map(int, re.findall(r"\d+", triton.__version__)[:2])
+    return tuning.Device(divmod(number, 10), SHARED[number], (major, minor))
 
 
 class Row(NamedTuple):
@@ -162,12 +161,7 @@ def faults_of(rows: Iterable[Row]) -> list[str]:
     for row in rows:
         of = f"on {row.architecture}: {row.variant}"
         most = SHARED[int(row.architecture.removeprefix("sm_"))]
-        allowed = [
-            most
-            for kernel, facts, most in KNOWN_SPILLS
-            if kernel == row.kernel and set(facts) <= set(row.variant.split())
-        ]
-        if row.kernel in HOT and row.spills > max(allowed, default=0):
+        if row.kernel in HOT and row.spills:
             faults.append(f"{row.kernel} has {row.spills} spill instructions {of}")
         if row.shared > most:
             faults.append(f"{row.kernel} wants {row.shared} bytes of shared memory, of at most {most}, {of}")
@@ -246,31 +240,37 @@ def main() -> int:
     chosen = parser.parse_args()
     assert not tuning.INTERPRETED, "TRITON_INTERPRET is set: nothing would be compiled"
 
-    launches = launches_of(REGIMES)
     wanted = set(chosen.kernels.split(",")) if chosen.kernels else kernels()
-    faults = [f"{name}: no batch launches it" for name in sorted(kernels() - {launch.kernel for launch in launches})]
-    every = launches if chosen.table or RANGE_ARCHITECTURE not in chosen.architectures else launches_of(whole_range())
-    hot = [launch for launch in every if launch.kernel in HOT & wanted]
-    beyond = covering(hot, launches)
+    # Each architecture has its own plans.
+    launches = {each: launches_of(REGIMES, device_of(each)) for each in chosen.architectures}
+    every = {launch: kernel for some in launches.values() for launch, kernel in some.items()}
+    faults = [f"{name}: no batch launches it" for name in sorted(kernels() - {launch.kernel for launch in every})]
+    beyond: list[Launch] = []
+    known = launches.get(RANGE_ARCHITECTURE, {})
+    if known and not chosen.table:
+        ranged = launches_of(whole_range(), device_of(RANGE_ARCHITECTURE))
+        hot = [launch for launch in ranged if launch.kernel in HOT & wanted]
+        beyond = covering(hot, known)
+        every.update(ranged)
+        print(f"beyond the table {len(beyond)} of {len(set(hot) - set(known))} variants of hot kernels")
     tasks = [
         *(
             (launch, architecture)
-            for launch in launches
+            for architecture, some in launches.items()
+            for launch in some
             if launch.kernel in wanted
-            for architecture in chosen.architectures
         ),
         *((launch, RANGE_ARCHITECTURE) for launch in beyond),
     ]
-    modules = {launch: kernel.fn.__module__ for launch, kernel in {**every, **launches}.items()}
-    print(f"triton {triton.__version__}: {len(launches)} variants of {len(kernels())} kernels in the table")
-    print(f"beyond the table {len(beyond)} of {len(set(hot) - set(launches))} variants of hot kernels")
+    modules = {launch: kernel.fn.__module__ for launch, kernel in every.items()}
+    print(f"triton {triton.__version__}: {len(tasks) - len(beyond)} variants of {len(kernels())} kernels in the table")
     print(HEAD)
     rows: list[Row] = []
     others: list[Row] = []
     with multiprocessing.get_context("spawn").Pool(chosen.jobs) as pool:
         results = pool.imap(compile_for, [(modules[launch], launch, architecture) for launch, architecture in tasks])
-        for (launch, _), row in zip(tasks, results, strict=True):
-            (rows if launch in launches else others).append(row)
+        for (launch, architecture), row in zip(tasks, results, strict=True):
+            (rows if launch in launches[architecture] else others).append(row)
             print(line(row), flush=True)
     faults += faults_of([*rows, *others])
     made = table(rows)

@@ -87,8 +87,11 @@ def _flags(batch: Batch) -> tuple[int, int]:
     return own, 0 if batch.symmetric else others
 
 
-def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tensor, selection: Selection) -> Tensor:
-    """Selection through products of half precision; returns MOST_FLAGS flags at most."""
+def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tensor, d2: Tensor) -> tuple[Tensor, Batch]:
+    """The support sets, through products of half precision, in `indices` and `d2` [N, K].
+
+    Returns the flags of NaN and Inf, MOST_FLAGS at most, and the batch with its rows where the kernels read them best.
+    """
     device = batch.feats.device
     cast = batch.feats.dtype == torch.float32
     own_flags, other_flags = _flags(batch)
@@ -174,7 +177,7 @@ def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tens
         launch(
             screening.refine_kernel, (cdiv(rows, block),), facts,
             batch.feats, batch.feats.stride(0), batch.candidates, batch.candidates.stride(0),
-            first, rows, neighbours, d, short, short_count, indices, selection.d2,
+            first, rows, neighbours, d, short, short_count, indices, d2,
             SHORT=plan.short, KP=plan.list_size, LOG_KP=log_kp, LOG_GROUPS=groups_of(columns, plan.list_size),
             R=block, C=columns, ONE_SECTION=one_section, UNROLL=plan.unroll,
             warps=warps, registers=None if warps == 4 else min(255, 2048 // warps),
@@ -191,17 +194,17 @@ def select(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, indices: Tens
         block = 64 if tuning.INTERPRETED else max(1, 128 // plan.list_size)
         launch(
             screening.fallback_merge_kernel, (cdiv(rows, block),), facts,
-            queue, queue_count, buffer, first, neighbours, indices, selection.d2,
+            queue, queue_count, buffer, first, neighbours, indices, d2,
             R=block, KP=plan.list_size, LOG_KP=log_kp, SEGMENTS=plan.fallback_segments, warps=1,
         )  # fmt: skip
-    return flags
+    return flags, batch
 
 
 def find(batch: Batch, neighbours: int, plan: tuning.ScreenPlan, loss_programs: int, indices: Tensor) -> Found:
     """The selection, with the support sets in `indices`."""
+    n, device = batch.sizes[0], batch.feats.device
+    d2 = torch.empty((n, neighbours), dtype=torch.float32, device=device)
+    flags, batch = select(batch, neighbours, plan, indices, d2)
     extremes = positives.find(batch)
-    d2 = torch.empty((batch.sizes[0], neighbours), dtype=torch.float32, device=batch.feats.device)
-    selection = Selection(d2, *extremes[:4])
-    flags = select(batch, neighbours, plan, indices, selection)
-    records = torch.empty((loss_programs, RECORD_SIZE.value), dtype=torch.float64, device=batch.feats.device)
-    return Found(selection, extremes.segments, None, flags, flags.numel(), records, extremes.memory)
+    records = torch.empty((loss_programs, RECORD_SIZE.value), dtype=torch.float64, device=device)
+    return Found(Selection(d2, *extremes[:4]), extremes.segments, None, flags, flags.numel(), records, extremes.memory)

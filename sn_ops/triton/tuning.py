@@ -176,7 +176,7 @@ MOST_DEPTH = 1 << 19
 """Most elements from a row to the next: a tile's samples lie BN times the stride of the sample apart, in 31 bits."""
 
 
-def _tile(depth: int, device: Device) -> tuple[tuple[int, int, int], int | None]:
+def _tile(depth: int, device: Device, fine: bool) -> tuple[tuple[int, int, int], int | None]:
     """The tile of the products, and the most registers of a thread, if any; all with 8 warps and 3 stages.
 
     Compiled, float32 batches, `screen_kernel` with Triton 3.6.0; no spills; "a pair" are the instructions behind the
@@ -195,7 +195,8 @@ def _tile(depth: int, device: Device) -> tuple[tuple[int, int, int], int | None]
     """
     if INTERPRETED:
         return (128, 256, 64), None
-    if device.shared < 147 * 1024:
+    # With groups of 4 samples (`fine`) `sample_kernel` holds most; on sm_100 it spills in the wide tile.
+    if device.shared < 147 * 1024 or (fine and device.capability[0] == 10):
         return (128, 128, 64), None
     # Two blocks on an SM: one tests its pairs while the other multiplies. By estimate that pays where steps are few.
     if depth <= 192 and device.shared >= 2 * 99 * 1024:
@@ -221,9 +222,9 @@ def screen_plan(
     list_size = power_of_two(max(neighbours, 2))
     fallback_segments = 16
     capacity = max(256, fallback_segments * list_size, cdiv((2 * stride + 4) * (neighbours + 1), 64) * 64)
-    tile, registers = _tile(dims, device)
     samples = candidates // stride
     group_size = 4  # one of each slice, at least
+    tile, registers = _tile(dims, device, samples // (2 * group_size) < 4 * (neighbours + 1))
     while group_size < tile[1] and samples // (2 * group_size) >= 4 * (neighbours + 1):
         group_size *= 2
     groups = cdiv(samples, tile[1]) * (tile[1] // group_size)

@@ -70,13 +70,6 @@ def test_what_kernels_may_do() -> None:
     assert faults_of([ROW, ROW._replace(shared=227 << 10), ROW._replace(kernel="shortlist_kernel", spills=3)]) == []
 
 
-def test_only_known_spills_pass() -> None:
-    for kernel, facts, most in triton_resources.KNOWN_SPILLS:
-        row = ROW._replace(kernel=kernel, variant=" ".join(facts), spills=most)
-        assert faults_of([row]) == []
-        assert len(faults_of([row._replace(spills=most + 1), row._replace(variant=" ".join(facts[1:]))])) == 2
-
-
 def test_a_row_that_differs_fails(capsys: pytest.CaptureFixture[str]) -> None:
     other = ROW._replace(kernel="loss_kernel", architecture="sm_80")
     committed = table([ROW, other])

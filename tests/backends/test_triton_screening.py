@@ -6,7 +6,6 @@ Without a GPU everything runs in Triton's interpreter; the inline assembly is em
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from sn_ops.triton import tuning
 from support import judge, oracle, problems
 from support.backends import require
 from support.problems import Case
-from support.triton_screens import assert_same, forward, small_screens, unscreened
+from support.triton_screens import assert_same, forward, launched, small_screens, unscreened
 
 # ---- one selection by every path --------------------------------------------------------------------
 
@@ -316,39 +315,6 @@ def test_thresholds_allow_for_the_anchor_too(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # ---- what lies in whole blocks --------------------------------------------------------------------------
-
-
-class StoppedError(Exception):
-    """Behind the launch that a test wants to see."""
-
-
-def launched(monkeypatch: pytest.MonkeyPatch, case: Case, last: str = "") -> dict[str, tuple[Any, ...]]:
-    """The grid and arguments of each kernel of the screening in a forward, of its last launch; only up to a first
-    launch of the kernel `last`, if that is given."""
-    from sn_ops.triton import screening
-
-    kernels = {id(kernel): name for name, kernel in vars(screening).items() if name.endswith("_kernel")}
-    found: dict[str, tuple[Any, ...]] = {}
-    launch = type(screening.sample_kernel).__getitem__
-
-    def note(self: Any, grid: Any) -> Any:
-        run = launch(self, grid)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            name = kernels.get(id(self), "")
-            found[name] = (grid, *arguments)
-            result = run(*arguments, **options)
-            if last and name == last:
-                raise StoppedError
-            return result
-
-        return call
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(screening.sample_kernel), "__getitem__", note)
-        with suppress(StoppedError):
-            forward(case)
-    return found
 
 
 def shifted(rows: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ def triton_screening() -> list[Mutant]:
     residuals, err = tests + "test_residuals_are_bounded", tests + "test_products_that_err_by_the_bound"
     adversarial, fallback = tests + "test_screening_selects_what_direct_sums_select", tests + "test_the_fallback"
     code = BACKENDS + "test_triton_assembly.py::test_the_inline_assembly_stores_what_the_plain_form_stores"
+    bounds = BACKENDS + "test_triton_bounds.py::"
     apart = BACKENDS + "test_triton_edges.py::test_rows_that_32_bits_do_not_reach"
     narrow = "rows that lie far apart are read from elsewhere"
     changes = [
@@ -20,6 +21,37 @@ def triton_screening() -> list[Mutant]:
         (
             "rho-without-margin", SCREENING, "rho = rho * down * 1.001", "rho = rho * down",
             "roundings of the residual's own sum are forgotten", residuals,
+        ),
+        (
+            "rho-without-rounding", SCREENING,
+            "tl.sqrt(tl.sum(moved, axis=1)) + tl.sqrt(tl.sum(full, axis=1)) * (2.0**-24)",
+            "tl.sqrt(tl.sum(moved, axis=1))", "the rounding of x - m is forgotten", residuals,
+        ),
+        (
+            "threshold-without-rho", SCREENING, "t = (widened(upper, D) + rho) * UP", "t = widened(upper, D) * UP",
+            "the anchor's own residual is forgotten", tests + "test_thresholds_allow_for_the_anchor_too",
+        ),
+        (
+            "threshold-of-k-groups", SCREENING, "tl.arange(0, KP)[None, :] == K, best",
+            "tl.arange(0, KP)[None, :] == K - 1 + 0, best", "a group may owe its bound to the anchor itself",
+            tests + "test_thresholds_allow_for_the_anchor_too",
+        ),
+        (
+            "samples-without-rho", SCREENING, "least + rho, used[:, None])", "least, used[:, None])",
+            "a sample's bound leaves out the anchor's residual", bounds + "test_least_bounds_of_samples",
+        ),
+        (
+            "shortlist-without-rho", SCREENING, "0.0)) * DOWN - rhos", "0.0)) * DOWN",
+            "candidates on the edge are left out", bounds + "test_shortlists_leave_out_what_cannot_matter",
+        ),
+        (
+            "shortlist-of-k-minus-1", SCREENING, "tl.arange(0, KP)[None, :] == K - 1, best",
+            "tl.arange(0, KP)[None, :] == K - 2, best", "the K-th neighbour may be left out",
+            bounds + "test_shortlists_leave_out_what_cannot_matter",
+        ),
+        (
+            "full-buffer-certified", SCREENING, "(count <= CAPACITY) & (total <= SHORT)", "(total <= SHORT)",
+            "neighbours that found a full buffer are lost", bounds + "test_full_buffers_are_not_certified",
         ),
         (
             "eta-halved", SCREENING, "(1.28125 * D + 64.0) * (2.0**-23)", "(1.28125 * D + 64.0) * (2.0**-24)",

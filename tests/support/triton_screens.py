@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -61,3 +62,36 @@ def assert_same(found: Graph, expected: Graph) -> None:
         ("loss", "indices", "coefficients", "nearest", "farthest", "squared", "stats"), found, expected, strict=True
     ):
         assert judge.same_bits(a, b), name
+
+
+class StoppedError(Exception):
+    """Behind the launch that a test wants to see."""
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, case: Case, last: str = "") -> dict[str, tuple[Any, ...]]:
+    """The grid and arguments of each kernel of the screening in a forward, of its last launch; only up to a first
+    launch of the kernel `last`, if that is given."""
+    from sn_ops.triton import screening
+
+    kernels = {id(kernel): name for name, kernel in vars(screening).items() if name.endswith("_kernel")}
+    found: dict[str, tuple[Any, ...]] = {}
+    launch = type(screening.sample_kernel).__getitem__
+
+    def note(self: Any, grid: Any) -> Any:
+        run = launch(self, grid)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            name = kernels.get(id(self), "")
+            found[name] = (grid, *arguments)
+            result = run(*arguments, **options)
+            if last and name == last:
+                raise StoppedError
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(screening.sample_kernel), "__getitem__", note)
+        with suppress(StoppedError):
+            forward(case)
+    return found

@@ -53,7 +53,7 @@ HOT = {"search_kernel", "sample_kernel", "screen_kernel", "refine_kernel", "posi
 
 WARNING = re.compile(r"\bC75\d\d\b")
 PRODUCTS = re.compile(r"\w*MMA$")
-FMA = ("FFMA", "FFMA2", "DFMA")
+SUMS = ("FFMA", "FFMA2", "DFMA", "FADD", "FADD2", "DADD")
 LOADS = ("LDG", "LDGSTS", "LD")
 
 
@@ -100,7 +100,7 @@ def main_loop(code: list[Instruction]) -> tuple[int, int]:
     def work(blocks: Iterable[int]) -> tuple[int, int, int, int]:
         names = [instruction.name for instruction in flow.code(sorted(blocks)) if not instruction.never]
         products = sum(PRODUCTS.match(name) is not None for name in names)
-        return products, sum(name in FMA for name in names), sum(name in LOADS for name in names), -len(names)
+        return products, sum(name in SUMS for name in names), sum(name in LOADS for name in names), -len(names)
 
     flow = Flow(code)
     loops = [flow.own(loop) for loop in flow.loops]

@@ -108,7 +108,15 @@ def hub_kernel(
 
 @triton.jit(
     do_not_specialize=["rows", "edges", "E", "most"],
-    do_not_specialize_on_alignment=["gIndices", "gCoefficients", "gGradLoss", "gStats", "gBounds", "gOrder"],
+    do_not_specialize_on_alignment=[
+        "gIndices",
+        "gCoefficients",
+        "gGradLoss",
+        "gStats",
+        "gBounds",
+        "gOrder",
+        "gChunks",
+    ],
 )
 def gradient_kernel(
     gX, x_stride, gZ, z_stride, gIndices, gCoefficients, gGradLoss, gStats, rows, edges, E, depth, D,

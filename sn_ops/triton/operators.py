@@ -124,7 +124,8 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
         "EDGES": plan.edges, "BLOCK": plan.block, "ACC": order.type_of(acc), "warps": plan.warps,
     }  # fmt: skip
     with device_of(feats):
-        targets = by_target = bounds = chunks = indices
+        unread = indices, indices, coefficients  # what stands for these where they are not read
+        bounds, by_target, chunks = unread
         if incoming and plan.sorted:
             targets, by_target = indices.flatten().sort(stable=True)
             bounds = torch.searchsorted(targets, torch.arange(m + 1, dtype=torch.int32, device=device))
@@ -150,7 +151,8 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor]:
             launch(
                 gradients.gradient_kernel, (cdiv(grad.shape[0], plan.rows), columns), facts,
                 feats, feats.stride(0), pool, pool.stride(0), indices, coefficients, grad_loss, stats,
-                grad.shape[0], indices.numel(), width, depth, d, bounds, by_target, chunks, n, grad,
+                grad.shape[0], indices.numel(), width, depth, d,
+                *((bounds, by_target, chunks) if into else unread), n, grad,
                 OWN=own, INCOMING=into, SORTED=plan.sorted, **options,
             )  # fmt: skip
     return grad_feats, grad_candidates

@@ -159,4 +159,15 @@ for change in (dict(d=65), dict(d=1), dict(offset=1), dict(apart=1), dict(n=41),
                dict(dtype=torch.bfloat16, d=33), dict(bank=70, self_offset=16), dict(bank=1, k=1), dict(reduction=2),
                dict(n=20, d=33, apart=31, bank=1100), dict(apart=16), dict(d=65, apart=15)):
     check(**change)
+
+def check_backward(n, m=60000, d=16, edges=7):
+    feats, bank, stats = torch.zeros(n, d), torch.zeros(m, d), torch.ones(6, dtype=torch.float64)
+    indices = torch.arange(n * edges, dtype=torch.int32).reshape(n, edges)
+    for bank_too in (True, False):
+        ours, its = both_ways(lambda: operators.backward(
+            torch.ones(()), feats, bank, indices, torch.ones(n, edges), stats, 0, True, bank_too))
+        assert len(ours) >= 1 and all(a is b for a, b in zip(ours, its, strict=True)), (n, ours, its)
+
+for n in (11, 64):  # too few edges for a chunk, and some
+    check_backward(n)
 """)

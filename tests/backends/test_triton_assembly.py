@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Emulated:
-    """Runs the PTX of `screening.offer_code` for one thread on counters and buffers of Python."""
+    """Runs the PTX of `offer.offer_code` for one thread on counters and buffers of Python."""
 
     def __init__(self, code: str, pack: int) -> None:
         self.lines = [line.strip() for line in code.strip("{}\n").splitlines() if not line.startswith(".reg")]
@@ -66,10 +66,10 @@ class Emulated:
 
 def test_the_inline_assembly_stores_what_the_plain_form_stores() -> None:
     """For values beside the limit and on it, infinite ones and NaN, and counters before and behind the end."""
-    from sn_ops.triton import screening
+    from sn_ops.triton import offer
 
-    pack, capacity = int(screening.PACK.value), 64
-    emulated = Emulated(str(screening.offer_code(pack, capacity)), pack)
+    pack, capacity = int(offer.PACK.value), 64
+    emulated = Emulated(str(offer.offer_code(pack, capacity)), pack)
     random = np.random.default_rng(3)
     limits = np.array([1.5, -np.inf, 3.4e38])
     for _ in range(300):
@@ -93,9 +93,9 @@ def test_the_inline_assembly_stores_what_the_plain_form_stores() -> None:
 
 
 def test_the_assembly_has_the_registers_it_names() -> None:
-    from sn_ops.triton import screening
+    from sn_ops.triton import offer
 
     for pack in (1, 4):
-        constraints = str(screening.offer_registers(pack)).split(",")
-        named = {int(x) for x in re.findall(r"\$(\d+)", str(screening.offer_code(pack, 256)))}
+        constraints = str(offer.offer_registers(pack)).split(",")
+        named = {int(x) for x in re.findall(r"\$(\d+)", str(offer.offer_code(pack, 256)))}
         assert named == set(range(len(constraints))) and constraints[:pack] == ["=r"] * pack

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutants.mutant import BACKENDS, Mutant
 
-SCREENING, PLANS = "sn_ops/triton/screening.py", "sn_ops/triton/tuning.py"
+SCREENING, OFFER, PLANS = (f"sn_ops/triton/{name}.py" for name in ("screening", "offer", "tuning"))
 
 
 def triton_screening() -> list[Mutant]:
@@ -58,19 +58,19 @@ def triton_screening() -> list[Mutant]:
             "products may err by more than is allowed for", err,
         ),
         (
-            "nan-dropped", SCREENING, "keep = ~(value > limit)", "keep = value <= limit",
+            "nan-dropped", OFFER, "keep = ~(value > limit)", "keep = value <= limit",
             "a product beyond float32 loses its candidate", tests + "test_products_beyond_float32_are_kept",
         ),
         (
-            "compiled-nan-dropped", SCREENING, "setp.leu.f32", "setp.le.f32",
+            "compiled-nan-dropped", OFFER, "setp.leu.f32", "setp.le.f32",
             "the same, in the compiled code alone", code,
         ),
         (
-            "compiled-full-buffer", SCREENING, "setp.lt.and.u32", "setp.le.and.u32",
+            "compiled-full-buffer", OFFER, "setp.lt.and.u32", "setp.le.and.u32",
             "an entry behind a full buffer is the next anchor's", code,
         ),
         (
-            "compiled-pair-skipped", SCREENING, "for i in pairs[1:]),", "for i in pairs[2:]),",
+            "compiled-pair-skipped", OFFER, "for i in pairs[1:]),", "for i in pairs[2:]),",
             "a pack whose second pair alone is kept is passed over", code,
         ),
         (

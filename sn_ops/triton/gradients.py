@@ -172,7 +172,7 @@ def gradient_kernel(
             begin = last_whole
         else:
             tl.static_assert(R == 1, "a program lists the edges of one row")
-            gOrder += (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * most
+            gOrder += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * most
             begin = tl.zeros((R,), tl.int64)
             end = begin + list_incoming(gIndices, edges, tl.program_id(0), gOrder, most, CHUNK)
         total -= incoming(

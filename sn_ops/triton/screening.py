@@ -262,7 +262,7 @@ def sampled(sample, stride):
 
     Which one is as if at random: identities that repeat with a period must not escape the sample.
     """
-    return sample * stride + ((sample * 40503) & 0xFFFF) % stride
+    return sample * stride + ((((sample * 40503) & 0xFFFF) * stride) >> 16)
 
 
 @triton.jit(do_not_specialize=["samples", "padded", "stride"])

@@ -306,8 +306,8 @@ class GradientPlan:
 _LISTED_EDGES = 300 if INTERPRETED else 1 << 13
 """Edges that a program looks through for those of its row, at most."""
 
-_SEARCHED_EDGES = 1 << 22
-"""The same times rows."""
+_SEARCHED_EDGES = 1 << 24
+"""The same by all programs, at most: so many of E edges an anchor have lists of 64 / E MB in all."""
 
 
 @lru_cache(maxsize=1024)
@@ -334,7 +334,7 @@ def gradient_plan(anchors: int, candidates: int, dims: int, edges: int, bytes_ea
     latency, and wider blocks leave lanes idle where D is not a multiple of them.
     """
     listed = anchors * edges
-    sort = listed > _LISTED_EDGES or candidates * listed > _SEARCHED_EDGES
+    sort = listed > _LISTED_EDGES or candidates * cdiv(dims, 256) * listed > _SEARCHED_EDGES
     if INTERPRETED:
         block, slots = min(2048, power_of_two(max(dims, 16))), 16
         few = max(1, min(power_of_two(max(anchors, candidates)), (1 << 18) // (slots * block)))

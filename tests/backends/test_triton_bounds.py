@@ -60,6 +60,21 @@ def test_least_bounds_of_samples(screened: dict[str, tuple[Any, ...]]) -> None:
     assert (found >= wanted * (1 - 1e-4)).all() and (found <= wanted * 1.001).all()
 
 
+def test_samples_have_no_period() -> None:
+    """Identities that come again and again after as many candidates are all met, whatever that number is."""
+    require("triton")
+    if not tuning.INTERPRETED:
+        pytest.skip("calls a kernel on the CPU")
+    from sn_ops.triton import screening
+
+    number, none, facts = torch.arange(8 * 4096.0), torch.zeros(8 * 4096), torch.zeros(3, 4096)
+    screening.sampled_facts_kernel[(4,)](number, none, none, 4096, 4096, 8, 64, facts, R=1024)
+    sample = facts[0].long()
+    assert (sample // 8 == torch.arange(4096)).all()
+    for period in (7, 16, 32, 64, 96, 100, 128, 256):
+        assert len((sample % period).unique()) == period
+
+
 def test_shortlists_leave_out_what_cannot_matter(screened: dict[str, tuple[Any, ...]]) -> None:
     """Those not above the K-th least U_ij of the buffer by their L_ij, and no others but on its very edge."""
     half = screened["screen_kernel"][1]

@@ -41,6 +41,11 @@ def triton_screening() -> list[Mutant]:
             "a sample's bound leaves out the anchor's residual", bounds + "test_least_bounds_of_samples",
         ),
         (
+            "samples-with-a-period", SCREENING, "((((sample * 40503) & 0xFFFF) * stride) >> 16)",
+            "((sample * 40503) & 0xFFFF) % stride", "identities that repeat escape the sample",
+            bounds + "test_samples_have_no_period",
+        ),
+        (
             "shortlist-without-rho", SCREENING, "0.0)) * DOWN - rhos", "0.0)) * DOWN",
             "candidates on the edge are left out", bounds + "test_shortlists_leave_out_what_cannot_matter",
         ),

@@ -30,7 +30,7 @@ def padded(rows: Tensor) -> Tensor:
 
 def aligned(rows: Tensor) -> bool:
     """Whether the first row starts at a multiple of 16 bytes, as Triton asks of a pointer."""
-    return rows.device.type == "meta" or rows.data_ptr() % 16 == 0
+    return rows.data_ptr() % 16 == 0
 
 
 class Batch(NamedTuple):
@@ -67,7 +67,7 @@ def row_facts(batch: Batch) -> tuple[Any, ...]:
 class Selection(NamedTuple):
     """What a forward selected; the support set is in columns 0 to K - 1 of the graph's indices.
 
-    Entries are tensors or parts of a `Workspace`.
+    Entries are tensors or parts of a workspace (`launch.workspace`).
     """
 
     d2: Any  # [N, K] acc
@@ -86,4 +86,4 @@ class Found(NamedTuple):
     flags: Any  # [F] int32: 1 where a NaN or Inf was seen
     flag_count: int  # F
     records: Any  # [programs of `loss_kernel`, RECORD_SIZE] float64
-    memory: Any  # of the entries that are parts of a `Workspace`
+    memory: Any  # of the entries that are parts of a workspace

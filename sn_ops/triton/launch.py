@@ -20,7 +20,7 @@ EXACT = {"enable_fp_fusion": False}
 """Options of every launch: the compiler fuses no product into an addition, so the code rounds where it says so."""
 
 _ALIGNMENT = 64
-"""Bytes. Triton distinguishes pointers that 16 bytes divide from others; all pointers of a `Workspace` are such."""
+"""Bytes. Triton distinguishes pointers that 16 bytes divide from others; all parts of a workspace start at such."""
 
 _HERE = nullcontext()
 
@@ -34,7 +34,7 @@ COLD = (
 
 
 class Region:
-    """A part of a `Workspace`, as an argument of a compiled kernel."""
+    """A part of a workspace, as an argument of a compiled kernel."""
 
     __slots__ = ("address", "dtype")
 
@@ -54,7 +54,8 @@ def workspace(device: torch.device, *parts: tuple[torch.dtype, tuple[int, ...]])
     offsets, end = [], 0
     for dtype, shape in parts:
         offsets.append(end)
-        end += -(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        # An empty part has a place too: an address behind the memory would be nobody's, and refused.
+        end += -(-max(1, prod(shape) * dtype.itemsize) // _ALIGNMENT) * _ALIGNMENT
     memory = torch.empty(end, dtype=torch.uint8, device=device)
     if INTERPRETED or device.type == "meta":
         views: list[Any] = [

@@ -108,6 +108,18 @@ assert len(driver.loads) == loads, driver.loads[loads:]
 """)
 
 
+def test_every_part_of_a_workspace_lies_in_its_memory() -> None:
+    """Empty parts too: the driver is asked whose memory an address is. Each starts at a multiple of 64 bytes."""
+    run("""
+from sn_ops.triton.launch import workspace
+parts = ((torch.int64, (0,)), (torch.float64, (3, 5)), (torch.int32, (7,)), (torch.int32, (0, 8)))
+*found, memory = workspace(torch.device("cpu"), *parts)
+offsets = [part.data_ptr() - memory.data_ptr() for part in found]
+assert offsets == [0, 64, 192, 256] and memory.numel() == 320, offsets
+assert [part.dtype for part in found] == [dtype for dtype, _ in parts]
+""")
+
+
 def test_the_key_of_a_variant_says_what_triton_specialises() -> None:
     """What is looked up is what Triton would have chosen, over batches that differ in one fact each."""
     run("""

@@ -47,7 +47,7 @@ RANGE_ARCHITECTURE = "sm_90"
 # Most shared memory of a block, bytes.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
-# Run once for each pair, or for each tile of pairs. The others run once for each row.
+# Run for each pair, for each tile of pairs, or along D for each neighbour or edge. The others are short.
 HOT = {"search_kernel", "sample_kernel", "screen_kernel", "refine_kernel", "positives_kernel", "fallback_kernel",
        "gradient_kernel", "hub_kernel"}  # fmt: skip
 
@@ -82,10 +82,14 @@ class Row(NamedTuple):
 
 
 def told(launch: Launch) -> str:
-    """What tells a variant from the others of its kernel: types, constants, and what 16 divides (16|D)."""
+    """What tells a variant from others of its kernel: types, constants, what 16 divides (16|D), pointers that it need
+    not divide (gLabels%16), numbers of 64 bits.
+    """
     types = sorted({kind for _, kind in launch.signature if kind in ("*fp16", "*bf16", "*fp32", "*fp64")})
     constants = [
-        f"{name}={getattr(value, 'name', value)}" for name, value in launch.constants if not name.startswith("LOG_")
+        f"{name}={getattr(value, 'name', value)}"
+        for name, value in launch.constants
+        if not name.startswith("LOG_") or name == "LOG_SEGMENTS"
     ]
     pointers = {name for name, kind in launch.signature if kind.startswith("*")}
     wide = [f"{name}:i64" for name, kind in launch.signature if kind == "i64"]
@@ -192,7 +196,7 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join([
         f"# triton {triton.__version__}; made by .ci/triton_resources.py, which says what is counted",
         "# regs: registers a thread; shared: bytes; bars: barriers; code: instructions;",
-        "# loop: instructions/barriers of the main loop; 16|D: a variant for D that 16 divides",
+        "# loop: instructions/barriers of the main loop; 16|D: for a D that 16 divides; gLabels%16: labels anywhere",
         HEAD, *map(line, sorted(rows, key=place)),
     ]) + "\n"  # fmt: skip
 
@@ -231,12 +235,18 @@ def compare(made: str, committed: str, kernels: set[str], architectures: Iterabl
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("architectures", nargs="*", default=ARCHITECTURES)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0].rstrip(":") + ".")
+    parser.add_argument(
+        "architectures", nargs="*", default=ARCHITECTURES, help="such as sm_90; all of the table's by default"
+    )
     parser.add_argument("--kernels", help="only these, separated by commas")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
-    parser.add_argument("--table", action="store_true", help="no variants beyond the table's")
-    parser.add_argument("--write", action="store_true", help="the committed table anew, or its lines of these")
+    parser.add_argument("--table", action="store_true", help="compiles no variants beyond the table's")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="writes the committed table anew, or its lines of these kernels and architectures",
+    )
     chosen = parser.parse_args()
     assert not tuning.INTERPRETED, "TRITON_INTERPRET is set: nothing would be compiled"
 

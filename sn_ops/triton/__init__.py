@@ -1,10 +1,10 @@
 """The Triton backend: the loss on GPUs without a CUDA toolkit, and a second definition of the algorithm.
 
 `search.py` finds the neighbours by direct sums, in the order of `order.py`; `screening.py` finds the same neighbours
-faster for large batches; `loss.py` and `gradients.py` turn them into losses and gradients; `operators.py` launches the
-kernels; `tuning.py` has the launch shapes. This module registers the
-operators `sn_triton::forward` and `sn_triton::backward` and needs neither a GPU nor Triton to be imported: the first
-call imports Triton.
+faster for large batches, beside `positives.py`; `loss.py` and `gradients.py` turn them into losses and gradients.
+`operators.py`, `direct.py` and `screened.py` launch the kernels through `launch.py`; `tuning.py` has the launch shapes.
+This module registers the operators `sn_triton::forward` and `sn_triton::backward` and needs neither a GPU nor Triton to
+be imported: the first call imports Triton.
 
 CPU tensors are served only under Triton's interpreter, for tests: set TRITON_INTERPRET=1 before sn_ops is imported.
 `backend="auto"` never does.

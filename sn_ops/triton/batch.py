@@ -65,12 +65,13 @@ def row_facts(batch: Batch) -> tuple[Any, ...]:
 
 
 class Selection(NamedTuple):
-    """What a forward selected; the support set is in columns 0 to K - 1 of the graph's indices.
+    """What a forward selected; the support set is in columns 0 to K - 1 of the graph's indices, or in `Found.keys`,
+    not merged yet.
 
-    Entries are tensors or parts of a workspace (`launch.workspace`).
+    Entries are tensors or parts of a `launch.workspace`.
     """
 
-    d2: Any  # [N, K] acc
+    d2: Any  # [N, K] acc; not read where there are keys
     near_d2: Any  # [N, S] acc, of S segments of the candidates
     near: Any  # [N, S] int32, -1 for none
     far_d2: Any
@@ -86,4 +87,4 @@ class Found(NamedTuple):
     flags: Any  # [F] int32: 1 where a NaN or Inf was seen
     flag_count: int  # F
     records: Any  # [programs of `loss_kernel`, RECORD_SIZE] float64
-    memory: Any  # of the entries that are parts of a workspace
+    memory: Any  # of the entries that are parts of a `launch.workspace`

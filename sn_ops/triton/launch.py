@@ -1,8 +1,8 @@
 """How kernels are launched: compiled once, then handed to the driver with what was compiled.
 
-Triton's own launch works out on every call from all arguments which variant of a kernel they need, some 20 microseconds
-of Python. Here the caller names the facts on which the choice depends, and the variant is looked up by them. What a
-call needs besides its results lies in one piece of memory.
+Triton's own launch works out on every call from all arguments, in Python, which variant of a kernel they need. Here the
+caller names the facts on which the choice depends, and the variant is looked up by them. What a call needs besides its
+results lies in one piece of memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EXACT = {"enable_fp_fusion": False}
 """Options of every launch: the compiler fuses no product into an addition, so the code rounds where it says so."""
 
 _ALIGNMENT = 64
-"""Bytes. Triton distinguishes pointers that 16 bytes divide from others; all parts of a workspace start at such."""
+"""Bytes. Triton distinguishes pointers that 16 bytes divide from others; all parts of a `workspace` start at such."""
 
 _HERE = nullcontext()
 
@@ -34,7 +34,7 @@ COLD = (
 
 
 class Region:
-    """A part of a workspace, as an argument of a compiled kernel."""
+    """A part of a `workspace`, as an argument of a compiled kernel."""
 
     __slots__ = ("address", "dtype")
 

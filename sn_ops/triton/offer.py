@@ -49,8 +49,8 @@ def offer(value, limit, dot, candidate, row, gCount, gBuffer, CAPACITY: tl.const
     """Pairs [BM, W] that are not above the limit [BM, 1], NaN too, go to their rows of gBuffer, in any order.
 
     An entry is 64 bits, the candidate's index below the product's bits. Each kept pair counts, and one that finds its
-    buffer full is dropped. The compiled code is the plain one, on the products as they lie in registers: Triton would
-    move them first, and store after a barrier.
+    buffer full is dropped. The compiled code does what the plain one does, on the products as they lie in registers:
+    Triton would move them first, and store after a barrier.
     """
     if PLAIN:
         keep = ~(value > limit)

@@ -131,7 +131,7 @@ class Positives(NamedTuple):
     far_d2: Any
     far: Any
     segments: int  # S
-    memory: Any  # of the others, which are parts of a workspace
+    memory: Any  # of the others, which are parts of a `launch.workspace`
 
 
 def find(batch: Batch) -> Positives:

@@ -18,7 +18,7 @@ class Screened(NamedTuple):
     """Rows as the products take them, and one entry a row of the matrix they were made from."""
 
     half: Tensor  # [rows, depth] half precision
-    scale: Tensor  # [rows, padded] what a product is multiplied by
+    scale: Tensor  # [rows, padded to FACT_ROWS], as the others: what a product is multiplied by
     norm: Tensor
     rho: Tensor
     near: Tensor

@@ -14,6 +14,7 @@ they do not fit the anchor's buffer, direct sums against all candidates serve it
     refine_kernel          their direct sums, sorted: the support set
     fallback_kernel        the anchors whose buffer or shortlist was too small, by direct sums of all pairs
     fallback_merge_kernel  the fallback's segments merged
+    ranges_kernel          where each anchor's identity begins and ends among rows sorted by label (`positives.py`)
     positives_kernel       near and far by direct sums within the identity, rows sorted by label (`positives.py`)
 
 ## The bound
@@ -407,8 +408,8 @@ def screen_kernel(
 def buffered(gBuffer, first, here, own, scale, norm, rho, gBScale, gBNorm, gBRho, M, D, C: tl.constexpr):
     """C entries of the anchors' buffers from `first` on: candidates, whether they are eligible, L_ij and U_ij, [R, C].
 
-    `here` says how many entries there are. U_ij is inf where a candidate is not eligible, as one behind the last is not
-    that features with a NaN or Inf lead to.
+    `here` says how many entries there are. U_ij is inf where a candidate is not eligible. Features with a NaN or Inf
+    lead to candidates behind the last, which are not.
     """
     place = first + tl.arange(0, C)[None, :]
     filled = place < here[:, None]

@@ -1,8 +1,9 @@
 """Neighbours by direct sums of all pairs, and an overview of the Triton kernels.
 
 A forward is three kernels. `search_kernel` sums squared differences tile by tile and keeps, for a group of anchors and
-a segment of the candidates, the first K in order and the two extreme positives; no N x M matrix is written. It looks
-for NaN and Inf too. In `loss.py`, `loss_kernel` merges the segments and turns a selection into the loss and the
+a segment of the candidates, the first K in order and the two extreme positives. In float64 and for K above 128 it
+writes rows of distances instead, 2^22 at a time, which are sorted; otherwise no N x M matrix is written. It looks for
+NaN and Inf too. In `loss.py`, `loss_kernel` merges the segments and turns a selection into the loss and the
 coefficients of its edges, and `reduce_kernel` adds up the loss and the statistics. For large batches the kernels of
 `screening.py` and `positives.py` take the place of the first. A backward is in `gradients.py`: `gradient_kernel`, and
 for large batches `hub_kernel` before it.

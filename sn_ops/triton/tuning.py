@@ -1,9 +1,9 @@
 """The launch shapes of each kernel, by regime.
 
 **No entry was timed on a GPU.** What was measured is the compiled code: registers, spills and shared memory of the
-choices, with Triton 3.9.0 for sm_90, read from the cubin as `.ci/triton_resources.py` does. The tables beside the
-entries have these numbers and the warps that an SM of 64 can hold at once; entries hold until they are timed. There is
-no autotuning: a first call compiles the kernels it needs, one variant each.
+choices, with Triton 3.9.0 for sm_90 unless a table names others, read from the cubin as `.ci/triton_resources.py` does.
+The tables beside the entries have these numbers and the warps that an SM of 64 can hold at once; entries hold until
+they are timed. There is no autotuning: a first call compiles the kernels it needs, one variant each.
 
 Results do not depend on anything here: selections by the one summation order and a total order of keys, the loss and
 gradients up to rounding.
@@ -31,7 +31,7 @@ DENSE_PAIRS = 1 << 22
 """Squared distances held at a time where rows are sorted whole."""
 
 MOST_FLAGS = 2048
-"""Programs that look for NaN and Inf, at most: one program reads what they found."""
+"""Programs that look for NaN and Inf beside a screening, at most: one program reads what they found."""
 
 _PROGRAMS = 1024
 """How many programs a kernel should have, about, for a small batch: a few for each SM of any GPU."""
@@ -102,17 +102,18 @@ def search_plan(
     """A tile has R x C pairs of 32 lanes: 512 pairs are 64 registers a thread of 8 warps, as many in float64 with half
     the pairs. A list of KP keys a row needs C >= KP. Segments fill the GPU where there are few groups of anchors.
 
-    Compiled, float32, C = 32, K = 10:
+    Compiled, float32, K = 10, C = 32 but for the last line's 16:
 
-    =====  =====  =========  ======  ==============  ===================
+    =====  =====  =========  ======  ==============  =============================
     pairs  warps  registers  spills  warps on an SM  elements a pair
-    =====  =====  =========  ======  ==============  ===================
-    256    8      102        0       16              0.16
-    512    8      172        0       8               0.09, taken
-    512    4      255        0       8               0.09
+    =====  =====  =========  ======  ==============  =============================
+    256    8      124        0       16              0.16
+    512    8      174        0       8               0.09, taken
+    512    4      254        0       8               0.09
     1024   8      254        0       8               0.06
-    1024   4      255        424     8               0.06
-    =====  =====  =========  ======  ==============  ===================
+    1024   4      255        382     8               0.06
+    128    4      126        0       16              0.19, taken for small batches
+    =====  =====  =========  ======  ==============  =============================
 
     256 pairs hide latency better but load each row nearly twice as often; 1024 leave no register to spare for another
     option or another version of the compiler.
@@ -282,7 +283,7 @@ class LossPlan:
 
 @lru_cache(maxsize=1024)
 def loss_plan(anchors: int, neighbours: int) -> LossPlan:
-    """The float64 stage needs many registers a slot: about four slots a thread."""
+    """The float64 stage needs many registers a slot: two slots a thread, one where there are few anchors."""
     block = min(128, power_of_two(max(2, neighbours)))
     if INTERPRETED:
         return LossPlan(min(256, power_of_two(anchors)), block, 4)
@@ -293,7 +294,9 @@ def loss_plan(anchors: int, neighbours: int) -> LossPlan:
 
 @dataclass(frozen=True)
 class GradientPlan:
-    """R rows, EDGES edges of each at a time, in blocks of BLOCK columns; sorted edges in chunks of CHUNK."""
+    """R rows, EDGES edges of each at a time, in blocks of BLOCK columns; sorted edges in chunks of CHUNK,
+    or CHUNK edges looked through at a time.
+    """
 
     rows: int
     edges: int
@@ -312,26 +315,26 @@ _SEARCHED_EDGES = 1 << 24
 
 @lru_cache(maxsize=1024)
 def gradient_plan(anchors: int, candidates: int, dims: int, edges: int, bytes_each: int) -> GradientPlan:
-    """A tile of 4 x 512 values puts 16 registers a thread in flight, which hides the latency of gathered rows.
+    """A tile of 4 x 512 float32 values puts 16 registers a thread in flight, which hides the latency of gathered rows.
 
-    In half precision it is half as many, as the widened values need registers too. Chunks of 16 times the edges of an
-    anchor keep their sums below a quarter byte a feature.
+    In half precision it is 4 x 256 values for one warp, 32 registers a thread when widened; so it is where a program
+    lists its own edges. Chunks of 16 times the edges of an anchor keep their sums below a quarter byte a feature.
 
-    Compiled, float32, 4 warps a program; "in flight" are bytes of gathered rows that an SM waits for at once:
+    Compiled, float32, sorted edges, 4 warps; "in flight" are bytes of gathered rows that an SM waits for at once:
 
     =====  =====  =========  ======  ==============  ============
     edges  block  registers  spills  warps on an SM  in flight
     =====  =====  =========  ======  ==============  ============
-    2      512    56         0       36              36 KB
-    4      256    56         0       36              36 KB
-    4      512    66         0       28              56 KB, taken
+    2      512    40         0       48              48 KB
+    4      256    48         0       40              40 KB
+    4      512    56         0       36              72 KB, taken
     4      1024   80         0       24              96 KB
-    8      512    80         6       24              96 KB
+    8      512    72         0       28              112 KB
     8      1024   128        0       16              128 KB
     =====  =====  =========  ======  ==============  ============
 
-    Half a microsecond of 10 TB/s of cached rows over 132 SMs is 38 KB, an estimate: more in flight should hide no more
-    latency, and wider blocks leave lanes idle where D is not a multiple of them.
+    Half a microsecond of 10 TB/s of cached rows over 132 SMs is 38 KB, an estimate that each of them reaches. Wider
+    blocks leave lanes idle where D is not a multiple of them, narrower ones read the edges more often.
     """
     listed = anchors * edges
     sort = listed > _LISTED_EDGES or candidates * cdiv(dims, 256) * listed > _SEARCHED_EDGES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 
 import pytest
@@ -38,7 +37,6 @@ def huge(case: Case) -> Case:
 def screened_from(monkeypatch: pytest.MonkeyPatch, candidates: int) -> None:
     """Batches of so many candidates are screened, with their own plan."""
     monkeypatch.setattr(tuning, "_LEAST_CANDIDATES", candidates)
-    monkeypatch.setattr(tuning, "screen_plan", inspect.unwrap(tuning.screen_plan))  # it remembers plans of before
 
 
 PATHS = {

@@ -5,7 +5,6 @@ Features are small integers: every sum is exact, whatever its order, and many di
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -228,7 +227,6 @@ def test_direct_sums_find_the_same(monkeypatch: pytest.MonkeyPatch, bank: Callab
 def test_segments_reach_the_loss(monkeypatch: pytest.MonkeyPatch, self_kind: str) -> None:
     """near and far of a screened forward, merged over segments."""
     monkeypatch.setattr(tuning, "_LEAST_CANDIDATES", 64)
-    monkeypatch.setattr(tuning, "screen_plan", inspect.unwrap(tuning.screen_plan))
     planned(monkeypatch, 3)
     case = case_of(two(), self_kind)
     found = judge.neighbors_of(case, "triton")

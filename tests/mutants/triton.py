@@ -65,8 +65,8 @@ def _positives() -> list[Mutant]:
             "the complement of the farthest positive's index is far", near_and_far,
         ),
         (
-            "one-segment-for-the-loss", TRITON + "screened.py", "Found(selection, extremes.segments, None",
-            "Found(selection, 1, None", "the loss sees a part of the positives", "test_segments_reach_the_loss",
+            "one-segment-for-the-loss", TRITON + "screened.py", "*extremes[:4]), extremes.segments, None",
+            "*extremes[:4]), 1, None", "the loss sees a part of the positives", "test_segments_reach_the_loss",
         ),
         (
             "segments-in-one-place", file, "slot = anchor * segments + segment", "slot = anchor * segments",

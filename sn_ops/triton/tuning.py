@@ -337,13 +337,14 @@ def gradient_plan(anchors: int, candidates: int, dims: int, edges: int, bytes_ea
     blocks leave lanes idle where D is not a multiple of them, narrower ones read the edges more often.
     """
     listed = anchors * edges
-    sort = listed > _LISTED_EDGES or candidates * cdiv(dims, 256) * listed > _SEARCHED_EDGES
+    width = 128 if bytes_each == 8 else 256  # columns of a program that lists its edges: more would spill
+    sort = listed > _LISTED_EDGES or candidates * cdiv(dims, width) * listed > _SEARCHED_EDGES
     if INTERPRETED:
         block, slots = min(2048, power_of_two(max(dims, 16))), 16
         few = max(1, min(power_of_two(max(anchors, candidates)), (1 << 18) // (slots * block)))
         return GradientPlan(few if sort else 1, slots, block, max(64, power_of_two(4 * edges)), 4, sort)
     if not sort:
-        block = min(256, power_of_two(max(dims, 16)))
+        block = min(width, power_of_two(max(dims, 16)))
         return GradientPlan(1, 4, block, 512, 1, False)
     block = min(256 if bytes_each == 2 else 512, power_of_two(max(dims, 16)))
     vectors = block * bytes_each // 16  # one a thread: an edge is not shared out among warps

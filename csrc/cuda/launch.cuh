@@ -22,6 +22,14 @@ struct LaunchShape {
   int threads;
   int shared_bytes;
   int cluster = 1;  // blocks of a cluster; divides `blocks`
+  // Blocks may start before the kernel ahead in the stream has ended, from compute capability 9.0 of device and code
+  // on (launches_dependents in plan/sizes.h). The kernel calls wait_for_primary() first (ptx.cuh).
+  bool dependent = false;
+};
+
+// What a configuration refers to.
+struct LaunchAttributes {
+  cudaLaunchAttribute each[2];
 };
 
 // Lets blocks of a kernel have this much shared memory on the current device. The limit is raised, never lowered:
@@ -40,31 +48,36 @@ inline cudaError_t allow_shared(const void* kernel, int bytes) {
   return error;
 }
 
-// What a launch of this shape needs said, in `config`, which refers to `attribute`, and of the kernel.
+// What a launch of this shape needs said, in `config`, which refers to `attributes`, and of the kernel.
 inline cudaError_t configure(const void* kernel, const LaunchShape& shape, cudaStream_t stream,
-                             cudaLaunchAttribute& attribute, cudaLaunchConfig_t& config) {
+                             LaunchAttributes& attributes, cudaLaunchConfig_t& config) {
   if (shape.blocks <= 0 || shape.blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
   if (shape.shared_bytes > kPlainSharedBytes) {
     const cudaError_t error = allow_shared(kernel, shape.shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  attribute = {};
+  attributes = {};
   config = {};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
   config.stream = stream;
+  config.attrs = attributes.each;
   if (shape.cluster > 1) {
     if (shape.cluster > kPortableCluster) {
       const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
       if (error != cudaSuccess) return error;
     }
+    cudaLaunchAttribute& attribute = attributes.each[config.numAttrs++];
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
     attribute.val.clusterDim.y = 1;
     attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+  }
+  if (shape.dependent) {
+    cudaLaunchAttribute& attribute = attributes.each[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
   }
   return cudaSuccess;
 }
@@ -72,9 +85,9 @@ inline cudaError_t configure(const void* kernel, const LaunchShape& shape, cudaS
 // Launches on `stream` and reports what went wrong with this launch, configuration errors included.
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream, Args... args) {
-  cudaLaunchAttribute attribute;
+  LaunchAttributes attributes;
   cudaLaunchConfig_t config;
-  const cudaError_t error = configure(reinterpret_cast<const void*>(kernel), shape, stream, attribute, config);
+  const cudaError_t error = configure(reinterpret_cast<const void*>(kernel), shape, stream, attributes, config);
   if (error != cudaSuccess) return error;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
@@ -83,10 +96,10 @@ cudaError_t launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStre
 // keeps no error of it.
 template <typename... Params>
 int active_clusters(void (*kernel)(Params...), const LaunchShape& shape) {
-  cudaLaunchAttribute attribute;
+  LaunchAttributes attributes;
   cudaLaunchConfig_t config;
   int clusters = 0;
-  cudaError_t error = configure(reinterpret_cast<const void*>(kernel), shape, nullptr, attribute, config);
+  cudaError_t error = configure(reinterpret_cast<const void*>(kernel), shape, nullptr, attributes, config);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   if (error == cudaSuccess) return clusters;
   static_cast<void>(cudaGetLastError());

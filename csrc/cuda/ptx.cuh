@@ -10,6 +10,9 @@
 // - A shuffle, vote or reduction orders no memory. Data in shared memory passes between lanes of a warp behind
 //   sync_warp(), between warps behind sync_block(), between blocks of a cluster behind sync_cluster().
 //
+// - Of a kernel that is launched to start before the one ahead of it in the stream has ended (LaunchShape::dependent)
+//   every thread calls wait_for_primary(), before it reads or writes any global memory.
+//
 // - Shared memory is reached through Shared<T> alone, taken from a SharedArena.
 //
 // - Global memory that another block of the same launch writes is read with atomic_load.
@@ -129,6 +132,35 @@ __device__ __forceinline__ void sync_cluster() {
           : "memory");
 #else
   __trap();
+#endif
+}
+// The two halves of a barrier of the cluster that orders no memory: it only tells that every thread has come so far. A
+// block that others read arrives and, before it leaves, waits; its shared memory lives until they have arrived, too.
+__device__ __forceinline__ void arrive_cluster_relaxed() {
+#if SN_HAS_CLUSTERS
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+__device__ __forceinline__ void wait_cluster() {
+#if SN_HAS_CLUSTERS
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+// In a dependent launch: until the kernel ahead has ended and what it wrote is seen. Otherwise nothing.
+__device__ __forceinline__ void wait_for_primary() {
+#if SN_HAS_CLUSTERS  // the same architectures
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// This block does not mind if a dependent kernel behind this one starts. What it still writes is seen behind that
+// kernel's wait_for_primary() all the same.
+__device__ __forceinline__ void let_dependents_start() {
+#if SN_HAS_CLUSTERS
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 // What this thread wrote before is seen, by any thread of the device, before what it writes after.

@@ -201,6 +201,32 @@ void poison(void* data, std::int64_t bytes) {
   if (data != nullptr && bytes > 0) std::memset(data, kPoison, static_cast<std::size_t>(bytes));
 }
 
+// The memory that a kernel ahead may still write: all of a call, but rows too long to be set aside for every block.
+std::vector<sn::simt::Region> global_memory(const sn::BackwardArgs& args, const sn::cuda::BackwardProblem& problem,
+                                            std::vector<Piece*> pieces, char* workspace) {
+  constexpr std::int64_t kMostBytes = std::int64_t{1} << 20;
+  const std::int64_t acc = sn::accumulator_bytes(args.dtype);
+  const std::int64_t row = problem.D * sn::element_bytes(args.dtype);
+  std::vector<sn::simt::Region> regions;
+  const auto add = [&](const void* data, std::int64_t bytes) {
+    if (bytes <= kMostBytes) regions.push_back({const_cast<void*>(data), bytes});
+  };
+  add(args.grad_loss, acc * (args.reduction == sn::Reduction::kNone ? problem.N : 1));
+  add(args.indices, problem.N * problem.edges * 4);
+  add(args.coefficients, problem.N * problem.edges * acc);
+  add(args.stats, sn::kStatsSize * static_cast<std::int64_t>(sizeof(double)));
+  add(args.grad_anchors, problem.N * row);
+  add(args.grad_candidates, problem.M * row);
+  for (const Piece* piece : pieces) add(workspace + piece->offset, piece->bytes);
+  for (const sn::FeatureView* view : {&args.anchors, &args.candidates}) {
+    if (view->rows * row > kMostBytes || (args.symmetric && view == &args.candidates)) continue;
+    for (std::int64_t i = 0; i < view->rows; ++i) {
+      add(static_cast<const char*>(view->data) + i * view->row_stride * sn::element_bytes(args.dtype), row);
+    }
+  }
+  return regions;
+}
+
 sn::cuda::DeviceFacts facts_of(const sn_simt_settings& settings) {
   return {.major = settings.major,
           .minor = settings.minor,
@@ -303,6 +329,7 @@ extern "C" SN_SIMT_EXPORT int sn_simt_backward(const sn::BackwardArgs* args, con
     poison(args->grad_candidates, problem.M * row);
 
     Workspace workspace(pieces_of(plan));
+    sn::simt::set_global(global_memory(*args, problem, pieces_of(plan), workspace.data()));
     const cudaError_t error = sn::cuda::backward(*args, plan, workspace.data(), nullptr);
     return finish(error, workspace.inspect(), plan.launches, *report);
   });

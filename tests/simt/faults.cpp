@@ -39,6 +39,10 @@ const char* name_of(Op op) {
       return "sync_block";
     case Op::kSyncCluster:
       return "sync_cluster";
+    case Op::kWaitCluster:
+      return "wait_cluster";
+    case Op::kWaitForPrimary:
+      return "wait_for_primary";
   }
   return "?";
 }

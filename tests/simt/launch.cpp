@@ -62,6 +62,58 @@ void expect_none_wait() {
         "divergent barrier: returns while " + std::to_string(block.cluster->waiting) + " threads wait at sync_cluster",
         block.cluster->barrier);
   }
+  if (lane.arrivals != lane.waits) {
+    report("returns without having waited for the barrier of the cluster at which it arrived", block.cluster->barrier);
+  }
+  if (block.remote_read >= lane.waits) {
+    report("returns while another block of the cluster may still read its shared memory, which nothing orders before",
+           block.remote_reader);
+  }
+  if (grid.dependent && !lane.released) report("returns without having waited for the kernel ahead", lane.site);
+}
+
+// While the kernel ahead is taken to run, memory that it may write or read holds poison.
+constexpr int kUnready = 0x7d;
+
+void begin_primary() {
+  rt.primary_runs = true;
+  rt.saved.clear();
+  for (const Region& region : rt.regions) {
+    const auto* bytes = static_cast<const char*>(region.data);
+    rt.saved.emplace_back(bytes, bytes + region.bytes);
+  }
+  for (const Region& region : rt.regions) std::memset(region.data, kUnready, static_cast<std::size_t>(region.bytes));
+}
+
+// Puts the memory back. Returns whether it was as it had been left.
+bool end_primary() {
+  bool untouched = true;
+  for (const Region& region : rt.regions) {
+    const auto* bytes = static_cast<const char*>(region.data);
+    untouched =
+        untouched && std::all_of(bytes, bytes + region.bytes, [](char c) { return c == static_cast<char>(kUnready); });
+  }
+  for (std::size_t r = 0; r < rt.regions.size(); ++r) {
+    std::memcpy(rt.regions[r].data, rt.saved[r].data(), rt.saved[r].size());
+  }
+  rt.primary_runs = false;
+  return untouched;
+}
+
+// The kernel ahead has ended: threads that wait for it go on.
+void release_waiting() {
+  for (Cluster* cluster : rt.resident) {
+    for (Block* block : cluster->blocks) {
+      for (int w = 0; w < block->warp_count; ++w) {
+        Warp& warp = block->warps[static_cast<std::size_t>(w)];
+        for (int l = 0; l < kLanes; ++l) {
+          if (warp.lanes[l].waits_for != Op::kWaitForPrimary) continue;
+          warp.lanes[l].waits_for = Op::kNothing;
+          make_runnable(warp, 1u << l);
+        }
+      }
+    }
+  }
 }
 
 [[noreturn]] void lane_returns() {
@@ -121,6 +173,7 @@ void start_block(Block& block, Cluster& cluster, std::int64_t id, int rank) {
   block.shared_bytes = grid.shared_bytes;
   block.waiting = 0;
   block.returned = 0;
+  block.remote_read = -1;
   if (block.capacity < grid.shared_bytes) {
     release_shared(block);
     const auto bytes = (static_cast<std::size_t>(grid.shared_bytes) + 127) / 128 * 128;
@@ -165,6 +218,9 @@ void start_block(Block& block, Cluster& cluster, std::int64_t id, int rank) {
     lane.phase = 0;
     lane.waits_for = Op::kNothing;
     lane.returned = false;
+    lane.released = false;
+    lane.arrivals = 0;
+    lane.waits = 0;
     lane.copies.clear();
     lane.groups.clear();
     lane.open_copies = 0;
@@ -236,6 +292,11 @@ std::string refusal(const Grid& shape) {
     return "expected a cluster of at most " + std::to_string(rt.options.max_cluster) + " blocks that divides " +
            std::to_string(shape.blocks) + ", got " + std::to_string(shape.cluster);
   }
+  if (active_clusters(shape.cluster, shape.threads, shape.shared_bytes) == 0) {
+    return "no group of " + std::to_string(rt.options.cluster_multiprocessors) +
+           " multiprocessors holds a cluster of " + std::to_string(shape.cluster) + " blocks of " +
+           std::to_string(shape.shared_bytes) + " bytes of shared memory";
+  }
   return "";
 }
 
@@ -246,6 +307,19 @@ void reset(const Options& options) {
   rt.statistics = {};
   rt.fault.clear();
   rt.launches_since_reset = 0;
+  rt.regions.clear();
+}
+void set_global(std::vector<Region> regions) {
+  std::erase_if(regions, [](const Region& region) { return region.data == nullptr || region.bytes <= 0; });
+  rt.regions = std::move(regions);
+}
+int active_clusters(int blocks, int threads, int shared_bytes) {
+  constexpr int kReserved = 1024;  // bytes of shared memory that the device keeps for itself, of each block
+  constexpr int kThreadsAtOnce = 2048;
+  if (shared_bytes > rt.options.shared_bytes || blocks > rt.options.max_cluster) return 0;
+  const int resident =
+      std::min(rt.options.multiprocessor_shared_bytes / (shared_bytes + kReserved), kThreadsAtOnce / threads);
+  return resident * rt.options.cluster_multiprocessors / blocks;
 }
 const Options& options() {
   return rt.options;
@@ -295,7 +369,11 @@ cudaError_t run(const Grid& shape, void (*call)(void*), void* context) {
   std::size_t next = 0;
   cudaError_t error = cudaSuccess;
   while (true) {
-    while (next < order.size() && rt.resident.size() < together) start_cluster(order[next++]);
+    // Of a dependent launch those that run together start together, while the kernel ahead runs.
+    if (!shape.dependent || rt.resident.empty()) {
+      while (next < order.size() && rt.resident.size() < together) start_cluster(order[next++]);
+      if (shape.dependent && !rt.resident.empty()) begin_primary();
+    }
     if (rt.resident.empty()) break;
     if (Lane* lane = pick(); lane != nullptr) {
       rt.outcome = Outcome::kBlockDone;
@@ -309,10 +387,19 @@ cudaError_t run(const Grid& shape, void (*call)(void*), void* context) {
       }
       continue;
     }
-    if (rt.outcome == Outcome::kStuck) rt.fault = stuck_text();
+    if (rt.outcome == Outcome::kStuck && rt.primary_runs) {
+      if (end_primary()) {
+        release_waiting();
+        continue;
+      }
+      rt.fault = kernel_text() + ": global memory was written before wait_for_primary, while the kernel ahead may run";
+    } else if (rt.outcome == Outcome::kStuck) {
+      rt.fault = stuck_text();
+    }
     error = cudaErrorLaunchFailure;
     break;
   }
+  if (rt.primary_runs) end_primary();
   rt.stale_stacks = rt.stale_stacks || error != cudaSuccess;
   while (!rt.resident.empty()) end_cluster(rt.resident.back());
   rt.statistics.switches += rt.switches;

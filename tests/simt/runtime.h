@@ -47,6 +47,8 @@ struct Runtime {
   std::string fault;
   std::uint64_t random = 1;
   std::uint64_t launches_since_reset = 0;
+  std::vector<Region> regions;           // set_global
+  std::vector<std::vector<char>> saved;  // what they hold while the kernel ahead is taken to run
 
   // The launch that runs.
   void (*call)(void*) = nullptr;
@@ -58,6 +60,7 @@ struct Runtime {
   std::int64_t switches = 0;
   std::uint32_t stay = 0;  // of 256 times: how often the same warp goes on
   bool stale_stacks = false;
+  bool primary_runs = false;  // the kernel ahead of a dependent launch: threads stop at wait_for_primary
 
   std::vector<Warp*> runnable;  // warps with a runnable lane
   Warp* last = nullptr;

@@ -58,9 +58,10 @@ void expect_progress() {
 // Another fiber runs. This one is not runnable any more.
 void wait() {
   expect_progress();
-  Lane* next = pick();
-  if (next == nullptr) leave(Outcome::kStuck);
-  switch_to(*next);
+  if (Lane* next = pick(); next != nullptr) return switch_to(*next);
+  if (!rt.primary_runs) leave(Outcome::kStuck);
+  rt.outcome = Outcome::kStuck;  // until the kernel ahead ends
+  switch_to(rt.main);
 }
 
 }  // namespace
@@ -178,25 +179,86 @@ void sync_block(Site site) {
   wait();
 }
 
-void sync_cluster(Site site) {
+namespace {
+
+// All threads of the cluster have arrived: those that wait go on, ordered unless one arrived in a way that orders
+// nothing. What else lanes wait for they still do.
+void open_cluster(Cluster& cluster) {
+  cluster.waiting = 0;
+  ++cluster.opened;
+  const bool ordered = !cluster.relaxed;
+  cluster.relaxed = false;
+  const std::uint32_t time = ordered ? tick() : 0;
+  for (Block* block : cluster.blocks) {
+    for (int w = 0; w < block->warp_count; ++w) {
+      Warp& warp = block->warps[static_cast<std::size_t>(w)];
+      for (int s = kOneWarp; ordered && s <= kOneCluster; ++s) warp.sync[s] = time;
+      for (int l = 0; l < kLanes; ++l) {
+        Lane& lane = warp.lanes[l];
+        if (lane.waits_for != Op::kSyncCluster && lane.waits_for != Op::kWaitCluster) continue;
+        lane.waits_for = Op::kNothing;
+        make_runnable(warp, 1u << l);
+      }
+    }
+  }
+}
+
+// Returns whether this lane was the last to arrive.
+bool arrive_at_cluster(Op op, Site site) {
   Lane& lane = *current;
   Cluster& cluster = *lane.block->cluster;
-  lane.waits_for = Op::kSyncCluster;
+  if (lane.arrivals != lane.waits) report("arrives at a barrier of the cluster twice without waiting", site);
+  expect_together(op, cluster.waiting, cluster.returned, cluster.barrier, site);
+  cluster.barrier = site;
+  ++lane.arrivals;
+  if (++cluster.waiting != grid.threads * grid.cluster) return false;
+  open_cluster(cluster);
+  return true;
+}
+
+}  // namespace
+
+void sync_cluster(Site site) {
+  Lane& lane = *current;
   lane.site = site;
+  lane.waits_for = Op::kSyncCluster;
   expect_no_meeting(*lane.warp, Op::kSyncCluster, site);
-  expect_together(Op::kSyncCluster, cluster.waiting, cluster.returned, cluster.barrier, site);
   if (lane.block->waiting > 0) {
     report("divergent barrier: sync_cluster while others of the block wait at sync_block (" +
                text_of(lane.block->barrier) + ")",
            site);
   }
-  cluster.barrier = site;
-  if (++cluster.waiting == grid.threads * grid.cluster) {
-    cluster.waiting = 0;
-    const std::uint32_t time = tick();
-    for (Block* block : cluster.blocks) open_block(*block, time, kOneCluster);
-    return;
-  }
+  const bool last = arrive_at_cluster(Op::kSyncCluster, site);
+  ++lane.waits;
+  if (last) return;
+  make_waiting(lane);
+  wait();
+}
+
+void arrive_cluster_relaxed(Site site) {
+  current->block->cluster->relaxed = true;
+  arrive_at_cluster(Op::kSyncCluster, site);
+}
+
+void wait_cluster(Site site) {
+  Lane& lane = *current;
+  lane.site = site;
+  expect_no_meeting(*lane.warp, Op::kWaitCluster, site);
+  if (lane.arrivals != lane.waits + 1) report("waits for a barrier of the cluster without having arrived", site);
+  ++lane.waits;
+  if (lane.arrivals == lane.block->cluster->opened) return;
+  lane.waits_for = Op::kWaitCluster;
+  make_waiting(lane);
+  wait();
+}
+
+void wait_for_primary(Site site) {
+  Lane& lane = *current;
+  if (!grid.dependent || lane.released) return;
+  lane.released = true;
+  lane.site = site;
+  if (!rt.primary_runs) return;
+  lane.waits_for = Op::kWaitForPrimary;
   make_waiting(lane);
   wait();
 }

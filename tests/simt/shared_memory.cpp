@@ -202,6 +202,10 @@ const unsigned char* note_remote_read(int rank, std::uint32_t position, int byte
   Block& block = *cluster.blocks[static_cast<std::size_t>(rank)];
   if (block.returned > 0) report("read of shared memory of a block of the cluster that has left", site);
   const bool remote = &block != me.block;
+  if (remote && block.remote_read <= me.arrivals) {
+    block.remote_read = me.arrivals;
+    block.remote_reader = site;
+  }
   for_records(block, position, bytes, [&](Record& write, Record& read, std::uint32_t byte) {
     read_record(block, write, read, kOneThread, remote, byte, "read", site);
   });

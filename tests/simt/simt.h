@@ -16,7 +16,12 @@
 //     that any schedule with the same accesses could show. Atomics race with plain accesses only;
 //   - reads and overwriting of bytes that cp.async is still copying. Before its wait these hold poison or, at random,
 //     already the data;
-//   - more shared memory, threads or clusters than the device has, and a block that leaves while its cluster reads it.
+//   - more shared memory, threads or clusters than the device has;
+//   - a block that leaves while another of its cluster may still read it: with no barrier of the cluster, relaxed or
+//     not, at which the reader arrived after its read and for which the block waited;
+//   - of a dependent launch, a thread that reads or writes global memory, or returns, before it has waited for the
+//     kernel ahead. Until all threads that run together wait, the memory that the test has named (set_global) holds
+//     poison, so that plain reads and writes do not escape either.
 // With AddressSanitizer global memory is covered too: buffers of the tests have their exact size, and the pieces of a
 // workspace have guards between them, which capi.cpp also checks without it.
 //
@@ -80,6 +85,8 @@ struct Options {
   MmaModel mma_model = MmaModel::kNone;               // any other: no injected error
   int shared_bytes = 232448;                          // of a block, at most
   int max_cluster = 16;                               // blocks; 1: a device without clusters
+  int cluster_multiprocessors = 16;                   // that a cluster may be spread over, each with
+  int multiprocessor_shared_bytes = 233472;           // so much shared memory, 1024 bytes of it for each block
   std::int64_t max_switches = std::int64_t{1} << 31;  // of a launch; more is taken for a hang
 };
 
@@ -98,6 +105,17 @@ struct Statistics {
 void reset(const Options& options);
 const Options& options();
 const std::string& fault();  // empty: none
+
+// Memory that the kernel ahead of a dependent launch may still write or read. Until the next reset.
+struct Region {
+  void* data;
+  std::int64_t bytes;
+};
+void set_global(std::vector<Region> regions);
+
+// Clusters that the device of the options holds at once: of so many blocks, threads and bytes of shared memory each.
+int active_clusters(int blocks, int threads, int shared_bytes);
+
 const Statistics& statistics();
 
 // |error| of one mma.m16n8k16 is at most this times
@@ -152,7 +170,9 @@ enum class Op : std::uint8_t {
   kLoadMatrixTransposed,
   kMma,
   kSyncBlock,
-  kSyncCluster
+  kSyncCluster,
+  kWaitCluster,
+  kWaitForPrimary
 };
 
 struct Copy {
@@ -171,6 +191,9 @@ struct Lane {
   int phase = 0;  // which of the warp's two meeting places is next
   Op waits_for = Op::kNothing;
   bool returned = false;
+  bool released = false;  // it has waited for the kernel ahead
+  int arrivals = 0;       // at barriers of the cluster
+  int waits = 0;          // for them
   Site site;
   std::vector<Copy> copies;         // of groups that are not waited for yet, and of the open one
   std::vector<std::size_t> groups;  // copies in each closed group
@@ -218,6 +241,9 @@ struct Block {
   int waiting = 0;  // threads at the barrier
   int returned = 0;
   Site barrier;
+  // The last read by another block: the reader's arrivals at barriers of the cluster before it, -1: none was.
+  int remote_read = -1;
+  Site remote_reader;
   int warp_count = 0;
   std::vector<Warp> warps;  // never shrinks: lanes own stacks
   std::vector<Lane> lanes;
@@ -226,7 +252,9 @@ struct Block {
 struct Cluster {
   std::vector<Block*> blocks;
   std::vector<Block*> slots;  // owns them
-  int waiting = 0;
+  int waiting = 0;            // threads that have arrived at the barrier
+  int opened = 0;             // barriers at which all have arrived
+  bool relaxed = false;       // one of them in a way that orders no memory
   int returned = 0;
   Site barrier;
   std::int64_t id = 0;
@@ -237,6 +265,7 @@ struct Grid {
   int threads = 0;
   int shared_bytes = 0;
   int cluster = 1;
+  bool dependent = false;
   std::source_location where;
   const void* kernel = nullptr;  // names it
 };
@@ -257,7 +286,16 @@ Meeting& meet(Op op, std::uint64_t value, Site site);
 void sync_warp(Site site);
 void sync_block(Site site);
 void sync_cluster(Site site);
+void arrive_cluster_relaxed(Site site);
+void wait_cluster(Site site);
+void wait_for_primary(Site site);
 void maybe_switch();
+
+// Called where a thread reads or writes global memory.
+inline void note_global(Site site) {
+  if (!grid.dependent || current->released) return;
+  report("global memory is used before wait_for_primary, while the kernel ahead may run", site);
+}
 
 void load_matrix(std::uint32_t (&r)[4], std::uint32_t position, bool transposed, Site site);
 void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], bool bfloat, Site site);

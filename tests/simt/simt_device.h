@@ -61,6 +61,16 @@ inline void sync_block(SN_SIMT_WHERE) {
 inline void sync_cluster(SN_SIMT_WHERE) {
   simt::sync_cluster(simt::site_of(where));
 }
+inline void arrive_cluster_relaxed(SN_SIMT_WHERE) {
+  simt::arrive_cluster_relaxed(simt::site_of(where));
+}
+inline void wait_cluster(SN_SIMT_WHERE) {
+  simt::wait_cluster(simt::site_of(where));
+}
+inline void wait_for_primary(SN_SIMT_WHERE) {
+  simt::wait_for_primary(simt::site_of(where));
+}
+inline void let_dependents_start() {}
 inline void fence_device() {
   simt::maybe_switch();
 }
@@ -389,6 +399,7 @@ inline float maximum(float a, float b) {
 
 namespace detail {
 inline void expect_aligned(const void* address, std::size_t bytes, const char* what, std::source_location where) {
+  simt::note_global(simt::site_of(where));
   if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) {
     simt::report(std::string(what) + " of global memory is not aligned to " + std::to_string(bytes) + " bytes",
                  simt::site_of(where));
@@ -634,6 +645,7 @@ struct LaunchShape {
   int threads;
   int shared_bytes;
   int cluster = 1;
+  bool dependent = false;
   std::source_location where = std::source_location::current();  // names the kernel in faults
 };
 
@@ -643,11 +655,21 @@ cudaError_t launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStre
     void (*kernel)(Params...);
     std::tuple<Params...> args;
   } call{kernel, std::tuple<Params...>(static_cast<Params>(args)...)};
-  const simt::Grid grid{shape.blocks,  shape.threads, shape.shared_bytes,
-                        shape.cluster, shape.where,   reinterpret_cast<const void*>(kernel)};
+  const simt::Grid grid{shape.blocks,
+                        shape.threads,
+                        shape.shared_bytes,
+                        shape.cluster,
+                        shape.dependent,
+                        shape.where,
+                        reinterpret_cast<const void*>(kernel)};
   return simt::run(
       grid, [](void* context) { std::apply(static_cast<Call*>(context)->kernel, static_cast<Call*>(context)->args); },
       &call);
+}
+
+template <typename... Params>
+int active_clusters(void (*)(Params...), const LaunchShape& shape) {
+  return simt::active_clusters(shape.cluster, shape.threads, shape.shared_bytes);
 }
 
 #undef SN_SIMT_WHERE

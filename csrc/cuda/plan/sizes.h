@@ -8,6 +8,13 @@
 
 namespace sn::cuda {
 
+// Devices, and code compiled for them, on which a kernel may start before the one ahead in the stream has ended
+// (LaunchShape::dependent).
+inline constexpr int kDependentMajor = 9;
+constexpr bool launches_dependents(const DeviceFacts& device) {
+  return device.major >= kDependentMajor;
+}
+
 // ---- the sum over anchors -------------------------------------------------------------------------------------------
 
 // Up to so many records one block sums alone: 8 a partial, all under way at once. On an H200 it took 7 us more for 8192

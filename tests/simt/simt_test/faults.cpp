@@ -192,6 +192,78 @@ __global__ void remote_kernel(bool before, bool after) {
   s.get_remote(0, (cluster_rank() + 1) % cluster_size());
   if (after) sync_cluster();
 }
+// A barrier that orders no memory, then a read of the block beside.
+enum class ClusterBarrier { kNone, kRelaxed, kFull };
+__device__ void cluster_barrier(ClusterBarrier kind) {
+  if (kind == ClusterBarrier::kFull) sync_cluster();
+  if (kind != ClusterBarrier::kRelaxed) return;
+  arrive_cluster_relaxed();
+  wait_cluster();
+}
+__global__ void split_kernel(ClusterBarrier before, ClusterBarrier after) {
+  SharedArena arena;
+  const Shared<int> s = arena.take<int>(1);
+  if (thread_id() == 0) s.set(0, cluster_rank());
+  cluster_barrier(before);
+  s.get_remote(0, (cluster_rank() + 1) % cluster_size());
+  cluster_barrier(after);
+}
+// Arrives, then reads: the barrier does not cover the read.
+__global__ void late_read_kernel() {
+  SharedArena arena;
+  const Shared<int> s = arena.take<int>(1);
+  if (thread_id() == 0) s.set(0, cluster_rank());
+  sync_cluster();
+  arrive_cluster_relaxed();
+  s.get_remote(0, (cluster_rank() + 1) % cluster_size());
+  wait_cluster();
+}
+__global__ void no_wait_kernel() {
+  sync_cluster();
+  arrive_cluster_relaxed();
+}
+__global__ void two_arrivals_kernel() {
+  arrive_cluster_relaxed();
+  arrive_cluster_relaxed();
+  wait_cluster();
+}
+// Work between the halves of a barrier, warps at barriers of their block among it.
+__global__ void between_kernel() {
+  SharedArena arena;
+  const Shared<int> s = arena.take<int>(thread_count());
+  for (int round = 0; round < 3; ++round) {
+    arrive_cluster_relaxed();
+    s.set(thread_id(), round);
+    sync_block();
+    s.get((thread_id() + 32) % thread_count());
+    sync_block();
+    wait_cluster();
+  }
+}
+
+// What a dependent kernel may do before it waits, and what not.
+enum class Early { kNothing, kLoad, kAtomic, kStore, kCopy, kPlainRead, kPlainWrite, kNoWait, kNoWaitOfOne };
+__global__ void dependent_kernel(Early early, float* gData, float* gOut) {
+  SharedArena arena;
+  const Shared<float> s = arena.take<float>(4 * kThreads);
+  s.set_pack(4 * thread_id(), Pack<float>{});
+  const int at = thread_id();
+  float rValue = 1.0f;
+  if (early == Early::kLoad) load(gData + at);
+  if (early == Early::kAtomic) atomic_load(gData + at);
+  if (early == Early::kStore) store_pack(gData + 4 * at, Pack<float>{});
+  if (early == Early::kCopy) async_copy16(s, 4 * at, gData + 4 * at, true);
+  if (early == Early::kPlainRead) rValue = gData[at];
+  if (early == Early::kPlainWrite && block_id() == 1) gData[at] = 5.0f;
+  if (early == Early::kNoWait) return;
+  sync_block();
+  if (early != Early::kNoWaitOfOne || at != 40) wait_for_primary();
+  if (early == Early::kNothing) wait_for_primary();  // again: nothing more
+  if (early != Early::kPlainRead) rValue = gData[at];
+  sync_block();
+  gOut[block_id() * kThreads + at] = rValue;
+}
+
 __global__ void divergent_cluster_kernel() {
   if (cluster_rank() != 1) sync_cluster();
 }
@@ -310,13 +382,61 @@ void test_faults() {
   passes("remote", [&] { return launch(remote_kernel, pairs, nullptr, true, true); });
   caught("cluster barrier of some", "divergent barrier",
          [&] { return launch(divergent_cluster_kernel, LaunchShape{6, kThreads, 0, 3}, nullptr); });
-  // Whether a block leaves before another reads it depends on the schedule.
-  int left = 0;
-  for (int seed = 1; seed <= 40; ++seed) {
-    simt::reset(with_seed(seed));
-    left += launch(remote_kernel, pairs, nullptr, true, false) != cudaSuccess ? 1 : 0;
+  caught("remote block that leaves", "shared memory",
+         [&] { return launch(remote_kernel, pairs, nullptr, true, false); });
+
+  const auto split = [&](ClusterBarrier before, ClusterBarrier after) {
+    return [=] { return launch(split_kernel, pairs, nullptr, before, after); };
+  };
+  for (const ClusterBarrier before : {ClusterBarrier::kNone, ClusterBarrier::kRelaxed}) {
+    caught("remote, unordered", "", split(before, ClusterBarrier::kFull));
   }
-  check(left > 0, "remote block that leaves: never caught");
+  caught("remote, relaxed barrier", "race", split(ClusterBarrier::kRelaxed, ClusterBarrier::kFull));
+  passes("remote, relaxed behind", split(ClusterBarrier::kFull, ClusterBarrier::kRelaxed));
+  caught("block that leaves", "shared memory", split(ClusterBarrier::kFull, ClusterBarrier::kNone));
+  caught("read behind the arrival", "still read its shared memory",
+         [&] { return launch(late_read_kernel, pairs, nullptr); });
+  caught("no wait for a barrier", "", [&] { return launch(no_wait_kernel, pairs, nullptr); });
+  caught("two arrivals", "twice", [&] { return launch(two_arrivals_kernel, pairs, nullptr); });
+  passes("work between the halves", [&] { return launch(between_kernel, LaunchShape{6, kThreads, 4096, 3}, nullptr); });
+  caught("cluster that does not fit", "no group of 16 multiprocessors", [&] {
+    simt::Options options = with_seed(1);
+    options.max_cluster = 32;
+    simt::reset(options);
+    return launch(nothing_kernel, LaunchShape{32, 32, 120000, 32}, nullptr);
+  });
+  simt::reset(with_seed(1));
+  check(simt::active_clusters(8, 256, 200000) == 2 && simt::active_clusters(16, 256, 100000) == 2 &&
+            simt::active_clusters(8, 1024, 100) == 4 && simt::active_clusters(17, 32, 0) == 0,
+        "clusters at once");
+
+  std::vector<float> data(4 * kThreads);
+  std::vector<float> out(static_cast<std::size_t>(6 * kThreads));
+  const auto dependent = [&](Early early, bool is_dependent = true) {
+    return [&data, &out, early, is_dependent] {
+      for (std::size_t i = 0; i < data.size(); ++i) data[i] = static_cast<float>(i);
+      simt::set_global({{data.data(), static_cast<std::int64_t>(data.size() * sizeof(float))}, {nullptr, 0}});
+      LaunchShape of{6, kThreads, 4096};
+      of.dependent = is_dependent;
+      const cudaError_t error = launch(dependent_kernel, of, nullptr, early, data.data(), out.data());
+      for (std::size_t i = 0; error == cudaSuccess && early == Early::kNothing && i < out.size(); ++i) {
+        check(out[i] == static_cast<float>(i % kThreads), "what a dependent kernel reads");
+      }
+      return error;
+    };
+  };
+  passes("waits first", dependent(Early::kNothing));
+  for (const Early early : {Early::kLoad, Early::kAtomic, Early::kStore, Early::kCopy}) {
+    caught("early use of memory", "before wait_for_primary", dependent(early));
+    passes("nothing ahead", dependent(early, false));
+  }
+  caught("early plain write", "written before wait_for_primary", dependent(Early::kPlainWrite));
+  caught("no wait for the kernel ahead", "without having waited", dependent(Early::kNoWait));
+  caught("no wait of a thread", "without having waited", dependent(Early::kNoWaitOfOne));
+  passes("nothing ahead, no wait", dependent(Early::kNoWait, false));
+  // A plain read is not seen, but it gets poison.
+  passes("early plain read", dependent(Early::kPlainRead));
+  check(out[0] != 0.0f && out[1] != 1.0f, "what an early plain read gets");
 
   const std::uint32_t flag = 0;
   simt::Options impatient = with_seed(1);

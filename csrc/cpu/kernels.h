@@ -12,7 +12,9 @@ namespace sn::cpu {
 // ---- shapes of the hot loops ----------------------------------------------------------------------------------------
 
 inline constexpr std::int64_t kDirectBlock = 32;      // rows of a block of direct distances
-inline constexpr std::int64_t kPanel = 16;            // rows interleaved in the screening copy
+inline constexpr std::int64_t kPanel = 16;            // rows interleaved in a copy
+inline constexpr std::int64_t kBlockPanels = 2;       // panels of a side of a block of direct distances
+inline constexpr std::int64_t kSegmentColumns = 64;   // the copy of the direct path has whole segments
 inline constexpr std::int64_t kTileGrain = 48;        // a multiple of the micro-kernels' columns, 48 and 16
 inline constexpr std::int64_t kTileSmall = 96;        // rows and columns of a screening tile for small batches
 inline constexpr std::int64_t kTileLarge = 192;       // and for large ones
@@ -103,8 +105,9 @@ struct EdgeLists {
 
 struct Kernels {
   const char* name;
-  bool widens;             // products in fp32 on widened operands, not by a bfloat16 dot product
-  float product_rounding;  // relative error of one accumulation step of the products, worst case
+  bool widens;               // products in fp32 on widened operands, not by a bfloat16 dot product
+  float product_rounding;    // relative error of one accumulation step of the products, worst case
+  std::int64_t panels_from;  // rows from which the direct path is faster on a copy in panels
 
   // Whether every value of rows [begin, end) is finite.
   bool (*all_finite)(DType dtype, const FeatureView& features, std::int64_t dims, std::int64_t begin, std::int64_t end);
@@ -113,6 +116,12 @@ struct Kernels {
   // each. `upper`: x and z are the same rows, and only tiles that reach above the diagonal are computed.
   void (*direct_block)(DType dtype, const void* const* x, std::int64_t nx, const void* const* z, std::int64_t nz,
                        std::int64_t dims, bool upper, void* out, std::int64_t pitch);
+
+  // The same for a whole batch, from a copy in panels of interleaved rows. turn_panel writes a panel [columns][kPanel],
+  // columns a multiple of kSegmentColumns, and tells whether its values are finite; panel_block computes distances.
+  bool (*turn_panel)(DType dtype, const FeatureView& features, std::int64_t panel, std::int64_t dims, float* out);
+  void (*panel_block)(const float* x, std::int64_t nx, const float* z, std::int64_t nz, std::int64_t stride, bool upper,
+                      float* out, std::int64_t pitch);
 
   // The `wanted` smallest (bits of d2, index) of a row of distances as ascending keys, without entry `self`. Returns
   // their number. wanted <= kListMost.

@@ -13,6 +13,7 @@ constexpr std::int64_t kFixedScratch = std::int64_t{6} << 20;
 constexpr std::int64_t kListBytesPerRow = 880;
 constexpr std::int64_t kEntryBytes = sizeof(Entry);
 constexpr std::int64_t kDirectScratch = std::int64_t{4} << 20;
+constexpr std::int64_t kDirectCopy = std::int64_t{2} << 20;
 // Features about as large as the first-level cache need no gathering. Short rows arrive in whole cache lines anyway.
 constexpr std::int64_t kCachedFeatures = std::int64_t{1} << 16;
 constexpr std::int64_t kGatherFromDims = 256;
@@ -29,14 +30,16 @@ Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K,
   if (dtype == DType::kFloat64 || K > kScreenMostK || K == 0 || N == 0 || D == 0) return Path::kDirect;
   const Path forced = forced_path.load();
   if (forced != Path::kAuto) return forced;
-  // Cycles per column of the features, measured on a core with AVX-512: of a direct pair, of a screened pair, of
-  // packing a row and of refining its list.
+  // Cycles per column of the features, measured on Zen 4: of a direct pair, of a screened pair, of packing a row and of
+  // refining its list. Products in fp32 gain less over direct sums than they cost in rows, unless the square of
+  // distances is too large to be computed in half.
   const double n = static_cast<double>(N);
   const double m = static_cast<double>(M);
   const double share = symmetric ? 0.5 : 1.0;
-  const double direct = share * n * m * 0.09;
+  const bool halved = symmetric && N * M * static_cast<std::int64_t>(sizeof(float)) <= kDirectScratch;
+  const double direct = (halved ? 0.5 : 1.0) * n * m * 0.113;
   const double screened =
-      share * n * m * (widens ? 0.036 : 0.018) + (symmetric ? n : n + m) * 2.0 + n * static_cast<double>(K + 4) * 0.3;
+      share * n * m * (widens ? 0.095 : 0.036) + (symmetric ? n : n + m) * 2.0 + n * static_cast<double>(K + 4) * 0.3;
   return direct <= screened ? Path::kDirect : Path::kScreen;
 }
 
@@ -59,10 +62,25 @@ ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int6
   return plan;
 }
 
-std::int64_t direct_strip(std::int64_t N, std::int64_t M, std::int64_t value_bytes) {
-  if (N * M * value_bytes <= kDirectScratch) return std::max<std::int64_t>(N, 1);
-  const std::int64_t rows = kDirectScratch / (M * value_bytes);
-  return std::max<std::int64_t>(1, rows >= kDirectBlock ? rows / kDirectBlock * kDirectBlock : rows);
+DirectPlan plan_direct(std::int64_t N, std::int64_t M, std::int64_t D, DType dtype, bool symmetric,
+                       std::int64_t panels_from) {
+  const std::int64_t value_bytes = accumulator_bytes(dtype);
+  DirectPlan plan{std::max<std::int64_t>(N, 1), M, false, round_up(D, kSegmentColumns), N * M * value_bytes};
+  if (plan.bytes > kDirectScratch) {
+    const std::int64_t rows = kDirectScratch / (M * value_bytes);
+    plan.strip = std::max<std::int64_t>(1, rows >= kDirectBlock ? rows / kDirectBlock * kDirectBlock : rows);
+    plan.bytes = plan.strip * M * value_bytes;
+    return plan;
+  }
+  const std::int64_t rows = round_up(N, kPanel);
+  const std::int64_t columns = round_up(M, kPanel);
+  const std::int64_t copy = (symmetric ? rows : rows + columns) * plan.columns * value_bytes;
+  const bool fills_panels = std::min(N, M) >= panels_from && rows * columns * 4 <= N * M * 5;
+  if (dtype == DType::kFloat64 || !fills_panels || copy > kDirectCopy + 2 * (N + M) * D) return plan;
+  plan.panels = true;
+  plan.pitch = columns;
+  plan.bytes = rows * columns * value_bytes + copy;
+  return plan;
 }
 
 bool refines_by_columns(std::int64_t N, std::int64_t M, std::int64_t D) {
@@ -76,8 +94,7 @@ Plan plan_forward(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k
   Plan plan{};
   plan.path = choose_path(N, M, D, K, dtype, symmetric, kernels.widens);
   if (plan.path == Path::kDirect) {
-    const std::int64_t bytes = accumulator_bytes(dtype);
-    plan.workspace_bytes = direct_strip(N, M, bytes) * M * bytes;
+    plan.workspace_bytes = plan_direct(N, M, D, dtype, symmetric, kernels.panels_from).bytes;
     return plan;
   }
   const ScreenPlan screen = plan_screen(N, M, D, K, symmetric, kernels.widens, threads);

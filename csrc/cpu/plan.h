@@ -22,8 +22,17 @@ Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K,
                  bool widens);
 ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, bool widens,
                        int threads);
-// Anchors of a strip: the direct path holds their distances to all candidates at a time.
-std::int64_t direct_strip(std::int64_t N, std::int64_t M, std::int64_t value_bytes);
+// The direct path holds the distances of a strip of anchors to all candidates at a time, `pitch` values a row. With
+// `panels` it copies the features once, in panels of interleaved rows, `columns` values a row.
+struct DirectPlan {
+  std::int64_t strip;
+  std::int64_t pitch;
+  bool panels;
+  std::int64_t columns;
+  std::int64_t bytes;  // of distances and copy
+};
+DirectPlan plan_direct(std::int64_t N, std::int64_t M, std::int64_t D, DType dtype, bool symmetric,
+                       std::int64_t panels_from);
 bool refines_by_columns(std::int64_t N, std::int64_t M, std::int64_t D);
 
 }  // namespace sn::cpu

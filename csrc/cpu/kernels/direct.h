@@ -11,7 +11,7 @@
 // underflow. Included by kernels.cpp alone, inside its namespace.
 #pragma once
 
-inline constexpr int kSegment = 64;
+inline constexpr int kSegment = kSegmentColumns;
 inline constexpr int kSteps = kSegment / kLanes;
 inline constexpr int kPairs = 16;  // pairs reduced together: one vector of sums
 static_assert(kSegment % kLanes == 0, "a segment is whole vectors");

@@ -37,6 +37,8 @@ namespace {
 //
 #include "direct.h"
 //
+#include "blocks.h"
+//
 #include "backward.h"
 
 // ---- dispatch over dtypes -------------------------------------------------------------------------------------------
@@ -59,6 +61,10 @@ void direct_block_any(DType dtype, const void* const* x, std::int64_t nx, const 
                       std::int64_t dims, bool upper, void* out, std::int64_t pitch) {
   if (dtype == DType::kFloat64) return direct_block<double>(x, nx, z, nz, dims, upper, out, pitch);
   with_dtype(dtype, [&]<class T>(T*) { direct_block<T>(x, nx, z, nz, dims, upper, out, pitch); });
+}
+
+bool turn_panel_any(DType dtype, const FeatureView& features, std::int64_t panel, std::int64_t dims, float* out) {
+  return with_dtype(dtype, [&]<class T>(T*) { return turn_panel<T>(features, panel, dims, out); });
 }
 
 #include "pack.h"
@@ -164,8 +170,17 @@ const Kernels kTable = {
     true,
     0x1p-24f,
 #endif
+#if defined(__AVX512F__)
+    32,
+#elif defined(__AVX2__)
+    96,  // eight candidates a vector: scalars of anchors are loaded for every one
+#else
+    std::int64_t{1} << 62,  // not measured
+#endif
     all_finite,
     direct_block_any,
+    turn_panel_any,
+    panel_block,
     smallest,
     sampled_mean_any,
     pack_any,

@@ -82,44 +82,6 @@ void sampled_mean(const FeatureView* sides, int side_count, std::int64_t dims, f
 
 // ---- the copy -------------------------------------------------------------------------------------------------------
 
-// Transposes 16 rows x 16 words.
-SN_FORCE_INLINE void transpose_words(const std::uint32_t (&rows)[kPanel][kLanes], std::uint32_t* out) {
-#if defined(__AVX512F__)
-  __m512i a[16];
-  __m512i b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(rows[i]);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    a[4 * i + 0] = _mm512_unpacklo_epi64(b[4 * i + 0], b[4 * i + 2]);
-    a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i + 0], b[4 * i + 2]);
-    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
-    a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
-  }
-  // a[4i + j], 128-bit group g: word 4g + j of rows 4i .. 4i + 3. Now gathers the four i of each (g, j).
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i lo01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44);  // groups 0, 1 of i = 0, 1
-    const __m512i hi01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xee);  // groups 2, 3
-    const __m512i lo23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
-    const __m512i hi23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xee);
-    _mm512_store_si512(out + (0 + j) * 16, _mm512_shuffle_i32x4(lo01, lo23, 0x88));
-    _mm512_store_si512(out + (4 + j) * 16, _mm512_shuffle_i32x4(lo01, lo23, 0xdd));
-    _mm512_store_si512(out + (8 + j) * 16, _mm512_shuffle_i32x4(hi01, hi23, 0x88));
-    _mm512_store_si512(out + (12 + j) * 16, _mm512_shuffle_i32x4(hi01, hi23, 0xdd));
-  }
-#else
-  for (int word = 0; word < kLanes; ++word) {
-    for (int row = 0; row < kPanel; ++row) out[word * kPanel + row] = rows[row][word];
-  }
-#endif
-}
-
 // Rounds sixteen columns to bfloat16, to nearest even, subnormals to zero, as a bfloat16 dot product flushes them.
 // words: the upper halves, two columns a word. Returns what rounding left out, exact in float.
 SN_FORCE_INLINE F16 round_columns(F16 t, std::uint32_t* words) {
@@ -171,6 +133,8 @@ bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std:
     std::uint32_t* out = side.packed + panel * screen.panel_stride;
     alignas(64) std::uint32_t words[kPanel][kLanes] = {};
     alignas(64) std::uint32_t turned[kLanes * kPanel];
+    const std::uint32_t* row_words[kPanel];
+    for (int r = 0; r < kPanel; ++r) row_words[r] = words[r];
     for (std::int64_t pair = 0; pair < screen.pairs; pair += kLanes) {
       for (int r = 0; r < kPanel; ++r) {
         if (rows[r] == nullptr) continue;
@@ -187,9 +151,9 @@ bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std:
       }
       const std::int64_t count = screen.pairs - pair < kLanes ? screen.pairs - pair : kLanes;
       if (count == kLanes) {
-        transpose_words(words, out + pair * kPanel);
+        transpose_words(row_words, out + pair * kPanel);
       } else {
-        transpose_words(words, turned);
+        transpose_words(row_words, turned);
         std::memcpy(out + pair * kPanel, turned, static_cast<std::size_t>(count * kPanel) * sizeof(std::uint32_t));
       }
     }

@@ -161,11 +161,19 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(tree), "--parallel", parallel], check=True)
 
+        # The node in C++ depends on what torch promises nobody: without it, Python's serves.
+        node = subprocess.run([cmake, "--build", str(tree), "--parallel", parallel, "--target", "_C_autograd"])
+        if node.returncode and os.environ.get("SN_OPS_WERROR") == "1":
+            raise SystemExit(f"{PACKAGE}: csrc/autograd.cpp does not compile with the torch in {torch}")
+        if node.returncode:
+            print(f"{PACKAGE}: csrc/autograd.cpp does not compile with this torch: autograd stays in Python")
+
         # A library of an earlier build (a CUDA one, now switched off) must not slip into this one.
         for stale in self.libraries_in_target():
             stale.unlink()
-        install = ["--prefix", str(self.target()), "--component", "python", "--strip"]
-        subprocess.run([cmake, "--install", str(tree), *install], check=True)
+        for component in ("python", *(() if node.returncode else ("autograd",))):
+            install = ["--prefix", str(self.target()), "--component", component, "--strip"]
+            subprocess.run([cmake, "--install", str(tree), *install], check=True)
 
     @staticmethod
     def discard_foreign(tree: Path, generator: str) -> None:
@@ -180,7 +188,8 @@ class CMakeBuild(build_ext):
 
     def libraries_in_target(self) -> list[Path]:
         # Not `_C*`: an editable install must leave alone what another Python's put beside it.
-        names = (f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", "_C_cuda.so")
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        names = (f"_C{suffix}", f"_C_autograd{suffix}", "_C_cuda.so")
         return [path for path in (self.target() / name for name in names) if path.is_file()]
 
     def get_outputs(self) -> list[str]:

@@ -76,22 +76,22 @@ def pretend(architecture: int = 90) -> None:
     """From here on the operators of the Triton backend serve CPU tensors, by launches that do nothing."""
     assert not tuning.INTERPRETED, "TRITON_INTERPRET is set: nothing would be compiled"
     driver.set_active(IdleDriver(architecture))
-    for name, function in (("forward", operators.forward), ("backward", operators.backward)):
-        backend._LIBRARY.impl(name, function, "CPU")
+    for name in ("forward", "backward", "loss", "loss_backward"):
+        backend._LIBRARY.impl(name, getattr(operators, name), "CPU")
 
 
 def operators_of(n: int, d: int, k: int, dtype: torch.dtype = torch.float32) -> tuple[Callable[[], Any], ...]:
-    """A forward and a backward of a batch of n rows, four of each identity, through the dispatcher."""
+    """The training operators, of a batch of n rows, four of each identity, through the dispatcher."""
     feats, labels, upstream = torch.zeros(n, d, dtype=dtype), torch.arange(n) // 4, torch.ones(())
     sn_triton = torch.ops.sn_triton
 
     def forward() -> Any:
-        return sn_triton.forward.default(feats, labels, None, None, None, 0, k, 50.0, 0.1, 0, 0, False)
+        return sn_triton.loss.default(feats, labels, None, None, None, 0, k, 50.0, 0.1, 0, 0)
 
-    _, indices, coefficients, *_, stats = forward()
+    _, graph, stats = forward()
 
     def backward() -> Any:
-        return sn_triton.backward.default(upstream, feats, None, indices, coefficients, stats, 0, True, False)
+        return sn_triton.loss_backward.default(upstream, feats, None, graph, stats, k, 0, True, False)
 
     return forward, backward
 

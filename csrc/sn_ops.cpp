@@ -29,6 +29,13 @@ constexpr const char* kBackwardSchema =
     "backward(Tensor grad_loss, Tensor feats, Tensor? candidates, Tensor indices, Tensor coefficients, "
     "Tensor stats, int reduction, bool need_feats, bool need_candidates) -> "
     "(Tensor grad_feats, Tensor grad_candidates)";
+constexpr const char* kLossSchema =
+    "loss(Tensor feats, Tensor labels, Tensor? candidates, Tensor? candidate_labels, Tensor? self_index, "
+    "SymInt self_offset, SymInt k, float alpha, float weight, int squeeze, int reduction) -> "
+    "(Tensor loss, Tensor graph, Tensor stats)";
+constexpr const char* kLossBackwardSchema =
+    "loss_backward(Tensor grad_loss, Tensor feats, Tensor? candidates, Tensor graph, Tensor stats, SymInt k, "
+    "int reduction, bool need_feats, bool need_candidates) -> Tensor[]";
 // For tests: forces the path of the CUDA forward, a sn::cuda::ForwardPath. `_C_cuda` implements it.
 constexpr const char* kCudaForcePathSchema = "cuda_force_path(int path) -> ()";
 // The path of the last CUDA forward of this process, 0 before the first.
@@ -90,6 +97,8 @@ class CpuCall {
 STABLE_TORCH_LIBRARY(sn_ops, library) {
   library.def(kForwardSchema);
   library.def(kBackwardSchema);
+  library.def(kLossSchema);
+  library.def(kLossBackwardSchema);
   library.def(kCudaForcePathSchema);
   library.def(kCudaLastPathSchema);
 }
@@ -97,4 +106,6 @@ STABLE_TORCH_LIBRARY(sn_ops, library) {
 STABLE_TORCH_LIBRARY_IMPL(sn_ops, CPU, library) {
   library.impl("forward", TORCH_BOX(&sn::operators::forward<CpuCall>));
   library.impl("backward", TORCH_BOX(&sn::operators::backward<CpuCall>));
+  library.impl("loss", TORCH_BOX(&sn::operators::loss<CpuCall>));
+  library.impl("loss_backward", TORCH_BOX(&sn::operators::loss_backward<CpuCall>));
 }

@@ -42,6 +42,22 @@ enum StatsEntry : std::int32_t {
 // Edge slots of an anchor behind its K support slots.
 inline constexpr std::int64_t kExtraEdges = 2;  // near_i at K, far_i at K + 1
 
+// Where the training operator keeps a support graph, in one buffer without gaps: coefficients, acc [N, edges], at its
+// start, then indices int32 [N, edges], then the nearest and the farthest positives, int32 [N] each. In bytes.
+struct GraphLayout {
+  std::int64_t indices;
+  std::int64_t nearest_positive;
+  std::int64_t farthest_positive;
+  std::int64_t bytes;
+};
+constexpr GraphLayout graph_layout(std::int64_t N, std::int64_t edges, DType dtype) {
+  constexpr std::int64_t kWord = sizeof(std::int32_t);
+  const std::int64_t indices = N * edges * accumulator_bytes(dtype);
+  const std::int64_t nearest = indices + N * edges * kWord;
+  const std::int64_t farthest = nearest + N * kWord;
+  return {indices, nearest, farthest, farthest + N * kWord};
+}
+
 struct LossOptions {
   std::int64_t k;
   double alpha;

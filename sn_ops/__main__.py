@@ -24,6 +24,8 @@ def _facts() -> dict[str, str]:
             facts["CUDA kernels"] += f" for {build['cuda_architectures']}"
         usable = ", ".join(dispatch.CORE.cpu_capabilities())
         facts["CPU kernels"] = f"{dispatch.CORE.cpu_capability()} in use; usable here: {usable}"
+        reason = dispatch.AUTOGRAD_REASON
+        facts["autograd"] = f"in Python: {reason}" if reason else "in C++"
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         facts[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"

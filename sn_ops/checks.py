@@ -150,8 +150,8 @@ def check_batch(
     candidates: Tensor | None,
     candidate_labels: Tensor | None,
     self_index: int | Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-    """labels, candidate_labels, self_index and self_offset as the operators take them."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int]:
+    """feats, labels, candidates, candidate_labels, self_index and self_offset as the operators take them."""
     _check_features("feats", feats)
     labels = _check_index("labels", labels, feats, "feats")
     if candidates is None:
@@ -159,7 +159,7 @@ def check_batch(
             reject("candidates", "a tensor, since candidate_labels is given", candidates)
         if self_index is not None:
             reject("self_index", "None without candidates (an anchor is itself among the anchors)", self_index)
-        return labels, None, None, 0
+        return feats, labels, None, None, None, 0
 
     _check_features("candidates", candidates)
     if candidate_labels is None:
@@ -172,6 +172,6 @@ def check_batch(
         reject("candidates", f"{feats.shape[1]} columns like feats", candidates)
     candidate_labels = _check_index("candidate_labels", candidate_labels, candidates, "candidates")
     if self_index is None:
-        return labels, candidate_labels, None, -1
+        return feats, labels, candidates, candidate_labels, None, -1
     index, offset = _check_self_index(self_index, feats, candidates)
-    return labels, candidate_labels, index, offset
+    return feats, labels, candidates, candidate_labels, index, offset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from functools import cache
 from pathlib import Path
@@ -76,7 +77,31 @@ def _load_cuda(core: ModuleType | None) -> str:
     return ""
 
 
+def _load_autograd(core: ModuleType | None) -> tuple[ModuleType | None, str]:
+    """Loads the autograd node in C++, `_C_autograd`. Without it: None, and why Python's serves.
+
+    It speaks to torch's own C++ interface, which changes from release to release: it serves the torch it was built for.
+    """
+    if core is None:
+        return None, "sn_ops._C did not load"
+    if os.environ.get("SN_OPS_AUTOGRAD", "").strip().lower() == "python":
+        return None, "SN_OPS_AUTOGRAD asks for it"
+    built = core.build_info()["torch"]
+    if built != torch.__version__:
+        return None, f"sn_ops was built with torch {built}, this is {torch.__version__}: run `pip install .` again"
+    try:
+        return importlib.import_module(f"{__package__}._C_autograd"), ""
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}._C_autograd":
+            raise
+        return None, "the node in C++ was not built"
+    except ImportError as error:
+        return None, f"the node in C++ does not load: {error}"
+
+
 CORE = _load_core()
+AUTOGRAD, AUTOGRAD_REASON = _load_autograd(CORE)
+"""The library of the autograd node in C++, or None and why Python's `autograd.Function` serves instead."""
 if _reason := _load_cuda(CORE):
     LOAD_ERROR["cuda"] = _reason
 if _reason := triton.missing():
@@ -90,15 +115,6 @@ def version() -> str:
 
 def unfit(backend: str, device: torch.device) -> str:
     """Why a backend that loaded cannot serve this device, which is of a type that it serves; empty if it can."""
-    return _unfit(backend, device)
-
-
-# This is what torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton with it.
-unfit._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@cache  # every call of the loss asks
-def _unfit(backend: str, device: torch.device) -> str:
     if backend == "triton":
         return triton.unfit(device)
     if backend == "cuda" and CORE is not None:
@@ -107,6 +123,10 @@ def _unfit(backend: str, device: torch.device) -> str:
         if not runs_on(built, capability):
             return f"it was built for {built}, {device} is {capability[0]}{capability[1]}"
     return ""
+
+
+# This is what torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton with it.
+unfit._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
@@ -142,24 +162,38 @@ class BackendInfo(NamedTuple):
     """Why it is not usable, one sentence; empty if it is."""
     devices: tuple[str, ...]
     """The device types that it serves, such as "cuda"; empty for any."""
+    autograd: str
+    """What differentiates it in eager mode: "C++", or "Python", some 25 microseconds a step slower, where the package
+    was not built for the torch that runs (`python -m sn_ops` says why); "PyTorch" for the reference; empty if it is
+    not usable."""
 
 
 def backends() -> dict[str, BackendInfo]:
     """Which backends this installation has, in the order in which "auto" asks them.
 
     Returns:
-        Backend name -> `BackendInfo`: whether it is usable, why not, and the device types that it serves. A usable
-            backend may still refuse one device, such as a GPU that its kernels were not built for; the call says so.
+        Backend name -> `BackendInfo`: whether it is usable, why not, the device types that it serves, and in which
+            language it is differentiated. A usable backend may still refuse one device, such as a GPU that its kernels
+            were not built for; the call says so.
     """
     return {
-        name: BackendInfo(name not in LOAD_ERROR, LOAD_ERROR.get(name, ""), _devices_of(name))
+        name: BackendInfo(name not in LOAD_ERROR, LOAD_ERROR.get(name, ""), _devices_of(name), _autograd_of(name))
         for name in BACKEND_DEVICES
     }
+
+
+def _autograd_of(backend: str) -> str:
+    if backend in LOAD_ERROR:
+        return ""
+    if backend == "reference":
+        return "PyTorch"
+    return "Python" if AUTOGRAD is None else "C++"
 
 
 def add_backend(name: str, devices: tuple[str, ...]) -> None:
     """Adds a backend whose operators `ops.register` got; "auto" asks it last, for tensors on `devices`."""
     BACKEND_DEVICES[name] = devices
+    _known_choice.cache_clear()
 
 
 def _devices_of(backend: str) -> tuple[str, ...]:
@@ -177,25 +211,34 @@ def choose_backend(backend: str, feats: Tensor) -> str:
         ValueError: the backend that was named cannot serve them; the message says why.
         RuntimeError: a transform of torch.func around a fused backend.
     """
-    device = feats.device.type
+    if torch.compiler.is_compiling():
+        return _choice(backend, feats.device)
+    chosen = _known_choice(backend, feats.device)
+    # Inside the transforms of torch.func a bare operator would silently drop tangents.
+    if chosen != "reference" and torch._C._are_functorch_transforms_active():
+        use_reference("the transforms of torch.func (vmap, grad, jvp, ...) are")
+    return chosen
+
+
+def _choice(backend: str, device: torch.device) -> str:
     if backend == "auto":
         for name, devices in BACKEND_DEVICES.items():
-            if device in devices and name not in LOAD_ERROR and not unfit(name, feats.device):
-                backend = name
-                break
-        else:
-            return "reference"
-    elif backend == "reference":
+            if device.type in devices and name not in LOAD_ERROR and not unfit(name, device):
+                return name
+        return "reference"
+    if backend == "reference":
         return backend
-    elif backend in LOAD_ERROR:
+    if backend in LOAD_ERROR:
         raise ValueError(f"sn_ops: backend: {backend!r} is not usable: {LOAD_ERROR[backend]}")
-    elif device not in _devices_of(backend):
+    if device.type not in _devices_of(backend):
         served = " or ".join(_devices_of(backend))
-        reject("backend", f"one that serves {device} tensors, as feats is ({backend!r} serves {served})", backend)
-    elif reason := unfit(backend, feats.device):
-        raise ValueError(f"sn_ops: backend: {backend!r} cannot serve {feats.device}: {reason}")
-    refuse_transforms()
+        reject("backend", f"one that serves {device.type} tensors, as feats is ({backend!r} serves {served})", backend)
+    if reason := unfit(backend, device):
+        raise ValueError(f"sn_ops: backend: {backend!r} cannot serve {device}: {reason}")
     return backend
+
+
+_known_choice = cache(_choice)  # every call of the loss asks
 
 
 # ---- what the fused backends do not serve -------------------------------------------------------
@@ -207,9 +250,3 @@ def use_reference(what: str) -> NoReturn:
         f"sn_ops: {what} not available from the fused backends, which differentiate the loss once, backwards. Use "
         'backend="reference", which has no such limit.'
     )
-
-
-def refuse_transforms() -> None:
-    """Raises inside the transforms of torch.func, where a bare operator would silently drop tangents."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        use_reference("the transforms of torch.func (vmap, grad, jvp, ...) are")

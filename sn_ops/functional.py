@@ -11,6 +11,7 @@ from torch import Tensor
 from . import ops, reference
 from .checks import check_batch, check_options, reject
 from .dispatch import BACKEND_DEVICES, choose_backend
+from .reference import LossArguments
 
 # The default loss options, the authors' recipe for Market-1501.
 K = 10
@@ -162,12 +163,6 @@ def sn_loss(
     arXiv 1808.06030. `sn_ops/reference.py` is the definition in plain PyTorch.
     """
 
-    def checked() -> tuple[str, reference.ForwardArguments]:
-        options = check_options(k, alpha, weight, squeeze, reduction, backend, BACKEND_DEVICES)
-        own_labels, bank_labels, index, offset = check_batch(feats, labels, candidates, candidate_labels, self_index)
-        chosen = choose_backend(backend, feats)
-        return chosen, reference.ForwardArguments(feats, own_labels, candidates, bank_labels, index, offset, *options)
-
     if group is not None:
         # They import torch.distributed, which most processes do not need.
         from .distributed.exchange import Call
@@ -175,17 +170,24 @@ def sn_loss(
 
         # Checked inside: what is wrong with this rank's arguments must reach the other ranks, which wait for it.
         def prepare() -> Call:
-            chosen, args = checked()
-            return Call(bool(return_stats), chosen, *args[:-1])
+            options = check_options(k, alpha, weight, squeeze, reduction, backend, BACKEND_DEVICES)
+            batch = check_batch(feats, labels, candidates, candidate_labels, self_index)
+            return Call(bool(return_stats), choose_backend(backend, feats), *batch, *options)
 
         loss, stats = group_loss(group, sizes, prepare)
     else:
         if sizes is not None:
             reject("sizes", "None without a group", sizes)
-        chosen, args = checked()
-        loss, stats = reference.loss(args) if chosen == "reference" else ops.loss(chosen, args)
+        options = check_options(k, alpha, weight, squeeze, reduction, backend, BACKEND_DEVICES)
+        batch = check_batch(feats, labels, candidates, candidate_labels, self_index)
+        chosen = choose_backend(backend, feats)
+        if chosen == "reference":
+            loss, stats = reference.loss(LossArguments(*batch, *options))
+        else:
+            loss, stats = ops.loss(chosen, (*batch, *options), bool(return_stats))
     if not return_stats:
         return loss
+    assert stats is not None
     return loss, SNStats(stats[0].long(), *stats[1:5].to(loss.dtype).unbind())
 
 
@@ -230,12 +232,10 @@ def support_neighbors(
     Source: as `sn_loss`; the order of candidates is (squared distance, index).
     """
     k, alpha, weight, squeeze, reduction = check_options(k, ALPHA, WEIGHT, "none", "sum", backend, BACKEND_DEVICES)
-    labels, candidate_labels, index, offset = check_batch(feats, labels, candidates, candidate_labels, self_index)
+    batch = check_batch(feats, labels, candidates, candidate_labels, self_index)
+    _, labels, _, candidate_labels, _, _ = batch
     with torch.no_grad():
-        graph = ops.forward(
-            choose_backend(backend, feats), feats, labels, candidates, candidate_labels, index, offset,
-            k, alpha, weight, squeeze, reduction, True,
-        )  # fmt: skip
+        graph = ops.forward(choose_backend(backend, feats), *batch, k, alpha, weight, squeeze, reduction, True)
         distances = reference.distances_of(graph.squared[:, :-2])
         support = graph.indices[:, :-2].long()
         neighbour_labels = reference.take(labels if candidate_labels is None else candidate_labels, support)

@@ -1,8 +1,9 @@
-"""The two operators for PyTorch: by backend, their shapes for tracing, autograd, registration.
+"""The operators for PyTorch: by backend, their shapes for tracing, autograd, registration.
 
 `forward` turns features into a loss and a support graph; `backward` turns a support graph into gradients. Every backend
-has both, with one signature, so any forward works with any backward. `csrc/sn_ops.cpp` has the schemas;
-`reference.ForwardArguments`, `reference.Graph` and `reference.BackwardArguments` say what each argument and result is.
+has both, with one signature, so any forward works with any backward. Training calls `loss` and `loss_backward`, which
+do the same with fewer tensors: the graph travels between them in one buffer, and only gradients that are needed come
+back. `csrc/sn_ops.cpp` has the schemas; the `...Arguments` of `reference` say what each argument and result is.
 """
 
 from __future__ import annotations
@@ -16,27 +17,44 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference, triton
-from .dispatch import CORE, LOAD_ERROR, use_reference
-from .reference import BackwardArguments, ForwardArguments, Graph, Reduction
+from .dispatch import AUTOGRAD, CORE, LOAD_ERROR, use_reference
+from .reference import (
+    BackwardArguments,
+    ForwardArguments,
+    Graph,
+    GraphLayout,
+    LossArguments,
+    LossBackwardArguments,
+    LossOutputs,
+    Reduction,
+)
 
 # ---- operators by backend -----------------------------------------------------------------------
 
 
 class Operators(NamedTuple):
-    """The two operators of a backend: they take `ForwardArguments` and `BackwardArguments` one by one.
+    """The operators of a backend; each takes the entries of its `...Arguments` one by one.
 
-    `forward` returns the entries of `Graph`, from the dispatcher as a plain tuple.
+    Results come from the dispatcher as plain tuples: the entries of `Graph`, two gradients, the entries of
+    `LossOutputs`, a list of gradients. "reference" has the first two alone: autograd differentiates its loss.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor, Tensor]]
+    loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    loss_backward: Callable[..., list[Tensor]]
+    node: Callable[..., Any] | None = None
+    """Eager autograd in C++: takes the entries of `LossArguments` and whether statistics are wanted, returns the loss
+    or (loss, statistics), or None for a call that is left to Python. None where Python's autograd serves all calls."""
 
 
 def _missing(*_: object) -> NoReturn:
     raise RuntimeError(f"sn_ops: the operators are not available: {LOAD_ERROR['cpu']}")
 
 
-OPERATORS: dict[str, Operators] = {"reference": Operators(reference.forward, reference.backward)}
+OPERATORS: dict[str, Operators] = {
+    "reference": Operators(reference.forward, reference.backward, _missing, _missing),
+}
 """Backend name -> its operators; `register` adds to it."""
 
 
@@ -82,13 +100,33 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     )
 
 
+def _fake_loss(*arguments: Any) -> LossOutputs:
+    args = LossArguments(*arguments)
+    feats = args.feats
+    n = feats.shape[0]
+    m = n if args.candidates is None else args.candidates.shape[0]
+    acc = reference.accumulation_dtype(feats.dtype)
+    return LossOutputs(
+        value=feats.new_empty((n,) if args.reduction == Reduction.NONE else (), dtype=acc),
+        graph=feats.new_empty((GraphLayout.of(n, m, args.k, acc).words,), dtype=torch.int32),
+        stats=feats.new_empty((6,), dtype=torch.float64),
+    )
+
+
+def _fake_loss_backward(*arguments: Any) -> list[Tensor]:
+    args = LossBackwardArguments(*arguments)
+    rows = (args.feats if args.need_feats else None, args.candidates if args.need_candidates else None)
+    return [args.feats.new_empty(part.shape) for part in rows if part is not None]
+
+
 # ---- autograd -----------------------------------------------------------------------------------
-# Autograd is written twice, for speed. What is registered on the operators serves tracing (torch.compile, torch.export)
-# and direct calls of torch.ops.sn_ops. `_EagerLoss` serves eager calls of `loss`: on a small batch the registered one
-# would cost more than the kernels. Both call the same backward operator.
+# Autograd is written three times, for speed. What is registered on the operators serves tracing (torch.compile,
+# torch.export) and direct calls of torch.ops.sn_ops. Eager calls of `loss` are served by a node in C++, where the
+# package was built for the torch that runs (csrc/autograd.cpp), else by `_EagerLoss`: on a small batch the registered
+# one would cost more than the kernels. All call the same backward operators.
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _keep_graph(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     args, graph = ForwardArguments(*inputs), Graph(*output)
     ctx.save_for_backward(args.feats, args.candidates, graph.indices, graph.coefficients, graph.stats)
     ctx.reduction = args.reduction
@@ -96,7 +134,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(
+def _differentiate_forward(
     operator: Callable[..., tuple[Tensor, Tensor]], ctx: Any, grad_loss: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     """Gradients for the arguments of the forward operator, by the backward operator."""
@@ -109,89 +147,144 @@ def _differentiate(
     return grad_feats, None, grad_candidates, *[None] * (len(ForwardArguments._fields) - 3)
 
 
+def _keep_buffer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    args, outputs = LossArguments(*inputs), LossOutputs(*output)
+    ctx.save_for_backward(args.feats, args.candidates, outputs.graph, outputs.stats)
+    ctx.k, ctx.reduction = args.k, args.reduction
+    ctx.mark_non_differentiable(outputs.graph, outputs.stats)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_loss(
+    operator: Callable[..., list[Tensor]], ctx: Any, grad_loss: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    """Gradients for the arguments of the loss operator, by its backward operator."""
+    pair: tuple[Tensor | None, Tensor | None] = (None, None)
+    if grad_loss is not None:
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        pair = _placed(operator(grad_loss, *ctx.saved_tensors, ctx.k, ctx.reduction, *needs), *needs)
+    return pair[0], None, pair[1], *[None] * (len(LossArguments._fields) - 3)
+
+
+def _placed(grads: list[Tensor], need_feats: bool, need_candidates: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that came back, as those of feats and of candidates."""
+    return grads[0] if need_feats else None, grads[-1] if need_candidates else None
+
+
 def _refuse_second_derivative(*_: object) -> NoReturn:
     use_reference("second derivatives are")
 
 
 class _EagerLoss(torch.autograd.Function):
-    """The loss for eager autograd.
+    """The loss for eager autograd, in Python: the loss alone, or the loss and the statistics.
 
-    The differentiable tensors are arguments of their own, the operator's arguments are one tuple: each argument of a
-    Function costs time.
+    The differentiable tensors are arguments of their own, all else is one argument, and what nobody asked for is not
+    returned: each costs time.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, feats: Tensor, candidates: Tensor | None, operators: Operators, args: ForwardArguments
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, feats: Tensor, candidates: Tensor | None, call: _Call) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            value, indices, coefficients, _, _, _, stats = operators.forward(*args)
-        ctx.save_for_backward(feats, candidates, indices, coefficients, stats)
-        ctx.operator = operators.backward
-        ctx.reduction = args.reduction
-        ctx.mark_non_differentiable(stats)
+            value, graph, stats = call.operators.loss(*call.args)
+        ctx.save_for_backward(feats, candidates, graph, stats)
+        # Not the whole call: its features and labels would live until the loss does not.
+        ctx.kept = call.operators.loss_backward, call.args[_K], call.args[_REDUCTION]
         ctx.set_materialize_grads(False)
+        if not call.want_stats:
+            return value
+        ctx.mark_non_differentiable(stats)
         return value, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
         if grad_loss is None:
-            return None, None, None, None
-        need_feats, need_candidates = ctx.needs_input_grad[:2]
-        args = (grad_loss, *ctx.saved_tensors, ctx.reduction, need_feats, need_candidates)
+            return None, None, None
+        operator, k, reduction = ctx.kept
+        need_feats, need_candidates, _ = ctx.needs_input_grad
+        args = (grad_loss, *ctx.saved_tensors, k, reduction, need_feats, need_candidates)
         if torch.is_grad_enabled():
-            # create_graph=True: the dispatcher's autograd refuses the next derivative.
-            grad_feats, grad_candidates = ctx.operator(*args)
+            grads = operator(*args)  # create_graph=True: the dispatcher's autograd refuses the next one
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grad_feats, grad_candidates = ctx.operator(*args)
-        return grad_feats if need_feats else None, grad_candidates if need_candidates else None, None, None
+                grads = operator(*args)
+        return *_placed(grads, need_feats, need_candidates), None
 
     @staticmethod
     def jvp(ctx: Any, *_: object) -> NoReturn:
         use_reference("forward-mode derivatives are")
 
 
-def loss(backend: str, args: ForwardArguments) -> tuple[Tensor, Tensor]:
-    """`reference.loss` by the operators of a fused backend: the differentiable loss, the statistics `[6]` detached."""
+class _Call(NamedTuple):
+    operators: Operators
+    args: tuple[Any, ...]  # the entries of `LossArguments`
+    want_stats: bool
+
+
+_K, _REDUCTION = (LossArguments._fields.index(name) for name in ("k", "reduction"))
+
+
+def loss(backend: str, args: tuple[Any, ...], want_stats: bool) -> tuple[Tensor, Tensor | None]:
+    """`reference.loss` by the operators of a fused backend: the differentiable loss and the statistics, detached.
+
+    Args:
+        backend: a fused backend's name.
+        args: the entries of `LossArguments`.
+        want_stats: whether the statistics are wanted; None may stand for them if not.
+    """
     operators = OPERATORS[backend]
     if torch.compiler.is_compiling():
-        outputs = operators.forward(*args)
-        return outputs[0], outputs[6]
-    feats, candidates = args.feats, args.candidates
-    wants_grad = feats.requires_grad or (candidates is not None and candidates.requires_grad)
+        value, _, stats = operators.loss(*args)
+        return value, stats
     # Forward-mode tangents do not show in requires_grad. The Function refuses them; a bare operator would drop them.
-    if (wants_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-        pair: tuple[Tensor, Tensor] = _EagerLoss.apply(feats, candidates, operators, args)
-        return pair
+    tangents = forward_ad._current_level >= 0
+    if operators.node is not None and not tangents:
+        found = operators.node(*args, want_stats)
+        if found is not None:
+            return found if want_stats else (found, None)
+    feats, _, candidates, *_ = args
+    wants_grad = feats.requires_grad or (candidates is not None and candidates.requires_grad)
+    if (wants_grad and torch.is_grad_enabled()) or tangents:
+        found = _EagerLoss.apply(feats, candidates, _Call(operators, args, want_stats))
+        return found if want_stats else (found, None)
     with torch._C._AutoDispatchBelowAutograd():
-        outputs = operators.forward(*args)
-    return outputs[0], outputs[6]
+        value, _, stats = operators.loss(*args)
+    return value, stats
 
 
 # ---- registration -------------------------------------------------------------------------------
 
 
 def register(backends: Iterable[str], namespace: str) -> None:
-    """Registers `namespace::forward` and `namespace::backward` as the operators of the backends.
+    """Registers `namespace::forward`, `backward`, `loss` and `loss_backward` as the operators of the backends.
 
-    Both get their shapes for tracing, their autograd, and their place in OPERATORS.
+    They get their shapes for tracing, their autograd, and their place in OPERATORS.
     """
     library = getattr(torch.ops, namespace)
-    operators = Operators(library.forward.default, library.backward.default)
-    torch.library.register_fake(f"{namespace}::forward", _fake_forward)
-    torch.library.register_fake(f"{namespace}::backward", _fake_backward)
-    torch.library.register_autograd(
-        f"{namespace}::forward", partial(_differentiate, operators.backward), setup_context=_keep_for_backward
-    )
-    torch.library.register_autograd(f"{namespace}::backward", _refuse_second_derivative)
+    operators = Operators(
+        library.forward.default, library.backward.default, library.loss.default, library.loss_backward.default,
+        None if AUTOGRAD is None else AUTOGRAD.bind(namespace),
+    )  # fmt: skip
+    for name, fake in (
+        ("forward", _fake_forward),
+        ("backward", _fake_backward),
+        ("loss", _fake_loss),
+        ("loss_backward", _fake_loss_backward),
+    ):
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+    for name, backward_of, keep in (
+        ("forward", partial(_differentiate_forward, operators.backward), _keep_graph),
+        ("loss", partial(_differentiate_loss, operators.loss_backward), _keep_buffer),
+    ):
+        torch.library.register_autograd(f"{namespace}::{name}", backward_of, setup_context=keep)
+    for name in ("backward", "loss_backward"):
+        torch.library.register_autograd(f"{namespace}::{name}", _refuse_second_derivative)
     for backend in backends:
         OPERATORS[backend] = operators
 
 
-# "cpu" and "cuda" are one pair of operators: the dispatcher chooses by the tensors' device.
+# "cpu" and "cuda" are one set of operators: the dispatcher chooses by the tensors' device.
 if CORE is None:
-    OPERATORS["cpu"] = OPERATORS["cuda"] = Operators(_missing, _missing)
+    OPERATORS["cpu"] = OPERATORS["cuda"] = Operators(_missing, _missing, _missing, _missing)
 else:
     register(("cpu", "cuda"), "sn_ops")
 if "triton" not in LOAD_ERROR:

@@ -351,7 +351,79 @@ class BackwardArguments(NamedTuple):
     need_candidates: bool
 
 
-def _own_index(args: ForwardArguments) -> Tensor:
+class LossArguments(NamedTuple):
+    """The arguments of the operator `loss` of every fused backend, in its order: those of `forward`, all wanted."""
+
+    feats: Tensor
+    labels: Tensor
+    candidates: Tensor | None
+    candidate_labels: Tensor | None
+    self_index: Tensor | None
+    self_offset: int
+    k: int
+    alpha: float
+    weight: float
+    squeeze: int
+    reduction: int
+
+
+class LossOutputs(NamedTuple):
+    """What the operator `loss` returns: what training needs, and nothing else."""
+
+    value: Tensor  # as in `Graph`
+    graph: Tensor  # [W] int32: the parts of a `Graph` in one buffer, see `GraphLayout`
+    stats: Tensor  # as in `Graph`
+
+
+class LossBackwardArguments(NamedTuple):
+    """The arguments of the operator `loss_backward`, in its order; it returns the gradients that are needed."""
+
+    grad_loss: Tensor
+    feats: Tensor
+    candidates: Tensor | None
+    graph: Tensor  # [W] int32
+    stats: Tensor
+    k: int
+    reduction: int
+    need_feats: bool
+    need_candidates: bool
+
+
+class GraphLayout(NamedTuple):
+    """Where the operator `loss` keeps a support graph, in int32 words: `graph_layout` of sn_types.h says the same.
+
+    The coefficients are at the start, then come the indices, the nearest and the farthest positives, without gaps.
+    """
+
+    edges: int  # K + 2
+    indices: int
+    nearest: int
+    farthest: int
+    words: int
+
+    @classmethod
+    def of(cls, n: int, m: int, k: int, acc: torch.dtype) -> GraphLayout:
+        """The layout for N anchors and M candidates; k as it was asked for. Sizes may be symbols."""
+        symbolic = isinstance(k, torch.SymInt) or isinstance(m, torch.SymInt)
+        edges = (torch.sym_min(k, m) if symbolic else min(k, m)) + 2
+        indices = n * edges * (acc.itemsize // 4)
+        nearest = indices + n * edges
+        return cls(edges, indices, nearest, nearest + n, nearest + 2 * n)
+
+    def unpack(self, graph: Tensor, n: int, acc: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`Graph.indices`, `coefficients`, `nearest` and `farthest` as views of the buffer."""
+        count = n * self.edges
+        coefficients = graph[: count * (acc.itemsize // 4)].view(acc)
+        indices = graph[self.indices : self.indices + count]
+        return (
+            indices.view(n, self.edges),
+            coefficients.view(n, self.edges),
+            graph[self.nearest : self.nearest + n],
+            graph[self.farthest : self.farthest + n],
+        )
+
+
+def _own_index(args: ForwardArguments | LossArguments) -> Tensor:
     """`[N]` int64: which candidate each anchor is itself, -1 for none."""
     if args.self_index is not None:
         return args.self_index
@@ -362,7 +434,7 @@ def _own_index(args: ForwardArguments) -> Tensor:
     return torch.arange(n, device=device) + offset
 
 
-def _find_edges(args: ForwardArguments) -> tuple[Tensor, Tensor, Selection, Edges]:
+def _find_edges(args: ForwardArguments | LossArguments) -> tuple[Tensor, Tensor, Selection, Edges]:
     """Anchors `[N, D]` and candidates `[M, D]` in acc, and what was selected."""
     anchors = args.feats.to(accumulation_dtype(args.feats.dtype))
     if args.candidates is None or args.candidate_labels is None:
@@ -373,7 +445,7 @@ def _find_edges(args: ForwardArguments) -> tuple[Tensor, Tensor, Selection, Edge
     return anchors, pool, selection, list_edges(selection, args.labels, pool_labels, args.squeeze)
 
 
-def loss(args: ForwardArguments) -> tuple[Tensor, Tensor]:
+def loss(args: LossArguments) -> tuple[Tensor, Tensor]:
     """The loss (acc, 0-d or `[N]`), differentiable any number of times, and the statistics `[6]`, detached."""
     anchors, pool, _, edges = _find_edges(args)
     squared = edge_squared_distances(anchors, pool, edges).to(_scalar_dtype(anchors.device))

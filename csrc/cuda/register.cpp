@@ -134,6 +134,8 @@ class CudaCall {
 STABLE_TORCH_LIBRARY_IMPL(sn_ops, CUDA, library) {
   library.impl("forward", TORCH_BOX(&sn::operators::forward<CudaCall>));
   library.impl("backward", TORCH_BOX(&sn::operators::backward<CudaCall>));
+  library.impl("loss", TORCH_BOX(&sn::operators::loss<CudaCall>));
+  library.impl("loss_backward", TORCH_BOX(&sn::operators::loss_backward<CudaCall>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sn_ops, CompositeExplicitAutograd, library) {

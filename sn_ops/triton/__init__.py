@@ -3,8 +3,8 @@
 `search.py` finds the neighbours by direct sums, in the order of `order.py`; `screening.py` finds the same neighbours
 faster for large batches, beside `positives.py`; `loss.py` and `gradients.py` turn them into losses and gradients.
 `operators.py`, `direct.py` and `screened.py` launch the kernels through `launch.py`; `tuning.py` has the launch shapes.
-This module registers the operators `sn_triton::forward` and `sn_triton::backward` and needs neither a GPU nor Triton to
-be imported: the first call imports Triton.
+This module registers the operators of `sn_triton` and needs neither a GPU nor Triton to be imported: the first call
+imports Triton.
 
 CPU tensors are served only under Triton's interpreter, for tests: set TRITON_INTERPRET=1 before sn_ops is imported.
 `backend="auto"` never does.
@@ -73,8 +73,13 @@ def unfit(device: torch.device) -> str:
 
 
 def define() -> None:
-    """Registers the two operators, for CUDA tensors, and under the interpreter for CPU tensors too."""
-    for schema, function in ((operators.FORWARD, operators.forward), (operators.BACKWARD, operators.backward)):
+    """Registers the operators, for CUDA tensors, and under the interpreter for CPU tensors too."""
+    for schema, function in (
+        (operators.FORWARD, operators.forward),
+        (operators.BACKWARD, operators.backward),
+        (operators.LOSS, operators.loss),
+        (operators.LOSS_BACKWARD, operators.loss_backward),
+    ):
         name = schema.partition("(")[0]
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         for device in DEVICES:

@@ -75,7 +75,12 @@ def merged_slots(gKeys, gCandidateLabels, anchor, used, label, segments, K,
     return slot, index, squared, filled, positive
 
 
-@triton.jit(do_not_specialize=["segments", "N", "K"], do_not_specialize_on_alignment=["gLabels", "gCandidateLabels"])
+@triton.jit(
+    do_not_specialize=["segments", "N", "K"],
+    do_not_specialize_on_alignment=[
+        "gIndices", "gLabels", "gCandidateLabels", "gCoefficients", "gSquared", "gNearest", "gFarthest",
+    ],
+)  # fmt: skip
 def loss_kernel(
     gIndices, gD2, gKeys, gNearD2, gNear, gFarD2, gFar, segments, gLabels, gCandidateLabels,
     N, K, alpha_high, alpha_low, weight_high, weight_low,

@@ -473,7 +473,7 @@ def shortlist_kernel(
     tl.store(gQueue + position, anchor, failed)
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "K"])
+@triton.jit(do_not_specialize=["first_row", "rows", "K"], do_not_specialize_on_alignment=["gIndices"])
 def refine_kernel(
     gX, x_stride, gZ, z_stride, first_row, rows, K, D, gShort, gShortCount, gIndices, gD2,
     SHORT: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, LOG_GROUPS: tl.constexpr,
@@ -534,7 +534,7 @@ def fallback_kernel(
         tl.store(gKeys + slot[:, None] * KP + tl.arange(0, KP)[None, :], best, used[:, None])
 
 
-@triton.jit(do_not_specialize=["first_row", "K"])
+@triton.jit(do_not_specialize=["first_row", "K"], do_not_specialize_on_alignment=["gIndices"])
 def fallback_merge_kernel(
     gQueue, gQueueCount, gKeys, first_row, K, gIndices, gD2,
     R: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, SEGMENTS: tl.constexpr,

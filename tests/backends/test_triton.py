@@ -282,11 +282,11 @@ def test_auto_passes_over_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(dispatch, "runs_on", lambda _, found: found == (9, 0))
     choose: Any = dispatch.choose_backend
     for capability, chosen in ((8, 6), "triton"), ((9, 0), "cuda"), ((7, 5), "reference"):  # noqa: B007
-        dispatch._unfit.cache_clear()
+        dispatch._known_choice.cache_clear()
         assert choose("auto", OnCuda) == chosen
     with pytest.raises(ValueError, match=r"7\.5"):
         choose("triton", OnCuda)
-    dispatch._unfit.cache_clear()
+    dispatch._known_choice.cache_clear()
 
 
 def test_shapes_decide_everything() -> None:

@@ -52,11 +52,11 @@ def test_rocm_is_not_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     for cuda, hip, chosen in (("13.0", None, "triton"), (None, "6.4.1", "reference"), (None, None, "reference")):
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.version, "hip", hip)
-        dispatch._unfit.cache_clear()
+        dispatch._known_choice.cache_clear()
         assert choose("auto", OnRocm) == chosen
         assert (triton.unfit(OnRocm.device) == "") == (chosen == "triton")
         if hip is not None:
             with pytest.raises(ValueError, match=r"needs PyTorch for CUDA, cuda:0 is served by one for ROCm 6\.4\.1"):
                 choose("triton", OnRocm)
-    dispatch._unfit.cache_clear()
+    dispatch._known_choice.cache_clear()
     assert triton.unfit(torch.device("cpu")) == ""

@@ -52,14 +52,21 @@ def run(code: str) -> None:
 
 @pytest.mark.parametrize("rows", [33, 128])
 def test_small_batches_take_four_launches(rows: int) -> None:
-    """Three forward and one backward, and nothing of PyTorch but memory: the results' and one workspace each."""
+    """Three forward and one backward, and nothing of PyTorch but memory: the results' and one workspace each.
+
+    Of the training operators and of the two that any backend's graph goes through."""
     run(f"""
 forward, backward = operators_of({rows}, 256, 10)
 backward()
 assert launched(forward) == ["search_kernel", "loss_kernel", "reduce_kernel"], launched(forward)
 assert launched(backward) == ["gradient_kernel"], launched(backward)
 from sn_ops.triton import operators
-feats, labels = torch.zeros({rows}, 256), torch.arange({rows}) // 4
+feats, labels, one = torch.zeros({rows}, 256), torch.arange({rows}) // 4, torch.ones(())
+_, buffer, stats = operators.loss(feats, labels, None, None, None, 0, 10, 50.0, 0.1, 0, 0)
+train = lambda: operators.loss(feats, labels, None, None, None, 0, 10, 50.0, 0.1, 0, 0)
+train_back = lambda: operators.loss_backward(one, feats, None, buffer, stats, 10, 0, True, False)
+assert allocations(train) == 3 + 1, allocations(train)
+assert allocations(train_back) == 1 + 1, allocations(train_back)
 graph = operators.forward(feats, labels, None, None, None, 0, 10, 50.0, 0.1, 0, 0, False)
 again = lambda: operators.forward(feats, labels, None, None, None, 0, 10, 50.0, 0.1, 0, 0, False)
 back = lambda: operators.backward(graph[0], feats, None, graph[1], graph[2], graph[6], 0, True, False)
@@ -96,14 +103,14 @@ def test_an_upstream_gradient_may_lie_anywhere() -> None:
 from sn_ops.triton import operators
 forward, backward = operators_of(40, 64, 5)
 backward()
-value, indices, coefficients, *_, stats = forward()
+value, graph, stats = forward()
 feats, loads = torch.zeros(40, 64), len(driver.loads)
 for offset in range(1, 4):
     upstream = torch.ones(8)[offset]
     assert upstream.data_ptr() % 16
-    operators.backward(upstream, feats, None, indices, coefficients, stats, 0, True, False)
+    operators.loss_backward(upstream, feats, None, graph, stats, 5, 0, True, False)
     labels = torch.zeros(48, dtype=torch.int64)[1 + offset:][:40]
-    operators.forward(feats, labels, None, None, None, 0, 5, 50.0, 0.1, 0, 0, False)
+    operators.loss(feats, labels, None, None, None, 0, 5, 50.0, 0.1, 0, 0)
 assert len(driver.loads) == loads, driver.loads[loads:]
 """)
 

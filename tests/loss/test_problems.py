@@ -65,7 +65,7 @@ def test_on_reaches_into_arguments(backend: str) -> None:
 )
 def test_only_good_reasons_skip(monkeypatch: pytest.MonkeyPatch, gpu: bool, reason: str, outcome: str) -> None:
     """Kernels that were built and do not load fail where there is a GPU, with the reason."""
-    facts = {name: sn_ops.BackendInfo(not reason, reason, ("cuda",)) for name in ("cuda", "triton")}
+    facts = {name: sn_ops.BackendInfo(not reason, reason, ("cuda",), "C++") for name in ("cuda", "triton")}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(sn_ops, "backends", lambda: facts)
     for require in (backends.require, backends.require_gpu):

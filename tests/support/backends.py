@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import sn_ops
-from support import cuda_paths, simt_build
+from support import cuda_paths, python_autograd, simt_build
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -47,6 +47,8 @@ BACKENDS = (
     # Thousands of small dense operations: more threads only wait for each other.
     Backend("reference", fused=False, threads=1),
     Backend("cpu"),
+    # The same operators, differentiated by the fallback in Python instead of the node in C++.
+    Backend("cpu_in_python", register=python_autograd.enable),
     Backend("triton", device="cuda" if HAS_GPU else "cpu", emulated=not HAS_GPU, on_gpu=True),
     # The CUDA kernels on emulated threads.
     Backend("simt", emulated=True, force_path=cuda_paths.on_host, register=simt_build.enable),

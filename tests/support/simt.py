@@ -1,22 +1,32 @@
 """The operators of the loss by the CUDA kernels on the host harness, for CPU tensors.
 
-`load` takes the library that the CMake target sn_simt builds and defines `sn_simt::forward` and `sn_simt::backward`,
-with the schemas of `sn_ops::forward` and `sn_ops::backward`. `settings` says how they run: the schedule, the error of
-the products or the model of the tensor core, the device that the plan is made for, the path, changes to the plan. A
-fault that the harness finds is a RuntimeError with its text.
+`load` takes the library that the CMake target sn_simt builds and defines the operators of `sn_simt`, with the schemas
+of those of `sn_ops`. `settings` says how they run: the schedule, the error of the products or the model of the tensor
+core, the device that the plan is made for, the path, changes to the plan. A fault that the harness finds is a
+RuntimeError with its text.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sn_ops.reference import (
+    BackwardArguments,
+    ForwardArguments,
+    GraphLayout,
+    LossArguments,
+    LossBackwardArguments,
+    accumulation_dtype,
+)
 from support.cuda_paths import PATHS
 
 MMA_ERRORS = ("none", "random", "extreme", "plus", "minus")
@@ -38,6 +48,15 @@ _FORWARD_SCHEMA = (
 _BACKWARD_SCHEMA = (
     "backward(Tensor grad_loss, Tensor feats, Tensor? candidates, Tensor indices, Tensor coefficients, Tensor stats, "
     "int reduction, bool need_feats, bool need_candidates) -> (Tensor grad_feats, Tensor grad_candidates)"
+)
+_LOSS_SCHEMA = (
+    "loss(Tensor feats, Tensor labels, Tensor? candidates, Tensor? candidate_labels, Tensor? self_index, "
+    "SymInt self_offset, SymInt k, float alpha, float weight, int squeeze, int reduction) -> "
+    "(Tensor loss, Tensor graph, Tensor stats)"
+)
+_LOSS_BACKWARD_SCHEMA = (
+    "loss_backward(Tensor grad_loss, Tensor feats, Tensor? candidates, Tensor graph, Tensor stats, SymInt k, "
+    "int reduction, bool need_feats, bool need_candidates) -> Tensor[]"
 )
 
 
@@ -277,39 +296,20 @@ def _view(rows: Tensor) -> _FeatureView:
     return _FeatureView(rows.data_ptr(), rows.shape[0], rows.stride(0))
 
 
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _forward(
-    library: ctypes.CDLL,
-    feats: Tensor,
-    labels: Tensor,
-    candidates: Tensor | None,
-    candidate_labels: Tensor | None,
-    self_index: Tensor | None,
-    self_offset: int,
-    k: int,
-    alpha: float,
-    weight: float,
-    squeeze: int,
-    reduction: int,
-    want_squared: bool,
-) -> tuple[Tensor, ...]:
+def _run_forward(
+    library: ctypes.CDLL, args: ForwardArguments | LossArguments, outputs: Sequence[Tensor | None]
+) -> None:
+    """Runs a forward into the seven entries of a `Graph`; without squared distances if they are None."""
+    feats, candidates, candidate_labels = args.feats, args.candidates, args.candidate_labels
     symmetric = candidates is None or candidate_labels is None
-    anchors, own_labels = _unit_stride(feats), _unit_stride(labels)
+    anchors, own_labels = _unit_stride(feats), _unit_stride(args.labels)
     pool, pool_labels = anchors, own_labels
     if candidates is not None and candidate_labels is not None:
         pool, pool_labels = _unit_stride(candidates), _unit_stride(candidate_labels)
-    own_rows = None if self_index is None else _unit_stride(self_index)
-    n, neighbours = len(feats), min(k, len(pool))
-    acc = _accumulation(feats.dtype)
-    loss = torch.empty((n,) if reduction == _NO_REDUCTION else (), dtype=acc)
-    indices = torch.empty((n, neighbours + _EXTRA_EDGES), dtype=torch.int32)
-    coefficients = torch.empty((n, neighbours + _EXTRA_EDGES), dtype=acc)
-    nearest, farthest = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
-    squared = torch.empty((n, neighbours + _EXTRA_EDGES) if want_squared else (0,), dtype=acc)
-    stats = torch.empty(_STATS_SIZE, dtype=torch.float64)
+    own_rows = None if args.self_index is None else _unit_stride(args.self_index)
+    loss, indices, coefficients, nearest, farthest, squared, stats = (
+        None if x is None else x.data_ptr() for x in outputs
+    )
     _run(
         library.sn_simt_forward,
         _ForwardArgs(
@@ -319,72 +319,123 @@ def _forward(
             candidates=_view(pool),
             anchor_labels=own_labels.data_ptr(),
             candidate_labels=pool_labels.data_ptr(),
-            self_map=_SelfMap(None if own_rows is None else own_rows.data_ptr(), self_offset),
+            self_map=_SelfMap(None if own_rows is None else own_rows.data_ptr(), args.self_offset),
             symmetric=symmetric,
-            options=_LossOptions(k, alpha, weight, squeeze, reduction),
-            loss=loss.data_ptr(),
-            indices=indices.data_ptr(),
-            coefficients=coefficients.data_ptr(),
-            nearest_positive=nearest.data_ptr(),
-            farthest_positive=farthest.data_ptr(),
-            squared=squared.data_ptr() if want_squared else None,
-            stats=stats.data_ptr(),
+            options=_LossOptions(args.k, args.alpha, args.weight, args.squeeze, args.reduction),
+            loss=loss,
+            indices=indices,
+            coefficients=coefficients,
+            nearest_positive=nearest,
+            farthest_positive=farthest,
+            squared=squared,
+            stats=stats,
         ),
     )
-    return loss, indices, coefficients, nearest, farthest, squared, stats
 
 
-def _backward(
+def _sizes(args: ForwardArguments | LossArguments | LossBackwardArguments) -> tuple[int, int, torch.dtype]:
+    """N, M and the accumulation type."""
+    n = args.feats.shape[0]
+    return n, n if args.candidates is None else args.candidates.shape[0], accumulation_dtype(args.feats.dtype)
+
+
+def _forward(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, ...]:
+    args = ForwardArguments(*arguments)
+    n, m, acc = _sizes(args)
+    edges = n, min(args.k, m) + _EXTRA_EDGES
+    loss = torch.empty((n,) if args.reduction == _NO_REDUCTION else (), dtype=acc)
+    indices, coefficients = torch.empty(edges, dtype=torch.int32), torch.empty(edges, dtype=acc)
+    nearest, farthest = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
+    squared = torch.empty(edges if args.want_squared else (0,), dtype=acc)
+    stats = torch.empty(_STATS_SIZE, dtype=torch.float64)
+    outputs = loss, indices, coefficients, nearest, farthest, squared, stats
+    _run_forward(library, args, [*outputs[:5], squared if args.want_squared else None, stats])
+    return outputs
+
+
+def _loss(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    args = LossArguments(*arguments)
+    n, m, acc = _sizes(args)
+    layout = GraphLayout.of(n, m, args.k, acc)
+    loss = torch.empty((n,) if args.reduction == _NO_REDUCTION else (), dtype=acc)
+    graph = torch.empty(layout.words, dtype=torch.int32)
+    stats = torch.empty(_STATS_SIZE, dtype=torch.float64)
+    _run_forward(library, args, [loss, *layout.unpack(graph, n, acc), None, stats])
+    return loss, graph, stats
+
+
+def _run_backward(
     library: ctypes.CDLL,
-    grad_loss: Tensor,
-    feats: Tensor,
-    candidates: Tensor | None,
+    args: BackwardArguments | LossBackwardArguments,
     indices: Tensor,
     coefficients: Tensor,
-    stats: Tensor,
-    reduction: int,
-    need_feats: bool,
-    need_candidates: bool,
-) -> tuple[Tensor, Tensor]:
-    need_candidates = need_candidates and candidates is not None
-    anchors = _unit_stride(feats)
-    pool = anchors if candidates is None else _unit_stride(candidates)
-    upstream, edges, weights, facts = (x.contiguous() for x in (grad_loss, indices, coefficients, stats))
-    grad_feats = torch.empty(feats.shape if need_feats else (0,), dtype=feats.dtype)
-    grad_candidates = torch.empty(pool.shape if need_candidates else (0,), dtype=feats.dtype)
-    if need_feats or need_candidates:
-        _run(
-            library.sn_simt_backward,
-            _BackwardArgs(
-                dtype=_DTYPES[feats.dtype],
-                dims=feats.shape[1],
-                edges=indices.shape[1],
-                anchors=_view(anchors),
-                candidates=_view(pool),
-                symmetric=candidates is None,
-                reduction=reduction,
-                grad_loss=upstream.data_ptr(),
-                indices=edges.data_ptr(),
-                coefficients=weights.data_ptr(),
-                stats=facts.data_ptr(),
-                grad_anchors=grad_feats.data_ptr() if need_feats else None,
-                grad_candidates=grad_candidates.data_ptr() if need_candidates else None,
-            ),
-        )
-    return grad_feats, grad_candidates
+    grads: tuple[Tensor | None, Tensor | None],
+) -> None:
+    anchors = _unit_stride(args.feats)
+    pool = anchors if args.candidates is None else _unit_stride(args.candidates)
+    upstream, stats = args.grad_loss.contiguous(), args.stats.contiguous()
+    if grads == (None, None):
+        return
+    _run(
+        library.sn_simt_backward,
+        _BackwardArgs(
+            dtype=_DTYPES[anchors.dtype],
+            dims=anchors.shape[1],
+            edges=indices.shape[1],
+            anchors=_view(anchors),
+            candidates=_view(pool),
+            symmetric=args.candidates is None,
+            reduction=args.reduction,
+            grad_loss=upstream.data_ptr(),
+            indices=indices.data_ptr(),
+            coefficients=coefficients.data_ptr(),
+            stats=stats.data_ptr(),
+            grad_anchors=None if grads[0] is None else grads[0].data_ptr(),
+            grad_candidates=None if grads[1] is None else grads[1].data_ptr(),
+        ),
+    )
+
+
+def _grads_of(args: BackwardArguments | LossBackwardArguments) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for the gradients that are needed."""
+    candidates = args.candidates if args.need_candidates else None
+    return (
+        torch.empty(args.feats.shape, dtype=args.feats.dtype) if args.need_feats else None,
+        None if candidates is None else torch.empty(candidates.shape, dtype=args.feats.dtype),
+    )
+
+
+def _backward(library: ctypes.CDLL, *arguments: Any) -> tuple[Tensor, Tensor]:
+    args = BackwardArguments(*arguments)
+    grads = _grads_of(args)
+    _run_backward(library, args, args.indices.contiguous(), args.coefficients.contiguous(), grads)
+    feats, candidates = (torch.empty(0, dtype=args.feats.dtype) if x is None else x for x in grads)
+    return feats, candidates
+
+
+def _loss_backward(library: ctypes.CDLL, *arguments: Any) -> list[Tensor]:
+    args = LossBackwardArguments(*arguments)
+    n, m, acc = _sizes(args)
+    grads = _grads_of(args)
+    _run_backward(library, args, *GraphLayout.of(n, m, args.k, acc).unpack(args.graph.contiguous(), n, acc)[:2], grads)
+    return [x for x in grads if x is not None]
 
 
 _registered: list[object] = []  # a torch.library.Library lives as long as it is referenced
 
 
 def load(path: Path) -> None:
-    """Loads the library and defines the two operators. Once a process."""
+    """Loads the library and defines the operators. Once a process."""
     if _registered:
         return
     library = ctypes.CDLL(str(path))
     operators = torch.library.Library("sn_simt", "DEF")
-    operators.define(_FORWARD_SCHEMA)
-    operators.define(_BACKWARD_SCHEMA)
-    operators.impl("forward", lambda *args: _forward(library, *args), "CPU")
-    operators.impl("backward", lambda *args: _backward(library, *args), "CPU")
+    for schema, function in (
+        (_FORWARD_SCHEMA, _forward),
+        (_BACKWARD_SCHEMA, _backward),
+        (_LOSS_SCHEMA, _loss),
+        (_LOSS_BACKWARD_SCHEMA, _loss_backward),
+    ):
+        operators.define(schema)
+        operators.impl(schema.partition("(")[0], partial(function, library), "CPU")
     _registered.extend((library, operators))

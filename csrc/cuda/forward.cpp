@@ -94,10 +94,11 @@ Problem problem_of(const ForwardArgs& args) {
           .aligned = rows_aligned(args.anchors, args.dtype) && rows_aligned(args.candidates, args.dtype)};
 }
 
-cudaError_t forward(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream) {
+cudaError_t forward(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, int slot, cudaStream_t stream) {
   switch (plan.path) {
     case ForwardPath::kCluster:
-      return enqueue_cluster(args, plan, stream);
+    case ForwardPath::kTickets:
+      return enqueue_small(args, plan, workspace, slot, stream);
     case ForwardPath::kDirect:
       return run_direct(args, plan, workspace, stream);
     case ForwardPath::kDense:

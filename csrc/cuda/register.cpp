@@ -15,6 +15,7 @@
 
 #include "cuda/backend.h"
 #include "cuda/plan/sizes.h"
+#include "cuda/slots.h"
 #include "cuda/stages.h"
 #include "operators.h"
 #include "sn_types.h"
@@ -38,7 +39,7 @@ std::int64_t last_path() {
 }
 
 void force_path(std::int64_t path) {
-  sn::checks::expect_between("cuda_force_path", "path", path, 0, static_cast<std::int64_t>(ForwardPath::kBank));
+  sn::checks::expect_between("cuda_force_path", "path", path, 0, static_cast<std::int64_t>(ForwardPath::kTickets));
   forced_path = static_cast<ForwardPath>(path);
 }
 
@@ -69,17 +70,17 @@ int compiled_major(std::int32_t device) {
 
 // Limits of clusters on the current device, kept as well. Two threads may ask at the same time and get one answer.
 sn::cuda::ClusterLimits cluster_limits(std::int32_t device, int shared_bytes) {
-  constexpr int kKnown = 1 << 16;
-  constexpr int kBits = 8;
+  constexpr int kKnown = 1 << 30;
+  constexpr int kBits = 20;
   static std::array<std::atomic<int>, 64> answers{};
   int answer = 0;
   if (static_cast<std::size_t>(device) < answers.size()) answer = answers[device];
   if (answer == 0) {
     const sn::cuda::ClusterLimits limits = sn::cuda::cluster_limits(shared_bytes);
-    answer = kKnown | limits.blocks << kBits | limits.planes;
+    answer = kKnown | limits.blocks << kBits | limits.bytes;
     if (static_cast<std::size_t>(device) < answers.size()) answers[device] = answer;
   }
-  return {.blocks = (answer & ~kKnown) >> kBits, .planes = answer & ((1 << kBits) - 1)};
+  return {.blocks = (answer & ~kKnown) >> kBits, .bytes = answer & ((1 << kBits) - 1)};
 }
 
 // Attributes come from the driver's table without a synchronisation. Four look-ups cost less than a cache's lock.
@@ -90,13 +91,27 @@ sn::cuda::DeviceFacts device_facts(std::int32_t device) {
       .multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device),
       .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
       .largest_cluster = 0,
-      .cluster_planes = 0};
+      .cluster_bytes = 0};
   if (facts.major >= sn::cuda::kClusterMajor) {
     const sn::cuda::ClusterLimits limits = cluster_limits(device, facts.shared_bytes);
     facts.largest_cluster = limits.blocks;
-    facts.cluster_planes = limits.planes;
+    facts.cluster_bytes = limits.bytes;
   }
   return facts;
+}
+
+// A slot of tickets for a launch on the stream, kNoSlot where there is none left, or where the runtime does not tell
+// what it takes to know: the stream's number, and whether it is being captured.
+int slot_for(std::int32_t device, cudaStream_t stream) {
+  static sn::cuda::SlotRegistry registry;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long number = 0;
+  cudaError_t error = cudaStreamIsCapturing(stream, &status);
+  if (error == cudaSuccess && status != cudaStreamCaptureStatusNone) return registry.of_captured(device);
+  if (error == cudaSuccess) error = cudaStreamGetId(stream, &number);
+  if (error == cudaSuccess) return registry.of_stream(device, number);
+  static_cast<void>(cudaGetLastError());
+  return sn::cuda::kNoSlot;
 }
 
 class CudaCall {
@@ -107,10 +122,15 @@ class CudaCall {
     const sn::cuda::Problem problem = sn::cuda::problem_of(args);
     const sn::cuda::DeviceFacts facts = device_facts(device_);
     const ForwardPath wanted = forced_path;
-    const sn::cuda::ForwardPlan plan =
+    const cudaStream_t stream = current_stream(device_);
+    sn::cuda::ForwardPlan plan =
         sn::cuda::plan_forward(problem, facts, sn::cuda::serves(wanted, problem, facts) ? wanted : ForwardPath::kAuto);
+    const int slot = sn::cuda::takes_slot(plan) ? slot_for(device_, stream) : sn::cuda::kNoSlot;
+    if (sn::cuda::takes_slot(plan) && slot == sn::cuda::kNoSlot) {
+      plan = sn::cuda::plan_forward(problem, facts, ForwardPath::kDirect);
+    }
     const Output workspace(place(), {plan.workspace_bytes}, ScalarType::Byte);
-    STD_CUDA_CHECK(sn::cuda::forward(args, plan, workspace.data<char>(), current_stream(device_)));
+    STD_CUDA_CHECK(sn::cuda::forward(args, plan, workspace.data<char>(), slot, stream));
     taken_path = plan.path;
   }
   void backward(const sn::BackwardArgs& args) const {

@@ -27,9 +27,15 @@ cudaError_t enqueue_select(const ForwardArgs& args, const ForwardPlan& plan, cha
 // The sum over all anchors behind the last strip, with ForwardPlan::shared_reduction. Without it the selection sums.
 cudaError_t enqueue_reduce(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, cudaStream_t stream);
 
-// At most 64 anchors and 64 candidates: the whole forward in one launch of one thread-block cluster. The device is of
-// compute capability 9.0 or above, the plan's path is kCluster and needs no workspace.
-cudaError_t enqueue_cluster(const ForwardArgs& args, const ForwardPlan& plan, cudaStream_t stream);
+// At most 256 anchors and 256 candidates: the whole forward in one launch. The plan's path is kCluster, where the
+// device is of compute capability 9.0 or above, or kTickets. `slot` is one of slots.h that no launch has which may run
+// at the same time.
+cudaError_t enqueue_small(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, int slot,
+                          cudaStream_t stream);
+#if defined(SN_SIMT)
+// Whether all tickets are at zero, as every launch must leave them; then they are.
+bool slots_are_zero();
+#endif
 
 // The compute capability, as 10 * major + minor, for which the current device's copy of this library's code was
 // compiled. It is below the device's own where the driver made that copy from PTX of an older architecture, such as one
@@ -42,7 +48,7 @@ cudaError_t compiled_capability(int* capability);
 // and leaves no error behind. The device and its copy of the code are of capability 9.0 or above.
 struct ClusterLimits {
   int blocks;  // of the largest cluster, 0: none
-  int planes;  // that each block of it may keep
+  int bytes;   // of shared memory that each block of it may have
 };
 ClusterLimits cluster_limits(int shared_bytes);
 

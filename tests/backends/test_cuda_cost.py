@@ -20,6 +20,9 @@ from support.cuda_paths import PATHS
 from support.cuda_plans import BF16, DEVICES, F16, F32, F64, plan
 from support.pages import ROOT
 
+ONE_LAUNCH = ("cluster", "tickets")
+"""Paths whose kernel no record has."""
+
 RECORD = ROOT / "benchmarks" / "results" / "nvidia-h200" / "2026-11-26-d45aac1840-measure.json"
 
 
@@ -105,13 +108,6 @@ def old_select(case: Case, facts: dict[str, Any]) -> float:
     return alone * 9e-4 * case.N + facts["strips"] * (start + us)
 
 
-def old_cluster(case: Case, facts: dict[str, Any]) -> float:
-    """A tree of a whole section, however few the slices."""
-    blocks = facts["cluster"]
-    turns = max(1.0, case.N / (8 * blocks))
-    return 6.35 + case.D / blocks * 0.057 + turns * (4 + 0.05 * case.M)
-
-
 OLD_KERNELS: dict[str, Callable[[Case], float]] = {
     "positives": old_positives,
     "thresholds": old_thresholds,
@@ -132,18 +128,16 @@ def as_recorded(case: Case, facts: dict[str, Any]) -> float:
         old["refine"] = old_refine(case)
     if case.path == "direct":
         old["select"] = old_select(case, facts)
-    if case.path == "cluster":
-        old["cluster"] = old_cluster(case, facts)
     return sum(old.get(name, us) for name, _, us in facts["kernels"])
 
 
 def changed(case: Case, facts: dict[str, Any]) -> bool:
     """Whether its plan is another one than the record's: since then strips of direct sums leave out a triangle, slices
-    of fp32 have twice the scratch together, and small clusters have more blocks."""
+    of fp32 have twice the scratch together, and batches of one launch have many clusters, where they had one."""
     if case.path == "direct":
         slices = -(-case.D // 256)
         return case.N * case.M * slices > 2**22 and (case.symmetric or slices > 1)
-    return case.path == "cluster" and facts["cluster"] > facts["d_slices"]
+    return case.path in ONE_LAUNCH
 
 
 def options(case: Case) -> dict[str, Any]:
@@ -167,7 +161,7 @@ def ratios(core: ModuleType) -> dict[str, dict[Case, float]]:
 
 @pytest.mark.parametrize(
     ("path", "cases", "spread"),
-    [("cluster", 7, 1.1), ("direct", 39, 1.3), ("dense", 45, 1.4), ("screen", 45, 1.25), ("bank", 16, 1.35)],
+    [("direct", 39, 1.3), ("dense", 45, 1.4), ("screen", 45, 1.25), ("bank", 16, 1.35)],
 )
 def test_the_model_says_what_was_measured(
     ratios: dict[str, dict[Case, float]], path: str, cases: int, spread: float
@@ -212,10 +206,10 @@ def test_the_planned_path_is_nearly_the_fastest(core: ModuleType) -> None:
             known = facts["predicted_us"] if changed(case, facts) else as_recorded(case, facts)
             times[case.path] = case.us * facts["predicted_us"] / known
         chosen = plan(core, *shape[:3], **options(cases[0]))["path"]
+        if chosen in ONE_LAUNCH or (chosen == "direct" and changed_since(core, cases[0]._replace(path=chosen))):
+            continue
         regrets[shape] = times[chosen] / min(times.values())
-        if chosen in ("cluster", "direct") and changed_since(core, cases[0]._replace(path=chosen)):
-            del regrets[shape]
-    assert len(regrets) >= 50
+    assert len(regrets) >= 35
     assert {shape: round(regret, 2) for shape, regret in regrets.items() if not regret <= 1.15} == {}
     assert fmean(regrets.values()) <= 1.02
 
@@ -243,6 +237,9 @@ def steps(core: ModuleType, sizes: list[int], shape_of: Callable[[int], tuple[in
     return pairwise((size, each["path"], each["predicted_us"]) for size, each in facts)
 
 
+SECOND_LAUNCH = 5.5
+"""Microseconds that a second launch costs, at most."""
+
 Walk = tuple[str, Callable[[int], tuple[int, int, int]], bool]
 WALKS: list[Walk] = [
     *((f"N x {d}", lambda n, d=d: (n, n, d), True) for d in (8, 64, 512, 2048)),
@@ -258,8 +255,9 @@ def test_more_rows_are_never_cheaper_nor_much_dearer(core: ModuleType, device: s
     """One row more may cost a row of tiles more. At a change of path, slice, strip or sample it costs at most 1.3 times
     as much. Where none of the architecture was measured, 1.35: beyond 2^22 pairs there are two strips. The bank's
     kernel has up to 256 anchors and rounds candidates as they come. One anchor more, and they are copied first, then
-    scored in five rows of tiles instead of four: together up to 1.4 where rows are short. (Other shapes can step by
-    more: up to 1.5 was found where one more column of tiles, at 257 candidates, is a wave of blocks.)"""
+    scored in five rows of tiles instead of four: together up to 1.4 where rows are short. Beyond 256 rows, or where its
+    blocks do not fit, one launch becomes two: a launch, loads and a ticket more. (Other shapes can step by more: up to
+    1.5 was found where one more column of tiles, at 257 candidates, is a wave of blocks.)"""
     limit = 1.3 if device == "sm_90" else 1.35
     for name, shape_of, symmetric in WALKS:
         sizes = around((*EDGES, *LARGE))
@@ -273,7 +271,8 @@ def test_more_rows_are_never_cheaper_nor_much_dearer(core: ModuleType, device: s
                 continue
             growth = tiles(m, symmetric) / tiles(n, symmetric)
             least = 1.4 if (before, after) == ("bank", "screen") else limit
-            assert more <= max(least, 1.05 * growth) * us, (name, n, before, after, us, more)
+            another = SECOND_LAUNCH if before in ONE_LAUNCH and after not in ONE_LAUNCH else 0.0
+            assert more <= max(least, 1.05 * growth) * us + another, (name, n, before, after, us, more)
 
 
 class Planned(NamedTuple):

@@ -96,7 +96,7 @@ def degenerate_case(bank: str, *, rows: int = 300, anchors: str = "ordinary") ->
 )
 def test_in_a_degenerate_bank(kernels: str, bank: str, anchors: str, path: str) -> None:
     """Every path checks every row of the bank, whether or not the bank has a scale to screen by."""
-    case = degenerate_case(bank, rows=64 if path == "cluster" else 300, anchors=anchors)
+    case = degenerate_case(bank, rows=200 if path in ("cluster", "tickets") else 300, anchors=anchors)
     assert case.candidates is not None
     last = len(case.candidates) - 1
     with forced(kernels, path):

@@ -7,12 +7,8 @@ from mutants.mutant import BACKENDS, DIRECT, Mutant
 
 def selection() -> list[Mutant]:
     """Each changes one way to select from a row."""
-    lists, select, cluster = DIRECT + "lists.cuh", DIRECT + "select.cuh", DIRECT + "cluster.cu"
-    bounded, whole, tile = (
-        "test_rows_that_are_bounded",
-        "test_rows_of_one_candidate_a_thread",
-        "test_rows_of_one_tile",
-    )
+    lists, select = DIRECT + "lists.cuh", DIRECT + "select.cuh"
+    bounded, whole = "test_rows_that_are_bounded", "test_rows_of_one_candidate_a_thread"
     searched = "test_rows_that_are_searched"
     changes = [
         # name, file, old, new, why, test
@@ -66,17 +62,6 @@ def selection() -> list[Mutant]:
             "rLeast.add(j == self ? last_key<Key<A>>() : make_key(d2, static_cast<std::int32_t>(j)));",
             "rLeast.add(make_key(d2, static_cast<std::int32_t>(j)));",
             "an anchor is among the least keys of its row, and its own neighbour", whole,
-        ),
-        (
-            "cluster-second-half-by-first-index", cluster,
-            "sort_lanes(key_of(kWarpSize + lane_id()))", "sort_lanes(key_of(lane_id()))",
-            "the first 32 candidates are taken twice, the others never", tile,
-        ),
-        (
-            "cluster-halves-not-turned", cluster,
-            "exchange(sort_lanes(key_of(kWarpSize + lane_id())), kWarpSize - 1)",
-            "exchange(sort_lanes(key_of(kWarpSize + lane_id())), 0)",
-            "two rising halves are met as if one fell", tile,
         ),
     ]  # fmt: skip
     return [

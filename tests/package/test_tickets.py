@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WITH_TICKETS = [f"csrc/cuda/{name}" for name in ("direct/reduce.cu", "direct/select.cu", "fallback/merge.cu")]
+KERNELS = ("direct/reduce.cu", "direct/select.cu", "direct/small.cu", "fallback/merge.cu")
+WITH_TICKETS = [f"csrc/cuda/{name}" for name in KERNELS]
 TICKET = re.compile(r"atomic_add\([^;]*?[tT]icket")
 FENCE = "fence_device();"
 BARRIER = re.compile(r"sync_(?:block|warp)\(\);")
-LEAVES = re.compile(r"if \([^\n]*\) (?:return|continue);")
+LEAVES = re.compile(r"if \([^\n]*\) (?:return|return false|continue);")
 
 
 def without_comments(text: str) -> str:

@@ -11,6 +11,8 @@
 
 #include "cuda/backend.h"
 #include "cuda/plan/sizes.h"
+#include "cuda/slots.h"
+#include "cuda/stages.h"
 #include "simt.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -120,7 +122,7 @@ std::vector<Piece*> pieces_of(sn::cuda::BackwardPlan& plan) {
 // Changes a plan as the settings say, with all that depends on it.
 void change(sn::cuda::ForwardPlan& plan, const sn::cuda::Problem& problem, const sn_simt_settings& settings) {
   using sn::cuda::ForwardPath;
-  if (plan.path == ForwardPath::kCluster || problem.N == 0 || problem.M == 0) return;
+  if (sn::cuda::takes_slot(plan) || problem.N == 0 || problem.M == 0) return;
   if (settings.strip_rows > 0 && settings.strip_rows < plan.strip_rows) {
     plan.strip_rows = settings.strip_rows;
     plan.strips = (problem.N + plan.strip_rows - 1) / plan.strip_rows;
@@ -301,8 +303,10 @@ extern "C" SN_SIMT_EXPORT int sn_simt_forward(const sn::ForwardArgs* args, const
     if (!fault.empty()) return finish(cudaErrorInvalidValue, fault, 0, *report);
     change(plan, problem, *settings);
     Workspace workspace(pieces_of(plan));
-    const cudaError_t error = sn::cuda::forward(*args, plan, workspace.data(), nullptr);
+    const int slot = static_cast<int>(settings->seed % sn::cuda::kSlots);
+    const cudaError_t error = sn::cuda::forward(*args, plan, workspace.data(), slot, nullptr);
     fault = workspace.inspect();
+    if (!sn::cuda::slots_are_zero() && fault.empty()) fault = "tickets are not left at zero";
     if (plan.control.bytes >= static_cast<std::int64_t>(sizeof(sn::cuda::Control))) {
       std::memcpy(&report->control, workspace.data() + plan.control.offset, sizeof(sn::cuda::Control));
     }

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-PATHS = ("cluster", "direct", "dense", "screen", "bank")
+PATHS = ("cluster", "direct", "dense", "screen", "bank", "tickets")
 """In the order of their numbers, which start at 1."""
 
 

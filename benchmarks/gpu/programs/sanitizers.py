@@ -24,7 +24,9 @@ import sn_ops
 from device import ROOT, open_device
 
 TOOLS = ("memcheck", "racecheck")
-SHARES = ("cluster", "direct", "dense", "screen", "bank", "backward")
+SHARES = ("cluster", "tickets", "direct", "dense", "screen", "bank", "backward")
+SMALL = ("cluster", "tickets")
+"""Paths of up to 256 rows."""
 # Our kernels alone (names are mangled: namespace sn::cuda).
 OURS = "kns=2sn4cuda"
 QUIET = ("--report-api-errors", "no")
@@ -73,9 +75,9 @@ def run_share(share: str) -> None:
         device.force(share)
         for dtype in halves:
             call(device.backend, feats(50, 70, dtype), 5)
-            if share != "cluster" and device.name == "cuda":
+            if device.name == "cuda":
                 call(device.backend, feats(150, 130, dtype), 10)
-            call(device.backend, feats(40, 33, dtype), 10, feats(64 if share == "cluster" else 300, 33, dtype))
+            call(device.backend, feats(40, 33, dtype), 10, feats(200 if share in SMALL else 300, 33, dtype))
     device.synchronize()
     print("all calls returned", flush=True)
 

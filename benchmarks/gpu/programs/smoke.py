@@ -61,8 +61,9 @@ Shapes = tuple[Shape, ...]
 HALVES = ("float16", "bfloat16")
 FUSED = ("float32", *HALVES)
 
-# Clusters of 1, 2, 4 and 8 blocks, and eight planes of shared memory.
-CLUSTER: Shapes = (
+# One launch: groups of 1, 2, 4 and 8 blocks, and eight planes of shared memory; one anchor a group, and 16; up to 128
+# candidates, and more; neighbours that are extracted, and sorted.
+ONE_LAUNCH: Shapes = (
     small(7, 64),
     small(25, 64),
     small(50, 128, k=40),
@@ -70,6 +71,10 @@ CLUSTER: Shapes = (
     Shape(63, 2048),
     Shape(64, 16384),
     small(16, 70, 40),
+    small(100, 130, k=100),
+    Shape(128, 2048),
+    Shape(130, 64, 200, k=150),
+    Shape(256, 512),
 )
 # The score tiles: D of one stage, off a stage, of many; 64 x 64 tiles, then 128 x 128, then several waves.
 DENSE: Shapes = (
@@ -99,7 +104,8 @@ BACKWARD: Shapes = (
 BACKWARD += (Shape(2000, 200, 9000), Shape(300, 100, k=150))
 
 RUNS: dict[str, tuple[tuple[str, ...], tuple[Shape, ...]]] = {
-    "cluster": (FUSED, CLUSTER),
+    "cluster": (FUSED, ONE_LAUNCH),
+    "tickets": (FUSED, ONE_LAUNCH),
     "direct": ((*FUSED, "float64"), DIRECT),
     "dense": (FUSED, DENSE),
     "screen": (FUSED, SCREEN),

@@ -60,7 +60,8 @@ LOSS = (
 SELF = ("direct", "dense", "screen")
 AGAINST = ("direct", "dense", "screen", "bank")
 FORCED: tuple[tuple[Shape, tuple[str, ...]], ...] = (
-    *((Shape(N, D), ("cluster", "direct")) for N in (16, 32, 64) for D in (64, 128, 512, 2048)),
+    *((Shape(N, D), ("cluster", "tickets", "direct")) for N in (16, 32, 64, 128) for D in (64, 512, 2048)),
+    *((Shape(N, 2048), ("cluster", "tickets")) for N in (192, 256)),
     *((Shape(N, 2048), SELF) for N in (256, 512, 640, 768, 1024, 2048)),
     *((Shape(N, 512), SELF) for N in (512, 1024, 1280, 1536, 2048, 4096)),
     *((Shape(N, 128), SELF) for N in (1024, 1536, 2048, 4096)),
@@ -79,7 +80,7 @@ RIVALS = (LOSS[1], LOSS[3], LOSS[4], LOSS[5])
 COMPILED = RIVALS[1:2]
 TRITON = (LOSS[1], LOSS[3], LOSS[5], LOSS[10])
 EMULATED = (Shape(32, 16), Shape(16, 16, 64, bank=True))
-EMULATED_FORCED = ((Shape(32, 16), ("cluster", "direct")),)
+EMULATED_FORCED = ((Shape(32, 16), ("cluster", "tickets", "direct")),)
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------

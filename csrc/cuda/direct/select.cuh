@@ -1,5 +1,5 @@
-// A block selects the neighbours of one anchor from its row of partial sums and finishes the anchor. The direct path
-// and the cluster path share it.
+// A block selects the neighbours of one anchor from its row of partial sums and finishes the anchor. The paths of one
+// launch share its parts.
 //
 // Short rows (at most 32 kPerLane candidates, K <= 16): the block adds the slices up into shared memory. Then one warp
 // holds the row in registers and extracts the least key K times, with two reductions each, while another warp finds

@@ -1,5 +1,5 @@
-// A block computes partial sums, over one slice of D, of a tile of 64 anchors against 64 candidates. The direct path,
-// the cluster path and the fallback share it; the fallback has short stages, which leave it room, and gathers its rows.
+// A block computes partial sums, over one slice of D, of a tile of 64 anchors against 64 candidates. The direct path
+// and the fallback share it; the fallback has short stages, which leave it room, and gathers its rows.
 //
 // 256 threads have 4 x 4 pairs each. A warp covers 4 x 8 threads: a read of 16 bytes along D touches 8 candidates (all
 // banks once, since rows lie at odd multiples of 16 bytes) or 4 anchors (each read by 8 lanes at once), so 8 reads

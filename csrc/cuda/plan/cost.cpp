@@ -150,22 +150,44 @@ void predict_direct(const ForwardPlan& plan, const Problem& problem, const Machi
   if (plan.shared_reduction) cost->add("reduce", kGap + kReduceStart + final_us(problem.N));
 }
 
-// One cluster: 16 x 64 in 19.6 (two anchors a warp), 16 x 128 in 14.7 (one), 64 x 64 in 63.3 (eight), 64 x 2048 in
-// 27.1. Then an entry of an anchor cost 0.05, of which a tree of 32 slices, present or not, was 0.023 (D = 512 against
-// 2048). Now it is as wide as there are slices, of 12 instructions instead of 30. Counted, not measured, like a
-// neighbour's share.
-constexpr double kClusterStart = 5.8;
-constexpr double kClusterAnchor = 3.8;  // of a warp
-constexpr double kClusterKey = 0.02;    // of an anchor
-constexpr double kClusterEntry = 0.027;
-constexpr double kClusterSlice = 0.0003;  // of an entry
+// One launch. Sums: a warp takes 256 pairs of a chunk, at the tiles' rate while there are two warps for a scheduler;
+// one alone cannot issue faster than kSmallItem. Rows come from the L2 all the while, to every group anew. Then planes
+// are shown: in a cluster, a barrier and loads from distributed shared memory; else stores, a ticket, and loads.
+// Anchors, a warp each, at once: what an extracted row costs less the launch, the loads and the last ticket, then that
+// ticket and the sum over anchors. Counted, not measured; the parts that this kernel shares with tiles and selection
+// were read from those.
+constexpr double kSmallStart = kTilesStart;
+constexpr double kSmallItem = 0.7;
+constexpr double kSmallPairs = 256.0 / 4096.0;  // of a tile's
+constexpr double kClusterShow = 0.5;
+constexpr double kClusterShowSlice = 0.015;  // loads of one pair
+constexpr double kTicketShow = 2.2;
+constexpr double kTicketShowRow = 0.1;  // of an anchor, 256 candidates at a time
+constexpr double kSmallAnchor = 3.0;
+constexpr double kSmallTicket = 2.4;
+constexpr double kSmallSort = 0.006;  // K > 16: of a key, a warp's network
 
-double cluster_us(const ForwardPlan& plan, const Problem& problem, const Machine& machine) {
-  const double turns = std::max(1.0, real(problem.N) / (kClusterWarps * plan.cluster));
-  const double elements = real(cluster_planes(plan)) * std::min(real(plan.slice_elements), real(problem.D));
-  const double entry = kClusterEntry + kClusterSlice * real(plan.d_slices);
-  return kGap + kClusterStart + elements * kTileElement / machine.rate.ffma +
-         turns * (kClusterAnchor + kClusterKey * real(plan.K) + entry * real(problem.M));
+double small_us(const ForwardPlan& plan, const Problem& problem, const Machine& machine) {
+  const double planes = real(small_planes(plan));
+  const double chunks = planes * real(plan.slice_elements / kChunk);
+  const double here = std::min(1.0, real(problem.D) / real(kChunk));
+  const double items = real(small_items(plan, problem.M)) * real(plan.round_chunks);
+  const double chunk_us = real(kChunk) * kTileElement * kSmallPairs / machine.rate.ffma;
+  const double half = element_bytes(problem.dtype) == 2 ? kHalfTiles : 1.0;
+  const double sums = chunks / real(plan.round_chunks) * here * half * std::max(kSmallItem, items * chunk_us);
+  const double bytes = chunks * real(small_buffer_rows(plan, problem.M)) * std::min(real(kChunk), real(problem.D)) *
+                       real(element_bytes(problem.dtype));
+  const double blocks = real(divide_up(problem.N, plan.group_anchors)) * real(plan.cluster);
+  const double finished = real(small_finished(plan));
+  const double turns = std::ceil(finished / real(kSmallWarps));
+  const double rows = finished * real(small_columns(problem.M)) / real(kSmallRows);
+  const double show = plan.path == ForwardPath::kCluster ? kClusterShow + kClusterShowSlice * real(plan.d_slices)
+                                                         : kTicketShow + kTicketShowRow * rows;
+  const double select = plan.K <= kShortNeighbours
+                            ? real(plan.K) * (kShortRowRank + kShortRowRankEntry * real(problem.M))
+                            : kSmallSort * real(problem.M) * std::log2(real(problem.M)) + kSelectKey * real(plan.K);
+  return kGap + kSmallStart + waves(blocks, machine.device) * joined(sums, bytes / kCacheBytes) + show +
+         turns * (kSmallAnchor + select) + kSmallTicket + final_us(problem.N);
 }
 
 // ---- screening ------------------------------------------------------------------------------------------------------
@@ -516,7 +538,8 @@ Cost predict_forward(const ForwardPlan& plan, const Problem& problem, const Devi
   const Machine machine(device);
   switch (plan.path) {
     case ForwardPath::kCluster:
-      cost.add("cluster", cluster_us(plan, problem, machine));
+    case ForwardPath::kTickets:
+      cost.add("small", small_us(plan, problem, machine));
       break;
     case ForwardPath::kAuto:
     case ForwardPath::kDirect:

@@ -37,22 +37,69 @@ class Workspace {
   std::int64_t offset_ = 0;
 };
 
-// Every block has a slice where there are enough, and every warp an anchor where the device holds so many blocks.
-void plan_cluster(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
-  plan.cluster = kClusterBlocks;
-  plan.slice_elements = kChunk;
-  while (direct_slices(problem.D, plan.slice_elements) > plan.cluster && plan.slice_elements < kLargestSlice) {
-    plan.slice_elements *= 2;
+// Blocks of a group of the paths of one launch, and rounds of its chunks: as many warps as there are have an item of a
+// round, if buffers allow it. Returns whether the shared memory holds them.
+bool plan_group(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
+  std::int64_t shared = device.shared_bytes;
+  if (plan.path == ForwardPath::kCluster) {
+    const auto shares = [&] {  // slices, or anchors to finish
+      return plan.cluster < plan.d_slices || plan.cluster * kSmallWarps < plan.group_anchors;
+    };
+    plan.cluster = 1;
+    while (shares() && 2 * plan.cluster <= std::min(kClusterBlocks, device.largest_cluster)) plan.cluster *= 2;
+    if (plan.cluster > 1) shared = std::min<std::int64_t>(shared, device.cluster_bytes);
+  } else {
+    // As many as fit the device at once.
+    const std::int64_t groups = divide_up(problem.N, plan.group_anchors);
+    const std::int64_t at_once = std::max<std::int64_t>(1, device.multiprocessors / groups);
+    const std::int64_t planes = std::min<std::int64_t>(divide_up(plan.d_slices, at_once), kLargestPlanes);
+    plan.cluster = static_cast<int>(divide_up(plan.d_slices, planes));
+    if (small_partial_bytes(plan, problem) > kPartialBytes) return false;
   }
-  plan.d_slices = direct_slices(problem.D, plan.slice_elements);
-  const auto spare = [&](int blocks) {
-    return blocks >= plan.d_slices && (blocks * kClusterWarps >= problem.N || plan.cluster > device.largest_cluster);
-  };
-  while (plan.cluster > 1 && spare(plan.cluster / 2)) plan.cluster /= 2;
+  if (small_planes(plan) > kLargestPlanes) return false;
+  const std::int64_t chunks = plan.slice_elements / kChunk;
+  plan.round_chunks = 1;
+  while (plan.round_chunks < chunks && plan.round_chunks * small_items(plan, problem.M) < kSmallWarps) {
+    plan.round_chunks *= 2;
+  }
+  while (plan.round_chunks > 1 && small_shared_bytes(plan, problem) > shared) plan.round_chunks /= 2;
+  return small_shared_bytes(plan, problem) <= shared;
+}
+
+// The slices and groups that are predicted to be the cheapest of what fits. Returns whether anything does. Anchors come
+// by four. Of a cluster all blocks finish some; without clusters one block finishes all of its group.
+bool plan_small(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
+  const bool clusters = plan.path == ForwardPath::kCluster;
   plan.strip_rows = problem.N;
   plan.strips = 1;
   plan.launches = 1;
-  plan.workspace_bytes = 0;
+  const std::int64_t groups = clusters ? kClusterGroups : kSmallGroups;
+  const std::int64_t fewest = round_up(divide_up(problem.N, groups), kSmallQuad);
+  const std::int64_t most = clusters ? fewest : kSmallWarps;
+  ForwardPlan best;
+  double best_us = 0.0;
+  for (std::int64_t anchors = fewest; anchors <= most; anchors += kSmallQuad) {
+    plan.group_anchors = static_cast<int>(std::min(anchors, problem.N));
+    for (std::int64_t elements = kChunk; elements <= kLargestSlice; elements *= 2) {
+      plan.slice_elements = elements;
+      plan.d_slices = direct_slices(problem.D, elements);
+      if (plan_group(plan, problem, device)) {
+        const double us = predict_forward(plan, problem, device).total();
+        if (best_us == 0.0 || us < best_us) {
+          best = plan;
+          best_us = us;
+        }
+      }
+      if (plan.d_slices == 1) break;
+    }
+  }
+  if (best_us == 0.0) return false;
+  plan = best;
+  Workspace workspace;
+  plan.records = workspace.take(problem.N * static_cast<std::int64_t>(sizeof(AnchorRecord)));
+  plan.partials = workspace.take(clusters ? 0 : small_partial_bytes(plan, problem));
+  plan.workspace_bytes = workspace.bytes();
+  return true;
 }
 
 // Smaller slices spread few tiles over all multiprocessors, larger ones leave the selection less to add up. Strips of
@@ -295,7 +342,8 @@ ForwardPlan plan_path(ForwardPath path, const Problem& problem, const DeviceFact
   plan.K = std::min(problem.k, problem.M);
   switch (path) {
     case ForwardPath::kCluster:
-      plan_cluster(plan, problem, device);
+    case ForwardPath::kTickets:
+      plan_small(plan, problem, device);
       break;
     case ForwardPath::kAuto:
     case ForwardPath::kDirect:
@@ -319,17 +367,14 @@ bool serves(ForwardPath path, const Problem& problem, const DeviceFacts& device)
     case ForwardPath::kAuto:
     case ForwardPath::kDirect:
       return true;
-    case ForwardPath::kCluster: {
-      if (!some || device.major < kClusterMajor || problem.N > kClusterRows || problem.M > kClusterRows ||
-          problem.dtype == DType::kFloat64) {
-        return false;
-      }
+    case ForwardPath::kCluster:
+    case ForwardPath::kTickets: {
+      if (!some || problem.N > kSmallRows || problem.M > kSmallRows || problem.dtype == DType::kFloat64) return false;
+      if (path == ForwardPath::kCluster && device.major < kClusterMajor) return false;
       ForwardPlan plan;
-      plan_cluster(plan, problem, device);
-      const std::int64_t planes = cluster_planes(plan);
-      return plan.cluster <= device.largest_cluster &&
-             planes <= std::min<std::int64_t>(kLargestPlanes, device.cluster_planes) &&
-             cluster_shared_bytes(planes) <= device.shared_bytes;
+      plan.path = path;
+      plan.K = std::min(problem.k, problem.M);
+      return plan_small(plan, problem, device);
     }
     case ForwardPath::kDense:
     case ForwardPath::kScreen:
@@ -347,7 +392,7 @@ ForwardPlan plan_forward(const Problem& problem, const DeviceFacts& device, Forw
   ForwardPath best = ForwardPath::kDirect;
   double best_us = predict_forward(direct, problem, device).total();
   for (const ForwardPath path :
-       {ForwardPath::kCluster, ForwardPath::kDense, ForwardPath::kScreen, ForwardPath::kBank}) {
+       {ForwardPath::kCluster, ForwardPath::kTickets, ForwardPath::kDense, ForwardPath::kScreen, ForwardPath::kBank}) {
     if (!serves(path, problem, device)) continue;
     const ForwardPlan plan = plan_path(path, problem, device, Extent::kPredicted);
     const double us = predict_forward(plan, problem, device).total();

@@ -9,6 +9,11 @@ namespace sn::cuda {
 ForwardPlan plan_forward(const Problem& problem, const DeviceFacts& device, ForwardPath wanted);
 BackwardPlan plan_backward(const BackwardProblem& problem, const DeviceFacts& device);
 
+// Whether the forward needs a slot of tickets (slots.h).
+constexpr bool takes_slot(const ForwardPlan& plan) {
+  return plan.path == ForwardPath::kCluster || plan.path == ForwardPath::kTickets;
+}
+
 // Whether `path` can serve the problem on the device.
 bool serves(ForwardPath path, const Problem& problem, const DeviceFacts& device);
 

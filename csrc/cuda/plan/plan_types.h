@@ -16,8 +16,8 @@ struct DeviceFacts {
   int shared_bytes = 232448;  // a block may use at most, opted in
   // Clusters of kCluster's kernel that the device really holds (cluster_limits in stages.h): fewer than its
   // architecture allows where parts of it are switched off or given to others. 0: none.
-  int largest_cluster = 8;  // blocks
-  int cluster_planes = 8;   // planes of sums that a block of the largest may keep
+  int largest_cluster = 8;     // blocks
+  int cluster_bytes = 232448;  // of shared memory that each block of the largest may have
 };
 
 // The one summation order (direct_sum.cuh derives it) cuts D into chunks, and chunks into sections.
@@ -28,11 +28,12 @@ inline constexpr int kSection = kChunk * kSectionChunks;
 // How the neighbours are found. Every path that can serve a problem selects the same neighbours in the same order.
 enum class ForwardPath : std::int32_t {
   kAuto = 0,     // only asked for, never planned
-  kCluster = 1,  // one launch of one thread-block cluster, direct sums
+  kCluster = 1,  // direct sums of a small batch in one launch, of thread-block clusters
   kDirect = 2,   // tiles of direct sums, then selection: any type, any K
   kDense = 3,    // tensor-core scores of every pair in a scratch of at most 2^22 entries (or a strip of rows), refined
   kScreen = 4,   // thresholds from a sample, tensor-core screening into candidate buffers, refined
-  kBank = 5      // kScreen for few anchors and many fp32 candidates, which are converted as they are read, once
+  kBank = 5,     // kScreen for few anchors and many fp32 candidates, which are converted as they are read, once
+  kTickets = 6   // kCluster without clusters: blocks show each other their sums in the workspace
 };
 
 struct Problem {
@@ -121,11 +122,15 @@ struct ForwardPlan {
   std::int64_t launches = 0;  // kernels enqueued
   std::int64_t workspace_bytes = 0;
 
-  // direct, cluster
+  // direct, cluster, tickets
   std::int64_t d_slices = 1;  // D is cut into so many aligned slices of slice_elements (the last may be shorter)
   std::int64_t slice_elements = 0;
   bool triangular = false;  // of a strip's rows with themselves half of the tiles serve both triangles
-  int cluster = 1;
+
+  // cluster, tickets
+  int group_anchors = 1;  // of one group of blocks, at most
+  int cluster = 1;        // blocks of a group; kCluster: a power of two
+  int round_chunks = 1;   // chunks of a slice that a block sums at once
 
   // dense, screen, bank
   std::int64_t padded_dims = 0;  // D of the cast copy, a multiple of 64
@@ -148,7 +153,7 @@ struct ForwardPlan {
   Piece control;          // Control
   Piece flags;            // direct: uint32 per block of the tile kernel
   Piece records;          // AnchorRecord [N]
-  Piece partials;         // direct: acc [d_slices][strip_rows][M]
+  Piece partials;         // direct: acc [d_slices][strip_rows][M]; tickets: planes, as small.cu has them
   Piece sort_keys;        // direct: rows of keys too many for shared memory
   Piece mean;             // float [padded_dims]
   Piece anchor_cast;      // half [N][padded_dims]

@@ -159,21 +159,60 @@ constexpr std::int64_t direct_launches(const ForwardPlan& plan) {
   return 2 * plan.strips + (plan.shared_reduction ? 1 : 0);
 }
 
-// ---- the path of one cluster ----------------------------------------------------------------------------------------
+// ---- the paths of one launch ----------------------------------------------------------------------------------------
 
-inline constexpr std::int64_t kClusterRows = 64;   // anchors, and candidates: one tile
-inline constexpr std::int64_t kLargestPlanes = 8;  // slices that one block of the cluster may keep
+inline constexpr std::int64_t kSmallRows = 256;    // anchors, and candidates, at most
+inline constexpr int kClusterGroups = 16;          // of anchors, each with blocks that share D, a cluster
+inline constexpr int kSmallGroups = 32;            // without clusters
+inline constexpr int kSmallWarps = 8;              // of a block
+inline constexpr std::int64_t kSmallQuad = 4;      // anchors, and
+inline constexpr std::int64_t kSmallColumns = 64;  // candidates that a warp takes at once
+inline constexpr std::int64_t kSmallAhead = 2;     // rounds of chunks that have buffers
+inline constexpr int kLargestPlanes = 8;           // slices that one block may keep
 inline constexpr int kClusterBlocks = 8;           // the largest cluster that needs no opt-in
 inline constexpr int kClusterMajor = 9;
-inline constexpr int kClusterWarps = 8;  // of a block
-// Sums of one anchor in a plane: 8 more than the tile has, against bank conflicts.
-inline constexpr std::int64_t kClusterPitch = 72;
-inline constexpr std::int64_t kClusterOther = 76 * 1024;  // bytes of shared memory beside the planes, an upper bound
-constexpr std::int64_t cluster_planes(const ForwardPlan& plan) {
-  return divide_up(plan.d_slices, plan.cluster);
+// Shared memory of a block of which a multiprocessor of 228 KB holds two.
+inline constexpr int kHalfSharedBytes = 113 * 1024;
+inline constexpr std::int64_t kReductionBytes = 7424;  // ReductionMemory of loss.cuh
+
+constexpr int small_planes(const ForwardPlan& plan) {
+  return static_cast<int>(divide_up(plan.d_slices, plan.cluster));
 }
-constexpr std::int64_t cluster_shared_bytes(std::int64_t planes) {
-  return kClusterOther + planes * kClusterRows * kClusterPitch * 4;
+constexpr int small_buffers(int planes, int chunks, int round) {
+  return static_cast<int>(std::min<std::int64_t>(kSmallAhead, planes * chunks / round)) * round;
+}
+// Sums of a plane: of a group's anchors, with all candidates.
+constexpr std::int64_t small_columns(std::int64_t M) {
+  return round_up(M, kSmallColumns);
+}
+// Items of a chunk, a warp each, and rows of a buffer.
+constexpr std::int64_t small_items(const ForwardPlan& plan, std::int64_t M) {
+  return divide_up(plan.group_anchors, kSmallQuad) * small_columns(M) / kSmallColumns;
+}
+constexpr std::int64_t small_buffer_rows(const ForwardPlan& plan, std::int64_t M) {
+  return round_up(plan.group_anchors, kSmallQuad) + small_columns(M);
+}
+// Anchors that a block finishes, at most.
+constexpr std::int64_t small_finished(const ForwardPlan& plan) {
+  return plan.path == ForwardPath::kCluster ? divide_up(plan.group_anchors, plan.cluster) : plan.group_anchors;
+}
+// Keys that a warp has room for: those it extracts, or a whole row, which it sorts.
+constexpr std::int64_t small_keys(std::int64_t K, std::int64_t M) {
+  return K <= kShortNeighbours ? 32 : std::max<std::int64_t>(32, direct_sort_keys(M));
+}
+constexpr std::int64_t small_shared_bytes(const ForwardPlan& plan, const Problem& problem) {
+  const std::int64_t chunks = plan.slice_elements / kChunk;
+  const std::int64_t plane = plan.group_anchors * small_columns(problem.M) * 4;
+  const std::int64_t buffers = small_buffers(small_planes(plan), static_cast<int>(chunks), plan.round_chunks);
+  const std::int64_t row = kChunk * element_bytes(problem.dtype) + 16;
+  const std::int64_t sums = buffers * small_buffer_rows(plan, problem.M) * row + (chunks > 1 ? chunks * plane : 0);
+  const std::int64_t later = small_finished(plan) * small_columns(problem.M) * 4 +
+                             kSmallWarps * small_keys(plan.K, problem.M) * 8 + kReductionBytes;
+  return small_planes(plan) * plane + 16 + std::max(sums, later);
+}
+// kTickets: of ForwardPlan::partials.
+constexpr std::int64_t small_partial_bytes(const ForwardPlan& plan, const Problem& problem) {
+  return divide_up(problem.N, plan.group_anchors) * plan.d_slices * plan.group_anchors * small_columns(problem.M) * 4;
 }
 
 // ---- the screening --------------------------------------------------------------------------------------------------

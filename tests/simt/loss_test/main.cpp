@@ -20,8 +20,8 @@ namespace {
 
 int checks = 0;
 
-const char* const kPathNames[] = {"auto", "cluster", "direct", "dense", "screen", "bank"};
-constexpr int kPaths = 6;
+const char* const kPathNames[] = {"auto", "cluster", "direct", "dense", "screen", "bank", "tickets"};
+constexpr int kPaths = 7;
 
 }  // namespace
 
@@ -72,10 +72,10 @@ bool path_serves(const Problem& p, ForwardPath path, const sn_simt_settings& set
 // Calls `each` for every path that serves, with several schedules and errors each.
 void for_runs(const Problem& p, const std::function<void(const Result&, const sn_simt_settings&)>& each) {
   std::uint64_t seed = std::hash<std::string>()(p.name) % 1000;
-  for (const ForwardPath path :
-       {ForwardPath::kDirect, ForwardPath::kCluster, ForwardPath::kDense, ForwardPath::kScreen, ForwardPath::kBank}) {
+  for (const ForwardPath path : {ForwardPath::kDirect, ForwardPath::kCluster, ForwardPath::kDense, ForwardPath::kScreen,
+                                 ForwardPath::kBank, ForwardPath::kTickets}) {
     if (!path_serves(p, path, settings_for(seed, simt::MmaError::kNone, path))) continue;
-    const bool screened = path >= ForwardPath::kDense;
+    const bool screened = path >= ForwardPath::kDense && path <= ForwardPath::kBank;
     const int runs = screened && p.anchors.dtype == DType::kFloat32 ? 3 : 2;
     for (int run = 0; run < runs; ++run) {
       ++seed;

@@ -36,6 +36,7 @@ int main(int argc, char** argv) {
   test_wrappers();
   test_products();
   test_numbers();
+  test_slots();
   test_kth_smallest();
   test_thresholds();
   std::printf("%d passed, 0 failed\n", sn::cuda::checks);

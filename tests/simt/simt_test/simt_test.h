@@ -24,6 +24,7 @@ int overrun(const std::string& kind);     // what such a child does; returns if 
 void test_wrappers();                     // wrappers.cpp: collectives, atomics, clusters, schedules
 void test_products();                     // products.cpp: copies, matrices, mma and its models
 void test_numbers();                      // numbers.cpp: conversions and directed rounding
+void test_slots();                        // slots.cpp: tickets of launches that may run at the same time
 void test_kth_smallest();                 // kth_smallest.cpp: by a warp, by a block
 void test_thresholds();                   // thresholds.cpp: what a sample proves
 

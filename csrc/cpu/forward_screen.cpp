@@ -240,8 +240,8 @@ bool bound_errors(const ForwardArgs& args, const Kernels& kernels, const Layout&
 // does not depend on the order of the tiles.
 void sweep(const ThreadPool& pool, const Kernels& kernels, const ScreenPlan& plan, const Layout& layout) {
   const Screen& screen = layout.screen;
-  const std::int64_t row_blocks = divide_up(screen.anchors.padded, plan.tile);
-  const std::int64_t column_blocks = divide_up(screen.candidates.padded, plan.tile);
+  const std::int64_t row_blocks = divide_up(screen.anchors.rows, plan.tile);
+  const std::int64_t column_blocks = divide_up(screen.candidates.rows, plan.tile);
   const std::int64_t tiles = screen.symmetric ? row_blocks * (row_blocks + 1) / 2 : row_blocks * column_blocks;
   const auto locks = std::make_unique<std::mutex[]>(static_cast<std::size_t>(row_blocks));
 
@@ -261,9 +261,9 @@ void sweep(const ThreadPool& pool, const Kernels& kernels, const ScreenPlan& pla
     }
     Tile tile{};
     tile.row = i * plan.tile;
-    tile.rows = std::min(plan.tile, screen.anchors.padded - tile.row);
+    tile.rows = std::min(plan.tile, round_up(screen.anchors.rows, kPanel) - tile.row);
     tile.column = j * plan.tile;
-    tile.columns = std::min(plan.tile, screen.candidates.padded - tile.column);
+    tile.columns = std::min(plan.tile, round_up(screen.candidates.rows, kPanel) - tile.column);
     tile.diagonal = screen.symmetric && i == j;
     return tile;
   };

@@ -87,7 +87,7 @@ struct Screen {
 
 struct Tile {
   std::int64_t row, rows;        // anchor positions, multiples of kPanel
-  std::int64_t column, columns;  // candidate positions, multiples of kTileGrain
+  std::int64_t column, columns;  // candidate positions, the same
   bool diagonal;                 // symmetric and row == column: only pairs column > row
 };
 

@@ -39,7 +39,7 @@ Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K,
   const bool halved = symmetric && N * M * static_cast<std::int64_t>(sizeof(float)) <= kDirectScratch;
   const double direct = (halved ? 0.5 : 1.0) * n * m * 0.113;
   const double screened =
-      share * n * m * (widens ? 0.095 : 0.036) + (symmetric ? n : n + m) * 2.0 + n * static_cast<double>(K + 4) * 0.3;
+      share * n * m * (widens ? 0.09 : 0.036) + (symmetric ? n : n + m) * 2.0 + n * static_cast<double>(K + 4) * 0.45;
   return direct <= screened ? Path::kDirect : Path::kScreen;
 }
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 LIBRARY = ("sn_simt",)
 BOUNDS = ("sn_simt_bounds",)
+CPU = ("_C",)
+"""The package's own library, not one of the emulator."""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,11 @@ void sampled_mean(const FeatureView* sides, int side_count, std::int64_t dims, f
 // Rounds sixteen columns to bfloat16, to nearest even, subnormals to zero, as a bfloat16 dot product flushes them.
 // words: the upper halves, two columns a word. Returns what rounding left out, exact in float.
 SN_FORCE_INLINE F16 round_columns(F16 t, std::uint32_t* words) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+  const __m256i halves = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(t.v));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(words), halves);
+  return {_mm512_sub_ps(t.v, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)))};
+#elif defined(__AVX512F__)
   const __m512i bits = _mm512_castps_si512(t.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_and_si512(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd),

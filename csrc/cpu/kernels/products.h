@@ -7,33 +7,35 @@ inline constexpr int kMicroRows = 8;
 inline constexpr int kMicroColumns = 48;
 inline constexpr std::int64_t kMicroDepth = kDepth;
 
-// C[8][48] (+)= A[8][2n] . B[48][2n]^T on pairs: b0, b1, b2 are three panels of sixteen columns.
-SN_FORCE_INLINE void micro_kernel(const std::uint32_t* a, const std::uint32_t* b0, const std::uint32_t* b1,
-                                  const std::uint32_t* b2, std::int64_t n, bool first, float* c) {
-  __m512 acc[kMicroRows][3];
+// C[8][16 V] (+)= A[8][2n] . B[16 V][2n]^T on pairs. b: V panels of sixteen columns, `panel_words` apart.
+template <int V>
+SN_FORCE_INLINE void micro_kernel(const std::uint32_t* a, const std::uint32_t* b, std::int64_t panel_words,
+                                  std::int64_t n, bool first, float* c) {
+  __m512 acc[kMicroRows][V];
 #pragma GCC unroll 8
   for (int r = 0; r < kMicroRows; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < 3; ++v) {
+    for (int v = 0; v < V; ++v) {
       acc[r][v] = first ? _mm512_setzero_ps() : _mm512_load_ps(c + r * kTilePitch + v * kLanes);
     }
   }
   for (std::int64_t k = 0; k < n; ++k) {
-    const __m512bh w0 = reinterpret_cast<__m512bh>(_mm512_load_si512(b0 + k * kPanel));
-    const __m512bh w1 = reinterpret_cast<__m512bh>(_mm512_load_si512(b1 + k * kPanel));
-    const __m512bh w2 = reinterpret_cast<__m512bh>(_mm512_load_si512(b2 + k * kPanel));
+    __m512bh w[V];
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      w[v] = reinterpret_cast<__m512bh>(_mm512_load_si512(b + v * panel_words + k * kPanel));
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kMicroRows; ++r) {
       const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[k * kPanel + r])));
-      acc[r][0] = _mm512_dpbf16_ps(acc[r][0], x, w0);
-      acc[r][1] = _mm512_dpbf16_ps(acc[r][1], x, w1);
-      acc[r][2] = _mm512_dpbf16_ps(acc[r][2], x, w2);
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x, w[v]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kMicroRows; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < 3; ++v) _mm512_store_ps(c + r * kTilePitch + v * kLanes, acc[r][v]);
+    for (int v = 0; v < V; ++v) _mm512_store_ps(c + r * kTilePitch + v * kLanes, acc[r][v]);
   }
 }
 
@@ -51,36 +53,36 @@ inline constexpr int kMicroColumns = 16;
 #endif
 inline constexpr std::int64_t kMicroDepth = kDepth / 2;
 
-// a[r]: column of anchor r in its widened panel, stride 16.
+// C[kMicroRows][16 V] (+)= A[kMicroRows][n] . B[n][16 V]. a[r]: column of anchor r in its widened panel, stride 16.
+template <int V>
 SN_FORCE_INLINE void micro_kernel(const float* const (&a)[kMicroRows], const float* b, std::int64_t n, bool first,
                                   float* c) {
-  constexpr int kVectors = kMicroColumns / kLanes;
 #if defined(__AVX512F__) || defined(__AVX2__)
-  F16 acc[kMicroRows][kVectors];
+  F16 acc[kMicroRows][V];
 #pragma GCC unroll 8
   for (int r = 0; r < kMicroRows; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = first ? f_zero() : f_load(c + r * kTilePitch + v * kLanes);
+    for (int v = 0; v < V; ++v) acc[r][v] = first ? f_zero() : f_load(c + r * kTilePitch + v * kLanes);
   }
   for (std::int64_t k = 0; k < n; ++k) {
-    F16 w[kVectors];
+    F16 w[V];
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) w[v] = f_load(b + k * kMicroColumns + v * kLanes);
+    for (int v = 0; v < V; ++v) w[v] = f_load(b + k * kMicroColumns + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kMicroRows; ++r) {
       const F16 x = f_set1(a[r][k * kPanel]);
 #pragma GCC unroll 3
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = f_fma(x, w[v], acc[r][v]);
+      for (int v = 0; v < V; ++v) acc[r][v] = f_fma(x, w[v], acc[r][v]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kMicroRows; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) f_store(c + r * kTilePitch + v * kLanes, acc[r][v]);
+    for (int v = 0; v < V; ++v) f_store(c + r * kTilePitch + v * kLanes, acc[r][v]);
   }
 #else
   // Products of bfloat16 values are exact in float, so multiply and add round as a fused multiply-add would.
-  static_assert(kVectors == 1);
+  static_assert(V == 1);
   float acc[kMicroRows][kLanes];
   for (int r = 0; r < kMicroRows; ++r) {
     for (int l = 0; l < kLanes; ++l) acc[r][l] = first ? 0.0f : c[r * kTilePitch + l];
@@ -112,7 +114,18 @@ SN_FORCE_INLINE void widen(const std::uint32_t* packed, std::int64_t pairs, floa
 #endif
 
 static_assert(kTileGrain % kMicroRows == 0 && kTileGrain % kMicroColumns == 0);
-static_assert(kMicroColumns % kPanel == 0);
+static_assert(kMicroColumns % kPanel == 0 && kMicroColumns <= 3 * kPanel);
+
+// Calls kernel.template operator()<V>() for `vectors` of 1 to kMicroColumns / 16.
+template <class Kernel>
+SN_FORCE_INLINE void with_vectors(std::int64_t vectors, const Kernel& kernel) {
+  constexpr int kMost = kMicroColumns / kLanes;
+  if (vectors == kMost) return kernel.template operator()<kMost>();
+  if constexpr (kMost > 1) {
+    if (vectors == 2) return kernel.template operator()<2>();
+    kernel.template operator()<1>();
+  }
+}
 
 // Prefetches the panels of one depth of a tile into the second-level cache, a few lines at a time. The copy is larger
 // than that cache, and hardware does not follow it from panel to panel.
@@ -150,8 +163,8 @@ class DepthPrefetch {
   std::int64_t at_ = 0;
 };
 
-// products[r * kTilePitch + c] = A_(row + r) . A_(column + c). Micro-tiles of which no pair is wanted stay unwritten.
-// next: the tile that this worker is likely to multiply next.
+// products[r * kTilePitch + c] = A_(row + r) . A_(column + c). On the diagonal, vectors of which no pair is wanted stay
+// unwritten. next: the tile that this worker is likely to multiply next.
 inline void tile_products(const Screen& screen, const Tile& tile, const Tile& next, float* products,
                           [[maybe_unused]] float* wide) {
   const std::int64_t depth_pairs = kMicroDepth / 2;
@@ -161,8 +174,10 @@ inline void tile_products(const Screen& screen, const Tile& tile, const Tile& ne
   const auto pairs_at = [&](std::int64_t pair) {
     return screen.pairs - pair < depth_pairs ? screen.pairs - pair : depth_pairs;
   };
+  // The last micro-tile may have rows behind the tile: the copy and the products have room for whole kTileGrain.
+  const std::int64_t row_steps = (tile.rows + kMicroRows - 1) / kMicroRows;
   // Lines per micro-kernel, so that one depth is fetched while the one before it is used.
-  const std::int64_t micro_tiles = (tile.rows / kMicroRows) * (tile.columns / kMicroColumns);
+  const std::int64_t micro_tiles = row_steps * ((tile.columns + kMicroColumns - 1) / kMicroColumns);
   const std::int64_t depth_lines = (tile.rows + tile.columns) / kPanel * depth_pairs;
   const int lines = static_cast<int>((depth_lines + micro_tiles - 1) / micro_tiles);
   for (std::int64_t pair = 0; pair < screen.pairs; pair += depth_pairs) {
@@ -174,30 +189,39 @@ inline void tile_products(const Screen& screen, const Tile& tile, const Tile& ne
 #if !defined(__AVX512BF16__)
     float* wide_candidates = wide;
     float* wide_anchors = wide + kWideCandidateFloats;
-    for (std::int64_t panel = 0; panel < tile.rows / kPanel; ++panel) {
+    for (std::int64_t panel = 0; panel * kPanel < row_steps * kMicroRows; ++panel) {
       widen(anchors + panel * panel_words + pair * kPanel, n, wide_anchors + panel * kPanel * kMicroDepth, kPanel);
     }
 #endif
     for (std::int64_t column = 0; column < tile.columns; column += kMicroColumns) {
       const std::uint32_t* b = candidates + column / kPanel * panel_words + pair * kPanel;
+      const std::int64_t vectors =
+          (tile.columns - column < kMicroColumns ? tile.columns - column : kMicroColumns) / kPanel;
 #if !defined(__AVX512BF16__)
-      for (std::int64_t panel = 0; panel < kMicroColumns / kPanel; ++panel) {
+      for (std::int64_t panel = 0; panel < vectors; ++panel) {
         widen(b + panel * panel_words, n, wide_candidates + panel * kPanel, kMicroColumns);
       }
 #endif
-      for (std::int64_t row = 0; row < tile.rows; row += kMicroRows) {
-        if (tile.diagonal && column + kMicroColumns - 1 <= row) break;
+      for (std::int64_t step = 0; step < row_steps; ++step) {
+        const std::int64_t row = step * kMicroRows;
+        // On the diagonal a row wants columns behind it.
+        const std::int64_t skipped = tile.diagonal && row + 1 > column ? (row + 1 - column) / kPanel : 0;
+        if (skipped >= vectors) break;
         prefetch.lines(lines);
-        float* c = products + row * kTilePitch + column;
+        float* c = products + row * kTilePitch + column + skipped * kPanel;
 #if defined(__AVX512BF16__)
         const std::uint32_t* a = anchors + row / kPanel * panel_words + pair * kPanel + row % kPanel;
-        micro_kernel(a, b, b + panel_words, b + 2 * panel_words, n, first, c);
+        with_vectors(vectors - skipped, [&]<int V>() SN_LAMBDA_INLINE {
+          micro_kernel<V>(a, b + skipped * panel_words, panel_words, n, first, c);
+        });
 #else
         const float* a[kMicroRows];
         for (int r = 0; r < kMicroRows; ++r) {
           a[r] = wide_anchors + (row + r) / kPanel * (kPanel * kMicroDepth) + (row + r) % kPanel;
         }
-        micro_kernel(a, wide_candidates, 2 * n, first, c);
+        with_vectors(vectors - skipped, [&]<int V>() SN_LAMBDA_INLINE {
+          micro_kernel<V>(a, wide_candidates + skipped * kPanel, 2 * n, first, c);
+        });
 #endif
       }
     }

@@ -1,0 +1,91 @@
+"""Where the CPU backend's worst cases are: rows that its bounds are made for, and lists too long for one strip."""
+
+from __future__ import annotations
+
+from itertools import product
+from types import ModuleType
+
+import pytest
+import torch
+
+import sn_ops
+from support import judge, oracle, problems
+from support.problems import Case
+
+
+def lopsided_case(dims: int, k: int) -> Case:
+    """Rows that are exact in bfloat16, so that the screening's copy has no error, and whose products all err one way.
+
+    The first column holds the sums above 2^13, where their last bit is 2^-10. Others are whole multiples of 2^-7, their
+    products of 2^-14. With an anchor of 131 in each column, 131 x 130 leaves 6 sixteenths of the last bit, which are
+    rounded away in every column, and 131 x 132 leaves 12, which are rounded up. Candidates of 130 are nearer by the
+    change of a few columns, and seem farther. Each row has a negative, so that there is nothing to centre.
+    """
+    anchors, near, far = (torch.full((rows, dims), value) for rows, value in ((6, 131.0), (k, 130.0), (3 * k, 132.0)))
+    # No two rows are alike. 133 for 132 in two columns more and more: all of `far` behind all of `near`.
+    for i in range(len(anchors)):
+        anchors[i, 8 + i] = 132.0
+    for i in range(len(near)):
+        near[i, 40 + i] = 129.0
+    for i in range(len(far)):
+        far[i, 40 + 4 * i : 40 + 4 * i + 4] = 133.0
+    both = [torch.cat([rows, -rows]) / 128.0 for rows in (anchors, torch.cat([near, far]))]
+    for rows in both:
+        rows[:, 0] = torch.sign(rows[:, 0]) * 96.0
+    feats, candidates = (rows.to(torch.bfloat16) for rows in both)
+    assert torch.equal(feats.float(), both[0])
+    assert torch.equal(candidates.float(), both[1])
+    labels, candidate_labels = torch.arange(len(feats)) % 3, torch.arange(len(candidates)) % 3
+    return Case(feats, labels, candidates, candidate_labels, k=k)
+
+
+@pytest.mark.parametrize("dims", [2048, 4096])
+def test_products_that_all_round_one_way(core: ModuleType, dims: int) -> None:
+    """The bound has only the rounding of the products to cover here, which decides the selection."""
+    case = lopsided_case(dims, k=10)
+    rows = list(range(case.feats.shape[0]))
+    expected = oracle.select_in_documented_order(problems.to_oracle(case), case.k, rows)
+    for capability, path in product(core.cpu_capabilities(), ("direct", "screen")):
+        core.set_cpu_capability(capability)
+        core.set_cpu_path(path)
+        chosen = judge.selection_of(judge.neighbors_of(case, "cpu"))
+        for name in ("support", "nearest", "farthest"):
+            assert (getattr(chosen, name) == getattr(expected, name)).all(), (capability, path, name)
+
+
+def test_lists_of_edges_in_several_strips() -> None:
+    """12000 rows with 128 neighbours each: the edges of all rows are not listed at once. Against the definition."""
+    alpha = 5.0
+    feats = torch.randn(12000, 4, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    labels = torch.arange(12000) // 4
+    loss = sn_ops.sn_loss(feats, labels, k=128, alpha=alpha, squeeze="none", reduction="sum", backend="cpu")
+    (grad,) = torch.autograd.grad(loss, feats)
+
+    found = sn_ops.support_neighbors(feats, labels, k=128, backend="cpu")
+    wide = feats.detach().double().requires_grad_()
+    scores = -alpha * (wide[:, None] - wide[found.indices]).norm(dim=2)
+    outside = -alpha * (wide - wide[found.nearest_positive]).norm(dim=1)
+    none = torch.tensor(-torch.inf, dtype=torch.float64)
+    outside = torch.where(found.is_positive.any(dim=1), none, outside)[:, None]
+    positive = torch.cat([torch.where(found.is_positive, scores, none), outside], dim=1)
+    every = torch.cat([scores, outside], dim=1)
+    (expected,) = torch.autograd.grad((every.logsumexp(dim=1) - positive.logsumexp(dim=1)).sum(), wide)
+    assert ((grad.double() - expected).norm(dim=1) <= 1e-4 * (1 + expected.norm(dim=1))).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_one_value_that_is_not_finite(core: ModuleType, value: float) -> None:
+    """Wherever it lies, on the path that looks for it while it copies the rows."""
+    core.set_cpu_path("direct")
+    case = problems.adversarial_case("random", 208, 70, k=5)
+    labels = case.labels[:96]
+    for capability in core.cpu_capabilities():
+        core.set_cpu_capability(capability)
+        for column in range(70):
+            feats = case.feats.clone()
+            row = 37 * column % 96
+            feats[row, column] = value
+            loss = sn_ops.sn_loss(feats[:96], labels, k=5, backend="cpu")
+            assert loss.isnan(), (capability, row, column)
+            bank = (case.feats[96:], case.labels[96:], feats[:96], labels)
+            assert sn_ops.sn_loss(*bank[:2], candidates=bank[2], candidate_labels=bank[3], k=5, backend="cpu").isnan()

@@ -1,0 +1,50 @@
+"""Mutants of the CPU kernels: the bound of the screening, triangles of pairs, and strips of edges."""
+
+from __future__ import annotations
+
+from mutants.mutant import BACKENDS, CPU, Mutant
+
+EDGES, SELECTION = BACKENDS + "test_cpu_edges.py::", BACKENDS + "test_cpu_selection.py::"
+
+
+def cpu() -> list[Mutant]:
+    """Which terms a bound has, which pairs of a square are computed, and whose edges a strip lists."""
+    kernels = "csrc/cpu/kernels/"
+    tiles, strips = SELECTION + "test_documented_order_beside_tiles", EDGES + "test_lists_of_edges_in_several_strips"
+    changes = [
+        # name, file, old, new, why, test
+        (
+            "cpu-bound-without-the-products", "csrc/cpu/forward_screen.cpp",
+            "theta + (D + 2.0) * kernels.product_rounding +", "theta +",
+            "the rounding of the products is left out of the bound",
+            EDGES + "test_products_that_all_round_one_way",
+        ),
+        (
+            "cpu-strip-of-the-first-rows", "csrc/cpu/backward.cpp",
+            "for (std::int64_t& cut : cuts) cut += edges.first_row;", "",
+            "a later strip writes the gradients of other rows", strips,
+        ),
+        (
+            "cpu-lists-of-the-first-strip", kernels + "backward.h",
+            "const std::int64_t first = edges.begin[row - edges.first_row];",
+            "const std::int64_t first = edges.begin[row];",
+            "a row of a later strip looks for its list as if the strip began with the first row", strips,
+        ),
+        (
+            "cpu-half-of-a-panel-too-early", kernels + "blocks.h",
+            "if (upper && p == q && g >= kGroups / 2) {", "if (upper && p == q && g >= kGroups / 4) {",
+            "rows of a panel's first half miss the candidates of that half", tiles,
+        ),
+        (
+            "cpu-half-of-the-columns-checked", kernels + "blocks.h",
+            "f_add(f_add(poison[0], poison[1]), f_add(poison[2], poison[3]))", "f_add(poison[0], poison[1])",
+            "a value that is not finite is overlooked in every other pair of columns",
+            EDGES + "test_one_value_that_is_not_finite",
+        ),
+        (
+            "cpu-diagonal-skips-a-vector", kernels + "products.h",
+            "(row + 1 - column) / kPanel : 0;", "(row + kPanel - column) / kPanel : 0;",
+            "at the diagonal products are left out that a row wants", tiles,
+        ),
+    ]  # fmt: skip
+    return [Mutant(name, file, old, new, why, (test,), CPU) for name, file, old, new, why, test in changes]

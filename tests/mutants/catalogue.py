@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from mutants.backward import backward
+from mutants.cpu import cpu
 from mutants.formulas import formulas
 from mutants.mutant import (
     BACKENDS,
@@ -528,4 +529,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *selection(),
     *triton(),
     *triton_screening(),
+    *cpu(),
 )

@@ -88,6 +88,81 @@ def test_cuda_graph(gpu_backend: str, rows: int) -> None:
         judge.assert_same_bits([loss.detach(), gradient], [expected.detach(), expected_gradient])
 
 
+@pytest.mark.parametrize("rows", [48, 128, 1500])
+def test_cuda_graph_of_a_whole_step(gpu_backend: str, rows: int) -> None:
+    """Network, loss, backward and optimiser in one graph, as docs/training-loops.md has it: an eager loop's steps."""
+    batches = [large_case(rows, seed=seed).on(gpu_backend) for seed in range(6)]
+    one = torch.ones((), device="cuda")
+    losses = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        network = torch.nn.Linear(batches[0].feats.shape[1], 64, device="cuda")
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        feats, labels = batches[0].feats.clone(), batches[0].labels.clone()
+
+        def step(
+            feats: torch.Tensor = feats,
+            labels: torch.Tensor = labels,
+            network: torch.nn.Module = network,
+            optimizer: torch.optim.Optimizer = optimizer,
+        ) -> torch.Tensor:
+            optimizer.zero_grad()
+            rows = torch.nn.functional.normalize(network(feats), dim=1)
+            loss: torch.Tensor = sn_ops.sn_loss(rows, labels, backend=gpu_backend)
+            loss.backward(one)
+            optimizer.step()
+            return loss
+
+        graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        loss = torch.zeros((), device="cuda")
+        if captured:
+            with torch.cuda.graph(graph):
+                loss = step()
+        found = []
+        for batch in batches:
+            feats.copy_(batch.feats)
+            labels.copy_(batch.labels)
+            if captured:
+                graph.replay()
+            else:
+                loss = step()
+            found.append(loss.detach().clone())
+        losses.append(torch.stack(found))
+    judge.assert_same_bits([losses[0]], [losses[1]])
+
+
+def test_reduce_overhead_captures(gpu_backend: str) -> None:
+    """`torch.compile(mode="reduce-overhead")` puts the loss into its graphs and leaves nothing out."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    case = large_case(128).on(gpu_backend)
+
+    @torch.compile(mode="reduce-overhead", fullgraph=True)
+    def loss_of(feats: torch.Tensor) -> torch.Tensor:
+        return sn_ops.sn_loss(torch.nn.functional.normalize(feats, dim=1), case.labels, backend=gpu_backend)
+
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        leaf = case.feats.clone().requires_grad_()
+        loss = loss_of(leaf)
+        loss.backward()
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    expected = case.feats.clone().requires_grad_()
+    wanted = sn_ops.sn_loss(torch.nn.functional.normalize(expected, dim=1), case.labels, backend=gpu_backend)
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-3, atol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_side_stream(gpu_backend: str) -> None:
     """Kernels run on the current stream: what they need was enqueued there a moment before."""
     case = large_case(2000).on(gpu_backend)

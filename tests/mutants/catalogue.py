@@ -27,6 +27,7 @@ from mutants.mutant import (
 from mutants.partial_tiles import partial_tiles
 from mutants.preparation import preparation
 from mutants.selection import selection
+from mutants.small import small
 from mutants.triton import triton
 from mutants.triton_screening import triton_screening
 
@@ -527,6 +528,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *_fallback(),
     *preparation(),
     *selection(),
+    *small(),
     *triton(),
     *triton_screening(),
     *cpu(),

@@ -358,6 +358,17 @@ ForwardPlan plan_path(ForwardPath path, const Problem& problem, const DeviceFact
   return plan;
 }
 
+// The plan of a path of one launch; false where it cannot serve.
+bool plan_one_launch(ForwardPath path, ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
+  if (std::min({problem.N, problem.M, problem.D}) <= 0 || std::max(problem.N, problem.M) > kSmallRows ||
+      problem.dtype == DType::kFloat64 || (path == ForwardPath::kCluster && device.major < kClusterMajor)) {
+    return false;
+  }
+  plan.path = path;
+  plan.K = std::min(problem.k, problem.M);
+  return plan_small(plan, problem, device);
+}
+
 }  // namespace
 
 bool serves(ForwardPath path, const Problem& problem, const DeviceFacts& device) {
@@ -369,12 +380,8 @@ bool serves(ForwardPath path, const Problem& problem, const DeviceFacts& device)
       return true;
     case ForwardPath::kCluster:
     case ForwardPath::kTickets: {
-      if (!some || problem.N > kSmallRows || problem.M > kSmallRows || problem.dtype == DType::kFloat64) return false;
-      if (path == ForwardPath::kCluster && device.major < kClusterMajor) return false;
       ForwardPlan plan;
-      plan.path = path;
-      plan.K = std::min(problem.k, problem.M);
-      return plan_small(plan, problem, device);
+      return plan_one_launch(path, plan, problem, device);
     }
     case ForwardPath::kDense:
     case ForwardPath::kScreen:
@@ -388,20 +395,23 @@ bool serves(ForwardPath path, const Problem& problem, const DeviceFacts& device)
 
 ForwardPlan plan_forward(const Problem& problem, const DeviceFacts& device, ForwardPath wanted) {
   if (wanted != ForwardPath::kAuto) return plan_path(wanted, problem, device, Extent::kWhole);
-  const ForwardPlan direct = plan_path(ForwardPath::kDirect, problem, device, Extent::kWhole);
-  ForwardPath best = ForwardPath::kDirect;
-  double best_us = predict_forward(direct, problem, device).total();
-  for (const ForwardPath path :
-       {ForwardPath::kCluster, ForwardPath::kTickets, ForwardPath::kDense, ForwardPath::kScreen, ForwardPath::kBank}) {
-    if (!serves(path, problem, device)) continue;
-    const ForwardPlan plan = plan_path(path, problem, device, Extent::kPredicted);
+  ForwardPlan best = plan_path(ForwardPath::kDirect, problem, device, Extent::kWhole);
+  double best_us = predict_forward(best, problem, device).total();
+  const auto consider = [&](const ForwardPlan& plan) {
     const double us = predict_forward(plan, problem, device).total();
-    if (us < best_us) {
-      best_us = us;
-      best = path;
-    }
+    if (us >= best_us) return;
+    best_us = us;
+    best = plan;
+  };
+  for (const ForwardPath path : {ForwardPath::kCluster, ForwardPath::kTickets}) {
+    ForwardPlan plan;
+    if (plan_one_launch(path, plan, problem, device)) consider(plan);
   }
-  return best == ForwardPath::kDirect ? direct : plan_path(best, problem, device, Extent::kWhole);
+  for (const ForwardPath path : {ForwardPath::kDense, ForwardPath::kScreen, ForwardPath::kBank}) {
+    if (serves(path, problem, device)) consider(plan_path(path, problem, device, Extent::kPredicted));
+  }
+  const bool predicted = best.path != ForwardPath::kDirect && !takes_slot(best);
+  return predicted ? plan_path(best.path, problem, device, Extent::kWhole) : best;
 }
 
 }  // namespace sn::cuda

@@ -1,5 +1,5 @@
-// The two operators around a backend's core, once for all registration files: they verify inputs, allocate outputs and
-// call the core with plain arguments.
+// The operators around a backend's core, once for all registration files: they verify inputs, allocate outputs and call
+// the core with plain arguments.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -1,6 +1,6 @@
-// The pybind11 module `_C`: facts about this build and its plans. This is the only file that knows Python, and it does
-// not know torch: older releases of torch do not offer their copy of pybind11 to code that uses the stable ABI, as
-// sn_ops.cpp does.
+// The pybind11 module `_C`: facts about this build and its plans. Beside autograd.cpp this is the only file that knows
+// Python, and it does not know torch: older releases of torch do not offer their copy of pybind11 to code that uses the
+// stable ABI, as sn_ops.cpp does.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -185,7 +185,7 @@ class _EagerLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, feats: Tensor, candidates: Tensor | None, call: _Call) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            value, graph, stats = call.operators.loss(*call.args)
+            value, graph, stats = _bare(call.operators.loss)(*call.args)
         ctx.save_for_backward(feats, candidates, graph, stats)
         # Not the whole call: its features and labels would live until the loss does not.
         ctx.kept = call.operators.loss_backward, call.args[_K], call.args[_REDUCTION]
@@ -206,12 +206,17 @@ class _EagerLoss(torch.autograd.Function):
             grads = operator(*args)  # create_graph=True: the dispatcher's autograd refuses the next one
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = operator(*args)
+                grads = _bare(operator)(*args)
         return *_placed(grads, need_feats, need_candidates), None
 
     @staticmethod
     def jvp(ctx: Any, *_: object) -> NoReturn:
         use_reference("forward-mode derivatives are")
+
+
+def _bare(operator: Any) -> Callable[..., Any]:
+    """What calling the operator calls: a frame of Python less."""
+    return operator._op
 
 
 class _Call(NamedTuple):

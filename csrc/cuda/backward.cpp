@@ -19,6 +19,7 @@ BackwardProblem problem_of(const BackwardArgs& args) {
 cudaError_t backward(const BackwardArgs& args, const BackwardPlan& plan, char* workspace, cudaStream_t stream) {
   if (plan.launches == 0) return cudaSuccess;
   if (args.edges > 0 && args.anchors.rows > kMostEdges / args.edges) return cudaErrorInvalidValue;
+  if (plan.resident) return enqueue_resident(args, plan, stream);
   if (plan.partitioned) {
     cudaError_t error = enqueue_bucket_counts(args, plan, workspace, stream);
     if (error == cudaSuccess) error = enqueue_bucket_prefix_sums(plan, workspace, stream);

@@ -159,5 +159,7 @@ cudaError_t enqueue_lists(const BackwardArgs& args, const BackwardPlan& plan, ch
 // first reads lists of incoming edges, the second, where the plan searches, looks for them in the graph.
 cudaError_t enqueue_gather(const BackwardArgs& args, const BackwardPlan& plan, char* workspace, cudaStream_t stream);
 cudaError_t enqueue_search(const BackwardArgs& args, const BackwardPlan& plan, cudaStream_t stream);
+// The same of small batches, where the plan is resident: each block has all rows and edges in shared memory.
+cudaError_t enqueue_resident(const BackwardArgs& args, const BackwardPlan& plan, cudaStream_t stream);
 
 }  // namespace sn::cuda

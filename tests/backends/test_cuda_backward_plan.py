@@ -60,6 +60,8 @@ def test_slices_stay_near(core: ModuleType, device: str, dtype: int) -> None:
         facts = plan(core, n, m, d, device, dtype=dtype)
         row, lanes, width = d * ELEMENT[dtype], facts["row_lanes"], facts["lane_bytes"]
         rows = n if m == 0 else min(m, 12 * n)
+        if facts["row_packs"] > 0:
+            continue
         seen.add((facts["target_lanes"], width))
         assert lanes == min(facts["target_lanes"], 1 << (max(1, -(-row // 16)) - 1).bit_length())
         assert facts["target_lanes"] == 32 or row > 256
@@ -89,13 +91,50 @@ def test_slices_grow_narrow_with_rows(core: ModuleType) -> None:
 
 
 def test_lists_serve_where_searching_costs_more(core: ModuleType) -> None:
-    """One launch of a small batch, five of a large one; own edges alone need no search."""
-    for n, d, launches in ((64, 2048, 1), (384, 2048, 1), (1024, 2048, 5), (512, 128, 1), (8192, 128, 5)):
+    """One launch of a small batch, five of a large one."""
+    for n, d, launches in ((640, 2048, 1), (1024, 2048, 5), (640, 128, 1), (8192, 128, 5)):
         facts = plan(core, n, 0, d)
         assert facts["launches"] == launches and facts["partitioned"] == (launches == 5)
         names = [name for name, _, _ in facts["kernels"]]
         assert names == (["search"] if launches == 1 else ["count", "prefix sums", "place", "lists", "gather"])
     assert plan(core, 1_000_000, 0, 8)["buckets"] <= 4096
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [F32, F64, F16])
+def test_small_batches_are_resident(core: ModuleType, device: str, dtype: int) -> None:
+    """Where all rows, the graph and its lists fit the shared memory that a block may have, and that is predicted to be
+    cheaper; in slices of 1, 2, 4 or 8 packs, not wider than a row asks for."""
+    sums = 8 if dtype == F64 else 4
+    widths = set()
+    for n, d, m in product((1, 31, 64, 65, 128, 200, 256, 257, 400, 512, 513, 700), DIMS, (0, 100, 3000)):
+        facts = plan(core, n, m, d, device, dtype=dtype)
+        names = [name for name, _, _ in facts["kernels"]]
+        assert (facts["row_packs"] > 0) == (names == ["resident"])
+        if names != ["resident"]:
+            continue
+        assert facts["launches"] == 1 and facts["workspace_bytes"] == 0
+        assert facts["slice_elements"] * sums == 16 * facts["row_packs"]
+        assert (facts["slices"] - 1) * facts["slice_elements"] < d <= facts["slices"] * facts["slice_elements"]
+        assert facts["row_packs"] <= facts["row_lanes"]
+        assert (m or n) <= 512
+        edges, words = -(-n * 12 // 32) * 32, -(-n // 32) | 1
+        least = 128 * (n + m) + 2 * edges * (sums + 2) + (m or n) * (6 * words + 4)
+        assert least <= DEVICES[device][2], (n, m, d)
+        widths.add(facts["row_packs"])
+    assert widths <= {1, 2, 4, 8} and len(widths) > 1
+
+
+def test_the_batches_of_reid_are_resident(core: ModuleType) -> None:
+    """Up to 256 rows on devices with much shared memory, up to 128 on all that have many multiprocessors."""
+    for device in DEVICES:
+        wide = device in ("sm_80", "sm_90", "sm_100")
+        sizes = (32, 64, 128, 256) if wide else (32, 64, 128) if device != "sm_86" else (32,)
+        for n, d in product(sizes, (512, 2048)):
+            if device == "sm_86" and d == 2048:
+                continue
+            assert plan(core, n, 0, d, device)["row_packs"] > 0, (device, n, d)
+    assert plan(core, 128, 0, 2048)["slices"] == 128
 
 
 WALKS = [*((0, d) for d in (16, 128, 512, 2048)), (64, 512), (65536, 512)]
@@ -153,13 +192,15 @@ def test_no_cliff_where_slices_change(core: ModuleType, device: str, dtype: int)
 @pytest.mark.parametrize("dtype", [F32, F64, F16])
 def test_more_dimensions_and_neighbours_are_never_cheaper(core: ModuleType, device: str, dtype: int) -> None:
     """But that rows of up to 256 bytes, with a warp for each target, may cost a quarter more than longer ones, of which
-    two targets share a warp; of one neighbour, as far as 65536 rows, 1.3 times as much."""
+    two targets share a warp; of one neighbour, as far as 65536 rows, 1.3 times as much. And of resident rows of up to
+    256 bytes the shorter have more groups of lanes for each list, each of which looks at all of its edges."""
     short = [*range(8, 256 // ELEMENT[dtype] + 1, 8)]
     long = [d for d in (*range(8, 520, 8), *range(576, 4161, 64)) if d > short[-1]]
     for n in (64, 256, 1024, 8192, 65536):
-        times = [[plan(core, n, 0, d, device, dtype=dtype)["predicted_us"] for d in dims] for dims in (short, long)]
-        for of_these in times:
-            assert all(more >= us * (1 - 1e-9) for us, more in pairwise(of_these)), n
+        for dims in (short, long):
+            for before, after in pairwise(plan(core, n, 0, d, device, dtype=dtype) for d in dims):
+                fewer_groups = after["row_packs"] > 0 and after["row_lanes"] > before["row_lanes"]
+                assert fewer_groups or after["predicted_us"] >= before["predicted_us"] * (1 - 1e-9), (n, before, after)
         for k, most in ((10, 1.25), (1, 1.3)):
             last, next_one = (
                 plan(core, n, 0, d, device, dtype=dtype, k=k)["predicted_us"] for d in (short[-1], long[0])

@@ -20,12 +20,12 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SUM, NONE = 1, 2
 
 
-@pytest.mark.parametrize("partition", ["never", "always"])
+@pytest.mark.parametrize("partition", ["never", "always", "resident"])
 @pytest.mark.parametrize(
     "name", ["self-127x100-ids30-k10", "bank-129-191x16-k33-offset", "all-identical", "duplicates"]
 )
 def test_backward_with_and_without_lists(name: str, partition: str) -> None:
-    """Edges sorted by target first, or looked for among all."""
+    """Edges sorted by target first, or looked for among all, or in shared memory with all rows."""
     case = problems.CASES[name]()
     grads = []
     for chosen in ("auto", partition):
@@ -35,17 +35,20 @@ def test_backward_with_and_without_lists(name: str, partition: str) -> None:
             grads.append(torch.autograd.grad(loss, leaves.inputs()))
             assert simt.last_report is not None and simt.last_report.partitioned == (chosen == "always")
             assert simt.last_report.launches == (5 if chosen == "always" else 1)
+            assert chosen != "resident" or simt.last_report.resident > 0
     judge.assert_same_bits(*grads)
 
 
 SEARCHES = [("never", 32, width) for width in (16, 24, 32)]
+RESIDENT = [("resident", 32, 16 * packs) for packs in (1, 2, 4, 8)]
 LISTS = [("always", 32, 16), ("always", 32, 32), *(("always", 16, width) for width in (16, 24, 32))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["bank", "hub", "wide"])
 def test_slices_of_the_backward_do_not_show(name: str, dtype: torch.dtype) -> None:
-    """Slices of D of 16, 24 and 32 bytes a lane, of a warp or half of one: hubs and ragged ends included."""
+    """Slices of D of 16, 24 and 32 bytes a lane, of a warp or half of one, or of resident rows of up to 8 packs: hubs
+    and ragged ends included."""
     case = {
         "bank": problems.bank_case(30, 50, 301, 8, self_kind="offset"),
         "hub": problems.self_case(90, 260, 8, k=5),
@@ -54,13 +57,17 @@ def test_slices_of_the_backward_do_not_show(name: str, dtype: torch.dtype) -> No
     if name == "hub":  # the first row is everyone's nearest
         case.feats[0] = 0
     grads = []
-    for partition, lanes, width in SEARCHES + LISTS:
+    for partition, lanes, width in SEARCHES + LISTS + RESIDENT:
         leaves = case.leaves()
         with simt.using(partition=partition, target_lanes=lanes, lane_bytes=width, seed=lanes + width):
             loss = sn_ops.sn_loss(**leaves.arguments(), backend="simt")
             grads.append(torch.autograd.grad(loss, leaves.inputs()))
             assert simt.last_report is not None
-            assert (simt.last_report.target_lanes, simt.last_report.lane_bytes) == (lanes, width)
+            report = simt.last_report
+            if partition == "resident":
+                assert 16 * report.resident == width
+            else:
+                assert (report.target_lanes, report.lane_bytes) == (lanes, width)
         assert all(bool((grad != 0).any(dim=0).all()) for grad in grads[-1])
     for other in grads[1:]:
         judge.assert_same_bits(other, grads[0])
@@ -151,15 +158,21 @@ def drawn(kind: str, dtype: torch.dtype, dims: int) -> Drawn:
     ],
 )  # fmt: skip
 def test_any_graph(kind: str, dims: int, dtype: torch.dtype) -> None:
-    """Right, and the same bits with and without lists, from buckets of every size, in slices of every width."""
+    """Right, and the same bits with and without lists, from buckets of every size, in slices of every width, and of
+    resident rows, where they fit: 600 targets are too many, and so are 720 rows of anchors and candidates."""
     graph = drawn(kind, dtype, dims)
     eps = {torch.float32: 2e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     first: list[Tensor] = []
     shifts = (0, 3, 10, 1, 0)  # of buckets
-    ways = [("never", 32, 16, 0), *((*way, shift) for way, shift in zip(LISTS, shifts, strict=True)), ("auto", 0, 0, 0)]
+    ways = [("never", 32, 16, 0), *((*way, shift) for way, shift in zip(LISTS, shifts, strict=True))]
+    ways += [("auto", 0, 0, 0), ("resident", 32, 16, 0)] if dims <= 96 else []
+    ways += [("resident", 32, 64 if dims % 2 else 128, 0)]  # of repeated edges each block counts all, which takes time
     for seed, (partition, lanes, width, shift) in enumerate(ways):
         with simt.using(partition=partition, target_lanes=lanes, lane_bytes=width, bucket_shift=shift, seed=seed):
             found = list(graph.gradients())[: 1 if graph.candidates is None else 2]
+            assert simt.last_report is not None
+            fits = "many" not in kind
+            assert partition != "resident" or (simt.last_report.resident > 0) == fits
         if first:
             judge.assert_same_bits(found, first)
             continue
@@ -179,7 +192,7 @@ def test_slices_end_anywhere(row_bytes: int, dtype: torch.dtype) -> None:
     dims = row_bytes // dtype.itemsize
     graph = drawn("hub" if row_bytes % 32 == 16 else "bank", dtype, dims)
     first: list[Tensor] = []
-    for seed, (partition, lanes, width) in enumerate(LISTS + SEARCHES):
+    for seed, (partition, lanes, width) in enumerate(LISTS + SEARCHES + RESIDENT[1::2]):
         with simt.using(partition=partition, target_lanes=lanes, lane_bytes=width, seed=seed):
             found = list(graph.gradients())[: 1 if graph.candidates is None else 2]
         first = first or found

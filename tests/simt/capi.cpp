@@ -181,6 +181,15 @@ void change(sn::cuda::BackwardPlan& plan, const sn::cuda::BackwardProblem& probl
   const std::int64_t element = sn::element_bytes(problem.dtype);
   const int target_lanes = settings.target_lanes == 0 ? 32 : settings.target_lanes;
   const int row_lanes = sn::cuda::lanes_of_row(problem.D, problem.dtype);
+  if (plan.resident) {
+    const int packs = settings.lane_bytes / 16;
+    if (sn::cuda::resident_serves(sn::cuda::resident_shape(problem), packs, row_lanes)) {
+      plan.row_packs = packs;
+      plan.slice_elements = settings.lane_bytes / sn::accumulator_bytes(problem.dtype);
+      plan.slices = sn::divide_up(problem.D, plan.slice_elements);
+    }
+    return;
+  }
   if (plan.slices > 0 && (target_lanes == 32 || row_lanes == 32) &&
       sn::cuda::gather_serves(problem.dtype, settings.lane_bytes, target_lanes, plan.searches)) {
     plan.lane_bytes = settings.lane_bytes;
@@ -328,6 +337,7 @@ extern "C" SN_SIMT_EXPORT int sn_simt_backward(const sn::BackwardArgs* args, con
     report->target_lanes = plan.target_lanes;
     report->workspace_bytes = plan.workspace_bytes;
     report->partitioned = plan.partitioned ? 1 : 0;
+    report->resident = plan.resident ? plan.row_packs : 0;
     const std::int64_t row = problem.D * sn::element_bytes(args->dtype);
     poison(args->grad_anchors, problem.N * row);
     poison(args->grad_candidates, problem.M * row);

@@ -37,7 +37,7 @@ struct sn_simt_settings {
   std::int32_t positive_anchors;   // dense, screen, bank: a power of two, at most 1024
   std::int32_t positive_segments;  // dense, screen, bank
   std::int32_t shared_reduction;   // of every path but the cluster's; 1: whatever the number of anchors
-  std::int32_t lane_bytes;         // of the backward, where it has a kernel for them
+  std::int32_t lane_bytes;         // of the backward, where it has a kernel for them; of resident rows, of a slice
   std::int32_t target_lanes;       // of the backward, with these bytes: 0 and 32 a warp, 16 half of one
   std::int32_t buffer_capacity;    // screen, bank: at least what the fallback needs
   std::int32_t no_rescreen;        // screen, bank: not 0: rows are screened once
@@ -57,6 +57,7 @@ struct sn_simt_report {
   std::int32_t partitioned;   // of the backward
   std::int32_t lane_bytes;    // of the backward
   std::int32_t target_lanes;  // of the backward
+  std::int32_t resident;      // of the backward: packs of a slice, where rows and edges are resident, else 0
   sn::cuda::Control control;  // as the forward left it; zeros on a path without it
   char fault[8192];           // empty: none
 };

@@ -53,11 +53,12 @@ def main() -> int:
     from support import simt
 
     for case in cases():
-        # Each path, then each width of the backward's slices that is more than a pack, and half warps.
+        # Each path, then each width of the backward's slices that is more than a pack, half warps, and resident rows.
         planned = [(path, 0, 0) for path in PATHS]
         widths = [("direct", lanes, width) for lanes, width in ((32, 24), (32, 32), (16, 16), (16, 24), (16, 32))]
-        for path, lanes, width in planned + widths:
-            partition = "always" if lanes == 16 else "auto"
+        resident = [("direct", 0, width) for width in (16, 32, 128)]
+        for path, lanes, width in planned + widths + resident:
+            partition = {0: "resident" if width > 0 else "auto", 16: "always", 32: "never"}[lanes]
             with simt.using(path=path, lane_bytes=width, target_lanes=lanes, partition=partition):
                 expected = results(case)
                 for one, other in zip(expected, results(guarded(case)), strict=True):

@@ -31,7 +31,7 @@ from support.cuda_paths import PATHS
 
 MMA_ERRORS = ("none", "random", "extreme", "plus", "minus")
 MMA_MODELS = ("none", "hopper", "ampere", "volta", "crude")
-PARTITIONS = ("auto", "never", "always")
+PARTITIONS = ("auto", "never", "always", "resident")
 
 _PATHS = ("auto", *PATHS)
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -106,6 +106,7 @@ class Report:
     partitioned: bool
     lane_bytes: int
     target_lanes: int
+    resident: int
     launches: int
     workspace_bytes: int
     refined: int
@@ -256,6 +257,7 @@ class _Report(ctypes.Structure):
         ("partitioned", ctypes.c_int32),
         ("lane_bytes", ctypes.c_int32),
         ("target_lanes", ctypes.c_int32),
+        ("resident", ctypes.c_int32),
         ("control", _Control),
         ("fault", ctypes.c_char * 8192),
     ]
@@ -272,6 +274,7 @@ def _run(function: ctypes._NamedFuncPointer, args: ctypes.Structure) -> None:
         partitioned=bool(report.partitioned),
         lane_bytes=report.lane_bytes,
         target_lanes=report.target_lanes,
+        resident=report.resident,
         launches=report.launches,
         workspace_bytes=report.workspace_bytes,
         refined=report.control.refined,

@@ -23,7 +23,7 @@ from device import ROOT, open_device
 from times import LOSS, ours, pass_of, sets_of
 
 SHAPES = (LOSS[1], LOSS[5], LOSS[10])
-KERNELS = "(score|refine|gather|search|list|bank|thresholds|select|tile|merge)_kernel"
+KERNELS = "(score|refine|gather|search|resident|list|bank|thresholds|select|tile|merge)_kernel"
 SETS = ("basic", "full")
 """Sets of counters, by what they cost: "basic" first, so that something is there if "full" takes too long."""
 

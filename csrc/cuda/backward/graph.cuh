@@ -25,27 +25,48 @@ struct Graph {
 // Edges of a target that are summed from zero, in the one order of sums (gather.cuh).
 inline constexpr int kEdgeChunk = 64;
 
+// What the upstream gradient of every anchor is made of, unless each has its own.
+template <typename Acc>
+struct UpstreamParts {
+  Acc gradient = 0;
+  double valid = 1.0;
+
+  __device__ __forceinline__ void read(const Graph& graph) {
+    if (graph.reduction == Reduction::kNone) return;
+    gradient = load(static_cast<const Acc*>(graph.grad_loss));
+    if (graph.reduction == Reduction::kMean) valid = load(graph.stats + kValidAnchors);
+  }
+  __device__ __forceinline__ double value(const Graph& graph) const {
+    const double upstream = static_cast<double>(gradient);
+    if (graph.reduction != Reduction::kMean) return upstream;
+    return valid > 0.0 ? upstream / valid : 0.0;
+  }
+};
+
 // Upstream gradient of every anchor, unless each has its own.
 template <typename Acc>
 __device__ __forceinline__ double shared_upstream(const Graph& graph) {
-  if (graph.reduction == Reduction::kNone) return 0.0;
-  const double upstream = static_cast<double>(load(static_cast<const Acc*>(graph.grad_loss)));
-  if (graph.reduction == Reduction::kSum) return upstream;
-  const double valid = load(graph.stats + kValidAnchors);
-  return valid > 0.0 ? upstream / valid : 0.0;
+  UpstreamParts<Acc> parts;
+  parts.read(graph);
+  return parts.value(graph);
 }
 
-// Weight of edge `edge` of the graph, whose anchor is `anchor`. A coefficient of 0 stays 0 whatever the upstream
+// Weight of an edge of this coefficient, whose anchor is `anchor`. A coefficient of 0 stays 0 whatever the upstream
 // gradient is.
 template <typename Acc>
-__device__ __forceinline__ Acc edge_weight(const Graph& graph, double upstream, std::uint32_t anchor,
-                                           std::uint32_t edge) {
-  const Acc coefficient = load(static_cast<const Acc*>(graph.coefficients) + edge);
+__device__ __forceinline__ Acc weight_of(const Graph& graph, double upstream, std::uint32_t anchor, Acc coefficient) {
   if (graph.reduction == Reduction::kNone) {
     upstream = static_cast<double>(load(static_cast<const Acc*>(graph.grad_loss) + anchor));
   }
   if (coefficient == Acc(0)) return Acc(0);
   return narrow<Acc>(multiply(upstream, static_cast<double>(coefficient)));
+}
+
+// Weight of edge `edge` of the graph, whose anchor is `anchor`.
+template <typename Acc>
+__device__ __forceinline__ Acc edge_weight(const Graph& graph, double upstream, std::uint32_t anchor,
+                                           std::uint32_t edge) {
+  return weight_of(graph, upstream, anchor, load(static_cast<const Acc*>(graph.coefficients) + edge));
 }
 
 inline Graph graph_of(const BackwardArgs& args) {

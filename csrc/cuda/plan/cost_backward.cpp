@@ -99,6 +99,49 @@ double gather_us(const BackwardPlan& plan, const BackwardProblem& problem, const
   return kGap + joined(joined(kGatherStart, issued), joined(fetched, written));
 }
 
+// A block that has all rows and edges in shared memory. Instructions of a warp, counted in the machine code of sm_90a,
+// not measured: what each of the 16 warps does once, for 32 edges, for 32 packs of rows; of sums what they do beside
+// edges, for an edge, and for a value that an edge adds to. Groups of lanes that share a list of short rows look at each
+// of its edges. The longest list of a warp is some 1.3 times as long as most. Three instructions for an edge are fp64.
+// Alone a block has a round of loads and some 25 dependent rounds of shared memory, with six barriers.
+constexpr double kResidentStart = 2.0;
+constexpr double kResidentWarp = 200.0;
+constexpr double kResidentEdges = 170.0;
+constexpr double kResidentDoubles = 3.0;
+constexpr double kResidentPacks = 30.0;
+constexpr double kResidentSum = 300.0;
+constexpr double kResidentRow = 20.0;
+constexpr double kResidentLook = 8.0;
+constexpr double kResidentLonger = 1.3;
+
+double resident_us(const BackwardPlan& plan, const BackwardProblem& problem, const Machine& machine) {
+  const ResidentShape shape = resident_shape(problem);
+  const bool wide = problem.dtype == DType::kFloat64;
+  const double groups = 32.0 / real(plan.row_lanes);
+  const double thread_packs = resident_thread_packs(plan);
+  const double sides =
+      problem.symmetric ? 1.0 : (problem.need_anchors ? 1.0 : 0.0) + (problem.need_candidates ? 1.0 : 0.0);
+  const double targets =
+      real(problem.need_anchors ? problem.N : 0) + real(problem.need_candidates && !problem.symmetric ? problem.M : 0);
+  const double rows = kFetched * sides * real(shape.edges);
+
+  const double lanes = real(plan.row_packs) / thread_packs * groups;  // of a target
+  const double values = thread_packs * (wide ? 2.0 : 4.0) * kElementInstructions * (wide ? machine.rate.dfma : 1.0);
+  const double look = groups > 1.0 ? kResidentLook * rows * groups : 0.0;
+  const double sums = targets * lanes * kResidentSum +
+                      kResidentLonger * (rows * lanes / groups * (kResidentRow + values) + look * lanes / groups);
+  const double edges = kResidentEdges + kResidentDoubles * (machine.rate.dfma - 1.0);
+  const double instructions =
+      kResidentThreads / 32.0 * kResidentWarp +
+      (real(shape.padded_edges) * edges + real(shape.rows * kResidentLinePacks) * kResidentPacks + sums) / 32.0;
+  // Blocks of one multiprocessor share it.
+  const double shared = std::max(1.0, real(plan.slices) / machine.processors);
+  const double row_bytes = real(problem.D) * real(element_bytes(problem.dtype));
+  const double fetched = machine.spread(real(shape.rows) * row_bytes / kCacheBytes);
+  const double written = machine.memory_us(targets * row_bytes);
+  return kGap + joined(joined(kResidentStart, shared * instructions * kInstruction), joined(fetched, written));
+}
+
 }  // namespace
 
 Cost predict_backward(const BackwardPlan& plan, const BackwardProblem& problem, const DeviceFacts& device) {
@@ -111,6 +154,10 @@ Cost predict_backward(const BackwardPlan& plan, const BackwardProblem& problem, 
     cost.add("prefix sums", kGap + kPrefixStart + machine.spread(kPrefixEdge * edges));
     cost.add("place", kGap + kPlaceStart + machine.spread(kPlaceEdge * edges));
     cost.add("lists", kGap + kListStart + machine.spread(kListEdge * edges));
+  }
+  if (plan.resident) {
+    cost.add("resident", resident_us(plan, problem, machine));
+    return cost;
   }
   cost.add(plan.searches ? "search" : "gather", gather_us(plan, problem, machine));
   return cost;

@@ -101,6 +101,31 @@ void choose_slices(const BackwardProblem& problem, const DeviceFacts& device, Ba
   }
 }
 
+// All rows, the graph and its lists in shared memory of each block, if a slice of some width fits. Lists are made again
+// in every block, so slices as wide as give each multiprocessor one, or narrower: the prediction says which.
+bool choose_resident(const BackwardProblem& problem, const DeviceFacts& device, BackwardPlan* plan) {
+  const ResidentShape shape = resident_shape(problem);
+  const std::int64_t accumulator = accumulator_bytes(problem.dtype);
+  if (resident_shared_bytes(shape, accumulator) > device.shared_bytes) return false;
+  const int lanes = lanes_of_row(problem.D, problem.dtype);
+  double least = std::numeric_limits<double>::infinity();
+  for (int packs = 1; resident_serves(shape, packs, lanes); packs *= 2) {
+    BackwardPlan resident;
+    resident.launches = 1;
+    resident.resident = true;
+    resident.row_packs = packs;
+    resident.row_lanes = lanes;
+    resident.slice_elements = packs * kPack / accumulator;
+    resident.slices = divide_up(problem.D, resident.slice_elements);
+    const double us = predict_backward(resident, problem, device).total();
+    if (us < least) {
+      *plan = resident;
+      least = us;
+    }
+  }
+  return plan->resident;
+}
+
 }  // namespace
 
 BackwardPlan plan_backward(const BackwardProblem& problem, const DeviceFacts& device) {
@@ -109,13 +134,22 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const DeviceFacts& de
   const std::int64_t candidate_groups = candidates ? divide_up(problem.M, kBackwardGroup) : 0;
   if ((anchor_groups + candidate_groups) * problem.D == 0) return {};
 
+  const auto us = [&](const BackwardPlan& of) { return predict_backward(of, problem, device).total(); };
+  BackwardPlan resident;
+  const bool fits = choose_resident(problem, device, &resident);
+  if (fits && problem.partition == Partition::kResident) return resident;
+  const auto cheaper = [&](const BackwardPlan& plan) {
+    const bool asked = problem.partition == Partition::kNever || problem.partition == Partition::kAlways;
+    return fits && !asked && us(resident) < us(plan) ? resident : plan;
+  };
+
   BackwardPlan plan;
   plan.launches = 1;
   // Own edges are found by their anchor; only incoming ones have to be searched, or listed.
   const bool incoming = (problem.symmetric ? anchor_groups : candidate_groups) * problem.N * problem.edges > 0;
   if (!incoming) {
     choose_slices(problem, device, &plan);
-    return plan;
+    return cheaper(plan);
   }
   BackwardPlan listed = plan;
   add_buckets_and_lists(problem, &listed);
@@ -124,8 +158,7 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const DeviceFacts& de
   plan.searches = true;
   choose_slices(problem, device, &plan);
   if (problem.partition == Partition::kNever) return plan;
-  const auto us = [&](const BackwardPlan& of) { return predict_backward(of, problem, device).total(); };
-  return us(plan) <= us(listed) ? plan : listed;
+  return cheaper(us(plan) <= us(listed) ? plan : listed);
 }
 
 }  // namespace sn::cuda

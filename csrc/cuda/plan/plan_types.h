@@ -180,8 +180,13 @@ struct ForwardPlan {
   std::int64_t few_rows = 0;  // screen: a warp refines a row where a strip has more rows than this, else several do
 };
 
-// Whether the backward first puts the edges in buckets of targets. The gradients do not depend on it, bit for bit.
-enum class Partition : std::int32_t { kAuto = 0, kNever = 1, kAlways = 2 };
+// How the backward finds a target's edges. The gradients do not depend on it, bit for bit.
+enum class Partition : std::int32_t {
+  kAuto = 0,     // as is cheapest
+  kNever = 1,    // each block searches the graph
+  kAlways = 2,   // edges are first put in buckets of targets
+  kResident = 3  // each block has all rows and edges in shared memory, where they fit, else as is cheapest
+};
 
 struct BackwardProblem {
   std::int64_t N = 0;
@@ -210,6 +215,8 @@ struct BackwardPlan {
   int lane_bytes = 16;       // of one row's slice, of a lane: 16, 24 or 32, as gather_serves says
   int target_lanes = 32;     // lanes that sum a target: a warp, or half of one
   int row_lanes = 32;        // of these, that share a row of the slice; groups of them take every so many edges
+  bool resident = false;     // each block has a slice of all rows and the whole graph in shared memory
+  int row_packs = 0;         // resident: of 16 bytes of sums, of a slice
   bool searches = false;     // blocks look for incoming edges in the whole graph
   bool partitioned = false;  // edges are first put in buckets of targets, in their order, and listed by target
   int bucket_shift = 0;      // target >> bucket_shift is its bucket

@@ -443,6 +443,49 @@ constexpr bool gather_serves(DType dtype, int lane_bytes, int target_lanes, bool
   return lane_bytes == 24 && (searches ? wide && target_lanes == 32 : target_lanes == 16);
 }
 
+// The backward of small batches (backward/resident.cu): each block keeps a slice of all rows and the whole graph in
+// shared memory. A row has a line that spans all banks, and its slice is 1, 2, 4 or 8 packs of 16 bytes of sums.
+inline constexpr int kResidentThreads = 512;
+inline constexpr std::int64_t kResidentLine = 128;
+inline constexpr std::int64_t kResidentLinePacks = kResidentLine / 16;
+inline constexpr std::int64_t kResidentTargets = kResidentThreads;  // with incoming edges: a thread begins their lists
+inline constexpr std::int64_t kResidentRows = 0x7fff;
+inline constexpr std::int64_t kResidentEdges = 0x7fff;  // places of edges are 16 bits, twice as many 17
+
+struct ResidentShape {
+  std::int64_t rows;          // of anchors, and of candidates of their own
+  std::int64_t targets;       // that have incoming edges
+  std::int64_t edges;         // of all anchors
+  std::int64_t padded_edges;  // to whole words of bits
+  std::int64_t words;         // of bits of anchors, for each target: an odd number, against bank conflicts
+};
+constexpr ResidentShape resident_shape(const BackwardProblem& problem) {
+  ResidentShape shape{};
+  shape.rows = problem.N + (problem.symmetric ? 0 : problem.M);
+  shape.edges = problem.N * problem.edges;
+  shape.padded_edges = round_up(shape.edges, 32);
+  const bool incoming = problem.symmetric ? problem.need_anchors : problem.need_candidates;
+  shape.targets = !incoming || shape.edges == 0 ? 0 : problem.symmetric ? problem.N : problem.M;
+  shape.words = divide_up(problem.N, 32) | 1;
+  return shape;
+}
+// Whether there is a kernel for slices of so many packs, of rows that so many lanes of a gather share.
+constexpr bool resident_serves(const ResidentShape& shape, std::int64_t packs, std::int64_t row_lanes) {
+  return shape.rows <= kResidentRows && shape.targets <= kResidentTargets && shape.edges <= kResidentEdges &&
+         packs >= 1 && packs <= std::min(kResidentLinePacks, row_lanes) && (packs & (packs - 1)) == 0;
+}
+// Packs of a row that a thread sums: two where there are as many, unless groups of lanes share a list.
+constexpr int resident_thread_packs(const BackwardPlan& plan) {
+  return plan.row_packs > 1 && plan.row_lanes == 32 ? 2 : 1;
+}
+constexpr std::int64_t resident_shared_bytes(const ResidentShape& shape, std::int64_t accumulator) {
+  const auto piece_bytes = [](std::int64_t bytes) { return round_up(bytes, 16); };
+  return shape.rows * kResidentLine + piece_bytes(2 * shape.padded_edges * accumulator) +
+         piece_bytes(2 * shape.padded_edges * 2) + piece_bytes(shape.targets * shape.words * 4) +
+         piece_bytes(shape.targets * shape.words * 2) + piece_bytes(shape.targets * 4) +
+         piece_bytes((2 * shape.padded_edges / 32 + 1) * 4) + 2 * piece_bytes(8);
+}
+
 // What the second-level cache keeps near of the rows that are read: one of its two partitions on an H200 is 30 MB.
 inline constexpr std::int64_t kNearBytes = std::int64_t{24} << 20;
 

@@ -5,6 +5,99 @@ from __future__ import annotations
 from mutants.mutant import BACKWARD, EDGES, GRADIENTS, Mutant
 
 
+def _resident(graphs: str, slices: str, sorts: str) -> list[tuple[str, str, str, str, str, str]]:
+    """Rows, graph and lists in shared memory."""
+    resident, guards = BACKWARD + "resident.cu", EDGES + "test_nothing_is_read_behind_an_input"
+    return [
+        (
+            "resident-place-behind-its-own-bit", resident,
+            "popcount(memory.sIncoming.get(word) & (bit_of(anchor) - 1u))",
+            "popcount(memory.sIncoming.get(word) & (2u * bit_of(anchor) - 1u))",
+            "every edge is listed one place too far", graphs,
+        ),
+        (
+            "resident-lists-one-behind", resident,
+            "+ up_to - count;", "+ up_to;",
+            "a list begins where it ends", graphs,
+        ),
+        (
+            "resident-reverses-count-twice", resident,
+            "      memory.sWeights.set(at, 0);\n      return weight;", "      return weight;",
+            "an edge that was merged is summed as well", sorts,
+        ),
+        (
+            "resident-repeated-edges-have-one-bit", resident,
+            "if ((before & bit_of(anchor)) != 0) memory", "if ((before & bit_of(anchor)) > bit_of(anchor)) memory",
+            "two edges from one anchor are listed in one place", graphs,
+        ),
+        (
+            "resident-repeated-own-edges-take-all", resident,
+            "&& !(twice && repeats(edge, anchor, row))", "",
+            "two own edges race for the weights of their reverses", graphs,
+        ),
+        (
+            "resident-hubs-without-chunks", resident,
+            "(list_end - list_begin) / kEdgeChunk;", "(list_end - list_begin) / (64 * kEdgeChunk);",
+            "a hub's chunks are summed as one list", graphs,
+        ),
+        (
+            "resident-rest-of-a-full-chunk", resident,
+            "if (part > 0 && (listed || !held))", "if (part > 1 && (listed || !held))",
+            "the first chunk of a hub and the second are summed as one", graphs,
+        ),
+        (
+            "resident-list-of-the-next-target", resident,
+            "if (end - from < kWarpSize) edges", "if (end - from + 1 < kWarpSize) edges",
+            "a list of 31 edges takes the first of the next one", graphs,
+        ),
+        (
+            "resident-groups-meet-other-columns", resident,
+            "1 << (args.pack_shift + group)", "1 << group",
+            "groups of lanes add up packs of different columns", graphs,
+        ),
+        (
+            "resident-packs-in-one-order", resident,
+            "lane_place() ^ (1 << args.pack_shift >> 1);", "lane_place() ^ 1;",
+            "a thread's second pack is its neighbour's first", graphs,
+        ),
+        (
+            "resident-row-behind-the-last", resident,
+            "if (row >= rows) continue;", "if (row > rows) continue;",
+            "a row is read behind the end of the input", guards,
+        ),
+        (
+            "resident-pack-behind-the-row", resident,
+            "if (column(0) < graph.dims) read", "if (column(0) <= graph.dims) read",
+            "a pack is read behind the end of a row", guards,
+        ),
+        (
+            "resident-writes-a-pack-too-many", resident,
+            "if (first < graph.dims) store_pack", "if (first <= graph.dims) store_pack",
+            "a pack is written over the beginning of the next row", slices,
+        ),
+        (
+            "resident-lists-before-bits", resident,
+            "  // 2. Room.\n", "  if (block.all > 0) block.make_room();\n  // 2. Room.\n",
+            "room is found twice, and lists run over their end", graphs,
+        ),
+        (
+            "resident-counts-before-reverses", resident,
+            "  block.merge_own_edges();\n  sync_block();\n", "  block.merge_own_edges();\n",
+            "edges are counted while their weights are taken", sorts,
+        ),
+        (
+            "resident-reads-before-the-forward-ends", resident,
+            "  wait_for_primary();\n", "",
+            "the graph is read while the forward may still write it", sorts,
+        ),
+        (
+            "resident-more-targets-than-threads", "csrc/cuda/plan/sizes.h",
+            "shape.targets <= kResidentTargets &&", "shape.targets <= 2 * kResidentTargets &&",
+            "targets beyond the threads of a block have no list", graphs,
+        ),
+    ]  # fmt: skip
+
+
 def backward() -> list[Mutant]:
     """The gather of gradients: where rows are, whose edges are whose, and in which order they are added."""
     rows, search, place = BACKWARD + "rows.cuh", BACKWARD + "search.cu", BACKWARD + "place.cu"
@@ -12,6 +105,7 @@ def backward() -> list[Mutant]:
     apart, sorts = EDGES + "test_rows_that_32_bits_do_not_reach", GRADIENTS + "test_backward_with_and_without_lists"
     graphs, slices = GRADIENTS + "test_any_graph", GRADIENTS + "test_slices_end_anywhere"
     changes = [
+        *_resident(graphs, slices, sorts),
         # name, file, old, new, why, test
         (
             "search-stride-of-32-bits", rows,

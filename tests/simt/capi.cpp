@@ -185,7 +185,7 @@ void change(sn::cuda::BackwardPlan& plan, const sn::cuda::BackwardProblem& probl
     const int packs = settings.lane_bytes / 16;
     if (sn::cuda::resident_serves(sn::cuda::resident_shape(problem), packs, row_lanes)) {
       plan.row_packs = packs;
-      plan.slice_elements = settings.lane_bytes / sn::accumulator_bytes(problem.dtype);
+      plan.slice_elements = packs * 16 / sn::accumulator_bytes(problem.dtype);
       plan.slices = sn::divide_up(problem.D, plan.slice_elements);
     }
     return;

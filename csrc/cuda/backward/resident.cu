@@ -22,6 +22,7 @@
 #include "cuda/backend.h"
 #include "cuda/backward/gather.cuh"
 #include "cuda/backward/graph.cuh"
+#include "cuda/backward/resident.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/plan/sizes.h"
@@ -40,52 +41,6 @@ constexpr int kBlocks = 1;     // of a multiprocessor, at least: all slices are 
 constexpr int kEdgeLoads = 4;  // of a thread, at once
 constexpr int kRowLoads = 2;   // packs of rows, likewise
 constexpr int kGathered = 4;   // rows that a thread adds at once
-constexpr std::uint16_t kNoRow = 0xffff;
-
-// A row has a line of shared memory to itself, which spans all banks and has the slice's packs again and again. Lane l
-// reads pack l % 8 of whatever row it needs: no two lanes of a quarter of a warp meet in a bank.
-constexpr int kLinePacks = static_cast<int>(kResidentLine) / kPackBytes;
-static_assert(kResidentLine == 32 * 4 && kResidentTargets <= kThreads && kResidentEdges <= 0x7fff);
-
-struct ResidentArgs {
-  Graph graph;
-  FeatureView anchors;
-  FeatureView candidates;  // of their own: no rows where the candidates are the anchors
-  void* grad_anchors;
-  void* grad_candidates;
-  std::uint32_t reciprocal;  // 2^31 / edges, rounded up
-  int padded_edges;
-  int words;        // of a target's bits, one more than they fill if that is odd
-  int pack_shift;   // log2 of the packs of a slice
-  int group_shift;  // log2 of the lanes that share a list of short rows
-  bool symmetric;
-  bool incoming;  // some target has incoming edges
-  bool packs;     // rows are read and written in packs
-};
-
-template <typename Acc>
-struct ResidentMemory {
-  Shared<Acc> sRows;                // [rows][a line]
-  Shared<Acc> sWeights;             // [2][padded edges]: of lists, then of own edges
-  Shared<std::uint16_t> sSources;   // the other ends of these, as rows above
-  Shared<std::uint32_t> sIncoming;  // [targets][words]: anchors that selected the target
-  Shared<std::uint16_t> sPlaces;    // [targets][words]: where the first edge of each word of anchors is listed
-  Shared<std::uint32_t> sLists;     // [targets]: where a list begins, and from bit 16 on its edges
-  Shared<std::uint32_t> sCounting;  // bits of listed and own edges that count, and a word without any
-  Shared<double> sUpstream;
-  Shared<std::uint32_t> sListed;  // edges listed so far; whether an anchor has selected a target twice
-
-  __device__ __forceinline__ ResidentMemory(SharedArena& arena, const ResidentArgs& args, int rows, int targets)
-      : sRows(arena.take<Acc>(rows * (static_cast<int>(kResidentLine / sizeof(Acc))))),
-        sWeights(arena.take<Acc>(2 * args.padded_edges)),
-        sSources(arena.take<std::uint16_t>(2 * args.padded_edges)),
-        sIncoming(arena.take<std::uint32_t>(targets * args.words)),
-        sPlaces(arena.take<std::uint16_t>(targets * args.words)),
-        sLists(arena.take<std::uint32_t>(targets)),
-        sCounting(arena.take<std::uint32_t>(2 * args.padded_edges / kWarpSize + 1)),
-        sUpstream(arena.take<double>(1)),
-        sListed(arena.take<std::uint32_t>(2)) {}
-};
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
@@ -97,6 +52,7 @@ struct Resident {
   static constexpr int kLoadBytes = kPack * static_cast<int>(sizeof(T));
   static constexpr int kLine = kLinePacks * kPack;
   using RowPack = Pack<T, kLoadBytes>;
+  using Sum = ResidentSum<Acc, kPacks>;
 
   // Edges of this thread that are under way.
   struct Edges {
@@ -347,31 +303,6 @@ struct Resident {
     }
   }
 
-  // What a thread sums: packs of a row, or the share of one group of lanes of them.
-  struct Sum {
-    Pack<Acc> own[kPacks];
-    int group;       // of lanes
-    int number = 0;  // edges of this list that count, so far
-    bool summed = false;
-    Acc values[kPacks][kPack] = {};
-    Acc total[kPacks][kPack] = {};
-
-    // A full chunk of incoming edges first meets a zero (gather.cuh), which makes one of -0.
-    __device__ __forceinline__ void add_to_total(bool chunk) {
-#pragma unroll
-      for (int p = 0; p < kPacks; ++p) {
-#pragma unroll
-        for (int v = 0; v < kPack; ++v) {
-          if (chunk) values[p][v] = add(values[p][v], Acc(0));
-          total[p][v] = summed ? add(total[p][v], values[p][v]) : values[p][v];
-          values[p][v] = 0;
-        }
-      }
-      summed = true;
-      number = 0;
-    }
-  };
-
   // Bits of the edges from this one on.
   __device__ __forceinline__ std::uint32_t counting_from(int at) const {
     const std::uint64_t low = memory.sCounting.get(at / kWarpSize);
@@ -530,12 +461,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) resident_kernel(__grid_cons
   const Graph& graph = args.graph;
 
   // 1. All first loads are under way before the first one is waited for.
+  block.clear();
+  wait_for_primary();
   auto edges = block.read_edges(0);
   UpstreamParts<Acc> upstream;
   if (warp_id() == kWarps - 1) upstream.read(graph);
   const double poison = load(graph.stats + kPoison);
   auto read = block.read_rows(0);
-  block.clear();
   sync_block();
 #pragma unroll 1
   for (int first = 0;;) {
@@ -603,8 +535,11 @@ ResidentArgs resident_args_of(const BackwardArgs& args, const BackwardPlan& plan
 cudaError_t enqueue_resident(const BackwardArgs& args, const BackwardPlan& plan, cudaStream_t stream) {
   const ResidentShape resident = resident_shape(problem_of(args));
   if (!resident_serves(resident, plan.row_packs, plan.row_lanes)) return cudaErrorInvalidValue;
-  const LaunchShape shape{plan.slices, kThreads,
-                          static_cast<int>(resident_shared_bytes(resident, accumulator_bytes(args.dtype)))};
+  const LaunchShape shape{
+      .blocks = plan.slices,
+      .threads = kThreads,
+      .shared_bytes = static_cast<int>(resident_shared_bytes(resident, accumulator_bytes(args.dtype))),
+      .dependent = plan.dependent};
   const ResidentArgs resident_args = resident_args_of(args, plan, resident);
   return for_type(args.dtype, [&]<class T>() {
     const auto kernel = resident_thread_packs(plan) == 2 ? resident_kernel<T, 2> : resident_kernel<T, 1>;

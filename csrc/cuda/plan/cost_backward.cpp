@@ -101,9 +101,9 @@ double gather_us(const BackwardPlan& plan, const BackwardProblem& problem, const
 
 // A block that has all rows and edges in shared memory. Instructions of a warp, counted in the machine code of sm_90a,
 // not measured: what each of the 16 warps does once, for 32 edges, for 32 packs of rows; of sums what they do beside
-// edges, for an edge, and for a value that an edge adds to. Groups of lanes that share a list of short rows look at each
-// of its edges. The longest list of a warp is some 1.3 times as long as most. Three instructions for an edge are fp64.
-// Alone a block has a round of loads and some 25 dependent rounds of shared memory, with six barriers.
+// edges, for an edge, and for a value that an edge adds to. Groups of lanes that share a list of short rows look at
+// each of its edges. The longest list of a warp is some 1.3 times as long as most. Three instructions for an edge are
+// fp64. Alone a block has a round of loads and some 25 dependent rounds of shared memory, with six barriers.
 constexpr double kResidentStart = 2.0;
 constexpr double kResidentWarp = 200.0;
 constexpr double kResidentEdges = 170.0;

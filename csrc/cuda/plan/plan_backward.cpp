@@ -114,6 +114,7 @@ bool choose_resident(const BackwardProblem& problem, const DeviceFacts& device, 
     resident.launches = 1;
     resident.resident = true;
     resident.row_packs = packs;
+    resident.dependent = launches_dependents(device);
     resident.row_lanes = lanes;
     resident.slice_elements = packs * kPack / accumulator;
     resident.slices = divide_up(problem.D, resident.slice_elements);

@@ -184,7 +184,7 @@ def sn_loss(
         if chosen == "reference":
             loss, stats = reference.loss(LossArguments(*batch, *options))
         else:
-            loss, stats = ops.loss(chosen, (*batch, *options), bool(return_stats))
+            loss, stats = ops.loss(chosen, batch + options, bool(return_stats))
     if not return_stats:
         return loss
     assert stats is not None

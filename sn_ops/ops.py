@@ -178,19 +178,21 @@ def _refuse_second_derivative(*_: object) -> NoReturn:
 class _EagerLoss(torch.autograd.Function):
     """The loss for eager autograd, in Python: the loss alone, or the loss and the statistics.
 
-    The differentiable tensors are arguments of their own, all else is one argument, and what nobody asked for is not
-    returned: each costs time.
+    The differentiable tensors are arguments of their own, all else is one argument, what nobody asked for is not
+    returned, and operators are called past OpOverload (`_op`): each costs time.
     """
 
     @staticmethod
-    def forward(ctx: Any, feats: Tensor, candidates: Tensor | None, call: _Call) -> Any:
+    def forward(ctx: Any, feats: Tensor, candidates: Tensor | None, call: tuple[Any, ...]) -> Any:
+        operators, args, want_stats = call
+        bare: Any = operators.loss
         with torch._C._AutoDispatchBelowAutograd():
-            value, graph, stats = _bare(call.operators.loss)(*call.args)
+            value, graph, stats = bare._op(*args)
         ctx.save_for_backward(feats, candidates, graph, stats)
         # Not the whole call: its features and labels would live until the loss does not.
-        ctx.kept = call.operators.loss_backward, call.args[_K], call.args[_REDUCTION]
+        ctx.kept = operators.loss_backward, args[_K], args[_REDUCTION]
         ctx.set_materialize_grads(False)
-        if not call.want_stats:
+        if not want_stats:
             return value
         ctx.mark_non_differentiable(stats)
         return value, stats
@@ -200,29 +202,19 @@ class _EagerLoss(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None
         operator, k, reduction = ctx.kept
-        need_feats, need_candidates, _ = ctx.needs_input_grad
-        args = (grad_loss, *ctx.saved_tensors, k, reduction, need_feats, need_candidates)
+        feats, candidates, graph, stats = ctx.saved_tensors
+        need_feats, need_candidates, _call = ctx.needs_input_grad
+        args = (grad_loss, feats, candidates, graph, stats, k, reduction, need_feats, need_candidates)
         if torch.is_grad_enabled():
-            grads = operator(*args)  # create_graph=True: the dispatcher's autograd refuses the next one
+            grads = operator(*args)  # create_graph=True: the dispatcher's autograd refuses the next derivative
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = _bare(operator)(*args)
-        return *_placed(grads, need_feats, need_candidates), None
+                grads = operator._op(*args)
+        return grads[0] if need_feats else None, grads[-1] if need_candidates else None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: object) -> NoReturn:
         use_reference("forward-mode derivatives are")
-
-
-def _bare(operator: Any) -> Callable[..., Any]:
-    """What calling the operator calls: a frame of Python less."""
-    return operator._op
-
-
-class _Call(NamedTuple):
-    operators: Operators
-    args: tuple[Any, ...]  # the entries of `LossArguments`
-    want_stats: bool
 
 
 _K, _REDUCTION = (LossArguments._fields.index(name) for name in ("k", "reduction"))
@@ -249,7 +241,7 @@ def loss(backend: str, args: tuple[Any, ...], want_stats: bool) -> tuple[Tensor,
     feats, _, candidates, *_ = args
     wants_grad = feats.requires_grad or (candidates is not None and candidates.requires_grad)
     if (wants_grad and torch.is_grad_enabled()) or tangents:
-        found = _EagerLoss.apply(feats, candidates, _Call(operators, args, want_stats))
+        found = _EagerLoss.apply(feats, candidates, (operators, args, want_stats))
         return found if want_stats else (found, None)
     with torch._C._AutoDispatchBelowAutograd():
         value, _, stats = operators.loss(*args)

@@ -13,7 +13,7 @@ def _resident(graphs: str, slices: str, sorts: str) -> list[tuple[str, str, str,
             "resident-place-behind-its-own-bit", resident,
             "popcount(memory.sIncoming.get(word) & (bit_of(anchor) - 1u))",
             "popcount(memory.sIncoming.get(word) & (2u * bit_of(anchor) - 1u))",
-            "every edge is listed one place too far", graphs,
+            "every edge is listed one place too far", sorts,
         ),
         (
             "resident-lists-one-behind", resident,

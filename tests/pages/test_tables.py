@@ -132,6 +132,23 @@ def evaluation(name: str) -> Rows:
     return [[text, f"{made[part][key]['elapsed']:#.2g}"] for (part, key), text in names.items()]
 
 
+def host(name: str) -> Rows:
+    """Microseconds of calls on a tiny batch, and as multiples of `cross_entropy`, for each autograd."""
+    names = {
+        "cross_entropy": "`cross_entropy`",
+        "sn_loss": "`sn_loss`",
+        "SNLoss.forward": "`SNLoss.forward`",
+        "SNLoss": "`SNLoss`, called",
+        "sn_loss, forward alone": "`sn_loss` without backward",
+    }
+    runs = recorded(name)["runs"]
+    assert [run["autograd"] for run in runs] == ["C++", "Python"]
+    least = [{key: facts["least"] for key, facts in run["us"].items()} for run in runs]
+    cells = {key: [f"{us[key]:.1f}" if ratio else f"{us[key] / us['cross_entropy']:.2f}" for us in least for ratio in (1, 0)]
+             for key in names}
+    return [[text, *cells[key]] for key, text in names.items()]
+
+
 def compare(name: str) -> Rows:
     """Losses compared over seeds: every score in per cent, mean ± sample standard deviation."""
     from sn_ops.reid.compare import ABOUT
@@ -202,6 +219,7 @@ KNOWN: dict[str, Callable[..., Rows]] = {
     "gpu": gpu,
     "gpu-rivals": gpu_rivals,
     "hard-batches": hard_batches,
+    "host": host,
     "model": model,
     "step": step,
 }

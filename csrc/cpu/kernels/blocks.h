@@ -2,8 +2,7 @@
 //
 // The features are copied into panels of sixteen interleaved rows. Lane l of the order is then a vector of its own, so
 // that the tree adds whole vectors and shuffles nothing: on Zen 4 sixteen pairs of a segment take 81 cycles, 102 with
-// lanes along the columns. Included by kernels.cpp alone, inside
-// its namespace.
+// lanes along the columns. Included by kernels.cpp alone, inside its namespace.
 #pragma once
 
 inline constexpr int kBlockRows = 4;  // anchors that meet a panel at a time

@@ -43,12 +43,15 @@ struct UpstreamParts {
   }
 };
 
-// Upstream gradient of every anchor, unless each has its own.
+// Upstream gradient of every anchor, unless each has its own. Not by UpstreamParts, which costs the search in fp64 the
+// registers that it does not have.
 template <typename Acc>
 __device__ __forceinline__ double shared_upstream(const Graph& graph) {
-  UpstreamParts<Acc> parts;
-  parts.read(graph);
-  return parts.value(graph);
+  if (graph.reduction == Reduction::kNone) return 0.0;
+  const double upstream = static_cast<double>(load(static_cast<const Acc*>(graph.grad_loss)));
+  if (graph.reduction == Reduction::kSum) return upstream;
+  const double valid = load(graph.stats + kValidAnchors);
+  return valid > 0.0 ? upstream / valid : 0.0;
 }
 
 // Weight of an edge of this coefficient, whose anchor is `anchor`. A coefficient of 0 stays 0 whatever the upstream

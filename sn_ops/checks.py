@@ -25,6 +25,9 @@ _INTEGER = frozenset(
 )
 
 
+_LARGEST = (1 << 63) - 1
+
+
 def _got(value: object) -> str:
     if isinstance(value, Tensor):
         layout = "" if value.layout is torch.strided else f", {value.layout}"
@@ -49,7 +52,8 @@ def _count(k: object) -> int:
         reject("k", "an int >= 1", k, TypeError)
     if k < 1:
         reject("k", "an int >= 1", k)
-    return k if type(k) is int else cast(int, k) if isinstance(k, torch.SymInt) else int(k)
+    # The operators take 64 bits; nobody has so many candidates.
+    return cast(int, k) if isinstance(k, torch.SymInt) else min(int(k), _LARGEST)
 
 
 def _real(argument: str, value: object, positive: bool) -> float:

@@ -88,15 +88,19 @@ def _load_autograd(core: ModuleType | None) -> tuple[ModuleType | None, str]:
         return None, "SN_OPS_AUTOGRAD asks for it"
     built = core.build_info()["torch"]
     if built != torch.__version__:
-        return None, f"sn_ops was built with torch {built}, this is {torch.__version__}: run `pip install .` again"
+        remedy = "pip install -e ." if (_PACKAGE.parent / "CMakeLists.txt").exists() else "pip install ."
+        return None, f"sn_ops was built with torch {built}, this is {torch.__version__}: run `{remedy}` again"
     try:
         return importlib.import_module(f"{__package__}._C_autograd"), ""
     except ModuleNotFoundError as error:
         if error.name != f"{__package__}._C_autograd":
             raise
-        return None, "the node in C++ was not built"
+        return (
+            None,
+            f"_C_autograd is not in {_PACKAGE}: it did not compile, which `pip install -v` shows, or was removed",
+        )
     except ImportError as error:
-        return None, f"the node in C++ does not load: {error}"
+        return None, f"_C_autograd in {_PACKAGE} does not load: {error}"
 
 
 CORE = _load_core()

@@ -96,6 +96,8 @@ def _script(record: dict[str, Any]) -> str:
         return "bench_train_step.py"
     if "rerank" in record or "matrix" in record:
         return "bench_evaluation.py"
+    if "runs" in record:
+        return "bench_host.py"
     return "python -m sn_ops.reid compare" if "variants" in record else "unknown script"
 
 

@@ -158,6 +158,8 @@ def test_cpu_backend_refuses_other_devices(fused_backend: str) -> None:
     "changed",
     [
         {"k": 10**6},
+        {"k": 1 << 63},
+        {"k": 10**30},
         {"k": torch.tensor([3]).numpy()[0]},  # a NumPy integer is an int to everyone
         {"alpha": 50, "weight": 0},
         {"labels": LABELS.to(torch.int8)},

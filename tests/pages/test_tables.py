@@ -144,8 +144,10 @@ def host(name: str) -> Rows:
     runs = recorded(name)["runs"]
     assert [run["autograd"] for run in runs] == ["C++", "Python"]
     least = [{key: facts["least"] for key, facts in run["us"].items()} for run in runs]
-    cells = {key: [f"{us[key]:.1f}" if ratio else f"{us[key] / us['cross_entropy']:.2f}" for us in least for ratio in (1, 0)]
-             for key in names}
+    cells = {
+        key: [f"{us[key]:.1f}" if ratio else f"{us[key] / us['cross_entropy']:.2f}" for us in least for ratio in (1, 0)]
+        for key in names
+    }
     return [[text, *cells[key]] for key, text in names.items()]
 
 

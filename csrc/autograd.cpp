@@ -39,15 +39,27 @@ using LossSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Te
 using BackwardSignature = std::vector<Tensor>(const Tensor&, const Tensor&, const Optional&, const Tensor&,
                                               const Tensor&, c10::SymInt, std::int64_t, bool, bool);
 
-// The operators of one namespace. They live as long as the process, and so does what names them.
+// The operators of one namespace, and what raises the error for what they cannot do. They live as long as the process,
+// and so does what names them.
 struct Operators {
-  explicit Operators(const std::string& space)
-      : loss(find<LossSignature>(space + "::loss")), backward(find<BackwardSignature>(space + "::loss_backward")) {}
+  Operators(const std::string& space, PyObject* refuse)
+      : loss(find<LossSignature>(space + "::loss")),
+        backward(find<BackwardSignature>(space + "::loss_backward")),
+        refuse_(refuse) {
+    Py_INCREF(refuse);
+  }
+  [[noreturn]] void refuse(const char* what) const {
+    const pybind11::gil_scoped_acquire locked;
+    const THPObjectPtr nothing(PyObject_CallFunction(refuse_, "s", what));
+    throw python_error();
+  }
 
   c10::TypedOperatorHandle<LossSignature> loss;
   c10::TypedOperatorHandle<BackwardSignature> backward;
 
  private:
+  PyObject* refuse_;
+
   template <class Signature>
   static c10::TypedOperatorHandle<Signature> find(const std::string& name) {
     return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "").typed<Signature>();
@@ -96,6 +108,7 @@ variable_list gradients(AutogradContext& context, const Kept& kept, const Tensor
   const bool banked = saved[1].defined();
   variable_list grads(banked ? 2 : 1);
   if (!upstream.defined()) return grads;
+  if (upstream._fw_grad(0).defined()) kept.operators->refuse("forward-mode derivatives are");
   const bool need_feats = context.needs_input_grad(0);
   const bool need_candidates = banked && context.needs_input_grad(1);
   // With create_graph=True the operator's own autograd takes part, and refuses the next derivative.
@@ -256,13 +269,14 @@ PyObject* loss(PyObject* capsule, PyObject* const* arguments, Py_ssize_t count) 
 PyMethodDef loss_method = {"loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&loss)), METH_FASTCALL,
                            "loss or (loss, stats) of LossArguments, or None where Python must serve the call."};
 
-// bind(namespace) -> the function above for the operators of a namespace.
-PyObject* bind(PyObject*, PyObject* space) {
+// bind(namespace, refuse) -> the function above for the operators of a namespace. refuse(what) raises.
+PyObject* bind(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
   static std::deque<Operators> known;  // nodes point into it
-  const char* name = PyUnicode_AsUTF8(space);
-  if (name == nullptr) return nullptr;
-  PyObject* capsule = PyCapsule_New(&known.emplace_back(name), nullptr, nullptr);
+  const char* name = nullptr;
+  PyObject* refuse = nullptr;
+  if (PyArg_ParseTuple(arguments, "sO", &name, &refuse) == 0) return nullptr;
+  PyObject* capsule = PyCapsule_New(&known.emplace_back(name, refuse), nullptr, nullptr);
   if (capsule == nullptr) return nullptr;
   PyObject* function = PyCFunction_NewEx(&loss_method, capsule, nullptr);
   Py_DECREF(capsule);
@@ -274,7 +288,7 @@ PyObject* bind(PyObject*, PyObject* space) {
 
 PyMODINIT_FUNC PyInit__C_autograd() {
   static std::array<PyMethodDef, 2> methods = {{
-      {"bind", &bind, METH_O, "The loss with autograd by the operators of a namespace."},
+      {"bind", &bind, METH_VARARGS, "The loss with autograd by the operators of a namespace."},
       {nullptr, nullptr, 0, nullptr},
   }};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT,

@@ -175,6 +175,10 @@ def _refuse_second_derivative(*_: object) -> NoReturn:
     use_reference("second derivatives are")
 
 
+def _refuse_batches(*_: object) -> NoReturn:
+    use_reference("batches of calls (vmap, is_grads_batched) are")
+
+
 class _EagerLoss(torch.autograd.Function):
     """The loss for eager autograd, in Python: the loss alone, or the loss and the statistics.
 
@@ -201,6 +205,8 @@ class _EagerLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
         if grad_loss is None:
             return None, None, None
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad_loss).tangent is not None:
+            use_reference("forward-mode derivatives are")
         operator, k, reduction = ctx.kept
         feats, candidates, graph, stats = ctx.saved_tensors
         need_feats, need_candidates, _call = ctx.needs_input_grad
@@ -250,6 +256,8 @@ def loss(backend: str, args: tuple[Any, ...], want_stats: bool) -> tuple[Tensor,
 
 # ---- registration -------------------------------------------------------------------------------
 
+_REGISTRATIONS: list[torch.library.Library] = []  # what they registered lasts as long as they do
+
 
 def register(backends: Iterable[str], namespace: str) -> None:
     """Registers `namespace::forward`, `backward`, `loss` and `loss_backward` as the operators of the backends.
@@ -259,8 +267,10 @@ def register(backends: Iterable[str], namespace: str) -> None:
     library = getattr(torch.ops, namespace)
     operators = Operators(
         library.forward.default, library.backward.default, library.loss.default, library.loss_backward.default,
-        None if AUTOGRAD is None else AUTOGRAD.bind(namespace),
+        None if AUTOGRAD is None else AUTOGRAD.bind(namespace, use_reference),
     )  # fmt: skip
+    refusals = torch.library.Library(namespace, "FRAGMENT")
+    _REGISTRATIONS.append(refusals)
     for name, fake in (
         ("forward", _fake_forward),
         ("backward", _fake_backward),
@@ -268,6 +278,9 @@ def register(backends: Iterable[str], namespace: str) -> None:
         ("loss_backward", _fake_loss_backward),
     ):
         torch.library.register_fake(f"{namespace}::{name}", fake)
+        # The keys of torch.func.vmap and of is_grads_batched.
+        torch.library.register_vmap(f"{namespace}::{name}", _refuse_batches)
+        refusals.impl(name, _refuse_batches, "Batched")
     for name, backward_of, keep in (
         ("forward", partial(_differentiate_forward, operators.backward), _keep_graph),
         ("loss", partial(_differentiate_loss, operators.loss_backward), _keep_buffer),

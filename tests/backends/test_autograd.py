@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -184,6 +185,16 @@ def test_an_upstream_gradient_of_any_kind(autograd: str) -> None:
         found,
         torch.autograd.grad((each.detach() * 0 + loss_of(case, autograd, reduction="none")) @ weights, case.feats)[0],
     )
+
+
+def test_what_would_lose_a_derivative_is_refused(autograd: str) -> None:
+    """A batch of upstream gradients, and one with a forward-mode tangent."""
+    case = batch()
+    loss = loss_of(case, autograd)
+    with pytest.raises(RuntimeError, match=r"is_grads_batched.*reference"):
+        torch.autograd.grad(loss, case.feats, torch.ones(3), is_grads_batched=True, retain_graph=True)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"forward-mode derivatives.*reference"):
+        torch.autograd.grad(loss, case.feats, forward_ad.make_dual(torch.tensor(1.0), torch.tensor(2.0)))
 
 
 def test_checkpointing(autograd: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from sn_ops import ops
 from support import judge, oracle, problems
-from support.backends import NAMES, require
+from support.backends import OPERATORS, require
 from support.problems import Case, on
 
 SQUEEZE = {name: code for code, name in enumerate(oracle.SQUEEZES)}
@@ -107,7 +107,7 @@ def test_support_graph(backend: str, name: str, squeeze: str) -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTION)
 @pytest.mark.parametrize("name", GRAPH_CASES)
-@pytest.mark.parametrize(("ahead", "behind"), list(itertools.product(NAMES, repeat=2)))
+@pytest.mark.parametrize(("ahead", "behind"), list(itertools.product(OPERATORS, repeat=2)))
 def test_any_forward_with_any_backward(ahead: str, behind: str, name: str, reduction: str) -> None:
     """Every backend's backward takes every backend's support graph."""
     case = problems.CASES[name]()

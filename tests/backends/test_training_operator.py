@@ -49,8 +49,9 @@ def sizes(case: Case) -> tuple[int, int, torch.dtype]:
     return n, n if case.candidates is None else case.candidates.shape[0], reference.accumulation_dtype(case.feats.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("reduction", REDUCTION)
+@pytest.mark.parametrize(
+    ("dtype", "reduction"), [(torch.float32, "mean"), (torch.float64, "none"), (torch.bfloat16, "sum")], ids=str
+)
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_bits_as_the_two_operators(fused_backend: str, name: str, reduction: str, dtype: torch.dtype) -> None:
     """The loss, the whole graph, the statistics; then each gradient that is asked for, and no other."""

@@ -58,6 +58,8 @@ BACKENDS = (
 _BY_NAME = {each.name: each for each in BACKENDS}
 
 NAMES = [each.name for each in BACKENDS]
+OPERATORS = [name for name in NAMES if name != "cpu_in_python"]
+"""Those with operators of their own."""
 SHIPPED = [each.name for each in BACKENDS if each.register is None]
 FUSED = [each.name for each in BACKENDS if each.fused]
 FULL_SPEED = [each.name for each in BACKENDS if each.fused and not each.emulated]

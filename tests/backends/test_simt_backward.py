@@ -192,7 +192,8 @@ def test_slices_end_anywhere(row_bytes: int, dtype: torch.dtype) -> None:
     dims = row_bytes // dtype.itemsize
     graph = drawn("hub" if row_bytes % 32 == 16 else "bank", dtype, dims)
     first: list[Tensor] = []
-    for seed, (partition, lanes, width) in enumerate(LISTS + SEARCHES + RESIDENT[1::2]):
+    resident = RESIDENT[1::2] if row_bytes in (272, 400, 656, 1304) else []  # packs of 16 bytes alone, so fewer ends
+    for seed, (partition, lanes, width) in enumerate(LISTS + SEARCHES + resident):
         with simt.using(partition=partition, target_lanes=lanes, lane_bytes=width, seed=seed):
             found = list(graph.gradients())[: 1 if graph.candidates is None else 2]
         first = first or found

@@ -89,7 +89,7 @@ def test_nothing_is_returned_that_is_not_needed(fused_backend: str) -> None:
     assert operators.loss_backward(*args) == []
 
 
-@pytest.mark.parametrize("name", CASES[:6])
+@pytest.mark.parametrize("name", ["self-7x15-ids2-k10", "bank-33-65x100-k1-tensor", "none-anchors"])
 def test_opcheck(fused_backend: str, name: str) -> None:
     case = problems.CASES[name]().on(fused_backend).leaves()
     operators = ops.OPERATORS[fused_backend]

@@ -81,7 +81,7 @@ def test_calls_are_noted_once() -> None:
             (gradient,) = torch.autograd.grad(loss, feats)
     assert gradient.shape == feats.shape
     names = [json.loads(call)[0] for call in noting.calls]
-    assert names == ["forward", "backward"]
+    assert names == ["loss", "loss_backward"]
     assert json.loads(next(iter(noting.calls)))[1][0] == ["float32", [6, 5], [5, 1], 0]
     with fill.Noting(values=True) as noting:
         assert sn_ops.sn_loss(feats, labels, k=3, backend="triton") != 0

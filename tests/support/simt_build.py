@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -32,7 +33,7 @@ def tool(name: str) -> str | None:
 
 @cache
 def build(target: str) -> Path:
-    """Builds a target of the harness and returns its path.
+    """Builds a target of the harness and returns its path. Processes that want one at once take turns.
 
     Raises:
         RuntimeError: with the output of a build that failed.
@@ -41,13 +42,16 @@ def build(target: str) -> Path:
     if cmake is None:
         raise RuntimeError("the backend 'simt' is built with cmake, which is in the extra 'test'; found none")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    for command in (
-        [cmake, "-S", str(ROOT), "-B", str(TREE), *generator, "-DSN_OPS_CUDA=OFF"],
-        [cmake, "--build", str(TREE), "--target", target, "--parallel", str(setup_functions().jobs())],
-    ):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}")
+    TREE.mkdir(parents=True, exist_ok=True)
+    with (TREE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            [cmake, "-S", str(ROOT), "-B", str(TREE), *generator, "-DSN_OPS_CUDA=OFF"],
+            [cmake, "--build", str(TREE), "--target", target, "--parallel", str(setup_functions().jobs())],
+        ):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}")
     return TREE / target
 
 

@@ -436,11 +436,12 @@ def _own_index(args: ForwardArguments | LossArguments) -> Tensor:
 
 def _find_edges(args: ForwardArguments | LossArguments) -> tuple[Tensor, Tensor, Selection, Edges]:
     """Anchors `[N, D]` and candidates `[M, D]` in acc, and what was selected."""
-    anchors = args.feats.to(accumulation_dtype(args.feats.dtype))
+    # Row by row: sums over other strides round each pair by its place, and exact duplicates would not be ties.
+    anchors = args.feats.to(accumulation_dtype(args.feats.dtype)).contiguous()
     if args.candidates is None or args.candidate_labels is None:
         pool, pool_labels = anchors, args.labels
     else:
-        pool, pool_labels = args.candidates.to(anchors.dtype), args.candidate_labels
+        pool, pool_labels = args.candidates.to(anchors.dtype).contiguous(), args.candidate_labels
     selection = select(anchors, args.labels, pool, pool_labels, _own_index(args), args.k)
     return anchors, pool, selection, list_edges(selection, args.labels, pool_labels, args.squeeze)
 

@@ -66,3 +66,16 @@ def test_integer_features_are_selected_exactly(backend: str, rows: int, dims: in
         exact = oracle.select(problems.to_oracle(one), k)
         assert (found.support == exact.support).all()
         assert (found.nearest == exact.nearest).all() and (found.farthest == exact.farthest).all()
+
+
+@pytest.mark.parametrize("dims", [100, 188])
+def test_duplicates_are_ties_whatever_the_strides(backend: str, dims: int) -> None:
+    """A pair's sum does not depend on where the pair stands: of two equal candidates the lower index is nearer."""
+    rows = torch.randn(12, dims, generator=torch.Generator().manual_seed(dims))
+    columns_first = torch.cat([rows, rows]).T.contiguous().T
+    case = problems.Case(columns_first, torch.arange(24) % 3, k=23)
+    places = judge.selection_of(judge.neighbors_of(case, backend)).support.argsort(1)  # the anchor itself is absent
+    for anchor in range(24):
+        others = [candidate for candidate in range(24) if candidate != anchor]
+        place = dict(zip(others, places[anchor].tolist(), strict=True))
+        assert all(place[c] < place[c + 12] for c in range(12) if anchor not in (c, c + 12)), anchor

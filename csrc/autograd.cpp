@@ -20,6 +20,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -114,9 +115,13 @@ variable_list gradients(AutogradContext& context, const Kept& kept, const Tensor
   // With create_graph=True the operator's own autograd takes part, and refuses the next derivative.
   std::optional<at::AutoDispatchBelowAutograd> below;
   if (!at::GradMode::is_enabled()) below.emplace();
-  std::vector<Tensor> found =
-      kept.operators->backward.call(upstream, saved[0], banked ? Optional(saved[1]) : std::nullopt, saved[2], saved[3],
-                                    kept.k, kept.reduction, need_feats, need_candidates);
+  std::vector<Tensor> found;
+  try {
+    found = kept.operators->backward.call(upstream, saved[0], banked ? Optional(saved[1]) : std::nullopt, saved[2],
+                                          saved[3], kept.k, kept.reduction, need_feats, need_candidates);
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());  // torch's engine would make a RuntimeError of it
+  }
   if (need_candidates) grads[1] = std::move(found.back());
   if (need_feats) grads[0] = std::move(found.front());
   return grads;

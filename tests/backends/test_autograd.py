@@ -152,6 +152,15 @@ def test_saved_tensors_go_through_hooks(autograd: str) -> None:
     assert torch.autograd.grad(loss, case.feats)[0].equal(gradient(autograd))
 
 
+def test_a_graph_that_hooks_have_cut_is_refused(autograd: str) -> None:
+    """What the operator refuses in a backward is a ValueError, as in a forward."""
+    case = batch()
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved[:-1]):
+        loss = loss_of(case, autograd)
+    with pytest.raises(ValueError, match="sn_ops::loss_backward: stats: expected"):
+        loss.backward()
+
+
 def test_anomaly_mode_names_the_node(autograd: str) -> None:
     case = batch()
     case.feats.data[3, 4] = float("nan")

@@ -1,4 +1,4 @@
-"""How the build is set up: compile jobs, and CUDA architectures that an environment names."""
+"""How the build is set up: compile jobs, CUDA architectures that an environment names, a node that does not compile."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from setuptools import Distribution
 
 from support import simt_build
 
@@ -170,3 +172,42 @@ def test_what_can_be_built_is(tmp_path: Path, architectures: str, left_out: str,
         code = f"compute_{number}" if name.endswith("+PTX") else f"sm_{number}"
         assert commands.count(f"-gencode arch=compute_{number},code={code} ") > 0
     assert "compute_7" not in commands
+
+
+# ---- autograd in C++ -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[str]]:
+    """Runs the build with a CMake that does nothing and fails to compile the node; the components it installed."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if "--component" in command:
+            components.append(command[command.index("--component") + 1])
+        return subprocess.CompletedProcess(command, int(command[-1] == "_C_autograd"), "", "")
+
+    components: list[str] = []
+    build = setup.CMakeBuild(Distribution())
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    monkeypatch.setattr(setup, "find_torch", lambda: tmp_path)
+    monkeypatch.setattr(subprocess, "run", run)
+    build.ensure_finalized()
+    build.inplace = True
+
+    def installed() -> list[str]:
+        build.run()
+        return components
+
+    return installed
+
+
+def test_a_node_that_does_not_compile_is_left_out(
+    installed: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Autograd stays in Python, with a word; for developers it is an error."""
+    monkeypatch.delenv("SN_OPS_WERROR", raising=False)
+    assert installed() == ["python"]
+    assert "csrc/autograd.cpp does not compile with this torch: autograd stays in Python" in capsys.readouterr().out
+    monkeypatch.setenv("SN_OPS_WERROR", "1")
+    with pytest.raises(SystemExit, match=r"csrc/autograd\.cpp does not compile"):
+        installed()

@@ -170,59 +170,88 @@ __device__ void poison_outputs(const ForwardArgs& args, std::int64_t share = 0, 
   for (std::int64_t i = first; i < kStatsSize; i += step) args.stats[i] = quiet_nan<double>();
 }
 
+// A count of all lanes. Of 32 bits where no more can come together: one instruction.
+__device__ __forceinline__ std::uint32_t count_lanes(std::uint32_t count) {
+  return reduce_add(count);
+}
+__device__ __forceinline__ std::uint64_t count_lanes(std::uint64_t count) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) count += shuffle_xor(count, mask);
+  return count;
+}
+
 // Adds up the counts of all threads, into the first place of each.
-__device__ __forceinline__ void meet_counts(std::uint64_t (&rCounts)[ReductionMemory::kCounts],
+template <class Count>
+__device__ __forceinline__ void meet_counts(const Count (&rCounts)[ReductionMemory::kCounts],
                                             const ReductionMemory& memory) {
 #pragma unroll
   for (int i = 0; i < ReductionMemory::kCounts; ++i) {
-#pragma unroll
-    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) rCounts[i] += shuffle_xor(rCounts[i], mask);
-    if (lane_id() == 0) memory.sCounts.set(i * ReductionMemory::kWarps + warp_id(), rCounts[i]);
+    const Count count = count_lanes(rCounts[i]);
+    if (lane_id() == 0) memory.sCounts.set(i * ReductionMemory::kWarps + warp_id(), count);
   }
   sync_block();
   if (thread_id() < ReductionMemory::kCounts) {
     const Shared<std::uint64_t> sMine = memory.sCounts.offset(thread_id() * ReductionMemory::kWarps);
     std::uint64_t count = 0;
+#pragma unroll 4
     for (int warp = 0; warp < thread_count() / kWarpSize; ++warp) count += sMine.get(warp);
     sMine.set(0, count);
   }
 }
 
-// The loss and the statistics, from the partials in `memory` and each thread's counts.
-template <class A>
-__device__ __forceinline__ void join_sums(const ForwardArgs& args, std::uint64_t (&rCounts)[ReductionMemory::kCounts],
+// The loss and the statistics, from the partials in `memory` and each thread's counts. A warp takes a sum: the tree
+// over its partials needs no barrier. Then a thread takes a statistic.
+template <class A, class Count>
+__device__ __forceinline__ void join_sums(const ForwardArgs& args, const Count (&rCounts)[ReductionMemory::kCounts],
                                           const ReductionMemory& memory) {
-  meet_counts(rCounts, memory);  // read behind the barriers of the tree
-  for (int half = kPartials / 2; half > 0; half /= 2) {
-    for (int item = thread_id(); item < ReductionMemory::kSums * half; item += thread_count()) {
-      const int at = item / half * kPartials + item % half;
-      memory.sSums.set(at, add(memory.sSums.get(at), memory.sSums.get(at + half)));
+  constexpr int kEach = kPartials / kWarpSize;
+  meet_counts(rCounts, memory);  // behind its barrier partials are there, too
+#pragma unroll 1
+  for (int sum = warp_id(); sum < ReductionMemory::kSums; sum += thread_count() / kWarpSize) {
+    double rParts[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) rParts[i] = memory.sSums.get(sum * kPartials + i * kWarpSize + lane_id());
+#pragma unroll
+    for (int half = kEach / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) rParts[i] = add(rParts[i], rParts[i + half]);
     }
-    sync_block();
+#pragma unroll
+    for (int half = kWarpSize / 2; half > 0; half /= 2) rParts[0] = add(rParts[0], shuffle_xor(rParts[0], half));
+    if (lane_id() == 0) memory.sSums.set(sum * kPartials, rParts[0]);
   }
-  if (thread_id() != 0) return;
-  const auto ratio = [](double sum, double of) { return of > 0.0 ? sum / of : 0.0; };
+  sync_block();
+
+  const int entry = thread_id();
+  static_assert(kValidAnchors == 0 && kPositiveDistance == 1 && kNegativeDistance == 2 && kNearestIsPositive == 3 &&
+                kSupportPositives == 4 && kPoison == 5 && ReductionMemory::kSums == 3);
+  if (entry > kSupportPositives) return;
   const auto count = [&](int which) {
     return static_cast<double>(memory.sCounts.get(which * ReductionMemory::kWarps));
   };
-  const double loss = memory.sSums.get(0);
   const double valid = count(3);
-  if (args.options.reduction == Reduction::kMean) *static_cast<A*>(args.loss) = static_cast<A>(ratio(loss, valid));
-  if (args.options.reduction == Reduction::kSum) *static_cast<A*>(args.loss) = static_cast<A>(loss);
+  const double sum = entry < ReductionMemory::kSums ? memory.sSums.get(entry * kPartials)
+                     : entry == kNearestIsPositive  ? count(4)
+                                                    : count(2);
+  const double of = entry == kPositiveDistance ? count(0) : entry == kNegativeDistance ? count(1) : valid;
+  const double ratio = of > 0.0 ? sum / of : 0.0;
+  if (entry != kValidAnchors) {
+    args.stats[entry] = ratio;
+    return;
+  }
+  if (args.options.reduction == Reduction::kMean) *static_cast<A*>(args.loss) = static_cast<A>(ratio);
+  if (args.options.reduction == Reduction::kSum) *static_cast<A*>(args.loss) = static_cast<A>(sum);
   args.stats[kValidAnchors] = valid;
-  args.stats[kPositiveDistance] = ratio(memory.sSums.get(kPartials), count(0));
-  args.stats[kNegativeDistance] = ratio(memory.sSums.get(2 * kPartials), count(1));
-  args.stats[kNearestIsPositive] = ratio(count(4), valid);
-  args.stats[kSupportPositives] = ratio(count(2), valid);
   args.stats[kPoison] = 0.0;
 }
 
-template <class A, class Records>
+// Count: holds what all records have together.
+template <class A, class Count = std::uint64_t, class Records>
 __device__ void final_reduction(const ForwardArgs& args, const Records& records, bool poison,
                                 const ReductionMemory& memory) {
   if (poison) return poison_outputs<A>(args);
   const std::int64_t N = args.anchors.rows;
-  std::uint64_t rCounts[ReductionMemory::kCounts] = {};
+  Count rCounts[ReductionMemory::kCounts] = {};
   for (int partial = thread_id(); partial < kPartials; partial += thread_count()) {
     double rSums[ReductionMemory::kSums] = {};
 #pragma unroll 4
@@ -231,11 +260,11 @@ __device__ void final_reduction(const ForwardArgs& args, const Records& records,
       rSums[0] = add(rSums[0], record.loss);
       rSums[1] = add(rSums[1], record.positive_sum);
       rSums[2] = add(rSums[2], record.negative_sum);
-      rCounts[0] += static_cast<std::uint64_t>(record.positives);
-      rCounts[1] += static_cast<std::uint64_t>(record.negatives);
-      rCounts[2] += static_cast<std::uint64_t>(record.support_positives);
-      rCounts[3] += static_cast<std::uint64_t>(record.flags & 1);
-      rCounts[4] += static_cast<std::uint64_t>(record.flags >> 1 & 1);
+      rCounts[0] += static_cast<Count>(record.positives);
+      rCounts[1] += static_cast<Count>(record.negatives);
+      rCounts[2] += static_cast<Count>(record.support_positives);
+      rCounts[3] += static_cast<Count>(record.flags & 1);
+      rCounts[4] += static_cast<Count>(record.flags >> 1 & 1);
     }
     for (int sum = 0; sum < ReductionMemory::kSums; ++sum) memory.sSums.set(sum * kPartials + partial, rSums[sum]);
   }

@@ -91,6 +91,16 @@ template <typename T>
 __device__ __forceinline__ T atomic_add(T* target, std::type_identity_t<T> value) {
   return atomicAdd(detail::atomic_word(target), static_cast<detail::AtomicWord<T> >(value));
 }
+// Releases what this thread, and behind a barrier its block, wrote before; of what other such additions released, reads
+// behind it, and behind a barrier those of its block, see what was written.
+__device__ __forceinline__ std::uint32_t atomic_add_acq_rel(std::uint32_t* target, std::uint32_t value) {
+  std::uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(target)), "r"(value)
+               : "memory");
+  return before;
+}
 template <typename T>
 __device__ __forceinline__ T atomic_or(T* target, std::type_identity_t<T> value) {
   return atomicOr(detail::atomic_word(target), static_cast<detail::AtomicWord<T> >(value));

@@ -93,6 +93,7 @@ __device__ __forceinline__ std::int64_t block_count() {
 #else
 #define SN_HAS_CLUSTERS 0
 #endif
+inline constexpr bool kHasClusters = SN_HAS_CLUSTERS != 0;
 
 __device__ __forceinline__ int cluster_rank() {
 #if SN_HAS_CLUSTERS

@@ -61,28 +61,48 @@ def small() -> list[Mutant]:
         ),
         (
             "small-ticket-not-left-at-zero",
-            "if (thread_id() == 0) atomic_store(gTicket, 0u);", "if (thread_id() == 32) atomic_store(gTicket, 1u);",
+            "    if (last) atomic_store(gTicket, 0u);\n", "",
             "the next launch on the stream finds a block that has finished", rows,
         ),
         (
             "small-poison-stays",
-            "if (thread_id() == 0) atomic_store(&gSlot->nonfinite, 0u);", "",
+            "atomic_store(gTicket, 0u);", "atomic_store(gTicket, taken / kPoisoned * kPoisoned);",
             "the next launch on the stream is poisoned, too", poison,
         ),
         (
             "small-poison-of-a-group-forgotten",
-            "if (thread_id() == 0 && sFlags.get(0) != 0) atomic_or(&gSlot->nonfinite, 1u);\n"
-            "    if (!take_last_ticket(",
-            "if (!take_last_ticket(",
-            "what a block without the last ticket of its group saw is not told", poison,
+            "    if (last && taken >= kPoisoned) sNonfinite.set(0, 1u);\n", "",
+            "what a block without the last ticket saw is not told", poison,
+        ),
+        (
+            "small-poison-of-a-block-forgotten",
+            "sNonfinite.get(0) != 0 ? kPoisoned + 1u : 1u;", "1u;",
+            "a block's ticket does not say what it saw", poison,
         ),
     ]  # fmt: skip
     found = [Mutant(name, file, old, new, why, (test,)) for name, old, new, why, test in changes]
-    fence = "    fence_device();\n    sLast.set(0, atomic_add(gTicket"
+    ticket = "const std::uint32_t taken = atomic_add_acq_rel(gTicket"
     return [
         *found,
         Mutant(
-            "small-fence-before-the-ticket", file, fence, fence.replace("    fence_device();\n", ""),
+            "small-ticket-releases-nothing", file, ticket, ticket.replace("_acq_rel", ""),
             "the last block may not see what this one wrote", FENCES, (),
+        ),
+        Mutant(
+            "small-barrier-before-the-ticket", file,
+            "  sync_block();\n  if (thread_id() == 0) {\n    const std::uint32_t mine",
+            "  if (thread_id() == 0) {\n    const std::uint32_t mine",
+            "what other threads of a block wrote is not released", FENCES, (),
+        ),
+        Mutant(
+            "extracted-key-stays", DIRECT + "select.cuh", "if (rIndices[i] == index) rBits[i] = kNone;",
+            "if (rIndices[i] < index) rBits[i] = kNone;",
+            "a neighbour is taken again", (neighbours,),
+        ),
+        Mutant(
+            "sums-of-other-warps", "csrc/cuda/loss.cuh", "i < half; ++i) rParts[i] = add(rParts[i], rParts[i + half]);",
+            "i < half; ++i) rParts[i] = add(rParts[2 * i], rParts[2 * i + 1]);",
+            "partial sums meet in another tree: other bits",
+            (BACKENDS + "test_simt_reduction.py::test_sums_by_their_definition",),
         ),
     ]  # fmt: skip

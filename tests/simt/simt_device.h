@@ -43,6 +43,7 @@ SN_SIMT_INLINE std::int64_t block_id() {
 SN_SIMT_INLINE std::int64_t block_count() {
   return simt::grid.blocks;
 }
+inline constexpr bool kHasClusters = true;
 SN_SIMT_INLINE int cluster_rank() {
   return simt::current->block->rank;
 }
@@ -463,6 +464,9 @@ inline T wrapping_sum(T a, T b) {
 template <typename T>
 inline T atomic_add(T* target, std::type_identity_t<T> value, SN_SIMT_WHERE) {
   return detail::atomic_global(target, [=](T old) { return detail::wrapping_sum(old, value); }, where);
+}
+inline std::uint32_t atomic_add_acq_rel(std::uint32_t* target, std::uint32_t value, SN_SIMT_WHERE) {
+  return atomic_add(target, value, where);
 }
 template <typename T>
 inline T atomic_or(T* target, std::type_identity_t<T> value, SN_SIMT_WHERE) {

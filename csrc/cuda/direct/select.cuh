@@ -115,41 +115,48 @@ __device__ __forceinline__ double value_of(std::uint64_t bits) {
   return double_from_bits(bits);
 }
 
-// Lane i gets the i-th of the K <= 32 first keys of the row sRow [M], last_key where there are fewer. One warp.
+// Least of a lane's values, in as few dependent steps as there are levels.
+template <class Value, int kCount>
+__device__ __forceinline__ Value least_of(const Value (&rValues)[kCount]) {
+  static_assert((kCount & (kCount - 1)) == 0);
+  Value rLeast[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) rLeast[i] = rValues[i];
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) rLeast[i] = rLeast[i + half] < rLeast[i] ? rLeast[i + half] : rLeast[i];
+  }
+  return rLeast[0];
+}
+
+// Lane i gets the i-th of the K <= 32 first keys of the row sRow [M], last_key where there are fewer. One warp. No lane
+// branches: what the next step waits for is a reduction, a few levels of minima, and another reduction.
 template <class A, int kPerLane>
 __device__ __forceinline__ Key<A> extract_least(const Shared<A>& sRow, int M, std::int64_t self, int K) {
   using Bits = decltype(bits_of(A()));
   constexpr Bits kNone = ~Bits{0};  // above +inf
   Bits rBits[kPerLane];
-  Bits rLeast = kNone;
-  int rWhere = 0;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int j = i * kWarpSize + lane_id();
     rBits[i] = j < M && j != self ? bits_of(sRow.get(j)) : kNone;
-    if (rBits[i] < rLeast) {
-      rLeast = rBits[i];
-      rWhere = i;
-    }
   }
   Key<A> rKey = last_key<Key<A>>();
+#pragma unroll 1
   for (int rank = 0; rank < K; ++rank) {
-    const Bits least = least_bits(rLeast);
+    const Bits least = least_bits(least_of(rBits));
     if (least == kNone) break;
-    const std::uint32_t index =
-        reduce_min(rLeast == least ? static_cast<std::uint32_t>(rWhere * kWarpSize + lane_id()) : ~0u);
-    if (lane_id() == rank) rKey = make_key(value_of(least), static_cast<std::int32_t>(index));
-    if (lane_id() == static_cast<int>(index % kWarpSize)) {
-      const int taken = rWhere;
-      rLeast = kNone;
+    std::uint32_t rIndices[kPerLane];  // of candidates that are as near
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        if (i == taken) rBits[i] = kNone;
-        if (rBits[i] < rLeast) {
-          rLeast = rBits[i];
-          rWhere = i;
-        }
-      }
+    for (int i = 0; i < kPerLane; ++i) {
+      rIndices[i] = rBits[i] == least ? static_cast<std::uint32_t>(i * kWarpSize + lane_id()) : ~0u;
+    }
+    const std::uint32_t index = reduce_min(least_of(rIndices));
+    if (lane_id() == rank) rKey = make_key(value_of(least), static_cast<std::int32_t>(index));
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (rIndices[i] == index) rBits[i] = kNone;
     }
   }
   return rKey;

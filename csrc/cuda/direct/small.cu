@@ -28,18 +28,20 @@ namespace {
 // ---- traits ---------------------------------------------------------------------------------------------------------
 
 constexpr int kThreads = kSmallWarps * kWarpSize;
-constexpr int kQuad = static_cast<int>(kSmallQuad);        // anchors of a warp's item
-constexpr int kColumns = static_cast<int>(kSmallColumns);  // candidates of it
-constexpr int kOwn = kColumns / kWarpSize;                 // of a lane
-constexpr int kAhead = static_cast<int>(kSmallAhead);      // rounds of chunks that are under way or in use
+constexpr int kQuad = static_cast<int>(kSmallQuad);                 // anchors of a warp's item
+constexpr int kColumns = static_cast<int>(kSmallColumns);           // candidates of it
+constexpr int kOwn = kColumns / kWarpSize;                          // of a lane
+constexpr int kAhead = static_cast<int>(kSmallAhead);               // rounds of chunks that are under way or in use
+constexpr int kPerLane = static_cast<int>(kSmallRows) / kWarpSize;  // candidates
 
-// Tickets of one launch.
+// Tickets of one launch. In the low half blocks count, in the high half those that saw a value that is not finite.
 struct Slot {
-  std::uint32_t nonfinite;             // 1: a value of the input is NaN or Inf
-  std::uint32_t ticket;                // blocks that have finished
-  std::uint32_t groups[kSmallGroups];  // blocks of a group that have shown their planes
-  std::uint32_t reserved[30];
+  std::uint32_t ticket;                // that have finished
+  std::uint32_t groups[kSmallGroups];  // of a group, that have shown their planes
+  std::uint32_t reserved[31];
 };
+constexpr std::uint32_t kPoisoned = 1u << 16;
+constexpr int kMostTickets = static_cast<int>(kPoisoned) - 1;
 static_assert(sizeof(Slot) == 256, "whole lines of the cache");
 
 __device__ Slot gSlots[kSlots];
@@ -67,17 +69,19 @@ struct SmallArgs {
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-// The slices of one pair: slice s is plane s / B of block s mod B of the cluster.
+// The slices of one pair: slice s is plane s / B of block s mod B of the cluster. (A template, as nothing refers to it
+// where there are no clusters.)
+template <class Sum>
 struct RemoteSlices {
-  Shared<A> sPlanes;
+  Shared<Sum> sPlanes;
   int at;     // of the pair in a plane
   int plane;  // sums of one
   int shift;  // log2 B
   int slice = 0;
-  __device__ __forceinline__ A next(bool present) {
+  __device__ __forceinline__ Sum next(bool present) {
     const int rank = slice & ((1 << shift) - 1);
     const int place = (slice++ >> shift) * plane + at;
-    return present ? sPlanes.get_remote(place, rank) : A(0);
+    return present ? sPlanes.get_remote(place, rank) : Sum(0);
   }
 };
 // Slice s is plane s of the group's in the workspace, which other blocks have written.
@@ -96,7 +100,6 @@ template <class T>
 struct SmallBlock {
   static constexpr int kPack = Pack<T>::kElements;
   static constexpr int kPitch = kChunk + kPack;
-  static constexpr int kFew = kPack < 4 ? kPack : 4;
   static_assert((kPitch / kPack) % 2 == 1, "odd pitches have no bank conflicts");
 
   const SmallArgs& args;
@@ -134,19 +137,6 @@ struct SmallBlock {
     }
   }
 
-  // kFew consecutive elements from a multiple of kFew on, widened.
-  __device__ __forceinline__ static void read_few(const Shared<T>& sRow, int at, A (&rFew)[kFew]) {
-    if constexpr (sizeof(T) == 2) {
-      const std::uint64_t bits = sRow.template view<std::uint64_t>().get(at / kFew);
-#pragma unroll
-      for (int e = 0; e < kFew; ++e) rFew[e] = widen_bits<T>(static_cast<std::uint16_t>(bits >> 16 * e));
-    } else {
-      const Pack<T> rPack = sRow.get_pack(at);
-#pragma unroll
-      for (int e = 0; e < kFew; ++e) rFew[e] = rPack.elements[e];
-    }
-  }
-
   // The sums over one chunk of `here` elements of four anchors against 64 candidates, by a warp, into sSums
   // [anchors][columns]. Returns whether this lane saw an element that is not finite (tile.cuh says why sums tell).
   __device__ __forceinline__ bool sum_item(const Shared<T>& sBuffer, int item, int here, const Shared<A>& sSums) const {
@@ -155,22 +145,7 @@ struct SmallBlock {
     const Shared<T> sX = sBuffer.offset(quad * kQuad * kPitch);
     const Shared<T> sZ = sBuffer.offset((quads * kQuad + first) * kPitch);
     A rSums[kQuad][kOwn] = {};
-#pragma unroll 2
-    for (int at = 0; at < here; at += kFew) {
-      A rX[kQuad][kFew];
-#pragma unroll
-      for (int i = 0; i < kQuad; ++i) read_few(sX, i * kPitch + at, rX[i]);
-#pragma unroll
-      for (int j = 0; j < kOwn; ++j) {
-        A rZ[kFew];
-        read_few(sZ, j * kWarpSize * kPitch + at, rZ);
-#pragma unroll
-        for (int e = 0; e < kFew; ++e) {
-#pragma unroll
-          for (int i = 0; i < kQuad; ++i) rSums[i][j] = chunk_sum_step(rSums[i][j], rX[i][e], rZ[e]);
-        }
-      }
-    }
+    add_rows<2>(sX, kPitch, sZ, kWarpSize * kPitch, here, rSums);
     bool finite = true;
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
@@ -204,9 +179,10 @@ struct SmallBlock {
   }
 
   // The planes of this block's slices, whose sums over chunks meet in sChunks [chunks][plane()]. Returns whether this
-  // thread saw an element that is not finite. Ends behind a barrier.
+  // thread saw an element that is not finite. Calls `meanwhile` once first rows are under way. Ends behind a barrier.
+  template <class Meanwhile>
   __device__ __forceinline__ bool sum_slices(const Shared<T>& sBuffers, const Shared<A>& sChunks,
-                                             const Shared<A>& sPlanes) const {
+                                             const Shared<A>& sPlanes, const Meanwhile& meanwhile) const {
     const int own_slices = rank < args.slices ? (args.slices - rank + args.blocks - 1) / args.blocks : 0;
     const int slice_rounds = args.chunks / args.round;
     const int rounds = own_slices * slice_rounds;
@@ -223,6 +199,7 @@ struct SmallBlock {
     };
     bool nonfinite = false;
     for (int round = 0; round < kAhead; ++round) copy_round(round);
+    meanwhile();
 #pragma unroll 1
     for (int round = 0; round < rounds; ++round) {
       async_wait<kAhead - 1>();
@@ -263,7 +240,6 @@ struct SmallBlock {
 static_assert(kLargestSlice == 4 * kChunk, "the trees of join_chunks");
 
 // Bit i of a lane: its candidate i * 32 + lane is a positive of the anchor.
-template <int kPerLane>
 __device__ __forceinline__ std::uint32_t positives_of(const ForwardArgs& args, std::int64_t anchor, std::int64_t self) {
   const std::int64_t label = load(args.anchor_labels + anchor);
   std::uint32_t rPositive = 0;
@@ -276,7 +252,6 @@ __device__ __forceinline__ std::uint32_t positives_of(const ForwardArgs& args, s
 }
 
 // From the row of an anchor to its outputs, by one warp.
-template <int kPerLane>
 __device__ AnchorRecord select_anchor(const SmallArgs& args, std::int64_t anchor, std::uint32_t rPositive,
                                       const Shared<A>& sRow, const Shared<Key<A>>& sKeys) {
   const int M = static_cast<int>(args.forward.candidates.rows);
@@ -302,23 +277,25 @@ __device__ AnchorRecord select_anchor(const SmallArgs& args, std::int64_t anchor
 }
 
 // By all threads of a block: what it has written is seen by whoever takes a later ticket. Returns whether this one is
-// the last of `tickets`, which leaves the counter at zero.
+// the last of `tickets`, which leaves the counter at zero. Then sNonfinite is set if any of those blocks' was.
 __device__ __forceinline__ bool take_last_ticket(std::uint32_t* gTicket, int tickets,
+                                                 const Shared<std::uint32_t>& sNonfinite,
                                                  const Shared<std::uint32_t>& sLast) {
   sync_block();
   if (thread_id() == 0) {
-    fence_device();
-    sLast.set(0, atomic_add(gTicket, 1u) + 1 == static_cast<std::uint32_t>(tickets) ? 1u : 0u);
+    const std::uint32_t mine = sNonfinite.get(0) != 0 ? kPoisoned + 1u : 1u;
+    const std::uint32_t taken = atomic_add_acq_rel(gTicket, mine) + mine;
+    const bool last = taken % kPoisoned == static_cast<std::uint32_t>(tickets);
+    if (last) atomic_store(gTicket, 0u);
+    if (last && taken >= kPoisoned) sNonfinite.set(0, 1u);
+    sLast.set(0, last ? 1u : 0u);
   }
   sync_block();
-  if (sLast.get(0) == 0) return false;
-  fence_device();
-  if (thread_id() == 0) atomic_store(gTicket, 0u);
-  return true;
+  return sLast.get(0) != 0;
 }
 
-template <class T, int kPerLane, bool kCluster>
-__global__ void __launch_bounds__(kThreads, 1) small_kernel(const __grid_constant__ SmallArgs args) {
+template <class T, bool kCluster>
+__device__ __forceinline__ void small_block(const SmallArgs& args) {
   const std::int64_t N = args.forward.anchors.rows;
   const int M = static_cast<int>(args.forward.candidates.rows);
   const int group = static_cast<int>(block_id()) / args.blocks;
@@ -346,19 +323,19 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const __grid_constan
   const ReductionMemory reduction(later);
 
   if (thread_id() < 3) sFlags.set(thread_id(), 0u);
-  let_dependents_start();
   // The anchors that this block finishes: `mine` of them, from `own` on, `step` apart.
   const int own = kCluster ? block.rank : 0;
   const int step = kCluster ? args.blocks : 1;
   const int mine = own < anchors ? (anchors - own + step - 1) / step : 0;
-  std::uint32_t rPositive = 0;  // of the warp's first anchor; on its way while the sums are made
-  if (kCluster && warp_id() < mine) {
-    const std::int64_t anchor = first_anchor + own + warp_id() * step;
-    rPositive = positives_of<kPerLane>(args.forward, anchor, self_of(args.forward, anchor));
-  }
+  std::uint32_t rPositive = 0;  // of the warp's first anchor
 
   // 1. Planes of this block's slices.
-  const bool nonfinite = block.sum_slices(sBuffers, sChunks, sPlanes);
+  const bool nonfinite = block.sum_slices(sBuffers, sChunks, sPlanes, [&] {
+    let_dependents_start();
+    if (!kCluster || warp_id() >= mine) return;
+    const std::int64_t anchor = first_anchor + own + warp_id() * step;
+    rPositive = positives_of(args.forward, anchor, self_of(args.forward, anchor));
+  });
   if (any_lane(nonfinite) && lane_id() == 0) sFlags.atomic_or(0, 1u);
 
   // 2. Rows of the anchors that it finishes.
@@ -373,9 +350,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const __grid_constan
         atomic_store(gPlane + at, sPlanes.get(slice * block.plane() + at));
       }
     }
-    sync_block();
-    if (thread_id() == 0 && sFlags.get(0) != 0) atomic_or(&gSlot->nonfinite, 1u);
-    if (!take_last_ticket(gSlot->groups + group, args.blocks, sFlags.offset(1))) return;
+    if (!take_last_ticket(gSlot->groups + group, args.blocks, sFlags, sFlags.offset(1))) return;
   }
   for (int at = thread_id(); at < mine * block.columns; at += kThreads) {
     const int anchor = own + at / block.columns * step;
@@ -383,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const __grid_constan
     if (j >= M) continue;
     const int place = anchor * block.columns + j;
     if constexpr (kCluster) {
-      const RemoteSlices slices{sPlanes, place, block.plane(), args.blocks_shift};
+      const RemoteSlices<A> slices{sPlanes, place, block.plane(), args.blocks_shift};
       sRows.set(at, combine_slices<A>(slices, args.slices, args.tree));
     } else {
       const A* gFirst = args.gPlanes + static_cast<std::int64_t>(group) * args.slices * block.plane() + place;
@@ -397,29 +372,35 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(const __grid_constan
   for (int slot = warp_id(); slot < mine; slot += kSmallWarps) {
     const std::int64_t anchor = first_anchor + own + slot * step;
     if (!kCluster || slot >= kSmallWarps) {
-      rPositive = positives_of<kPerLane>(args.forward, anchor, self_of(args.forward, anchor));
+      rPositive = positives_of(args.forward, anchor, self_of(args.forward, anchor));
     }
-    const AnchorRecord record = select_anchor<kPerLane>(args, anchor, rPositive, sRows.offset(slot * block.columns),
-                                                        sKeys.offset(warp_id() * args.keys));
+    const AnchorRecord record =
+        select_anchor(args, anchor, rPositive, sRows.offset(slot * block.columns), sKeys.offset(warp_id() * args.keys));
     if (lane_id() == 0) args.gRecords[anchor] = record;
     sync_warp();  // the next anchor's keys overwrite this one's
   }
 
   // 4. All anchors, by the block that finishes last.
-  if (kCluster && thread_id() == 0 && sFlags.get(0) != 0) atomic_or(&gSlot->nonfinite, 1u);
   const int tickets = static_cast<int>(block_count()) / (kCluster ? 1 : args.blocks);
-  if (take_last_ticket(&gSlot->ticket, tickets, sFlags.offset(2))) {
-    const bool poison = atomic_load(&gSlot->nonfinite) != 0;
-    sync_block();
-    if (thread_id() == 0) atomic_store(&gSlot->nonfinite, 0u);
-    final_reduction<A>(args.forward, GlobalRecords{args.gRecords}, poison, reduction);
+  if (take_last_ticket(&gSlot->ticket, tickets, sFlags, sFlags.offset(2))) {
+    static_assert(kSmallRows <= 0xffff, "32 bits hold all counts");
+    final_reduction<A, std::uint32_t>(args.forward, GlobalRecords{args.gRecords}, sFlags.get(0) != 0, reduction);
   }
   if constexpr (kCluster) wait_cluster();  // others may still read this block's planes until all have arrived
 }
 
+template <class T, bool kCluster>
+__global__ void __launch_bounds__(kThreads, 1) small_kernel(const __grid_constant__ SmallArgs args) {
+  if constexpr (!kCluster || kHasClusters) {
+    small_block<T, kCluster>(args);
+  } else {
+    sync_cluster();  // a trap: nothing launches it where there are no clusters, so it need not be compiled there
+  }
+}
+
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
-template <class T, int kPerLane, bool kCluster>
+template <class T, bool kCluster>
 cudaError_t launch_small(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, int slot,
                          cudaStream_t stream) {
   const std::int64_t N = args.anchors.rows;
@@ -446,14 +427,7 @@ cudaError_t launch_small(const ForwardArgs& args, const ForwardPlan& plan, char*
   const Problem problem{.N = N, .M = args.candidates.rows, .D = args.dims, .k = args.options.k, .dtype = args.dtype};
   const LaunchShape shape{divide_up(N, plan.group_anchors) * plan.cluster, kThreads,
                           static_cast<int>(small_shared_bytes(plan, problem)), kCluster ? plan.cluster : 1};
-  return launch(small_kernel<T, kPerLane, kCluster>, shape, stream, small);
-}
-
-template <class T, bool kCluster>
-cudaError_t launch_rows(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, int slot,
-                        cudaStream_t stream) {
-  return args.candidates.rows <= 4 * kWarpSize ? launch_small<T, 4, kCluster>(args, plan, workspace, slot, stream)
-                                               : launch_small<T, 8, kCluster>(args, plan, workspace, slot, stream);
+  return launch(small_kernel<T, kCluster>, shape, stream, small);
 }
 
 }  // namespace
@@ -462,15 +436,16 @@ cudaError_t launch_rows(const ForwardArgs& args, const ForwardPlan& plan, char* 
 
 cudaError_t enqueue_small(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, int slot,
                           cudaStream_t stream) {
-  static_assert(kSmallRows <= 8 * kWarpSize && kShortNeighbours <= kWarpSize);
+  static_assert(kPerLane * kWarpSize == kSmallRows && kShortNeighbours <= kWarpSize);
   const std::int64_t groups = divide_up(args.anchors.rows, plan.group_anchors);
   if (args.anchors.rows > kSmallRows || args.candidates.rows > kSmallRows || groups > kSmallGroups || slot < 0 ||
-      slot >= kSlots || plan.slice_elements > kLargestSlice || small_planes(plan) > kLargestPlanes) {
+      slot >= kSlots || plan.slice_elements > kLargestSlice || small_planes(plan) > kLargestPlanes ||
+      groups * plan.cluster > kMostTickets) {
     return cudaErrorInvalidValue;
   }
   return for_narrow_type(args.dtype, [&]<class T>() {
-    return plan.path == ForwardPath::kCluster ? launch_rows<T, true>(args, plan, workspace, slot, stream)
-                                              : launch_rows<T, false>(args, plan, workspace, slot, stream);
+    return plan.path == ForwardPath::kCluster ? launch_small<T, true>(args, plan, workspace, slot, stream)
+                                              : launch_small<T, false>(args, plan, workspace, slot, stream);
   });
 }
 
@@ -485,7 +460,7 @@ bool slots_are_zero() {
 #else  // the host harness has no device
 cudaError_t compiled_capability(int* capability) {
   cudaFuncAttributes attributes{};
-  const auto* kernel = reinterpret_cast<const void*>(&small_kernel<float, 4, true>);
+  const auto* kernel = reinterpret_cast<const void*>(&small_kernel<float, true>);
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   *capability = attributes.ptxVersion;
   return error;
@@ -494,12 +469,9 @@ cudaError_t compiled_capability(int* capability) {
 ClusterLimits cluster_limits(int shared_bytes) {
   const auto holds = [&](int blocks, int bytes) {
     const LaunchShape shape{blocks, kThreads, bytes, blocks};
-    return bytes <= shared_bytes && active_clusters(small_kernel<float, 4, true>, shape) > 0 &&
-           active_clusters(small_kernel<float, 8, true>, shape) > 0 &&
-           active_clusters(small_kernel<Half, 4, true>, shape) > 0 &&
-           active_clusters(small_kernel<Half, 8, true>, shape) > 0 &&
-           active_clusters(small_kernel<BFloat16, 4, true>, shape) > 0 &&
-           active_clusters(small_kernel<BFloat16, 8, true>, shape) > 0;
+    return bytes <= shared_bytes && active_clusters(small_kernel<float, true>, shape) > 0 &&
+           active_clusters(small_kernel<Half, true>, shape) > 0 &&
+           active_clusters(small_kernel<BFloat16, true>, shape) > 0;
   };
   for (int blocks = kClusterBlocks; blocks > 1; blocks /= 2) {
     for (const int bytes : {shared_bytes, kHalfSharedBytes}) {

@@ -34,6 +34,48 @@ __device__ __forceinline__ float widen_bits(std::uint16_t bits) {
   }
 }
 
+// Elements of a row in shared memory that are read at once: more would not fit the registers.
+template <class T>
+inline constexpr int kFewElements = Pack<T>::kElements < 4 ? Pack<T>::kElements : 4;
+
+// So many consecutive ones from a multiple of as many on, widened.
+template <class T>
+__device__ __forceinline__ void read_few(const Shared<T>& sRow, int at, Acc<T> (&rFew)[kFewElements<T>]) {
+  if constexpr (sizeof(T) == 2) {
+    const std::uint64_t bits = sRow.template view<std::uint64_t>().get(at / kFewElements<T>);
+#pragma unroll
+    for (int e = 0; e < kFewElements<T>; ++e) rFew[e] = widen_bits<T>(static_cast<std::uint16_t>(bits >> 16 * e));
+  } else {
+    const Pack<T> rPack = sRow.get_pack(at);
+#pragma unroll
+    for (int e = 0; e < kFewElements<T>; ++e) rFew[e] = rPack.elements[e];
+  }
+}
+
+// Elements [0, here) of a chunk join the sums of kX rows with kZ: rows lie so many elements apart. kTrips: of the loop,
+// whose loads are under way together.
+template <int kTrips, class T, int kX, int kZ>
+__device__ __forceinline__ void add_rows(const Shared<T>& sX, int x_apart, const Shared<T>& sZ, int z_apart, int here,
+                                         Acc<T> (&rSums)[kX][kZ]) {
+  constexpr int kFew = kFewElements<T>;
+#pragma unroll kTrips
+  for (int at = 0; at < here; at += kFew) {
+    Acc<T> rX[kX][kFew];
+#pragma unroll
+    for (int i = 0; i < kX; ++i) read_few(sX, i * x_apart + at, rX[i]);
+#pragma unroll
+    for (int j = 0; j < kZ; ++j) {
+      Acc<T> rZ[kFew];
+      read_few(sZ, j * z_apart + at, rZ);
+#pragma unroll
+      for (int e = 0; e < kFew; ++e) {
+#pragma unroll
+        for (int i = 0; i < kX; ++i) rSums[i][j] = chunk_sum_step(rSums[i][j], rX[i][e], rZ[e]);
+      }
+    }
+  }
+}
+
 // Rows of a matrix, from the first one of a tile.
 template <class T>
 struct TileRows {
@@ -73,8 +115,7 @@ class Tile {
   static constexpr int kStageFits = kStageBytes / static_cast<int>(sizeof(T));
   static constexpr int kStage = kStageFits < kChunk ? kStageFits : kChunk;
   static constexpr int kChunkStages = kChunk / kStage;
-  static constexpr int kFew =
-      kPack < 4 ? kPack : 4;  // elements of a row read at once: more would not fit the registers
+  static constexpr int kFew = kFewElements<T>;
   static constexpr int kStages = 2;
   static constexpr int kPitch = kStage + kPack;
   static constexpr int kStageElements = 2 * kRows * kPitch;
@@ -202,38 +243,10 @@ class Tile {
     }
   }
 
-  // kFew consecutive elements from a multiple of kFew on, widened.
-  __device__ __forceinline__ static void read_few(const Shared<T>& sRow, int at, A (&rFew)[kFew]) {
-    if constexpr (sizeof(T) == 2) {
-      const std::uint64_t bits = sRow.template view<std::uint64_t>().get(at / kFew);
-#pragma unroll
-      for (int e = 0; e < kFew; ++e) rFew[e] = widen_bits<T>(static_cast<std::uint16_t>(bits >> 16 * e));
-    } else {
-      const Pack<T> rPack = sRow.get_pack(at);
-#pragma unroll
-      for (int e = 0; e < kFew; ++e) rFew[e] = rPack.elements[e];
-    }
-  }
-
   __device__ __forceinline__ void add_stage(int stage, int here, Sums& rSums) const {
     const Shared<T> sX = staged(stage, 0).offset(row_of(0) * kPitch);
     const Shared<T> sZ = staged(stage, 1).offset(column_of(0) * kPitch);
-#pragma unroll 1
-    for (int at = 0; at < here; at += kFew) {
-      A rX[kPairs][kFew];
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) read_few(sX, i * kSide * kPitch + at, rX[i]);
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        A rZ[kFew];
-        read_few(sZ, j * kSide * kPitch + at, rZ);
-#pragma unroll
-        for (int e = 0; e < kFew; ++e) {
-#pragma unroll
-          for (int i = 0; i < kPairs; ++i) rSums[i][j] = chunk_sum_step(rSums[i][j], rX[i][e], rZ[e]);
-        }
-      }
-    }
+    add_rows<1>(sX, kSide * kPitch, sZ, kSide * kPitch, here, rSums);
   }
 
   // Whether all elements of this thread's rows are finite.

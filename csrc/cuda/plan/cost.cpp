@@ -50,11 +50,10 @@ constexpr double kTileElement = 0.057;
 constexpr double kHalfTiles = 1.1;  // half inputs: 512 x 2048 in 65.8 against 62.1, 1024 x 2048 in 298 against 270
 
 // Selection: a row alone, and rows one after the other on a multiprocessor, which are as many times shorter as blocks
-// reside there. Where one warp extracts, 64 to 256 x 2048: 10.0 to 12.1. A neighbour has two reductions and a look at
-// the lane's candidates: counted, not measured, K = 10 alone was.
+// reside there. Where one warp extracts, 64 to 256 x 2048: 10.0 to 12.1. A neighbour has two reductions and six levels
+// of minima and comparisons over the lane's candidates, 110 cycles however many these are: counted, not measured.
 constexpr double kShortRowStart = 7.5;
-constexpr double kShortRowRank = 0.05;
-constexpr double kShortRowRankEntry = 0.00017;
+constexpr double kShortRowRank = 110.0 / 1755.0;
 constexpr double kShortRowEntry = 0.0083;
 constexpr double kShortRows = 0.5;
 constexpr double kShortRowsEntry = 0.0021;
@@ -83,13 +82,18 @@ constexpr double kNetworkKey = 6.0 / 1024.0;
 // The last block adds up few anchors (alone it took 12.3 for 8192, 58 to 72 for 65536). Of many (sizes.h), blocks add
 // the partials and the last joins them: counted, not measured, 10 cycles for every kPartials-th record. On the direct
 // path they are a kernel of their own.
+//
+// What a row takes alone, and the starts of other last kernels, were read while the partials met in eight rounds of
+// shared memory with a barrier each, counts were added up warp by warp, and one thread had five divisions. Now warps
+// join the partials in registers and each quotient has a thread: 1400 cycles less, counted, not measured.
 constexpr double kFinalRow = 0.0009;
+constexpr double kFinalSaved = 1400.0 / 1755.0;
 constexpr double kPartialRow = 2.5e-5;
 constexpr double kReduceStart = 3.0;
 
 double final_us(std::int64_t N) {
   const double alone = real(std::min(N, kAloneRecords));
-  return kFinalRow * alone + kPartialRow * (real(N) - alone);
+  return kFinalRow * alone + kPartialRow * (real(N) - alone) - kFinalSaved;
 }
 
 double tiles_us(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const Machine& machine) {
@@ -110,7 +114,7 @@ RowCost select_row(const ForwardPlan& plan, const Problem& problem) {
   const double M = real(problem.M);
   const double K = real(plan.K);
   if (plan.selection == Selection::kExtracted) {
-    return {kShortRowStart + K * (kShortRowRank + kShortRowRankEntry * M) + kShortRowEntry * M,
+    return {kShortRowStart + K * kShortRowRank + kShortRowEntry * M,
             kShortRows + kSelectKey / kFewListResident * K + kShortRowsEntry * M};
   }
   const bool large = plan.select_threads > kFewListThreads;
@@ -155,16 +159,18 @@ void predict_direct(const ForwardPlan& plan, const Problem& problem, const Machi
 // are shown: in a cluster, a barrier and loads from distributed shared memory; else stores, a ticket, and loads.
 // Anchors, a warp each, at once: what an extracted row costs less the launch, the loads and the last ticket, then that
 // ticket and the sum over anchors. Counted, not measured; the parts that this kernel shares with tiles and selection
-// were read from those.
+// were read from those. Of a ticket, a selection has two fences, and loads a flag before the records; here the atomic
+// releases and acquires, and says what the flag does: 340 cycles less, a round trip and a barrier, of each ticket, and
+// of the last one the flag's round trip and the exchange of 64-bit counts, 700 cycles, too.
 constexpr double kSmallStart = kTilesStart;
 constexpr double kSmallItem = 0.7;
 constexpr double kSmallPairs = 256.0 / 4096.0;  // of a tile's
 constexpr double kClusterShow = 0.5;
 constexpr double kClusterShowSlice = 0.015;  // loads of one pair
-constexpr double kTicketShow = 2.2;
+constexpr double kTicketShow = 2.2 - 340.0 / 1755.0;
 constexpr double kTicketShowRow = 0.1;  // of an anchor, 256 candidates at a time
 constexpr double kSmallAnchor = 3.0;
-constexpr double kSmallTicket = 2.4;
+constexpr double kSmallTicket = 2.4 - 1040.0 / 1755.0;
 constexpr double kSmallSort = 0.006;  // K > 16: of a key, a warp's network
 
 double small_us(const ForwardPlan& plan, const Problem& problem, const Machine& machine) {
@@ -184,7 +190,7 @@ double small_us(const ForwardPlan& plan, const Problem& problem, const Machine& 
   const double show = plan.path == ForwardPath::kCluster ? kClusterShow + kClusterShowSlice * real(plan.d_slices)
                                                          : kTicketShow + kTicketShowRow * rows;
   const double select = plan.K <= kShortNeighbours
-                            ? real(plan.K) * (kShortRowRank + kShortRowRankEntry * real(problem.M))
+                            ? real(plan.K) * kShortRowRank
                             : kSmallSort * real(problem.M) * std::log2(real(problem.M)) + kSelectKey * real(plan.K);
   return kGap + kSmallStart + waves(blocks, machine.device) * joined(sums, bytes / kCacheBytes) + show +
          turns * (kSmallAnchor + select) + kSmallTicket + final_us(problem.N);

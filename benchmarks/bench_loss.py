@@ -316,7 +316,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--cpu-capability",
         default="",
-        help="list, e.g. 'avx512_bf16,avx512'; each becomes a contestant (default: the best)",
+        help="list, e.g. 'avx512_vnni,avx2'; each becomes a contestant (default: the best)",
     )
     add("--device", default="cpu", help="cpu (default) or cuda")
     add("--budget", type=float, help="seconds of sampling a table (default 1.5, 0.8 with --quick)")

@@ -29,8 +29,8 @@ std::vector<Level> levels() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   all.push_back({&avx512::kTable, has_avx512});
 #endif
-#if defined(SN_CPU_HAS_AVX512_BF16)
-  all.push_back({&avx512_bf16::kTable, has_avx512 && __builtin_cpu_supports("avx512bf16")});
+#if defined(SN_CPU_HAS_AVX512_VNNI)
+  all.push_back({&avx512_vnni::kTable, has_avx512 && __builtin_cpu_supports("avx512vnni")});
 #endif
 #endif
   return all;

@@ -1,7 +1,7 @@
 // Forward: from features and labels to a loss and a support graph.
 //
 // Two paths with one result. "direct" (forward_direct.cpp) computes every distance in the one summation order
-// (kernels/direct.h). "screen" (forward_screen.cpp) bounds every distance by a product of a bfloat16 copy, and computes
+// (kernels/direct.h). "screen" (forward_screen.cpp) bounds every distance by a product of a 16-bit copy, and computes
 // in the same order only the distances that the bounds leave open.
 #include "forward.h"
 
@@ -18,7 +18,7 @@ void forward_as(const ForwardArgs& args, const ThreadPool& pool) {
   Loss<Acc> loss(args);
   if constexpr (sizeof(Acc) == sizeof(float)) {
     const Path path = choose_path(args.anchors.rows, args.candidates.rows, args.dims, loss.K(), args.dtype,
-                                  args.symmetric, kernels.widens);
+                                  args.symmetric, kernels.product_cycles);
     if (path == Path::kScreen && forward_screen(args, pool, kernels, identities, loss)) return;
   }
   forward_direct<Acc>(args, pool, kernels, identities, loss);

@@ -1,12 +1,12 @@
-// The screening path: products of a bfloat16 copy bound every distance; direct sums decide where the bounds cannot.
+// The screening path: products of a 16-bit copy bound every distance; direct sums decide where the bounds cannot.
 //
 // The bound of the screening, in the notation of kernels.h, with u = 2^-24. All inequalities are worst cases. With
 // exact a = x - mean and r = a - A, |a.b - A.B| <= |A||r_b| + |r_a||B| + |r_a||r_b|, and for any theta > 0
 //   2 |A||r_b| <= theta |A|^2 + |r_b|^2 / theta,      2 |r_a||r_b| <= |r_a|^2 + |r_b|^2,
 // so the error of 2 a.b splits into one term a row: theta |A|^2 + (1/theta + 1) |r|^2. theta is the root mean square of
 // |r| / |t| over all rows. Any value is right, and an outlier loosens only its own bound. Each row adds:
-//   g |t|^2      accumulation of the products: at most D + 2 steps of relative error `product_rounding` each, on a sum
-//                of magnitudes of at most |A||B| <= (|A|^2 + |B|^2) / 2
+//   4 u |t|^2    the product of exact integers, converted and scaled: three roundings of A.B, which is at most
+//                |A||B| <= (|A|^2 + |B|^2) / 2
 //   c |t|^2      the norm: t rounded once (2 u), D / 16 + 8 additions of squares
 //   2 f |t|^2    the direct sum itself (relative error f, kernels/direct.h) on d2 <= 2 |a|^2 + 2 |b|^2
 //   32 u |t|^2   scores, upper bounds and thresholds: a few roundings of numbers below 2 |a|^2 + 2 |b|^2
@@ -110,11 +110,10 @@ struct Layout {
   std::int32_t* candidate_positions;
   std::int32_t* self_positions;
   float* workers;
-  std::int64_t worker_floats;
   std::int64_t tile_floats;
 };
 
-Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, bool widens, Slices& slices) {
+Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, Slices& slices) {
   Layout layout{};
   Screen& screen = layout.screen;
   const std::int64_t N = args.anchors.rows;
@@ -128,6 +127,7 @@ Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, bool widens, Sli
     s.rows = rows;
     s.padded = round_up(rows, kTileGrain);
     s.packed = slices.take<std::uint32_t>(s.padded / kPanel * screen.panel_stride);
+    s.scale = slices.take<float>(s.padded);
     s.norm = slices.take<float>(s.padded);
     s.residual = slices.take<float>(s.padded);
     s.slack = slices.take<float>(s.padded);
@@ -152,8 +152,7 @@ Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, bool widens, Sli
   screen.exact_counts = slices.take<std::int32_t>(N);
   screen.thresholds = slices.take<float>(screen.anchors.padded);
   layout.tile_floats = plan.tile * kTilePitch;
-  layout.worker_floats = layout.tile_floats + (widens ? wide_floats(plan.tile) : 0);
-  layout.workers = slices.take<float>(layout.worker_floats * plan.workers);
+  layout.workers = slices.take<float>(layout.tile_floats * plan.workers);
   return layout;
 }
 
@@ -199,7 +198,7 @@ void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std:
 
 // Computes the bound E of each row and the bias of each candidate. Returns false if the rows' scale is outside the
 // bound's range.
-bool bound_errors(const ForwardArgs& args, const Kernels& kernels, const Layout& layout) {
+bool bound_errors(const ForwardArgs& args, const Layout& layout) {
   const ScreenSide* sides[2] = {&layout.screen.anchors, &layout.screen.candidates};
   const int side_count = args.symmetric ? 1 : 2;
   double norms = 0.0;
@@ -218,8 +217,7 @@ bool bound_errors(const ForwardArgs& args, const Kernels& kernels, const Layout&
   const double D = static_cast<double>(args.dims);
   const double theta = std::max(0x1p-20, norms > 0.0 ? std::sqrt(residuals / norms) : 0.0);
   const double direct = (D / 64.0 + 13.0) * u;
-  const double relative =
-      theta + (D + 2.0) * kernels.product_rounding + (D / 16.0 + 10.0) * u + 2.0 * direct + 32.0 * u;
+  const double relative = theta + 4.0 * u + (D / 16.0 + 10.0) * u + 2.0 * direct + 32.0 * u;
   for (int s = 0; s < side_count; ++s) {
     for (std::int64_t p = 0; p < sides[s]->padded; ++p) {
       const double norm = sides[s]->norm[p];
@@ -270,8 +268,8 @@ void sweep(const ThreadPool& pool, const Kernels& kernels, const ScreenPlan& pla
   for_each(pool, plan.workers, tiles, [&](std::int64_t item, std::int64_t worker) {
     const Tile tile = tile_of(item);
     const Tile next = tile_of(std::min(item + plan.workers, tiles - 1));
-    float* products = layout.workers + worker * layout.worker_floats;
-    kernels.tile_products(screen, tile, next, products, products + layout.tile_floats);
+    float* products = layout.workers + worker * layout.tile_floats;
+    kernels.tile_products(screen, tile, next, products);
     const std::int64_t i = tile.row / plan.tile;
     const std::int64_t j = tile.column / plan.tile;
     std::unique_lock<std::mutex> rows(locks[i]);
@@ -336,12 +334,12 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   const std::int64_t N = args.anchors.rows;
   const std::int64_t M = args.candidates.rows;
   const std::int64_t K = loss.K();
-  const ScreenPlan plan = plan_screen(N, M, args.dims, K, args.symmetric, kernels.widens, pool.threads);
+  const ScreenPlan plan = plan_screen(N, M, args.dims, K, args.symmetric, pool.threads);
   Slices measure;
-  lay_out(args, plan, kernels.widens, measure);
+  lay_out(args, plan, measure);
   const Scratch scratch(measure.bytes());
   Slices slices(scratch.data());
-  Layout layout = lay_out(args, plan, kernels.widens, slices);
+  Layout layout = lay_out(args, plan, slices);
   Screen& screen = layout.screen;
   screen.dtype = args.dtype;
   screen.dims = args.dims;
@@ -369,7 +367,7 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
     std::int32_t* positions = s == 0 ? layout.anchor_positions : layout.candidate_positions;
     for (std::int64_t p = 0; p < side.rows; ++p) positions[side.order[p]] = static_cast<std::int32_t>(p);
   }
-  if (!bound_errors(args, kernels, layout)) return false;
+  if (!bound_errors(args, layout)) return false;
   find_surplus_duplicates(
       args, layout, K, [&](std::int64_t position) { layout.bias[position] = std::numeric_limits<float>::infinity(); });
   if (!args.symmetric && (args.self.index != nullptr || args.self.offset >= 0)) {

@@ -25,19 +25,15 @@ inline constexpr std::int64_t kBackwardColumns = 64;  // the same in the backwar
 static_assert(kTileGrain % kPanel == 0);
 static_assert(kTileSmall % kTileGrain == 0 && kTileLarge % kTileGrain == 0);
 static_assert(kDepth % 2 == 0, "columns are stored in pairs");
-// Products of a tile have the same pitch whatever the tile's size. Instruction sets without a bfloat16 dot product
-// widen both operands to fp32, half of kDepth at a time.
+// Products of a tile have the same pitch whatever the tile's size.
 inline constexpr std::int64_t kTilePitch = kTileLarge;
-inline constexpr std::int64_t kWideCandidateFloats = kTileGrain * (kDepth / 2);
-inline constexpr std::int64_t wide_floats(std::int64_t tile) {
-  return tile * (kDepth / 2) + kWideCandidateFloats;
-}
 
 // ---- screening ------------------------------------------------------------------------------------------------------
 
-// Screening: products of a bfloat16 copy bound every distance; few distances are then left to compute.
+// Screening: products of a 16-bit copy bound every distance; few distances are then left to compute.
 //
-// A row x is kept as t = x - mean, A = bfloat16(t), norm = |t|^2 and residual = |t - A|^2. For a pair (p, q)
+// A row x is kept as t = x - mean, A = scale I with 16-bit integers I, norm = |t|^2 and residual = |t - A|^2. I_p.I_q
+// is exact: it fits in 32 bits. For a pair (p, q)
 //   s_pq = norm_p + norm_q - 2 A_p.A_q   and   |d2_pq - s_pq| <= E_p + E_q,
 // where d2 is the direct sum. forward_screen.cpp derives E. With w_pq = (norm_q - E_q) / 2 - A_p.A_q
 //   lower bound of d2_pq = 2 w_pq + norm_p - E_p,     upper bound = 2 (w_pq + E_q) + norm_p + E_p.
@@ -50,7 +46,8 @@ struct ScreenSide {
   const std::int32_t* order;  // [rows] position -> row
   std::int64_t rows;
   std::int64_t padded;
-  std::uint32_t* packed;  // [padded / 16][panel_stride]: [ceil(D / 2)][16] pairs of bfloat16
+  std::uint32_t* packed;  // [padded / 16][panel_stride]: [ceil(D / 2)][16] pairs of 16-bit integers
+  float* scale;           // [padded] of the integers; 0: all of them are
   float* norm;            // [padded] |t|^2
   float* residual;        // [padded] |t - A|^2
   float* slack;           // [padded] E
@@ -105,8 +102,7 @@ struct EdgeLists {
 
 struct Kernels {
   const char* name;
-  bool widens;               // products in fp32 on widened operands, not by a bfloat16 dot product
-  float product_rounding;    // relative error of one accumulation step of the products, worst case
+  double product_cycles;     // of a screened pair, a column
   std::int64_t panels_from;  // rows from which the direct path is faster on a copy in panels
 
   // Whether every value of rows [begin, end) is finite.
@@ -132,8 +128,8 @@ struct Kernels {
   void (*sampled_mean)(DType dtype, const FeatureView* sides, int side_count, std::int64_t dims, float* mean,
                        float* scratch);
   bool (*pack)(const Screen& screen, const ScreenSide& side, std::int64_t first_panel, std::int64_t last_panel);
-  // products: [tile.rows][kTilePitch]. wide: wide_floats(tile side), used if `widens`.
-  void (*tile_products)(const Screen& screen, const Tile& tile, const Tile& next, float* products, float* wide);
+  // products: [tile.rows][kTilePitch].
+  void (*tile_products)(const Screen& screen, const Tile& tile, const Tile& next, float* products);
   void (*tile_epilogue)(const Screen& screen, const Tile& tile, const float* products);
   // Drops from the list of anchor `p` what the bound excludes.
   void (*prune)(const Screen& screen, std::int64_t p);
@@ -160,7 +156,7 @@ const Kernels& active_kernels();
 SN_DECLARE_KERNELS(generic)
 SN_DECLARE_KERNELS(avx2)
 SN_DECLARE_KERNELS(avx512)
-SN_DECLARE_KERNELS(avx512_bf16)
+SN_DECLARE_KERNELS(avx512_vnni)
 #undef SN_DECLARE_KERNELS
 
 }  // namespace sn::cpu

@@ -26,25 +26,25 @@ void set_path(Path path) {
 }
 
 Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, DType dtype, bool symmetric,
-                 bool widens) {
-  if (dtype == DType::kFloat64 || K > kScreenMostK || K == 0 || N == 0 || D == 0) return Path::kDirect;
+                 double product_cycles) {
+  if (dtype == DType::kFloat64 || K > kScreenMostK || D > kScreenMostDims || K == 0 || N == 0 || D == 0) {
+    return Path::kDirect;
+  }
   const Path forced = forced_path.load();
   if (forced != Path::kAuto) return forced;
   // Cycles per column of the features, measured on Zen 4: of a direct pair, of a screened pair, of packing a row and of
-  // refining its list. Products in fp32 gain less over direct sums than they cost in rows, unless the square of
-  // distances is too large to be computed in half.
+  // refining its list.
   const double n = static_cast<double>(N);
   const double m = static_cast<double>(M);
   const double share = symmetric ? 0.5 : 1.0;
   const bool halved = symmetric && N * M * static_cast<std::int64_t>(sizeof(float)) <= kDirectScratch;
   const double direct = (halved ? 0.5 : 1.0) * n * m * 0.113;
   const double screened =
-      share * n * m * (widens ? 0.09 : 0.036) + (symmetric ? n : n + m) * 2.0 + n * static_cast<double>(K + 4) * 0.45;
+      share * n * m * product_cycles + (symmetric ? n : n + m) * 2.0 + n * static_cast<double>(K + 4) * 0.3;
   return direct <= screened ? Path::kDirect : Path::kScreen;
 }
 
-ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, bool widens,
-                       int threads) {
+ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, int threads) {
   ScreenPlan plan{};
   // Room for candidates that the bounds leave open beside the K nearest, within the rows' share of memory.
   const std::int64_t spare = symmetric ? 2 * D : 0;  // the budget counts the copy of both sides
@@ -56,8 +56,7 @@ ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int6
   plan.first_pruning = std::min(plan.capacity, K + 32);
   const std::int64_t smaller = std::min(N, M);
   plan.tile = smaller < 4 * kTileLarge || threads > 16 ? kTileSmall : kTileLarge;
-  const std::int64_t worker_bytes =
-      (plan.tile * kTilePitch + (widens ? wide_floats(plan.tile) : 0)) * static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t worker_bytes = plan.tile * kTilePitch * static_cast<std::int64_t>(sizeof(float));
   plan.workers = static_cast<int>(std::clamp<std::int64_t>(threads, 1, kFixedScratch / worker_bytes));
   return plan;
 }
@@ -92,17 +91,16 @@ Plan plan_forward(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k
   const Kernels& kernels = active_kernels();
   const std::int64_t K = std::min(k, M);
   Plan plan{};
-  plan.path = choose_path(N, M, D, K, dtype, symmetric, kernels.widens);
+  plan.path = choose_path(N, M, D, K, dtype, symmetric, kernels.product_cycles);
   if (plan.path == Path::kDirect) {
     plan.workspace_bytes = plan_direct(N, M, D, dtype, symmetric, kernels.panels_from).bytes;
     return plan;
   }
-  const ScreenPlan screen = plan_screen(N, M, D, K, symmetric, kernels.widens, threads);
+  const ScreenPlan screen = plan_screen(N, M, D, K, symmetric, threads);
   plan.list_capacity = screen.capacity;
   const std::int64_t rows = symmetric ? N : N + M;
-  plan.workspace_bytes =
-      round_up(rows, kTileGrain) * round_up(D, 2) * 2 + N * screen.capacity * kEntryBytes +
-      screen.workers * (screen.tile * kTilePitch + (kernels.widens ? wide_floats(screen.tile) : 0)) * 4 + rows * 24;
+  plan.workspace_bytes = round_up(rows, kTileGrain) * round_up(D, 2) * 2 + N * screen.capacity * kEntryBytes +
+                         screen.workers * screen.tile * kTilePitch * 4 + rows * 28;
   return plan;
 }
 

@@ -18,10 +18,12 @@ struct ScreenPlan {
 // The largest K that screening serves. Beyond it the direct path is as fast as such a K allows.
 inline constexpr std::int64_t kScreenMostK = 256;
 
+// And the largest D: sums of the integers of its copy fit in 32 bits.
+inline constexpr std::int64_t kScreenMostDims = std::int64_t{1} << 24;
+
 Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, DType dtype, bool symmetric,
-                 bool widens);
-ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, bool widens,
-                       int threads);
+                 double product_cycles);
+ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, int threads);
 // The direct path holds the distances of a strip of anchors to all candidates at a time, `pitch` values a row. With
 // `panels` it copies the features once, in panels of interleaved rows, `columns` values a row.
 struct DirectPlan {

@@ -14,12 +14,11 @@ from support.problems import Case
 
 
 def lopsided_case(dims: int, k: int) -> Case:
-    """Rows that are exact in bfloat16, so that the screening's copy has no error, and whose products all err one way.
+    """Rows whose columns are alike, so that the screening's copy errs the same way in each of them.
 
-    The first column holds the sums above 2^13, where their last bit is 2^-10. Others are whole multiples of 2^-7, their
-    products of 2^-14. With an anchor of 131 in each column, 131 x 130 leaves 6 sixteenths of the last bit, which are
-    rounded away in every column, and 131 x 132 leaves 12, which are rounded up. Candidates of 130 are nearer by the
-    change of a few columns, and seem farther. Each row has a negative, so that there is nothing to centre.
+    Values are whole multiples of 2^-7. An anchor of 131 in each column is as far from candidates of 130 as from those
+    of 132 but for the change of a few columns, which is far less than the error of the copy: a part of a step in every
+    column. Each row has a negative, so that there is nothing to centre.
     """
     anchors, near, far = (torch.full((rows, dims), value) for rows, value in ((6, 131.0), (k, 130.0), (3 * k, 132.0)))
     # No two rows are alike. 133 for 132 in two columns more and more: all of `far` behind all of `near`.
@@ -40,8 +39,8 @@ def lopsided_case(dims: int, k: int) -> Case:
 
 
 @pytest.mark.parametrize("dims", [2048, 4096])
-def test_products_that_all_round_one_way(core: ModuleType, dims: int) -> None:
-    """The bound has only the rounding of the products to cover here, which decides the selection."""
+def test_copies_that_all_round_one_way(core: ModuleType, dims: int) -> None:
+    """The bound has to cover the rounding of the copy here, which would decide the selection."""
     case = lopsided_case(dims, k=10)
     rows = list(range(case.feats.shape[0]))
     expected = oracle.select_in_documented_order(problems.to_oracle(case), case.k, rows)

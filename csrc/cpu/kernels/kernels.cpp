@@ -14,7 +14,7 @@
 #include "../../sn_math.h"
 
 #ifndef SN_CPU_CAPABILITY
-#error "compile kernels.cpp with -DSN_CPU_CAPABILITY=generic, avx2, avx512 or avx512_bf16"
+#error "compile kernels.cpp with -DSN_CPU_CAPABILITY=generic, avx2, avx512 or avx512_vnni"
 #endif
 
 #define SN_LAMBDA_INLINE __attribute__((always_inline))
@@ -162,13 +162,10 @@ void backward_columns_any(DType dtype, const float* own_columns, const float* ot
 
 const Kernels kTable = {
     SN_STRINGIFY(SN_CPU_CAPABILITY),
-#if defined(__AVX512BF16__)
-    // Two products a step. Neither their order nor the intermediate rounding is documented: twice the unit roundoff.
-    false,
-    0x1p-23f,
+#if defined(__AVX512VNNI__)
+    0.036,
 #else
-    true,
-    0x1p-24f,
+    0.045,  // a multiplication of pairs and an addition
 #endif
 #if defined(__AVX512F__)
     32,

@@ -1,4 +1,4 @@
-// Screening: the mean of sampled rows, and the packed bfloat16 copy with norms and residuals. Included by kernels.cpp
+// Screening: the mean of sampled rows, and the packed 16-bit copy with norms and residuals. Included by kernels.cpp
 // alone, inside its namespace.
 #pragma once
 
@@ -82,93 +82,115 @@ void sampled_mean(const FeatureView* sides, int side_count, std::int64_t dims, f
 
 // ---- the copy -------------------------------------------------------------------------------------------------------
 
-// Rounds sixteen columns to bfloat16, to nearest even, subnormals to zero, as a bfloat16 dot product flushes them.
-// words: the upper halves, two columns a word. Returns what rounding left out, exact in float.
-SN_FORCE_INLINE F16 round_columns(F16 t, std::uint32_t* words) {
-#if defined(__AVX512BF16__)
-  const __m256i halves = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(t.v));
-  _mm256_store_si256(reinterpret_cast<__m256i*>(words), halves);
-  return {_mm512_sub_ps(t.v, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)))};
-#elif defined(__AVX512F__)
-  const __m512i bits = _mm512_castps_si512(t.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_and_si512(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd),
-                                           _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-  const __m512i kept = _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7f800000)), rounded);
-  const __m512i even_half = _mm512_and_si512(_mm512_srli_epi64(kept, 16), _mm512_set1_epi64(0xffff));
-  const __m512i odd_half = _mm512_srli_epi64(kept, 32);  // its low half is zero already
-  _mm256_store_si256(reinterpret_cast<__m256i*>(words), _mm512_cvtepi64_epi32(_mm512_or_si512(even_half, odd_half)));
-  return {_mm512_sub_ps(t.v, _mm512_castsi512_ps(kept))};
+// The integers of a row have a norm of about this: none of them is above 32767, whatever the rounding of the norm, and
+// a sum of products of two rows fits in 32 bits.
+inline constexpr float kIntegerNorm = 30500.0f;
+static_assert((kIntegerNorm * 1.05f + 2048.0f) * (kIntegerNorm * 1.05f + 2048.0f) < 0x1p31f,
+              "rounding adds at most half a root of D = 2^24");
+static_assert(kIntegerNorm * 1.05f < 32767.0f);
+// Rows whose squares come near underflow are zeros and residual.
+inline constexpr float kLeastNorm = 0x1p-100f;
+
+// Rounds sixteen columns to integers, to nearest: t / scale, with `inverse` about 1 / scale. words: two columns a word.
+// Returns what rounding left out, t - scale integer, rounded once.
+SN_FORCE_INLINE F16 round_columns(F16 t, F16 inverse, F16 minus_scale, std::uint32_t* words) {
+  // Added to this, a value has its integer in the last bits.
+  const F16 shift = f_set1(0x1.8p23f);
+  const F16 shifted = f_fma(t, inverse, shift);
+#if defined(__AVX512F__)
+  _mm256_store_si256(reinterpret_cast<__m256i*>(words), _mm512_cvtepi32_epi16(_mm512_castps_si512(shifted.v)));
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_set1_epi32(0xffff);
+  const __m256i packed = _mm256_packus_epi32(_mm256_and_si256(_mm256_castps_si256(shifted.lo), low),
+                                             _mm256_and_si256(_mm256_castps_si256(shifted.hi), low));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(words), _mm256_permute4x64_epi64(packed, 0xd8));
 #else
-  alignas(64) std::uint32_t bits[kLanes];
-  alignas(64) std::uint64_t both[kLanes / 2];
-  static_assert(sizeof bits == sizeof both);
-  f_store(reinterpret_cast<float*>(bits), t);
-  for (int l = 0; l < kLanes; ++l) {
-    const std::uint32_t rounded = (bits[l] + 0x7fffu + ((bits[l] >> 16) & 1u)) & 0xffff0000u;
-    bits[l] = (bits[l] & 0x7f800000u) == 0 ? 0u : rounded;
-  }
-  const F16 residual = f_sub(t, f_load(reinterpret_cast<const float*>(bits)));
-  std::memcpy(both, bits, sizeof bits);
-  for (int l = 0; l < kLanes / 2; ++l) {
-    words[l] = static_cast<std::uint32_t>((both[l] >> 16) & 0xffffu) |
-               static_cast<std::uint32_t>((both[l] >> 32) & 0xffff0000u);
-  }
-  return residual;
+  std::uint32_t bits[kLanes];
+  f_store(reinterpret_cast<float*>(bits), shifted);
+  for (int l = 0; l < kLanes / 2; ++l) words[l] = (bits[2 * l] & 0xffffu) | (bits[2 * l + 1] << 16);
 #endif
+  return f_fma(f_sub(shifted, shift), minus_scale, t);
+}
+
+// Sixteen columns of a row without the mean.
+template <class T>
+SN_FORCE_INLINE F16 centred(const Screen& screen, const T* row, std::int64_t c) {
+  const std::int64_t left = screen.dims - c;
+  const F16 x = left >= kLanes ? f_load(row + c) : f_load_partial(row + c, left > 0 ? static_cast<int>(left) : 0);
+  return f_sub(x, f_load(screen.mean + c));
 }
 
 // Packs panels [first, last). Returns false if a row is not finite or too large for the screening.
 template <class T>
 bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std::int64_t last) {
-  bool usable = true;
+  constexpr int kChains = 4;  // rows whose sums are interleaved
   for (std::int64_t panel = first; panel < last; ++panel) {
     const T* rows[kPanel];
-    F16 norm[kPanel];
+    F16 inverse[kPanel];
+    F16 minus_scale[kPanel];
     F16 residual[kPanel];
-    for (int r = 0; r < kPanel; ++r) {
-      const std::int64_t position = panel * kPanel + r;
-      rows[r] = position < side.rows
-                    ? static_cast<const T*>(side.features.data) + side.order[position] * side.features.row_stride
-                    : nullptr;
-      norm[r] = f_zero();
-      residual[r] = f_zero();
+    const std::int64_t position = panel * kPanel;
+    const std::int64_t count = side.rows - position < kPanel ? side.rows - position : kPanel;
+    if (count <= 0) {  // integers stay as they are: their scale is 0
+      for (int r = 0; r < kPanel; ++r) {
+        side.norm[position + r] = side.residual[position + r] = side.scale[position + r] = 0.0f;
+      }
+      continue;
+    }
+    for (std::int64_t r = 0; r < kPanel; ++r) {  // past the last row that one again, times 0
+      const std::int64_t from = position + (r < count ? r : count - 1);
+      rows[r] = static_cast<const T*>(side.features.data) + side.order[from] * side.features.row_stride;
+    }
+    for (int r = 0; r < kPanel; r += kChains) {
+      F16 norm[kChains] = {f_zero(), f_zero(), f_zero(), f_zero()};
+      for (std::int64_t c = 0; c < screen.dims; c += kLanes) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kChains; ++i) {
+          const F16 t = centred(screen, rows[r + i], c);
+          norm[i] = f_fma(t, t, norm[i]);
+        }
+      }
+      for (int i = 0; i < kChains; ++i) {
+        float lanes[kLanes];
+        f_store(lanes, norm[i]);
+        const float sum = r + i < count ? tree_sum(lanes) : 0.0f;
+        if (!(sum <= kFloatMost)) return false;
+        const float length = sum < kLeastNorm ? 0.0f : __builtin_sqrtf(sum);
+        const float scale = length * (1.0f / kIntegerNorm);
+        side.norm[position + r + i] = sum;
+        side.scale[position + r + i] = scale;
+        inverse[r + i] = f_set1(length > 0.0f ? kIntegerNorm / length : 0.0f);
+        minus_scale[r + i] = f_set1(-scale);
+        residual[r + i] = f_zero();
+      }
     }
     std::uint32_t* out = side.packed + panel * screen.panel_stride;
-    alignas(64) std::uint32_t words[kPanel][kLanes] = {};
+    alignas(64) std::uint32_t words[kPanel][kLanes];
     alignas(64) std::uint32_t turned[kLanes * kPanel];
     const std::uint32_t* row_words[kPanel];
     for (int r = 0; r < kPanel; ++r) row_words[r] = words[r];
     for (std::int64_t pair = 0; pair < screen.pairs; pair += kLanes) {
       for (int r = 0; r < kPanel; ++r) {
-        if (rows[r] == nullptr) continue;
         for (int half = 0; half < 2; ++half) {
-          const std::int64_t c = 2 * pair + half * kLanes;
-          const std::int64_t left = screen.dims - c;
-          const F16 x =
-              left >= kLanes ? f_load(rows[r] + c) : f_load_partial(rows[r] + c, left > 0 ? static_cast<int>(left) : 0);
-          const F16 t = f_sub(x, f_load(screen.mean + c));
-          const F16 rest = round_columns(t, words[r] + half * (kLanes / 2));
-          norm[r] = f_fma(t, t, norm[r]);
+          const F16 t = centred(screen, rows[r], 2 * pair + half * kLanes);
+          const F16 rest = round_columns(t, inverse[r], minus_scale[r], words[r] + half * (kLanes / 2));
           residual[r] = f_fma(rest, rest, residual[r]);
         }
       }
-      const std::int64_t count = screen.pairs - pair < kLanes ? screen.pairs - pair : kLanes;
-      if (count == kLanes) {
+      const std::int64_t count_pairs = screen.pairs - pair < kLanes ? screen.pairs - pair : kLanes;
+      if (count_pairs == kLanes) {
         transpose_words(row_words, out + pair * kPanel);
       } else {
         transpose_words(row_words, turned);
-        std::memcpy(out + pair * kPanel, turned, static_cast<std::size_t>(count * kPanel) * sizeof(std::uint32_t));
+        std::memcpy(out + pair * kPanel, turned,
+                    static_cast<std::size_t>(count_pairs * kPanel) * sizeof(std::uint32_t));
       }
     }
     for (int r = 0; r < kPanel; ++r) {
       float lanes[kLanes];
-      f_store(lanes, norm[r]);
-      side.norm[panel * kPanel + r] = tree_sum(lanes);
-      usable = usable && side.norm[panel * kPanel + r] <= kFloatMost;
       f_store(lanes, residual[r]);
-      side.residual[panel * kPanel + r] = tree_sum(lanes);
+      side.residual[position + r] = r < count ? tree_sum(lanes) : 0.0f;
     }
   }
-  return usable;
+  return true;
 }

@@ -1,117 +1,153 @@
 // Screening: the products of one tile of the copy. Included by kernels.cpp alone, inside its namespace.
 #pragma once
 
-#if defined(__AVX512BF16__)
+// Sixteen 32-bit sums. i_dot adds to each the products of two 16-bit integers: `pair` holds those of an anchor, `words`
+// those of sixteen candidates, a word each. The sums do not overflow: pack.h sees to it. Of the same instructions as
+// intrinsics GCC 12 keeps the sums on the stack.
+#if defined(__AVX512F__)
 
 inline constexpr int kMicroRows = 8;
 inline constexpr int kMicroColumns = 48;
-inline constexpr std::int64_t kMicroDepth = kDepth;
-
-// C[8][16 V] (+)= A[8][2n] . B[16 V][2n]^T on pairs. b: V panels of sixteen columns, `panel_words` apart.
-template <int V>
-SN_FORCE_INLINE void micro_kernel(const std::uint32_t* a, const std::uint32_t* b, std::int64_t panel_words,
-                                  std::int64_t n, bool first, float* c) {
-  __m512 acc[kMicroRows][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < kMicroRows; ++r) {
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) {
-      acc[r][v] = first ? _mm512_setzero_ps() : _mm512_load_ps(c + r * kTilePitch + v * kLanes);
-    }
-  }
-  for (std::int64_t k = 0; k < n; ++k) {
-    __m512bh w[V];
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) {
-      w[v] = reinterpret_cast<__m512bh>(_mm512_load_si512(b + v * panel_words + k * kPanel));
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kMicroRows; ++r) {
-      const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[k * kPanel + r])));
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x, w[v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kMicroRows; ++r) {
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) _mm512_store_ps(c + r * kTilePitch + v * kLanes, acc[r][v]);
-  }
+using I16 = __m512i;
+SN_FORCE_INLINE I16 i_zero() {
+  return _mm512_setzero_si512();
+}
+SN_FORCE_INLINE I16 i_set1(std::uint32_t word) {
+  return _mm512_set1_epi32(static_cast<int>(word));
+}
+SN_FORCE_INLINE I16 i_load(const void* p) {
+  return _mm512_load_si512(p);
+}
+SN_FORCE_INLINE void i_store(void* p, I16 a) {
+  _mm512_store_si512(p, a);
+}
+SN_FORCE_INLINE I16 i_dot(I16 acc, I16 pair, I16 words) {
+#if defined(__AVX512VNNI__)
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(pair), "v"(words));
+#else
+  I16 products;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(products) : "v"(pair), "v"(words));
+#endif
+  return acc;
+}
+SN_FORCE_INLINE F16 i_scaled(I16 a, F16 scale) {
+  return {_mm512_mul_ps(_mm512_cvtepi32_ps(a), scale.v)};
 }
 
-#else  // fp32 multiply-adds on widened operands: A [k][16] by panel, B [k][kMicroColumns]
-
-#if defined(__AVX512F__)
-inline constexpr int kMicroRows = 8;
-inline constexpr int kMicroColumns = 48;
 #elif defined(__AVX2__)
+
 inline constexpr int kMicroRows = 6;
 inline constexpr int kMicroColumns = 16;
+struct I16 {
+  __m256i lo, hi;
+};
+SN_FORCE_INLINE I16 i_zero() {
+  return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+}
+SN_FORCE_INLINE I16 i_set1(std::uint32_t word) {
+  return {_mm256_set1_epi32(static_cast<int>(word)), _mm256_set1_epi32(static_cast<int>(word))};
+}
+SN_FORCE_INLINE I16 i_load(const void* p) {
+  const __m256i* halves = static_cast<const __m256i*>(p);
+  return {_mm256_load_si256(halves), _mm256_load_si256(halves + 1)};
+}
+SN_FORCE_INLINE void i_store(void* p, I16 a) {
+  __m256i* halves = static_cast<__m256i*>(p);
+  _mm256_store_si256(halves, a.lo);
+  _mm256_store_si256(halves + 1, a.hi);
+}
+SN_FORCE_INLINE __m256i i_dot(__m256i acc, __m256i pair, __m256i words) {
+  __m256i products;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(pair), "x"(words));
+  return acc;
+}
+SN_FORCE_INLINE I16 i_dot(I16 acc, I16 pair, I16 words) {
+  return {i_dot(acc.lo, pair.lo, words.lo), i_dot(acc.hi, pair.hi, words.hi)};
+}
+SN_FORCE_INLINE F16 i_scaled(I16 a, F16 scale) {
+  return {_mm256_mul_ps(_mm256_cvtepi32_ps(a.lo), scale.lo), _mm256_mul_ps(_mm256_cvtepi32_ps(a.hi), scale.hi)};
+}
+
 #else
+
 inline constexpr int kMicroRows = 4;
 inline constexpr int kMicroColumns = 16;
-#endif
-inline constexpr std::int64_t kMicroDepth = kDepth / 2;
+struct I16 {
+  std::int32_t v[kLanes];
+};
+SN_FORCE_INLINE I16 i_set1(std::uint32_t word) {
+  I16 r;
+  for (int l = 0; l < kLanes; ++l) r.v[l] = static_cast<std::int32_t>(word);
+  return r;
+}
+SN_FORCE_INLINE I16 i_zero() {
+  return i_set1(0);
+}
+SN_FORCE_INLINE I16 i_load(const void* p) {
+  I16 r;
+  std::memcpy(&r, p, sizeof r);
+  return r;
+}
+SN_FORCE_INLINE void i_store(void* p, I16 a) {
+  std::memcpy(p, &a, sizeof a);
+}
+SN_FORCE_INLINE I16 i_dot(I16 acc, I16 pair, I16 words) {
+  for (int l = 0; l < kLanes; ++l) {
+    acc.v[l] += static_cast<std::int16_t>(pair.v[l] & 0xffff) * static_cast<std::int16_t>(words.v[l] & 0xffff) +
+                (pair.v[l] >> 16) * (words.v[l] >> 16);
+  }
+  return acc;
+}
+SN_FORCE_INLINE F16 i_scaled(I16 a, F16 scale) {
+  float wide[kLanes];
+  float factor[kLanes];
+  f_store(factor, scale);
+  for (int l = 0; l < kLanes; ++l) wide[l] = static_cast<float>(a.v[l]) * factor[l];
+  return f_load(wide);
+}
 
-// C[kMicroRows][16 V] (+)= A[kMicroRows][n] . B[n][16 V]. a[r]: column of anchor r in its widened panel, stride 16.
+#endif
+
+// C[kMicroRows][16 V] (+)= A[kMicroRows][2n] . B[16 V][2n]^T. b: V panels of sixteen columns, `panel_words` apart. C is
+// sums of integers; with `last` they become floats, scaled by the scales of row and column.
 template <int V>
-SN_FORCE_INLINE void micro_kernel(const float* const (&a)[kMicroRows], const float* b, std::int64_t n, bool first,
-                                  float* c) {
-#if defined(__AVX512F__) || defined(__AVX2__)
-  F16 acc[kMicroRows][V];
+SN_FORCE_INLINE void micro_kernel(const std::uint32_t* const (&a)[kMicroRows], const std::uint32_t* b,
+                                  std::int64_t panel_words, std::int64_t n, bool first, bool last,
+                                  const float* row_scales, const float* column_scales, float* c) {
+  I16 acc[kMicroRows][V];
 #pragma GCC unroll 8
   for (int r = 0; r < kMicroRows; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) acc[r][v] = first ? f_zero() : f_load(c + r * kTilePitch + v * kLanes);
+    for (int v = 0; v < V; ++v) acc[r][v] = first ? i_zero() : i_load(c + r * kTilePitch + v * kLanes);
   }
   for (std::int64_t k = 0; k < n; ++k) {
-    F16 w[V];
+    I16 w[V];
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) w[v] = f_load(b + k * kMicroColumns + v * kLanes);
+    for (int v = 0; v < V; ++v) w[v] = i_load(b + v * panel_words + k * kPanel);
 #pragma GCC unroll 8
     for (int r = 0; r < kMicroRows; ++r) {
-      const F16 x = f_set1(a[r][k * kPanel]);
+      const I16 x = i_set1(a[r][k * kPanel]);
 #pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) acc[r][v] = f_fma(x, w[v], acc[r][v]);
+      for (int v = 0; v < V; ++v) acc[r][v] = i_dot(acc[r][v], x, w[v]);
     }
+  }
+  if (!last) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kMicroRows; ++r) {
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) i_store(c + r * kTilePitch + v * kLanes, acc[r][v]);
+    }
+    return;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kMicroRows; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) f_store(c + r * kTilePitch + v * kLanes, acc[r][v]);
-  }
-#else
-  // Products of bfloat16 values are exact in float, so multiply and add round as a fused multiply-add would.
-  static_assert(V == 1);
-  float acc[kMicroRows][kLanes];
-  for (int r = 0; r < kMicroRows; ++r) {
-    for (int l = 0; l < kLanes; ++l) acc[r][l] = first ? 0.0f : c[r * kTilePitch + l];
-  }
-  for (std::int64_t k = 0; k < n; ++k) {
-    for (int r = 0; r < kMicroRows; ++r) {
-      const float x = a[r][k * kPanel];
-      for (int l = 0; l < kLanes; ++l) acc[r][l] += x * b[k * kMicroColumns + l];
+    for (int v = 0; v < V; ++v) {
+      const F16 scale = f_mul(f_set1(row_scales[r]), f_load(column_scales + v * kLanes));
+      f_store(c + r * kTilePitch + v * kLanes, i_scaled(acc[r][v], scale));
     }
   }
-  for (int r = 0; r < kMicroRows; ++r) {
-    for (int l = 0; l < kLanes; ++l) c[r * kTilePitch + l] = acc[r][l];
-  }
-#endif
 }
-
-// Widens `pairs` words a row of one panel to floats [2 pairs][stride].
-SN_FORCE_INLINE void widen(const std::uint32_t* packed, std::int64_t pairs, float* out, std::int64_t stride) {
-  for (std::int64_t k = 0; k < pairs; ++k) {
-    std::uint32_t even[kPanel];
-    std::uint32_t odd[kPanel];
-    for (int l = 0; l < kPanel; ++l) even[l] = packed[k * kPanel + l] << 16;
-    for (int l = 0; l < kPanel; ++l) odd[l] = packed[k * kPanel + l] & 0xffff0000u;
-    std::memcpy(out + (2 * k) * stride, even, sizeof even);
-    std::memcpy(out + (2 * k + 1) * stride, odd, sizeof odd);
-  }
-}
-
-#endif
 
 static_assert(kTileGrain % kMicroRows == 0 && kTileGrain % kMicroColumns == 0);
 static_assert(kMicroColumns % kPanel == 0 && kMicroColumns <= 3 * kPanel);
@@ -165,64 +201,48 @@ class DepthPrefetch {
 
 // products[r * kTilePitch + c] = A_(row + r) . A_(column + c). On the diagonal, vectors of which no pair is wanted stay
 // unwritten. next: the tile that this worker is likely to multiply next.
-inline void tile_products(const Screen& screen, const Tile& tile, const Tile& next, float* products,
-                          [[maybe_unused]] float* wide) {
-  const std::int64_t depth_pairs = kMicroDepth / 2;
+inline void tile_products(const Screen& screen, const Tile& tile, const Tile& next, float* products) {
+  constexpr std::int64_t kDepthPairs = kDepth / 2;
   const std::int64_t panel_words = screen.panel_stride;
   const std::uint32_t* anchors = screen.anchors.packed + tile.row / kPanel * panel_words;
   const std::uint32_t* candidates = screen.candidates.packed + tile.column / kPanel * panel_words;
+  const float* row_scales = screen.anchors.scale + tile.row;
+  const float* column_scales = screen.candidates.scale + tile.column;
   const auto pairs_at = [&](std::int64_t pair) {
-    return screen.pairs - pair < depth_pairs ? screen.pairs - pair : depth_pairs;
+    return screen.pairs - pair < kDepthPairs ? screen.pairs - pair : kDepthPairs;
   };
   // The last micro-tile may have rows behind the tile: the copy and the products have room for whole kTileGrain.
   const std::int64_t row_steps = (tile.rows + kMicroRows - 1) / kMicroRows;
   // Lines per micro-kernel, so that one depth is fetched while the one before it is used.
   const std::int64_t micro_tiles = row_steps * ((tile.columns + kMicroColumns - 1) / kMicroColumns);
-  const std::int64_t depth_lines = (tile.rows + tile.columns) / kPanel * depth_pairs;
+  const std::int64_t depth_lines = (tile.rows + tile.columns) / kPanel * kDepthPairs;
   const int lines = static_cast<int>((depth_lines + micro_tiles - 1) / micro_tiles);
-  for (std::int64_t pair = 0; pair < screen.pairs; pair += depth_pairs) {
+  for (std::int64_t pair = 0; pair < screen.pairs; pair += kDepthPairs) {
     const std::int64_t n = pairs_at(pair);
     const bool first = pair == 0;
-    const std::int64_t after = pair + depth_pairs;
-    DepthPrefetch prefetch = after < screen.pairs ? DepthPrefetch(screen, tile, after, pairs_at(after))
-                                                  : DepthPrefetch(screen, next, 0, pairs_at(0));
-#if !defined(__AVX512BF16__)
-    float* wide_candidates = wide;
-    float* wide_anchors = wide + kWideCandidateFloats;
-    for (std::int64_t panel = 0; panel * kPanel < row_steps * kMicroRows; ++panel) {
-      widen(anchors + panel * panel_words + pair * kPanel, n, wide_anchors + panel * kPanel * kMicroDepth, kPanel);
-    }
-#endif
+    const std::int64_t after = pair + kDepthPairs;
+    const bool last = after >= screen.pairs;
+    DepthPrefetch prefetch =
+        last ? DepthPrefetch(screen, next, 0, pairs_at(0)) : DepthPrefetch(screen, tile, after, pairs_at(after));
     for (std::int64_t column = 0; column < tile.columns; column += kMicroColumns) {
       const std::uint32_t* b = candidates + column / kPanel * panel_words + pair * kPanel;
       const std::int64_t vectors =
           (tile.columns - column < kMicroColumns ? tile.columns - column : kMicroColumns) / kPanel;
-#if !defined(__AVX512BF16__)
-      for (std::int64_t panel = 0; panel < vectors; ++panel) {
-        widen(b + panel * panel_words, n, wide_candidates + panel * kPanel, kMicroColumns);
-      }
-#endif
       for (std::int64_t step = 0; step < row_steps; ++step) {
         const std::int64_t row = step * kMicroRows;
         // On the diagonal a row wants columns behind it.
         const std::int64_t skipped = tile.diagonal && row + 1 > column ? (row + 1 - column) / kPanel : 0;
         if (skipped >= vectors) break;
         prefetch.lines(lines);
-        float* c = products + row * kTilePitch + column + skipped * kPanel;
-#if defined(__AVX512BF16__)
-        const std::uint32_t* a = anchors + row / kPanel * panel_words + pair * kPanel + row % kPanel;
-        with_vectors(vectors - skipped, [&]<int V>() SN_LAMBDA_INLINE {
-          micro_kernel<V>(a, b + skipped * panel_words, panel_words, n, first, c);
-        });
-#else
-        const float* a[kMicroRows];
+        const std::int64_t at = column + skipped * kPanel;
+        const std::uint32_t* a[kMicroRows];
         for (int r = 0; r < kMicroRows; ++r) {
-          a[r] = wide_anchors + (row + r) / kPanel * (kPanel * kMicroDepth) + (row + r) % kPanel;
+          a[r] = anchors + (row + r) / kPanel * panel_words + pair * kPanel + (row + r) % kPanel;
         }
         with_vectors(vectors - skipped, [&]<int V>() SN_LAMBDA_INLINE {
-          micro_kernel<V>(a, wide_candidates + skipped * kPanel, 2 * n, first, c);
+          micro_kernel<V>(a, b + skipped * panel_words, panel_words, n, first, last, row_scales + row,
+                          column_scales + at, products + row * kTilePitch + at);
         });
-#endif
       }
     }
   }

@@ -136,6 +136,9 @@ SN_FORCE_INLINE F16 f_add(F16 a, F16 b) {
 SN_FORCE_INLINE F16 f_sub(F16 a, F16 b) {
   return {_mm512_sub_ps(a.v, b.v)};
 }
+SN_FORCE_INLINE F16 f_mul(F16 a, F16 b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
 SN_FORCE_INLINE F16 f_fma(F16 a, F16 b, F16 c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
@@ -170,6 +173,9 @@ SN_FORCE_INLINE F16 f_add(F16 a, F16 b) {
 }
 SN_FORCE_INLINE F16 f_sub(F16 a, F16 b) {
   return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+SN_FORCE_INLINE F16 f_mul(F16 a, F16 b) {
+  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
 }
 SN_FORCE_INLINE F16 f_fma(F16 a, F16 b, F16 c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
@@ -210,6 +216,10 @@ SN_FORCE_INLINE F16 f_sub(F16 a, F16 b) {
   for (int i = 0; i < 4; ++i) a.v[i] = vsubq_f32(a.v[i], b.v[i]);
   return a;
 }
+SN_FORCE_INLINE F16 f_mul(F16 a, F16 b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vmulq_f32(a.v[i], b.v[i]);
+  return a;
+}
 SN_FORCE_INLINE F16 f_fma(F16 a, F16 b, F16 c) {
   for (int i = 0; i < 4; ++i) c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
   return c;
@@ -236,6 +246,10 @@ SN_FORCE_INLINE void f_store(float* p, F16 a) {
 }
 SN_FORCE_INLINE F16 f_add(F16 a, F16 b) {
   for (int l = 0; l < kLanes; ++l) a.v[l] += b.v[l];
+  return a;
+}
+SN_FORCE_INLINE F16 f_mul(F16 a, F16 b) {
+  for (int l = 0; l < kLanes; ++l) a.v[l] *= b.v[l];
   return a;
 }
 

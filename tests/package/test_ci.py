@@ -91,6 +91,33 @@ def test_the_end_without_a_report_of_the_suite(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.splitlines()[-1] == "0 passed, 1 failed, 0 skipped"
 
 
+SYMBOLS = """
+namespace sn::cpu::generic {
+int own() { return 1; }
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "said"),
+    [
+        (SYMBOLS, 0, "1 instruction sets"),
+        (SYMBOLS + "inline int shared() { return 2; } int (*use)() = shared;", 1, "generic shares symbols"),
+        ("int elsewhere() { return 1; }", 1, "no symbol of its own"),
+        (None, 1, "no kernels.cpp.o"),
+    ],
+)
+def test_symbols_of_kernels(tmp_path: Path, source: str | None, status: int, said: str) -> None:
+    folder = tmp_path / "build" / "sn_cpu_generic.dir" / "csrc"
+    folder.mkdir(parents=True)
+    if source is not None:
+        object_file = str(folder / "kernels.cpp.o")
+        subprocess.run(["c++", "-x", "c++", "-c", "-", "-o", object_file], input=source, text=True, check=True)
+    script = f"work={tmp_path}; . {CI}/native.sh; private_symbols {tmp_path}/build"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, said in done.stdout) == (status, True), done.stdout + done.stderr
+
+
 def test_linters_have_exact_versions() -> None:
     linters = requirements.requirements("lint")
     assert {name for name, mark, version in (each.partition("==") for each in linters) if mark and version} == {

@@ -193,7 +193,8 @@ def test_no_cliff_where_slices_change(core: ModuleType, device: str, dtype: int)
 def test_more_dimensions_and_neighbours_are_never_cheaper(core: ModuleType, device: str, dtype: int) -> None:
     """But that rows of up to 256 bytes, with a warp for each target, may cost a quarter more than longer ones, of which
     two targets share a warp; of one neighbour, as far as 65536 rows, 1.3 times as much. And of resident rows of up to
-    256 bytes the shorter have more groups of lanes for each list, each of which looks at all of its edges."""
+    256 bytes the shorter have more groups of lanes for each list, each of which looks at all of its edges. An edge more
+    than shared memory holds costs up to 1.5 times as much."""
     short = [*range(8, 256 // ELEMENT[dtype] + 1, 8)]
     long = [d for d in (*range(8, 520, 8), *range(576, 4161, 64)) if d > short[-1]]
     for n in (64, 256, 1024, 8192, 65536):
@@ -206,5 +207,7 @@ def test_more_dimensions_and_neighbours_are_never_cheaper(core: ModuleType, devi
                 plan(core, n, 0, d, device, dtype=dtype, k=k)["predicted_us"] for d in (short[-1], long[0])
             )
             assert last <= most * next_one, (n, k)
-        edges = [plan(core, n, 0, 512, device, dtype=dtype, k=k)["predicted_us"] for k in range(1, 60)]
-        assert all(us * (1 - 1e-9) <= more <= 1.3 * us for us, more in pairwise(edges)), (n, edges)
+        for before, after in pairwise(plan(core, n, 0, 512, device, dtype=dtype, k=k) for k in range(1, 60)):
+            us, more = before["predicted_us"], after["predicted_us"]
+            most = 1.5 if before["row_packs"] > 0 and after["row_packs"] == 0 else 1.3
+            assert us * (1 - 1e-9) <= more <= most * us, (n, before, after)

@@ -32,7 +32,7 @@ def _resident(graphs: str, slices: str, sorts: str) -> list[tuple[str, str, str,
         ),
         (
             "resident-repeated-own-edges-take-all", resident,
-            "&& !(twice && repeats(edge, anchor, row))", "",
+            "&& !(kTwice && repeats(edge, anchor, row))", "",
             "two own edges race for the weights of their reverses", graphs,
         ),
         (
@@ -82,8 +82,19 @@ def _resident(graphs: str, slices: str, sorts: str) -> list[tuple[str, str, str,
         ),
         (
             "resident-counts-before-reverses", resident,
-            "  block.merge_own_edges();\n  sync_block();\n", "  block.merge_own_edges();\n",
+            "    block.template merge_own_edges<false>();\n  }\n  sync_block();\n",
+            "    block.template merge_own_edges<false>();\n  }\n",
             "edges are counted while their weights are taken", sorts,
+        ),
+        (
+            "resident-padding-leads-somewhere", resident,
+            "if (all + thread_id() < args.padded_edges)", "if (all + thread_id() + 1 < args.padded_edges)",
+            "the slot behind the last edge has what an earlier launch left", sorts,
+        ),
+        (
+            "resident-weights-without-their-upstream", resident,
+            "graph.reduction == Reduction::kNone ? 1.0 :", "graph.reduction == Reduction::kNone ? 0.0 :",
+            "where each anchor has its own upstream gradient all gradients are zero", sorts,
         ),
         (
             "resident-reads-before-the-forward-ends", resident,

@@ -54,15 +54,19 @@ __device__ __forceinline__ double shared_upstream(const Graph& graph) {
   return valid > 0.0 ? upstream / valid : 0.0;
 }
 
-// Weight of an edge of this coefficient, whose anchor is `anchor`. A coefficient of 0 stays 0 whatever the upstream
-// gradient is.
+// Weight of an edge of this coefficient. A coefficient of 0 stays 0 whatever the upstream gradient is.
+template <typename Acc>
+__device__ __forceinline__ Acc weight_of(double upstream, Acc coefficient) {
+  if (coefficient == Acc(0)) return Acc(0);
+  return narrow<Acc>(multiply(upstream, static_cast<double>(coefficient)));
+}
+// The same of an edge whose anchor is `anchor`, which may have an upstream gradient of its own.
 template <typename Acc>
 __device__ __forceinline__ Acc weight_of(const Graph& graph, double upstream, std::uint32_t anchor, Acc coefficient) {
   if (graph.reduction == Reduction::kNone) {
     upstream = static_cast<double>(load(static_cast<const Acc*>(graph.grad_loss) + anchor));
   }
-  if (coefficient == Acc(0)) return Acc(0);
-  return narrow<Acc>(multiply(upstream, static_cast<double>(coefficient)));
+  return weight_of(upstream, coefficient);
 }
 
 // Weight of edge `edge` of the graph, whose anchor is `anchor`.

@@ -85,13 +85,16 @@ struct Resident {
         memory(arena, args, rows, targets) {}
 
   __device__ __forceinline__ int anchor_of(int edge) const {
-    return static_cast<int>(static_cast<std::uint64_t>(static_cast<std::uint32_t>(edge)) * args.reciprocal >> 31);
+    return static_cast<int>(std::uint64_t{static_cast<std::uint32_t>(2 * edge)} * args.reciprocal >> 32);
   }
   static __device__ __forceinline__ std::uint32_t bit_of(int anchor) {
     return 1u << (static_cast<std::uint32_t>(anchor) % kWarpSize);
   }
+  static __device__ __forceinline__ int word_number(int bit) {
+    return static_cast<int>(static_cast<std::uint32_t>(bit) / kWarpSize);
+  }
   __device__ __forceinline__ int word_of(int target, int anchor) const {
-    return target * args.words + static_cast<int>(static_cast<std::uint32_t>(anchor) / kWarpSize);
+    return target * args.words + word_number(anchor);
   }
   // Where a pack of this lane lies in a line, and the first column of it. Lanes that differ in the bit by which the two
   // packs of a lane differ read them in opposite order, and so never from the same banks.
@@ -114,18 +117,23 @@ struct Resident {
     }
     return edges;
   }
-  // Own edges get their row and, until there is a weight, their coefficient; targets the bits of their anchors.
+  // Own edges get their row and, until there is a weight, their coefficient; targets the bits of their anchors. Where
+  // each anchor has an upstream gradient of its own there is a weight already, which list_edges takes once.
   __device__ __forceinline__ void note_edges(const Edges& edges, int first) const {
 #pragma unroll
     for (int l = 0; l < kEdgeLoads; ++l) {
       const int edge = first + l * kThreads + thread_id();
       if (edge >= all) break;
       const std::int32_t target = edges.targets[l];
-      const bool exists = target >= 0 && target < graph.targets;
+      const bool exists = static_cast<std::uint32_t>(target) < static_cast<std::uint32_t>(graph.targets);
       memory.sSources.set(args.padded_edges + edge, exists ? static_cast<std::uint16_t>(own_row + target) : kNoRow);
-      memory.sWeights.set(args.padded_edges + edge, edges.coefficients[l]);
-      if (!exists || !args.incoming) continue;
       const int anchor = anchor_of(edge);
+      Acc value = edges.coefficients[l];
+      if (graph.reduction == Reduction::kNone) {
+        value = exists ? weight_of(graph, 0.0, static_cast<std::uint32_t>(anchor), value) : Acc(0);
+      }
+      memory.sWeights.set(args.padded_edges + edge, value);
+      if (!exists || !args.incoming) continue;
       const std::uint32_t before = memory.sIncoming.atomic_or(word_of(target, anchor), bit_of(anchor));
       if ((before & bit_of(anchor)) != 0) memory.sListed.atomic_or(1, 1u);
     }
@@ -170,10 +178,11 @@ struct Resident {
     for (int at = thread_id(); at < targets * args.words; at += kThreads) memory.sIncoming.set(at, 0);
     if (thread_id() < 2) memory.sListed.set(thread_id(), 0);
     if (thread_id() == 0) memory.sCounting.set(2 * args.padded_edges / kWarpSize, 0);
+    if (all + thread_id() < args.padded_edges) memory.sSources.set(args.padded_edges + all + thread_id(), kNoRow);
   }
 
   // Edges before this one that lead to the same row.
-  __device__ __forceinline__ int count_before(int edge, std::uint16_t row) const {
+  __device__ __forceinline__ int count_before(int edge, int row) const {
     int count = 0;
 #pragma unroll 1
     for (int e = 0; e < edge; ++e) count += memory.sSources.get(args.padded_edges + e) == row ? 1 : 0;
@@ -187,7 +196,7 @@ struct Resident {
     std::uint32_t count = 0;
     if (target < targets) {
       if (twice) {
-        count = static_cast<std::uint32_t>(count_before(all, static_cast<std::uint16_t>(own_row + target)));
+        count = static_cast<std::uint32_t>(count_before(all, own_row + target));
       } else {
 #pragma unroll 4
         for (int word = 0; word < args.words; ++word) {
@@ -218,31 +227,36 @@ struct Resident {
     return (memory.sIncoming.get(word_of(target, anchor)) & bit_of(anchor)) != 0;
   }
 
+  // kEach: edges of a thread at once.
+  template <bool kTwice, int kEach = kTwice ? 1 : kEdgeLoads>
   __device__ __forceinline__ void list_edges() const {
     const double upstream = memory.sUpstream.get(0);
 #pragma unroll 1
-    for (int edge = thread_id(); edge < all; edge += kThreads) {
-      const std::uint16_t row = memory.sSources.get(args.padded_edges + edge);
-      const int anchor = anchor_of(edge);
-      Acc weight = 0;
-      if (row != kNoRow) {
-        weight = weight_of(graph, upstream, static_cast<std::uint32_t>(anchor),
-                           memory.sWeights.get(args.padded_edges + edge));
+    for (int first = thread_id(); first < all; first += kEach * kThreads) {
+#pragma unroll
+      for (int l = 0; l < kEach; ++l) {
+        const int edge = first + l * kThreads;
+        if (edge >= all) break;
+        const int row = memory.sSources.get(args.padded_edges + edge);
+        if (row == kNoRow) continue;
+        const int anchor = anchor_of(edge);
+        const Acc weight = weight_of(upstream, memory.sWeights.get(args.padded_edges + edge));
+        memory.sWeights.set(args.padded_edges + edge, weight);
+        if (!args.incoming) continue;
+        const int target = row - own_row;
+        const int at = kTwice ? static_cast<int>(memory.sLists.get(target) & 0xffffu) + count_before(edge, row)
+                              : place_of(target, anchor);
+        memory.sSources.set(at, static_cast<std::uint16_t>(anchor));
+        memory.sWeights.set(at, weight);
       }
-      memory.sWeights.set(args.padded_edges + edge, weight);
-      if (row == kNoRow || !args.incoming) continue;
-      const int target = row - own_row;
-      const int at = twice ? static_cast<int>(memory.sLists.get(target) & 0xffffu) + count_before(edge, row)
-                           : place_of(target, anchor);
-      memory.sSources.set(at, static_cast<std::uint16_t>(anchor));
-      memory.sWeights.set(at, weight);
     }
   }
 
   // Of the list of incoming edges of `target` those that come from `source`, which has one: what their weights add up
   // to, in the one order of sums, which cuts a list in chunks. They count no longer.
+  template <bool kTwice>
   __device__ __forceinline__ Acc take_reverses(int target, int source) const {
-    if (!twice) {
+    if constexpr (!kTwice) {
       const int at = place_of(target, source);
       const Acc weight = memory.sWeights.get(at);
       memory.sWeights.set(at, 0);
@@ -266,7 +280,7 @@ struct Resident {
     return add(total, chunk);
   }
   // Whether an earlier own edge of the anchor leads to the same row.
-  __device__ __forceinline__ bool repeats(int edge, int anchor, std::uint16_t row) const {
+  __device__ __forceinline__ bool repeats(int edge, int anchor, int row) const {
 #pragma unroll 1
     for (int e = anchor * static_cast<int>(graph.edges); e < edge; ++e) {
       if (memory.sSources.get(args.padded_edges + e) == row) return true;
@@ -274,32 +288,43 @@ struct Resident {
     return false;
   }
 
+  template <bool kTwice, int kEach = kTwice ? 1 : kEdgeLoads>
   __device__ __forceinline__ void merge_own_edges() const {
     const bool merges = args.symmetric && graph.edges <= kMergedSlots;
 #pragma unroll 1
-    for (int first = warp_id() * kWarpSize; first < args.padded_edges; first += kThreads) {
-      const int edge = first + lane_id();
-      const std::uint16_t row = edge < all ? memory.sSources.get(args.padded_edges + edge) : kNoRow;
-      Acc weight = 0;
-      if (row != kNoRow) {
-        const int anchor = anchor_of(edge);
-        weight = memory.sWeights.get(args.padded_edges + edge);
-        if (merges && selected_by(anchor, row) && !(twice && repeats(edge, anchor, row))) {
-          weight = add(weight, take_reverses(anchor, row));
-          memory.sWeights.set(args.padded_edges + edge, weight);
+    for (int round = warp_id() * kWarpSize; round < args.padded_edges; round += kEach * kThreads) {
+#pragma unroll
+      for (int l = 0; l < kEach; ++l) {
+        const int first = round + l * kThreads;
+        if (first >= args.padded_edges) break;
+        const int edge = first + lane_id();
+        const int row = memory.sSources.get(args.padded_edges + edge);
+        Acc weight = 0;
+        if (row != kNoRow) {
+          const int anchor = anchor_of(edge);
+          weight = memory.sWeights.get(args.padded_edges + edge);
+          if (merges && selected_by(anchor, row) && !(kTwice && repeats(edge, anchor, row))) {
+            weight = add(weight, take_reverses<kTwice>(anchor, row));
+            memory.sWeights.set(args.padded_edges + edge, weight);
+          }
         }
+        const std::uint32_t counting = ballot(weight != Acc(0));
+        if (lane_id() == 0) memory.sCounting.set(word_number(args.padded_edges + first), counting);
       }
-      const std::uint32_t counting = ballot(weight != Acc(0));
-      if (lane_id() == 0) memory.sCounting.set((args.padded_edges + first) / kWarpSize, counting);
     }
   }
   __device__ __forceinline__ void count_listed() const {
     const int listed = static_cast<int>(memory.sListed.get(0));
 #pragma unroll 1
-    for (int first = warp_id() * kWarpSize; first < args.padded_edges; first += kThreads) {
-      const int at = first + lane_id();
-      const std::uint32_t counting = ballot(at < listed && memory.sWeights.get(at) != Acc(0));
-      if (lane_id() == 0) memory.sCounting.set(first / kWarpSize, counting);
+    for (int round = warp_id() * kWarpSize; round < args.padded_edges; round += kEdgeLoads * kThreads) {
+#pragma unroll
+      for (int l = 0; l < kEdgeLoads; ++l) {
+        const int first = round + l * kThreads;
+        if (first >= args.padded_edges) break;
+        const int at = first + lane_id();
+        const std::uint32_t counting = ballot(at < listed && memory.sWeights.get(at) != Acc(0));
+        if (lane_id() == 0) memory.sCounting.set(word_number(first), counting);
+      }
     }
   }
 
@@ -488,15 +513,25 @@ __global__ void __launch_bounds__(kThreads, kBlocks) resident_kernel(__grid_cons
   // 2. Room.
   block.twice = block.memory.sListed.get(1) != 0;
   block.make_room();
-  if (warp_id() == kWarps - 1 && lane_id() == 0) block.memory.sUpstream.set(0, upstream.value(graph));
+  if (warp_id() == kWarps - 1 && lane_id() == 0) {
+    block.memory.sUpstream.set(0, graph.reduction == Reduction::kNone ? 1.0 : upstream.value(graph));
+  }
   sync_block();
 
   // 3. Lists.
-  block.list_edges();
+  if (block.twice) {
+    block.template list_edges<true>();
+  } else {
+    block.template list_edges<false>();
+  }
   sync_block();
 
   // 4. Own edges.
-  block.merge_own_edges();
+  if (block.twice) {
+    block.template merge_own_edges<true>();
+  } else {
+    block.template merge_own_edges<false>();
+  }
   sync_block();
 
   // 5. What counts.

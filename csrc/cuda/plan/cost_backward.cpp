@@ -106,7 +106,7 @@ double gather_us(const BackwardPlan& plan, const BackwardProblem& problem, const
 // fp64. Alone a block has a round of loads and some 25 dependent rounds of shared memory, with six barriers.
 constexpr double kResidentStart = 2.0;
 constexpr double kResidentWarp = 200.0;
-constexpr double kResidentEdges = 170.0;
+constexpr double kResidentEdges = 131.0;
 constexpr double kResidentDoubles = 3.0;
 constexpr double kResidentPacks = 30.0;
 constexpr double kResidentSum = 300.0;

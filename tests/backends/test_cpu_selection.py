@@ -59,6 +59,18 @@ def test_documented_order_on_every_way(core: ModuleType, name: str) -> None:
         assert judge.same_bits(distances[0], distances[-1]), (capability, path)
 
 
+@pytest.mark.parametrize("name", ["clusters-1e-3", "duplicate-groups"])
+def test_documented_order_where_pairs_are_shared(core: ModuleType, name: str) -> None:
+    """Long rows compute the distance of two that list each other once. Near-duplicates and equal rows among them."""
+    case = problems.adversarial_case(name, 150, 1030, k=10)
+    rows = list(range(0, 150, 5))
+    expected = oracle.select_in_documented_order(problems.to_oracle(case), 10, rows)
+    core.set_cpu_path("screen")
+    for capability in core.cpu_capabilities():
+        core.set_cpu_capability(capability)
+        assert_selected(case, rows, expected, capability)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["clusters-1e-3", "collapsed", "unit-rows", "duplicate-groups", "outlier-in-clusters"])
 def test_documented_order_in_other_types(core: ModuleType, name: str, dtype: torch.dtype) -> None:

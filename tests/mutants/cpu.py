@@ -46,5 +46,10 @@ def cpu() -> list[Mutant]:
             "(row + 1 - column) / kPanel : 0;", "(row + kPanel - column) / kPanel : 0;",
             "at the diagonal products are left out that a row wants", tiles,
         ),
+        (
+            "cpu-shared-pair-of-a-neighbour", "csrc/cpu/forward_screen.cpp",
+            "slots(p)[e] = at;", "slots(p)[e] = static_cast<std::int32_t>(e);",
+            "a row takes over the distance of another pair", tiles,
+        ),
     ]  # fmt: skip
     return [Mutant(name, file, old, new, why, (test,), CPU) for name, file, old, new, why, test in changes]

@@ -94,7 +94,7 @@ def _resident(graphs: str, slices: str, sorts: str) -> list[tuple[str, str, str,
         (
             "resident-weights-without-their-upstream", resident,
             "graph.reduction == Reduction::kNone ? 1.0 :", "graph.reduction == Reduction::kNone ? 0.0 :",
-            "where each anchor has its own upstream gradient all gradients are zero", sorts,
+            "where each anchor has its own upstream gradient all gradients are zero", graphs,
         ),
         (
             "resident-reads-before-the-forward-ends", resident,

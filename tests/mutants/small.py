@@ -97,7 +97,7 @@ def small() -> list[Mutant]:
         Mutant(
             "extracted-key-stays", DIRECT + "select.cuh", "if (rIndices[i] == index) rBits[i] = kNone;",
             "if (rIndices[i] < index) rBits[i] = kNone;",
-            "a neighbour is taken again", (neighbours,),
+            "a neighbour is taken again, on both paths alike", (TESTS + "test_options",),
         ),
         Mutant(
             "sums-of-other-warps", "csrc/cuda/loss.cuh", "i < half; ++i) rParts[i] = add(rParts[i], rParts[i + half]);",

@@ -67,7 +67,9 @@ bool plan_group(ForwardPlan& plan, const Problem& problem, const DeviceFacts& de
 }
 
 // The slices and groups that are predicted to be the cheapest of what fits. Returns whether anything does. Anchors come
-// by four. Of a cluster all blocks finish some; without clusters one block finishes all of its group.
+// by four. Of a cluster all blocks finish some; without clusters one block finishes all of its group. So there, where
+// fp32 is slow (sm_80) or multiprocessors are few (sm_86), tiles are expected to be cheaper from some 100 rows of 2048
+// dimensions on: they leave out a triangle of the products, which the anchors of a group cannot.
 bool plan_small(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
   const bool clusters = plan.path == ForwardPath::kCluster;
   plan.strip_rows = problem.N;

@@ -62,6 +62,7 @@ HOT = {
     "facts_kernel": Kind("FMA"),
     "gather_kernel": Kind("FMA"),
     "search_kernel": Kind("FMA"),
+    "resident_kernel": Kind("FMA"),
     "thresholds_kernel": Kind("LDG"),
     "groups_kernel": Kind("LDG"),
     "list_kernel": Kind("LDG"),

@@ -75,6 +75,8 @@ cuda_kernels() { # --write: the tables of registers and instructions anew, in pl
 
 native_steps() {
   PATH=$work/bin:$PATH
+  # ninja's own choice is two more: these would only take turns, on processors that the suite beside them needs too.
+  export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
   if compgen -G 'tests/cpp/*.cpp' >/dev/null; then
     step "C++ core under ASan and UBSan" cpp_core
   else

@@ -37,7 +37,7 @@ need() { # package, command...: the command, installed as a Debian package where
 beside() { # function
   printf '\n==== %s: beside what follows\n' "$1"
   set -m # a process group of its own, to be stopped whole
-  { renice -n 5 -p "$BASHPID" >/dev/null; "$1"; } >"$work/$1.log" 2>&1 &
+  { renice -n 10 -p "$BASHPID" >/dev/null; "$1"; } >"$work/$1.log" 2>&1 &
   set +m
   tracks+=("$!:$1")
 }

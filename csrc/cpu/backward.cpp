@@ -277,6 +277,7 @@ void backward_as(const BackwardArgs& args, const ThreadPool& pool) {
 }  // namespace
 
 void backward(const BackwardArgs& args, const ThreadPool& pool) {
+  const DefaultFloatingPoint mode;
   if (std::isnan(args.stats[kPoison])) {
     if (args.grad_anchors != nullptr) fill_nan(args.dtype, args.grad_anchors, args.anchors.rows * args.dims);
     if (args.grad_candidates != nullptr) fill_nan(args.dtype, args.grad_candidates, args.candidates.rows * args.dims);

@@ -6,6 +6,7 @@
 #include "forward.h"
 
 #include "cpu.h"
+#include "parallel.h"
 #include "plan.h"
 
 namespace sn::cpu {
@@ -27,6 +28,7 @@ void forward_as(const ForwardArgs& args, const ThreadPool& pool) {
 }  // namespace
 
 void forward(const ForwardArgs& args, const ThreadPool& pool) {
+  const DefaultFloatingPoint mode;  // bounds and the reduction are made on the caller's thread
   if (args.dtype == DType::kFloat64) {
     forward_as<double>(args, pool);
   } else {

@@ -449,11 +449,8 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   screen.candidates.features = args.candidates;
   screen.candidates.order = identities.candidate_order().data();
 
-  {
-    const DefaultFloatingPoint mode;
-    const FeatureView sides[2] = {args.anchors, args.candidates};
-    kernels.sampled_mean(args.dtype, sides, args.symmetric ? 1 : 2, args.dims, layout.mean, layout.mean_scratch);
-  }
+  const FeatureView features[2] = {args.anchors, args.candidates};
+  kernels.sampled_mean(args.dtype, features, args.symmetric ? 1 : 2, args.dims, layout.mean, layout.mean_scratch);
   for (int s = 0; s < (args.symmetric ? 1 : 2); ++s) {
     const ScreenSide& side = s == 0 ? screen.anchors : screen.candidates;
     std::atomic<bool> usable{true};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from types import ModuleType
 
@@ -50,6 +51,36 @@ def test_copies_that_all_round_one_way(core: ModuleType, dims: int) -> None:
         chosen = judge.selection_of(judge.neighbors_of(case, "cpu"))
         for name in ("support", "nearest", "farthest"):
             assert (getattr(chosen, name) == getattr(expected, name)).all(), (capability, path, name)
+
+
+@pytest.fixture
+def flushing() -> Iterator[None]:
+    """Tells this thread to take subnormal numbers for 0."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_bounds_of_a_thread_that_flushes(core: ModuleType, flushing: None) -> None:
+    """What the copy leaves out of a row, squared, may be subnormal, and yet decide between two candidates.
+
+    In units of u = 2^-63, with an anchor at (a, 0): candidate 1 is at (u, 0), candidate 2 is farther by what its second
+    column, 2^-49.9, adds, and 350,000 u^2. The copy of such rows has no digit of the difference.
+    """
+    unit, second = 2.0**-63, 2.0**-49.9
+    slack = 1.01 * (2.0**-20 + (4 + 2 / 16 + 10 + 2 * (2 / 64 + 13) + 32) * 2.0**-24)  # relative, of D = 2
+    feats, candidates = torch.zeros(2, 64, 2, dtype=torch.float64)
+    feats[1, 1] = 1.0
+    feats[2, 0] = anchor = 0.98 * unit / (2 * slack)
+    candidates[1, 0] = 0.98 * unit
+    candidates[2] = torch.tensor([(second * second + 350e3 * unit * unit) / (2 * anchor), second])
+    case = Case(feats.float(), torch.arange(64), candidates.float(), torch.arange(64) + 99, k=1)
+    found = []
+    for path in ("direct", "screen"):
+        core.set_cpu_path(path)
+        found.append(judge.neighbors_of(case, "cpu").indices)
+    assert found[0].equal(found[1])
 
 
 def test_lists_of_edges_in_several_strips() -> None:

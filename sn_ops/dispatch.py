@@ -167,7 +167,7 @@ class BackendInfo(NamedTuple):
     devices: tuple[str, ...]
     """The device types that it serves, such as "cuda"; empty for any."""
     autograd: str
-    """What differentiates it in eager mode: "C++", or "Python", some 25 microseconds a step slower, where the package
+    """What differentiates it in eager mode: "C++", or "Python", some 20 microseconds a step slower, where the package
     was not built for the torch that runs (`python -m sn_ops` says why); "PyTorch" for the reference; empty if it is
     not usable."""
 

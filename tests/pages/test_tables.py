@@ -50,7 +50,8 @@ def cpu(name: str) -> Rows:
         product = case["mm"]["median"]
         times = {row["contestant"]: row["both"]["median"] / product for row in case["rows"] if row["both"]}
         times["plain"] = min(times[name] for name in ("blocked", "symmetric") if name in times)
-        shown = [times.get(name) for name in ("cpu", "cpu avx512", "plain", "eager", "compile", "loop")]
+        lesser = next(name for name in ("cpu avx512", "cpu avx2") if name in times)
+        shown = [times.get(name) for name in ("cpu", lesser, "plain", "eager", "compile", "loop")]
         cells = ["" if time is None else f"{time:.2f}" if time < 10 else f"{time:.1f}" for time in shown]
         shape, _, kind = case["title"].partition(" x ")[2].partition(" ")
         size = f"{case['n']} x {shape}{kinds[kind]}"

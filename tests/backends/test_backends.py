@@ -111,6 +111,8 @@ def test_plan_tells_path_and_workspace(core: ModuleType) -> None:
     assert large["path"] == "screen" and tiny["path"] == "direct"
     rows, dims = 4096, 512
     budget = 8 * 2**20 + 2 * 2 * rows * dims + 1024 * rows
+    assert core.cpu_plan(4096, 4096, 2**24, 10, 0, True, 1)["path"] == "screen"
+    assert core.cpu_plan(4096, 4096, 2**24 + 1, 10, 0, True, 1)["path"] == "direct"  # sums would exceed 32 bits
     numbers = [value for value in large.values() if isinstance(value, int)]
     assert numbers and max(numbers) <= budget
     core.set_cpu_path("direct")

@@ -17,4 +17,8 @@ void forward_direct(const ForwardArgs& args, const ThreadPool& pool, const Kerne
 bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kernels,
                     const Identities& identities, Loss<float>& loss);
 
+// The end of forward_screen: direct distances of the entries of all lists, and the positives, offered to `loss`.
+void refine(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kernels, const Identities& identities,
+            const Screen& screen, Loss<float>& loss);
+
 }  // namespace sn::cpu

@@ -20,7 +20,6 @@
 #include <limits>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <vector>
 
 #include "../sn_math.h"
@@ -32,75 +31,6 @@
 namespace sn::cpu {
 namespace {
 
-// Nearest and farthest positive of each anchor, from direct distances between the members of each identity. These are
-// few pairs unless identities are huge.
-void find_positives(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kernels,
-                    const Identities& identities, Loss<float>& loss) {
-  struct Item {
-    std::int32_t identity;
-    std::int32_t block;
-  };
-  std::vector<Item> items;
-  double pairs = 0.0;
-  for (std::size_t g = 0; g < identities.list.size(); ++g) {
-    const Identity& identity = identities.list[g];
-    const std::int64_t members = identity.anchor_end - identity.anchor_begin;
-    pairs += static_cast<double>(members) * static_cast<double>(identity.candidate_end - identity.candidate_begin);
-    for (std::int64_t block = 0; block * kDirectBlock < members; ++block) {
-      items.push_back({static_cast<std::int32_t>(g), static_cast<std::int32_t>(block)});
-    }
-  }
-  // In the symmetric case two blocks of pairs may offer to the same anchor: a lock for each block of positions.
-  const auto locks = std::make_unique<std::mutex[]>(static_cast<std::size_t>(args.anchors.rows / kDirectBlock + 1));
-  const std::vector<std::int32_t>& candidates = identities.candidate_order();
-  const int workers = workers_for(pool, 0.1 * pairs * static_cast<double>(args.dims));
-  for_each(pool, workers, static_cast<std::int64_t>(items.size()), [&](std::int64_t item) {
-    const Identity& identity = identities.list[items[item].identity];
-    const std::int64_t p0 = identity.anchor_begin + items[item].block * kDirectBlock;
-    const std::int64_t np = std::min(kDirectBlock, identity.anchor_end - p0);
-    const void* x[kDirectBlock];
-    const void* z[kDirectBlock];
-    float d2[kDirectBlock * kDirectBlock];
-    for (std::int64_t i = 0; i < np; ++i) x[i] = row_of(args.anchors, args.dtype, identities.anchor_order[p0 + i]);
-    // Offers to anchor p the nearest and the farthest of candidate(n) at distance value(n), n in [begin, end).
-    const auto offer = [&](std::int64_t p, std::int64_t begin, std::int64_t end, const auto& value,
-                           const auto& candidate) {
-      const std::int64_t anchor = identities.anchor_order[p];
-      const std::int64_t self = self_of(args, anchor);
-      Positive<float> near{-1, 0.0f};
-      Positive<float> far{-1, 0.0f};
-      for (std::int64_t n = begin; n < end; ++n) {
-        const std::int32_t j = candidate(n);
-        if (j == self) continue;
-        const float distance = value(n);
-        if (near.index < 0 || nearer(distance, j, near.d2, near.index)) near = {j, distance};
-        if (far.index < 0 || farther(distance, j, far.d2, far.index)) far = {j, distance};
-      }
-      if (near.index < 0) return;
-      const std::lock_guard<std::mutex> guard(locks[p / kDirectBlock]);
-      loss.offer_positive(anchor, near.index, near.d2);
-      loss.offer_positive(anchor, far.index, far.d2);
-    };
-    for (std::int64_t q0 = args.symmetric ? p0 : identity.candidate_begin; q0 < identity.candidate_end;
-         q0 += kDirectBlock) {
-      const std::int64_t nq = std::min(kDirectBlock, identity.candidate_end - q0);
-      for (std::int64_t j = 0; j < nq; ++j) z[j] = row_of(args.candidates, args.dtype, candidates[q0 + j]);
-      const bool diagonal = args.symmetric && q0 == p0;
-      kernels.direct_block(args.dtype, x, np, z, nq, args.dims, diagonal, d2, kDirectBlock);
-      for (std::int64_t i = 0; i < np; ++i) {
-        offer(
-            p0 + i, diagonal ? i + 1 : 0, nq, [&](std::int64_t j) { return d2[i * kDirectBlock + j]; },
-            [&](std::int64_t j) { return candidates[q0 + j]; });
-      }
-      for (std::int64_t j = 0; args.symmetric && j < nq; ++j) {
-        offer(
-            q0 + j, 0, diagonal ? j : np, [&](std::int64_t i) { return d2[i * kDirectBlock + j]; },
-            [&](std::int64_t i) { return identities.anchor_order[p0 + i]; });
-      }
-    }
-  });
-}
-
 // The arrays of the screening, slices of one piece of scratch.
 struct Layout {
   Screen screen;
@@ -110,8 +40,8 @@ struct Layout {
   std::int32_t* anchor_positions;  // row -> position
   std::int32_t* candidate_positions;
   std::int32_t* self_positions;
-  float* workers;
-  std::int64_t tile_floats;
+  float* upper_bias;
+  float* products;  // all of them, or a tile of each worker
 };
 
 Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, Slices& slices) {
@@ -152,8 +82,8 @@ Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, Slices& slices) 
   screen.list_limits = slices.take<std::int32_t>(N);
   screen.exact_counts = slices.take<std::int32_t>(N);
   screen.thresholds = slices.take<float>(screen.anchors.padded);
-  layout.tile_floats = plan.tile * kTilePitch;
-  layout.workers = slices.take<float>(layout.tile_floats * plan.workers);
+  if (plan.whole) layout.upper_bias = slices.take<float>(screen.candidates.padded);
+  layout.products = slices.take<float>(plan.product_floats);
   return layout;
 }
 
@@ -235,193 +165,94 @@ bool bound_errors(const ForwardArgs& args, const Layout& layout) {
   return true;
 }
 
-// Multiplies every tile and runs its epilogue. Lists change under the lock of their block of positions. The selection
-// does not depend on the order of the tiles.
-void sweep(const ThreadPool& pool, const Kernels& kernels, const ScreenPlan& plan, const Layout& layout) {
-  const Screen& screen = layout.screen;
-  const std::int64_t row_blocks = divide_up(screen.anchors.rows, plan.tile);
-  const std::int64_t column_blocks = divide_up(screen.candidates.rows, plan.tile);
-  const std::int64_t tiles = screen.symmetric ? row_blocks * (row_blocks + 1) / 2 : row_blocks * column_blocks;
-  const auto locks = std::make_unique<std::mutex[]>(static_cast<std::size_t>(row_blocks));
-
-  // Symmetric: the upper triangle, one diagonal after the other, so that every row has a good threshold early.
-  std::vector<std::int64_t> diagonal_start;
-  if (screen.symmetric) {
-    for (std::int64_t d = 0, start = 0; d < row_blocks; start += row_blocks - d, ++d) diagonal_start.push_back(start);
+// The tiles of the sweep. Symmetric: those of the upper triangle, one diagonal after the other, so that every row has a
+// good threshold early.
+class Tiles {
+ public:
+  Tiles(const ScreenPlan& plan, const Screen& screen)
+      : plan_(plan),
+        screen_(screen),
+        row_blocks_(divide_up(screen.anchors.rows, plan.tile)),
+        column_blocks_(divide_up(screen.candidates.rows, plan.tile)),
+        locks_(std::make_unique<std::mutex[]>(static_cast<std::size_t>(row_blocks_))) {
+    for (std::int64_t d = 0, start = 0; screen.symmetric && d < row_blocks_; start += row_blocks_ - d, ++d) {
+      diagonal_start_.push_back(start);
+    }
   }
-  const auto tile_of = [&](std::int64_t item) {
-    std::int64_t i = item % row_blocks;  // a block of candidates meets all anchors while it is in cache
-    std::int64_t j = item / row_blocks;
-    if (screen.symmetric) {
+  std::int64_t count() const {
+    return screen_.symmetric ? row_blocks_ * (row_blocks_ + 1) / 2 : row_blocks_ * column_blocks_;
+  }
+  Tile operator[](std::int64_t item) const {
+    std::int64_t i = item % row_blocks_;  // a block of candidates meets all anchors while it is in cache
+    std::int64_t j = item / row_blocks_;
+    if (screen_.symmetric) {
       const std::int64_t d =
-          std::upper_bound(diagonal_start.begin(), diagonal_start.end(), item) - diagonal_start.begin() - 1;
-      i = item - diagonal_start[d];
+          std::upper_bound(diagonal_start_.begin(), diagonal_start_.end(), item) - diagonal_start_.begin() - 1;
+      i = item - diagonal_start_[d];
       j = i + d;
     }
     Tile tile{};
-    tile.row = i * plan.tile;
-    tile.rows = std::min(plan.tile, round_up(screen.anchors.rows, kPanel) - tile.row);
-    tile.column = j * plan.tile;
-    tile.columns = std::min(plan.tile, round_up(screen.candidates.rows, kPanel) - tile.column);
-    tile.diagonal = screen.symmetric && i == j;
+    tile.row = i * plan_.tile;
+    tile.rows = std::min(plan_.tile, round_up(screen_.anchors.rows, kPanel) - tile.row);
+    tile.column = j * plan_.tile;
+    tile.columns = std::min(plan_.tile, round_up(screen_.candidates.rows, kPanel) - tile.column);
+    tile.diagonal = screen_.symmetric && i == j;
+    tile.pitch = plan_.pitch;
     return tile;
-  };
-  for_each(pool, plan.workers, tiles, [&](std::int64_t item, std::int64_t worker) {
-    const Tile tile = tile_of(item);
-    const Tile next = tile_of(std::min(item + plan.workers, tiles - 1));
-    float* products = layout.workers + worker * layout.tile_floats;
-    kernels.tile_products(screen, tile, next, products);
-    const std::int64_t i = tile.row / plan.tile;
-    const std::int64_t j = tile.column / plan.tile;
-    std::unique_lock<std::mutex> rows(locks[i]);
-    std::unique_lock<std::mutex> columns;
-    if (screen.symmetric && i != j) columns = std::unique_lock<std::mutex>(locks[j]);
-    kernels.tile_epilogue(screen, tile, products);
-  });
-}
-
-// Two rows that list each other have one distance, with the same bits from both sides. One of them keeps the pair, the
-// one with fewer; the other's entry moves behind those that its list keeps and takes the distance over.
-class SharedPairs {
- public:
-  SharedPairs(const ThreadPool& pool, const Screen& screen)
-      : pool_(pool),
-        screen_(screen),
-        listed_(screen.list_counts, screen.list_counts + screen.anchors.rows),
-        slots_(listed_.size() * kMost) {
-    const std::int64_t rows = screen.anchors.rows;
-    each_row([&](std::int64_t p) {
-      for (std::int64_t e = 0; e < listed_[p]; ++e) entries(p)[e].score = kNone;
-      for (std::int64_t e = 0; e < kMost; ++e) slots(p)[e] = e < listed_[p] ? entries(p)[e].candidate : -1;
-    });
-    // A score is the slot of the reverse entry for a while. Only the row with the lower position writes to both.
-    each_row([&](std::int64_t p) {
-      for (std::int64_t e = 0; e < listed_[p] && listed_[p] <= kMost; ++e) {
-        const std::int64_t q = entries(p)[e].candidate;
-        if (q < p || listed_[q] > kMost) continue;
-        const std::int32_t slot = slot_of(q, static_cast<std::int32_t>(p));
-        if (slot < 0) continue;
-        entries(p)[e].score = static_cast<float>(slot);
-        entries(q)[slot].score = static_cast<float>(e);
-      }
-    });
-    std::vector<std::int32_t> kept(listed_);
-    for (std::int64_t p = 0; p < rows; ++p) {
-      for (std::int64_t e = 0; e < listed_[p]; ++e) {
-        Entry& entry = entries(p)[e];
-        const std::int64_t q = entry.candidate;
-        if (q < p || entry.score < 0.0f) continue;
-        const bool ours = kept[p] <= kept[q];
-        --kept[ours ? q : p];
-        (ours ? entry : entries(q)[static_cast<std::int64_t>(entry.score)]).score = kNone;
-      }
-    }
-    each_row([&](std::int64_t p) {
-      screen_.list_counts[p] = kept[p];
-      if (listed_[p] > kMost) return;
-      Entry before[kMost];
-      std::copy_n(entries(p), listed_[p], before);
-      std::int32_t to[2] = {0, kept[p]};
-      for (std::int64_t e = 0; e < listed_[p]; ++e) {
-        std::int32_t& at = to[before[e].score < 0.0f ? 0 : 1];
-        slots(p)[e] = at;
-        entries(p)[at++] = before[e];
-      }
-    });
   }
-
-  // Ends the sharing: every list is whole again.
-  void hand_over() {
-    each_row([&](std::int64_t p) {
-      for (std::int64_t e = screen_.list_counts[p]; e < listed_[p]; ++e) {
-        Entry& entry = entries(p)[e];
-        entry.score = entries(entry.candidate)[slots(entry.candidate)[static_cast<std::int64_t>(entry.score)]].score;
-      }
-    });
-    std::copy(listed_.begin(), listed_.end(), screen_.list_counts);
+  // Lists change under the lock of their block of positions. The selection does not depend on the order of the tiles.
+  void append_hits(const Kernels& kernels, const Tile& tile, const float* products) {
+    const std::int64_t i = tile.row / plan_.tile;
+    const std::int64_t j = tile.column / plan_.tile;
+    std::unique_lock<std::mutex> rows(locks_[i]);
+    std::unique_lock<std::mutex> columns;
+    if (screen_.symmetric && i != j) columns = std::unique_lock<std::mutex>(locks_[j]);
+    kernels.tile_epilogue(screen_, tile, products);
   }
 
  private:
-  static constexpr float kNone = -1.0f;
-  // Longer lists, those of clusters, keep all they have: to search them would cost as much as the distances.
-  static constexpr std::int64_t kMost = 32;
-
-  template <class Body>
-  void each_row(const Body& body) const {
-    for_blocks(pool_, pool_.threads, screen_.anchors.rows, kAnchorBlock, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t p = begin; p < end; ++p) body(p);
-    });
-  }
-  Entry* entries(std::int64_t p) const { return screen_.lists + p * screen_.capacity; }
-  std::int32_t* slots(std::int64_t p) { return slots_.data() + p * kMost; }
-  // Where row p lists a candidate, or -1. Without a branch.
-  std::int32_t slot_of(std::int64_t p, std::int32_t candidate) {
-    const std::int32_t* listed = slots(p);
-    std::int32_t slot = 0;
-    for (std::int32_t e = 0; e < kMost; ++e) slot |= listed[e] == candidate ? e + 1 : 0;
-    return slot - 1;
-  }
-
-  const ThreadPool& pool_;
+  const ScreenPlan& plan_;
   const Screen& screen_;
-  std::vector<std::int32_t> listed_;  // entries of each list, of which list_counts are kept
-  std::vector<std::int32_t> slots_;   // candidates by slot, then where the entry of a slot has moved
+  std::int64_t row_blocks_;
+  std::int64_t column_blocks_;
+  std::unique_ptr<std::mutex[]> locks_;
+  std::vector<std::int64_t> diagonal_start_;
 };
 
-// Sums of short rows cost less than to find out who shares them: at 1024 x 512, 3 % of the forward.
-constexpr std::int64_t kShareFromDims = 1024;
-
-// Replaces the scores of the entries that are left by direct distances.
-void refine(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kernels, const Layout& layout) {
+// Multiplies every tile and appends its hits to the lists. Returns whether lists are pruned to their last thresholds.
+bool sweep(const ThreadPool& pool, const Kernels& kernels, const ScreenPlan& plan, const Layout& layout) {
   const Screen& screen = layout.screen;
-  const std::int64_t N = args.anchors.rows;
-  const int workers = pool.threads;
-  constexpr std::int64_t kRows = 64;
-  if (!refines_by_columns(N, args.candidates.rows, args.dims)) {
-    for_blocks(pool, workers, N, kRows, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t p = begin; p < end; ++p) {
-        kernels.prune(screen, p);
-        kernels.refine_rows(screen, p);
-      }
+  Tiles tiles(plan, screen);
+  const auto multiply = [&](std::int64_t item, float* products) {
+    const Tile tile = tiles[item];
+    kernels.tile_products(screen, tile, tiles[std::min(item + plan.workers, tiles.count() - 1)], products);
+    return tile;
+  };
+  if (!plan.whole) {
+    for_each(pool, plan.workers, tiles.count(), [&](std::int64_t item, std::int64_t worker) {
+      float* products = layout.products + worker * plan.tile * plan.pitch;
+      tiles.append_hits(kernels, multiply(item, products), products);
     });
-    return;
+    return false;
   }
-  for_blocks(pool, workers, N, kRows, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t p = begin; p < end; ++p) kernels.prune(screen, p);
+  const auto products_of = [&](const Tile& tile) { return layout.products + tile.row * plan.pitch + tile.column; };
+  for_each(pool, plan.workers, tiles.count(), [&](std::int64_t item) {
+    const Tile tile = multiply(item, products_of(tiles[item]));
+    if (screen.symmetric) kernels.mirror_tile(tile, layout.products);
   });
-  std::optional<SharedPairs> shared;
-  if (args.symmetric && args.dims >= kShareFromDims) shared.emplace(pool, screen);
-  for_blocks(pool, workers, N, kRows, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t p = begin; p < end; ++p) {
-      for (std::int64_t e = 0; e < screen.list_counts[p]; ++e) screen.lists[p * screen.capacity + e].score = 0.0f;
-    }
+  std::atomic<bool> fits{true};
+  const int selectors = workers_for(pool, 4.0 * static_cast<double>(screen.anchors.rows * screen.candidates.rows));
+  for_blocks(pool, selectors, screen.anchors.rows, kPanel, [&](std::int64_t begin, std::int64_t end) {
+    if (!kernels.screen_rows(screen, begin, end, plan.pitch, layout.products)) fits.store(false);
   });
-  // Rows are far apart in memory and each is used many times: gathers a segment of columns where it stays in cache,
-  // uses it for all lists, goes on. The screening copy is no longer needed and its memory holds two such buffers.
-  const std::int64_t M = args.symmetric ? 0 : args.candidates.rows;
-  float* buffers[2] = {reinterpret_cast<float*>(screen.anchors.packed), nullptr};
-  float* candidate_buffers[2] = {reinterpret_cast<float*>(screen.candidates.packed), nullptr};
-  buffers[1] = buffers[0] + N * kRefineColumns;
-  candidate_buffers[1] = candidate_buffers[0] + args.candidates.rows * kRefineColumns;
-  const std::int64_t segments = divide_up(args.dims, kRefineColumns);
-  const std::int64_t anchor_items = divide_up(N, kRows);
-  const std::int64_t candidate_items = divide_up(M, kRows);
-  const auto gather = [&](std::int64_t segment, std::int64_t item, std::int64_t buffer) {
-    const bool of_anchors = item < anchor_items;
-    const ScreenSide& side = of_anchors ? screen.anchors : screen.candidates;
-    const std::int64_t begin = (of_anchors ? item : item - anchor_items) * kRows;
-    const std::int64_t column = segment * kRefineColumns;
-    kernels.gather_columns(args.dtype, side.features, side.order, begin, std::min(side.rows, begin + kRows), column,
-                           std::min(kRefineColumns, args.dims - column), kRefineColumns,
-                           of_anchors ? buffers[buffer] : candidate_buffers[buffer]);
-  };
-  const auto use = [&](std::int64_t, std::int64_t item, std::int64_t buffer) {
-    for (std::int64_t p = item * kRows; p < std::min(N, (item + 1) * kRows); ++p) {
-      kernels.refine_columns(screen, buffers[buffer], candidate_buffers[buffer], p);
-    }
-  };
-  gather_and_use(pool, workers, segments, anchor_items + candidate_items, anchor_items, true, gather, use);
-  if (shared) shared->hand_over();
+  if (fits.load()) return true;
+  // Clusters that the bound cannot tell apart: the tiles' epilogue resolves them, from thresholds that hold already.
+  std::fill_n(screen.list_counts, screen.anchors.rows, 0);
+  for_each(pool, plan.workers, tiles.count(), [&](std::int64_t item) {
+    const Tile tile = tiles[item];
+    tiles.append_hits(kernels, tile, products_of(tile));
+  });
+  return false;
 }
 
 }  // namespace
@@ -464,6 +295,12 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   if (!bound_errors(args, layout)) return false;
   find_surplus_duplicates(
       args, layout, K, [&](std::int64_t position) { layout.bias[position] = std::numeric_limits<float>::infinity(); });
+  if (plan.whole) {
+    screen.upper_bias = layout.upper_bias;
+    for (std::int64_t q = 0; q < screen.candidates.padded; ++q) {
+      layout.upper_bias[q] = layout.bias[q] + screen.candidates.slack[q];
+    }
+  }
   if (!args.symmetric && (args.self.index != nullptr || args.self.offset >= 0)) {
     screen.self_position = layout.self_positions;
     for (std::int64_t p = 0; p < N; ++p) {
@@ -477,9 +314,12 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   std::fill_n(screen.thresholds, N, std::numeric_limits<float>::max());
   std::fill_n(screen.thresholds + N, screen.anchors.padded - N, -std::numeric_limits<float>::infinity());
 
-  sweep(pool, kernels, plan, layout);
-  find_positives(args, pool, kernels, identities, loss);
-  refine(args, pool, kernels, layout);
+  if (!sweep(pool, kernels, plan, layout)) {
+    for_blocks(pool, pool.threads, N, kAnchorBlock, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t p = begin; p < end; ++p) kernels.prune(screen, p);
+    });
+  }
+  refine(args, pool, kernels, identities, screen, loss);
 
   const int workers = workers_for(pool, static_cast<double>(N) * 2500.0);
   for_blocks(pool, workers, N, kAnchorBlock, [&](std::int64_t begin, std::int64_t end) {

@@ -11,22 +11,25 @@ namespace sn::cpu {
 
 // ---- shapes of the hot loops ----------------------------------------------------------------------------------------
 
-inline constexpr std::int64_t kDirectBlock = 32;      // rows of a block of direct distances
-inline constexpr std::int64_t kPanel = 16;            // rows interleaved in a copy
-inline constexpr std::int64_t kBlockPanels = 2;       // panels of a side of a block of direct distances
-inline constexpr std::int64_t kSegmentColumns = 64;   // the copy of the direct path has whole segments
-inline constexpr std::int64_t kTileGrain = 48;        // a multiple of the micro-kernels' columns, 48 and 16
-inline constexpr std::int64_t kTileSmall = 96;        // rows and columns of a screening tile for small batches
-inline constexpr std::int64_t kTileLarge = 192;       // and for large ones
-inline constexpr std::int64_t kDepth = 256;           // columns of features that a micro-kernel multiplies at a time
+inline constexpr std::int64_t kDirectBlock = 32;     // rows of a block of direct distances
+inline constexpr std::int64_t kPanel = 16;           // rows interleaved in a copy
+inline constexpr std::int64_t kBlockPanels = 2;      // panels of a side of a block of direct distances
+inline constexpr std::int64_t kSegmentColumns = 64;  // the copy of the direct path has whole segments
+inline constexpr std::int64_t kTileGrain = 48;       // a multiple of the micro-kernels' columns, 48 and 16
+inline constexpr std::int64_t kTileSmall = 96;       // rows and columns of a screening tile for small batches
+inline constexpr std::int64_t kTileLarge = 192;      // and for large ones
+inline constexpr std::int64_t kDepth = 256;          // columns of features that a micro-kernel multiplies at a time
+// The largest K that screening serves. Beyond it the direct path is as fast as such a K allows.
+inline constexpr std::int64_t kScreenMostK = 256;
 inline constexpr std::int64_t kListMost = 352;        // most entries of a list; the length of stack buffers
 inline constexpr std::int64_t kRefineColumns = 64;    // columns gathered at a time: one segment of the direct sum
 inline constexpr std::int64_t kBackwardColumns = 64;  // the same in the backward
 static_assert(kTileGrain % kPanel == 0);
 static_assert(kTileSmall % kTileGrain == 0 && kTileLarge % kTileGrain == 0);
 static_assert(kDepth % 2 == 0, "columns are stored in pairs");
-// Products of a tile have the same pitch whatever the tile's size.
+// Products of a tile of their own have the same pitch whatever the tile's size.
 inline constexpr std::int64_t kTilePitch = kTileLarge;
+inline constexpr std::int64_t kWholeMost = 2048;  // most candidates whose products are all kept until the end
 
 // ---- screening ------------------------------------------------------------------------------------------------------
 
@@ -70,8 +73,9 @@ struct Screen {
   bool symmetric;
   const float* mean;  // [D], zero-padded to a multiple of 32
   ScreenSide anchors;
-  ScreenSide candidates;  // the same arrays as `anchors` when symmetric
-  const float* bias;      // [padded candidates] (norm - E) / 2; +inf: never a candidate
+  ScreenSide candidates;    // the same arrays as `anchors` when symmetric
+  const float* bias;        // [padded candidates] (norm - E) / 2; +inf: never a candidate
+  const float* upper_bias;  // [padded candidates] (norm + E) / 2, or +inf; null unless all products are kept
   const std::int32_t*
       self_position;           // [anchors] candidate position of the anchor itself, -1: none; null when symmetric
   std::int64_t capacity;       // entries of a list
@@ -82,10 +86,21 @@ struct Screen {
   float* thresholds;           // [padded anchors]; -inf on padding
 };
 
+// Pairs whose direct distances are wanted, in groups of kPairGroup with one anchor. Positions.
+inline constexpr std::int64_t kPairGroup = 4;
+static_assert(kPanel % kPairGroup == 0);
+struct PairList {
+  const std::int32_t* anchors;     // [4 groups]
+  const std::int32_t* candidates;  // [16 groups]
+  float* distances;                // [16 groups]
+  std::int64_t groups;             // of kPanel pairs
+};
+
 struct Tile {
   std::int64_t row, rows;        // anchor positions, multiples of kPanel
   std::int64_t column, columns;  // candidate positions, the same
   bool diagonal;                 // symmetric and row == column: only pairs column > row
+  std::int64_t pitch;            // of its products
 };
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -128,9 +143,13 @@ struct Kernels {
   void (*sampled_mean)(DType dtype, const FeatureView* sides, int side_count, std::int64_t dims, float* mean,
                        float* scratch);
   bool (*pack)(const Screen& screen, const ScreenSide& side, std::int64_t first_panel, std::int64_t last_panel);
-  // products: [tile.rows][kTilePitch].
+  // products: [tile.rows][tile.pitch].
   void (*tile_products)(const Screen& screen, const Tile& tile, const Tile& next, float* products);
   void (*tile_epilogue)(const Screen& screen, const Tile& tile, const float* products);
+  // Where all products are kept, [padded anchors][pitch]: the reverse of a tile's; the lists of anchors [first, last)
+  // from all of their candidates. Returns false, with lists that are not to be used, if one would be too long.
+  void (*mirror_tile)(const Tile& tile, float* products);
+  bool (*screen_rows)(const Screen& screen, std::int64_t first, std::int64_t last, std::int64_t pitch, float* products);
   // Drops from the list of anchor `p` what the bound excludes.
   void (*prune)(const Screen& screen, std::int64_t p);
   // Direct distances of a pruned list: from the rows themselves, or one segment of gathered columns at a time.
@@ -139,6 +158,8 @@ struct Kernels {
                          std::int64_t end, std::int64_t column, std::int64_t columns, std::int64_t pitch, float* out);
   void (*refine_columns)(const Screen& screen, const float* anchor_columns, const float* candidate_columns,
                          std::int64_t p);
+  void (*refine_pairs)(const PairList& list, std::int64_t begin, std::int64_t end, const float* anchor_columns,
+                       const float* candidate_columns);
 
   // Backward of rows [begin, end): from the rows themselves, or one block of gathered fp32 columns.
   void (*backward_rows)(DType dtype, const FeatureView& own, const FeatureView& other, const EdgeLists& edges,

@@ -10,6 +10,8 @@ std::atomic<Path> forced_path{Path::kAuto};
 
 // Scratch is at most kFixedScratch + 1 KB a row + 2 (N + M) D bytes (the copy).
 constexpr std::int64_t kFixedScratch = std::int64_t{6} << 20;
+constexpr std::int64_t kWholeScratch = std::int64_t{5} << 20;
+static_assert(kWholeScratch <= kFixedScratch);
 constexpr std::int64_t kListBytesPerRow = 880;
 constexpr std::int64_t kEntryBytes = sizeof(Entry);
 constexpr std::int64_t kDirectScratch = std::int64_t{4} << 20;
@@ -56,8 +58,17 @@ ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int6
   plan.first_pruning = std::min(plan.capacity, K + 32);
   const std::int64_t smaller = std::min(N, M);
   plan.tile = smaller < 4 * kTileLarge || threads > 16 ? kTileSmall : kTileLarge;
-  const std::int64_t worker_bytes = plan.tile * kTilePitch * static_cast<std::int64_t>(sizeof(float));
-  plan.workers = static_cast<int>(std::clamp<std::int64_t>(threads, 1, kFixedScratch / worker_bytes));
+  constexpr std::int64_t kValue = sizeof(float);
+  // A panel more, so that the rows of a tile do not compete for a few sets of the cache.
+  plan.pitch = round_up(M, kTileGrain) + kPanel;
+  plan.product_floats = round_up(N, kTileGrain) * plan.pitch;
+  plan.whole = M <= kWholeMost && plan.product_floats * kValue <= kWholeScratch;
+  plan.workers = threads;
+  if (plan.whole) return plan;
+  plan.pitch = kTilePitch;
+  const std::int64_t worker_floats = plan.tile * kTilePitch;
+  plan.workers = static_cast<int>(std::clamp<std::int64_t>(threads, 1, kFixedScratch / (worker_floats * kValue)));
+  plan.product_floats = plan.workers * worker_floats;
   return plan;
 }
 
@@ -100,7 +111,7 @@ Plan plan_forward(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k
   plan.list_capacity = screen.capacity;
   const std::int64_t rows = symmetric ? N : N + M;
   plan.workspace_bytes = round_up(rows, kTileGrain) * round_up(D, 2) * 2 + N * screen.capacity * kEntryBytes +
-                         screen.workers * screen.tile * kTilePitch * 4 + rows * 28;
+                         screen.product_floats * 4 + rows * 28;
   return plan;
 }
 

@@ -9,14 +9,14 @@
 namespace sn::cpu {
 
 struct ScreenPlan {
+  bool whole;  // all products are kept, `pitch` values a row, until every row has met its candidates
+  std::int64_t pitch;
   std::int64_t tile;           // rows and columns of a tile
   std::int64_t capacity;       // entries of an anchor's list
   std::int64_t first_pruning;  // entries at which a list is first pruned
-  int workers;                 // of the sweep, each with a tile of scratch
+  int workers;                 // of the sweep, each with a tile of scratch unless all products are kept
+  std::int64_t product_floats;
 };
-
-// The largest K that screening serves. Beyond it the direct path is as fast as such a K allows.
-inline constexpr std::int64_t kScreenMostK = 256;
 
 // And the largest D: sums of the integers of its copy fit in 32 bits.
 inline constexpr std::int64_t kScreenMostDims = std::int64_t{1} << 24;

@@ -123,8 +123,8 @@ SN_FORCE_INLINE __m256 reduce8(const __m256* acc) {
 
 // One segment of sixteen pairs: anchors x[0..RA) against candidates z[0..RC), RA * RC = 16. sums[a * RC + c] gets the
 // segment sum of pair (a, c). kFull: the segment is whole and `length` is not read. RA * RC = 8 computes half as much,
-// for the end of a list; `sums` still has room for sixteen.
-template <class T, int RA, int RC, bool kFull>
+// for the end of a list; `sums` still has room for sixteen. kOwn: each anchor has candidates of its own, z[a * RC + c].
+template <class T, int RA, int RC, bool kFull, bool kOwn = false>
 SN_FORCE_INLINE void segment_pairs(const T* const* x, const T* const* z, std::int64_t offset, int length,
                                    typename Wide<T>::Acc* sums) {
   constexpr int kCount = RA * RC;
@@ -144,14 +144,17 @@ SN_FORCE_INLINE void segment_pairs(const T* const* x, const T* const* z, std::in
       const std::int64_t at = offset + t * kLanes;
       const int left = length - t * kLanes;
       const bool whole = kFull || left >= kLanes;
+      const auto load = [&](const T* row)
+                            SN_LAMBDA_INLINE { return whole ? W::load(row + at) : W::load(row + at, left); };
       Vec xs[RA];
 #pragma GCC unroll 4
-      for (int a = 0; a < RA; ++a) xs[a] = whole ? W::load(x[a] + at) : W::load(x[a] + at, left);
+      for (int a = 0; a < RA; ++a) xs[a] = load(x[a]);
 #pragma GCC unroll 16
       for (int c = 0; c < RC; ++c) {
-        const Vec zc = whole ? W::load(z[c] + at) : W::load(z[c] + at, left);
+        Vec zc = load(z[c]);
 #pragma GCC unroll 4
         for (int a = 0; a < RA; ++a) {
+          if (kOwn && a > 0) zc = load(z[a * RC + c]);
           const int slot = kReduceSlot[a * RC + c];
           acc[slot] = W::square_difference(xs[a], zc, Vec{acc[slot]}).v;
         }
@@ -168,7 +171,7 @@ SN_FORCE_INLINE void segment_pairs(const T* const* x, const T* const* z, std::in
     for (int b = 0; b < kCount / kBatch; ++b) {
       Vec acc[kBatch] = {W::zero(), W::zero(), W::zero(), W::zero()};
       const int a = b * kBatch / RC;
-      const int c0 = b * kBatch % RC;
+      const int c0 = kOwn ? b * kBatch : b * kBatch % RC;
 #pragma GCC unroll 4
       for (int t = 0; t < steps; ++t) {
         const std::int64_t at = offset + t * kLanes;
@@ -196,8 +199,9 @@ SN_FORCE_INLINE void segment_pairs(const T* const* x, const T* const* z, std::in
         const std::int64_t at = offset + t * kLanes;
         const int left = length - t * kLanes;
         const bool whole = kFull || left >= kLanes;
+        const T* zc = z[kOwn ? a * RC + c : c];
         acc = W::square_difference(whole ? W::load(x[a] + at) : W::load(x[a] + at, left),
-                                   whole ? W::load(z[c] + at) : W::load(z[c] + at, left), acc);
+                                   whole ? W::load(zc + at) : W::load(zc + at, left), acc);
       }
       Acc lanes[kLanes];
       std::memcpy(lanes, &acc, sizeof lanes);

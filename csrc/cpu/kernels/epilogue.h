@@ -115,7 +115,7 @@ void tile_epilogue_as(const Screen& screen, const Tile& tile, const float* tile_
         const std::int64_t p = tile.row + r0 + r;
         const int before = count;
         for (std::int64_t c = 0; c < columns; c += kLanes) {
-          Hits hits = find_hits<kSymmetric>(tile_products + (r0 + r) * kTilePitch + c0 + c, screen.bias + column + c,
+          Hits hits = find_hits<kSymmetric>(tile_products + (r0 + r) * tile.pitch + c0 + c, screen.bias + column + c,
                                             screen.thresholds[p], kSymmetric ? screen.bias[p] : 0.0f,
                                             kSymmetric ? screen.thresholds + column + c : nullptr);
           if (tile.diagonal && r0 == c0) {  // only columns past the row: lanes above r
@@ -137,7 +137,7 @@ void tile_epilogue_as(const Screen& screen, const Tile& tile, const float* tile_
       for (int f = 0; f < count; ++f) {
         const std::int64_t p = tile.row + r0 + found[f].row;
         const std::int64_t first = column + found[f].first;
-        const float* products = tile_products + (r0 + found[f].row) * kTilePitch + c0 + found[f].first;
+        const float* products = tile_products + (r0 + found[f].row) * tile.pitch + c0 + found[f].first;
         for (std::uint32_t mask = found[f].hits.anchor; mask != 0; mask &= mask - 1) {
           const int lane = __builtin_ctz(mask);
           if (!kSymmetric && screen.self_position != nullptr && screen.self_position[p] == first + lane) continue;

@@ -75,6 +75,8 @@ bool turn_panel_any(DType dtype, const FeatureView& features, std::int64_t panel
 //
 #include "epilogue.h"
 //
+#include "rows.h"
+//
 #include "refine.h"
 
 // ---- small kernels --------------------------------------------------------------------------------------------------
@@ -183,10 +185,13 @@ const Kernels kTable = {
     pack_any,
     tile_products,
     tile_epilogue,
+    mirror_tile,
+    screen_rows,
     prune,
     refine_rows_any,
     gather_columns_any,
     refine_columns,
+    refine_pairs,
     backward_rows_any,
     backward_columns_any,
 };

@@ -4,8 +4,8 @@
 
 // An upper bound of the `wanted`-th smallest of `count` finite values, by bisection of their range. `values` has room
 // up to a whole vector; values past `count` are overwritten.
-SN_FORCE_INLINE float rank_bound(float* values, std::int64_t count, std::int64_t wanted) {
-  constexpr int kSteps = 16;  // tight to 2^-16 of the range; a tighter bound drops no more candidates
+// Tight to 2^-16 of the range: a tighter bound drops no more candidates.
+SN_FORCE_INLINE float rank_bound(float* values, std::int64_t count, std::int64_t wanted, int steps = 16) {
   float lo = values[0];
   float hi = values[0];
 #if defined(__AVX512F__)
@@ -25,7 +25,7 @@ SN_FORCE_INLINE float rank_bound(float* values, std::int64_t count, std::int64_t
     hi = values[e] > hi ? values[e] : hi;
   }
 #endif
-  for (int step = 0; step < kSteps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     const float middle = 0.5f * lo + 0.5f * hi;
 #if defined(__AVX512F__)
     std::int64_t below = 0;

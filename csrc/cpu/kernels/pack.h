@@ -29,30 +29,35 @@ void sampled_mean(const FeatureView* sides, int side_count, std::int64_t dims, f
   const auto load = [dims](const T* row, std::int64_t c) SN_LAMBDA_INLINE {
     return c + kLanes <= dims ? f_load(row + c) : f_load_partial(row + c, c < dims ? static_cast<int>(dims - c) : 0);
   };
+  // Row after row: hardware follows one row, not one column of many.
   const auto average = [&](float* out) {
-    const F16 share = f_set1(1.0f / static_cast<float>(count));
-    for (std::int64_t c = 0; c < padded; c += kLanes) {
-      const F16 anchor = load(rows[0], c);
-      F16 sum = f_zero();
-      for (int i = 1; i < count; ++i) sum = f_add(sum, f_sub(load(rows[i], c), anchor));
-      f_store(out + c, f_fma(sum, share, anchor));
+    for (std::int64_t c = 0; c < padded; c += kLanes) f_store(out + c, f_zero());
+    for (int i = 1; i < count; ++i) {
+      for (std::int64_t c = 0; c < padded; c += kLanes) {
+        f_store(out + c, f_add(f_load(out + c), f_sub(load(rows[i], c), load(rows[0], c))));
+      }
     }
+    const F16 share = f_set1(1.0f / static_cast<float>(count));
+    for (std::int64_t c = 0; c < padded; c += kLanes) f_store(out + c, f_fma(f_load(out + c), share, load(rows[0], c)));
   };
   average(scratch);
   float sorted[kSampleRows];
   for (int i = 0; i < count; ++i) {
-    F16 spread = f_zero();
-    F16 square = f_zero();
-    for (std::int64_t c = 0; c < padded; c += kLanes) {
-      const F16 x = load(rows[i], c);
-      const F16 t = f_sub(x, f_load(scratch + c));
-      spread = f_fma(t, t, spread);
-      square = f_fma(x, x, square);
+    F16 spread[2] = {f_zero(), f_zero()};
+    F16 square[2] = {f_zero(), f_zero()};
+    for (std::int64_t c = 0; c < padded; c += 2 * kLanes) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const F16 x = load(rows[i], c + half * kLanes);
+        const F16 t = f_sub(x, f_load(scratch + c + half * kLanes));
+        spread[half] = f_fma(t, t, spread[half]);
+        square[half] = f_fma(x, x, square[half]);
+      }
     }
     float lanes[kLanes];
-    f_store(lanes, spread);
+    f_store(lanes, f_add(spread[0], spread[1]));
     far[i] = tree_sum(lanes);
-    f_store(lanes, square);
+    f_store(lanes, f_add(square[0], square[1]));
     size[i] = tree_sum(lanes);
   }
   const auto median = [&](const float* values) {

@@ -113,12 +113,12 @@ SN_FORCE_INLINE F16 i_scaled(I16 a, F16 scale) {
 template <int V>
 SN_FORCE_INLINE void micro_kernel(const std::uint32_t* const (&a)[kMicroRows], const std::uint32_t* b,
                                   std::int64_t panel_words, std::int64_t n, bool first, bool last,
-                                  const float* row_scales, const float* column_scales, float* c) {
+                                  const float* row_scales, const float* column_scales, std::int64_t pitch, float* c) {
   I16 acc[kMicroRows][V];
 #pragma GCC unroll 8
   for (int r = 0; r < kMicroRows; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) acc[r][v] = first ? i_zero() : i_load(c + r * kTilePitch + v * kLanes);
+    for (int v = 0; v < V; ++v) acc[r][v] = first ? i_zero() : i_load(c + r * pitch + v * kLanes);
   }
   for (std::int64_t k = 0; k < n; ++k) {
     I16 w[V];
@@ -135,7 +135,7 @@ SN_FORCE_INLINE void micro_kernel(const std::uint32_t* const (&a)[kMicroRows], c
 #pragma GCC unroll 8
     for (int r = 0; r < kMicroRows; ++r) {
 #pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) i_store(c + r * kTilePitch + v * kLanes, acc[r][v]);
+      for (int v = 0; v < V; ++v) i_store(c + r * pitch + v * kLanes, acc[r][v]);
     }
     return;
   }
@@ -144,7 +144,7 @@ SN_FORCE_INLINE void micro_kernel(const std::uint32_t* const (&a)[kMicroRows], c
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
       const F16 scale = f_mul(f_set1(row_scales[r]), f_load(column_scales + v * kLanes));
-      f_store(c + r * kTilePitch + v * kLanes, i_scaled(acc[r][v], scale));
+      f_store(c + r * pitch + v * kLanes, i_scaled(acc[r][v], scale));
     }
   }
 }
@@ -199,7 +199,7 @@ class DepthPrefetch {
   std::int64_t at_ = 0;
 };
 
-// products[r * kTilePitch + c] = A_(row + r) . A_(column + c). On the diagonal, vectors of which no pair is wanted stay
+// products[r * tile.pitch + c] = A_(row + r) . A_(column + c). On the diagonal, vectors of which no pair is wanted stay
 // unwritten. next: the tile that this worker is likely to multiply next.
 inline void tile_products(const Screen& screen, const Tile& tile, const Tile& next, float* products) {
   constexpr std::int64_t kDepthPairs = kDepth / 2;
@@ -241,7 +241,7 @@ inline void tile_products(const Screen& screen, const Tile& tile, const Tile& ne
         }
         with_vectors(vectors - skipped, [&]<int V>() SN_LAMBDA_INLINE {
           micro_kernel<V>(a, b + skipped * panel_words, panel_words, n, first, last, row_scales + row,
-                          column_scales + at, products + row * kTilePitch + at);
+                          column_scales + at, tile.pitch, products + row * tile.pitch + at);
         });
       }
     }

@@ -17,6 +17,26 @@ inline void refine_columns(const Screen& screen, const float* anchor_columns, co
                  screen.list_counts[p]);
 }
 
+// Adds one segment to the distances of groups [begin, end).
+inline void refine_pairs(const PairList& list, std::int64_t begin, std::int64_t end, const float* anchor_columns,
+                         const float* candidate_columns) {
+  constexpr int kAnchors = kPairs / static_cast<int>(kPairGroup);
+  for (std::int64_t group = begin; group < end; ++group) {
+    const float* xs[kAnchors];
+    const float* zs[kPairs];
+    for (int a = 0; a < kAnchors; ++a) {
+      xs[a] = anchor_columns + static_cast<std::int64_t>(list.anchors[group * kAnchors + a]) * kSegment;
+    }
+    for (int c = 0; c < kPairs; ++c) {
+      zs[c] = candidate_columns + static_cast<std::int64_t>(list.candidates[group * kPairs + c]) * kSegment;
+    }
+    alignas(64) float sums[kPairs];
+    segment_pairs<float, kAnchors, kPairGroup, true, true>(xs, zs, 0, kSegment, sums);
+    float* distances = list.distances + group * kPairs;
+    f_store(distances, f_add(f_load(distances), f_load(sums)));
+  }
+}
+
 // Gathers rows [begin, end) of `order`, or of the features without one, columns [column, column + columns), as fp32
 // with zeros up to `pitch`.
 inline constexpr std::int64_t kAhead = 8;

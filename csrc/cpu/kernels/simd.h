@@ -139,6 +139,9 @@ SN_FORCE_INLINE F16 f_sub(F16 a, F16 b) {
 SN_FORCE_INLINE F16 f_mul(F16 a, F16 b) {
   return {_mm512_mul_ps(a.v, b.v)};
 }
+SN_FORCE_INLINE F16 f_min(F16 a, F16 b) {
+  return {_mm512_min_ps(a.v, b.v)};
+}
 SN_FORCE_INLINE F16 f_fma(F16 a, F16 b, F16 c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
@@ -176,6 +179,9 @@ SN_FORCE_INLINE F16 f_sub(F16 a, F16 b) {
 }
 SN_FORCE_INLINE F16 f_mul(F16 a, F16 b) {
   return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+SN_FORCE_INLINE F16 f_min(F16 a, F16 b) {
+  return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
 }
 SN_FORCE_INLINE F16 f_fma(F16 a, F16 b, F16 c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
@@ -220,6 +226,10 @@ SN_FORCE_INLINE F16 f_mul(F16 a, F16 b) {
   for (int i = 0; i < 4; ++i) a.v[i] = vmulq_f32(a.v[i], b.v[i]);
   return a;
 }
+SN_FORCE_INLINE F16 f_min(F16 a, F16 b) {
+  for (int i = 0; i < 4; ++i) a.v[i] = vminq_f32(a.v[i], b.v[i]);
+  return a;
+}
 SN_FORCE_INLINE F16 f_fma(F16 a, F16 b, F16 c) {
   for (int i = 0; i < 4; ++i) c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
   return c;
@@ -250,6 +260,10 @@ SN_FORCE_INLINE F16 f_add(F16 a, F16 b) {
 }
 SN_FORCE_INLINE F16 f_mul(F16 a, F16 b) {
   for (int l = 0; l < kLanes; ++l) a.v[l] *= b.v[l];
+  return a;
+}
+SN_FORCE_INLINE F16 f_min(F16 a, F16 b) {
+  for (int l = 0; l < kLanes; ++l) a.v[l] = b.v[l] < a.v[l] ? b.v[l] : a.v[l];
   return a;
 }
 

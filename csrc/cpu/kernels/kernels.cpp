@@ -77,6 +77,8 @@ bool turn_panel_any(DType dtype, const FeatureView& features, std::int64_t panel
 //
 #include "rows.h"
 //
+#include "smallest.h"
+//
 #include "refine.h"
 
 // ---- small kernels --------------------------------------------------------------------------------------------------
@@ -105,33 +107,6 @@ bool all_finite(DType dtype, const FeatureView& features, std::int64_t dims, std
       return all_finite_bits<std::uint16_t, 0x7f80u>(features, dims, begin, end);
   }
   return false;
-}
-
-std::int64_t smallest(const float* d2, std::int64_t count, std::int64_t self, std::int64_t wanted,
-                      std::uint64_t* keys) {
-  std::int64_t kept = 0;
-  if (wanted == 0) return 0;
-  // Indices ascend, so a later candidate must be strictly nearer to enter. Bits of d2 >= 0 order as d2 does.
-  std::uint32_t worst = 0xffffffffu;
-  const auto consider = [&](std::int64_t j, std::uint32_t bits) SN_LAMBDA_INLINE {
-    if (bits >= worst || j == self) return;
-    const std::uint64_t key = (static_cast<std::uint64_t>(bits) << 32) | static_cast<std::uint32_t>(j);
-    std::int64_t at = kept < wanted ? kept++ : kept - 1;
-    for (; at > 0 && keys[at - 1] > key; --at) keys[at] = keys[at - 1];
-    keys[at] = key;
-    if (kept == wanted) worst = static_cast<std::uint32_t>(keys[kept - 1] >> 32);
-  };
-  std::int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
-    std::uint32_t bits[kLanes];
-    std::memcpy(bits, d2 + j, sizeof bits);
-    std::uint32_t any = 0;
-    for (int l = 0; l < kLanes; ++l) any |= bits[l] < worst ? 1u : 0u;
-    if (any == 0) continue;
-    for (int l = 0; l < kLanes; ++l) consider(j + l, bits[l]);
-  }
-  for (; j < count; ++j) consider(j, float_to_bits(d2[j]));
-  return kept;
 }
 
 void sampled_mean_any(DType dtype, const FeatureView* sides, int side_count, std::int64_t dims, float* mean,

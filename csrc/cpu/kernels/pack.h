@@ -9,6 +9,8 @@ inline constexpr float kFloatMost = 3.402823466e38f;
 // A mean of sampled rows that an outlier cannot drag away: the second mean leaves out rows that are farther from the
 // first than twice the median. Sums are of differences to a sampled row, so that equal rows give exactly that row.
 inline constexpr int kSampleRows = 32;
+inline constexpr int kLeastSampleRows = 8;
+inline constexpr int kSampleShare = 8;  // small batches sample one row of so many
 // Half-precision rows are exact in the screening copy as they are. They are centred only if that shrinks them a lot.
 inline constexpr float kWorthCentring = 0.25f;
 
@@ -19,7 +21,10 @@ void sampled_mean(const FeatureView* sides, int side_count, std::int64_t dims, f
   float size[kSampleRows];
   int count = 0;
   for (int s = 0; s < side_count; ++s) {
-    const std::int64_t take = kSampleRows / side_count;
+    const std::int64_t share = sides[s].rows / kSampleShare;
+    const std::int64_t wanted = share < kLeastSampleRows ? kLeastSampleRows : share;
+    const std::int64_t most = kSampleRows / side_count;
+    const std::int64_t take = wanted < most ? wanted : most;
     const std::int64_t n = sides[s].rows < take ? sides[s].rows : take;
     for (std::int64_t i = 0; i < n; ++i) {
       rows[count++] = static_cast<const T*>(sides[s].data) + (i * sides[s].rows / n) * sides[s].row_stride;

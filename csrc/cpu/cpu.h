@@ -15,8 +15,9 @@ std::vector<std::string> usable_capabilities();  // compiled and supported by th
 std::string capability();                        // in use; at load the best usable, or SN_OPS_CPU_CAPABILITY
 void set_capability(const std::string& name);    // throws std::invalid_argument naming what is allowed
 
-// Paths of a forward. Every path selects the same neighbours in the same order.
-enum class Path : std::int32_t { kAuto = 0, kDirect = 1, kScreen = 2 };
+// Paths of a forward. Every path selects the same neighbours in the same order. kTiles is kScreen as large batches have
+// it: products are kept a tile at a time.
+enum class Path : std::int32_t { kAuto = 0, kDirect = 1, kScreen = 2, kTiles = 3 };
 void set_path(Path path);  // for tests; kAuto unless they force one
 
 struct Plan {

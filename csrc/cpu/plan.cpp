@@ -33,16 +33,18 @@ Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K,
     return Path::kDirect;
   }
   const Path forced = forced_path.load();
-  if (forced != Path::kAuto) return forced;
-  // Cycles per column of the features, measured on Zen 4: of a direct pair, of a screened pair, of packing a row and of
-  // refining its list.
+  if (forced != Path::kAuto) return forced == Path::kDirect ? Path::kDirect : Path::kScreen;
+  // Cycles per column of the features, measured on Zen 4. Direct: of a pair, and of copying a row of a square that is
+  // computed by halves. Screened: of a pair, beside its product; of copying and gathering a row; of an entry of a list,
+  // which two rows of a batch mostly share; and of a row whatever its length.
   const double n = static_cast<double>(N);
   const double m = static_cast<double>(M);
-  const double share = symmetric ? 0.5 : 1.0;
+  const double rows = symmetric ? n : n + m;
   const bool halved = symmetric && N * M * static_cast<std::int64_t>(sizeof(float)) <= kDirectScratch;
-  const double direct = (halved ? 0.5 : 1.0) * n * m * 0.113;
-  const double screened =
-      share * n * m * product_cycles + (symmetric ? n : n + m) * 2.0 + n * static_cast<double>(K + 4) * 0.3;
+  const double direct = halved ? n * m * 0.046 + n * 1.6 : n * m * 0.113;
+  const double screened = (symmetric ? 0.5 : 1.0) * n * m * (product_cycles + 0.012) + rows * 1.6 +
+                          n * static_cast<double>(K + 4) * (symmetric ? 0.085 : 0.17) +
+                          rows * 520.0 / static_cast<double>(D);
   return direct <= screened ? Path::kDirect : Path::kScreen;
 }
 
@@ -62,7 +64,7 @@ ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int6
   // A panel more, so that the rows of a tile do not compete for a few sets of the cache.
   plan.pitch = round_up(M, kTileGrain) + kPanel;
   plan.product_floats = round_up(N, kTileGrain) * plan.pitch;
-  plan.whole = M <= kWholeMost && plan.product_floats * kValue <= kWholeScratch;
+  plan.whole = forced_path.load() != Path::kTiles && M <= kWholeMost && plan.product_floats * kValue <= kWholeScratch;
   plan.workers = threads;
   if (plan.whole) return plan;
   plan.pitch = kTilePitch;

@@ -45,7 +45,7 @@ def test_copies_that_all_round_one_way(core: ModuleType, dims: int) -> None:
     case = lopsided_case(dims, k=10)
     rows = list(range(case.feats.shape[0]))
     expected = oracle.select_in_documented_order(problems.to_oracle(case), case.k, rows)
-    for capability, path in product(core.cpu_capabilities(), ("direct", "screen")):
+    for capability, path in product(core.cpu_capabilities(), ("direct", "screen", "tiles")):
         core.set_cpu_capability(capability)
         core.set_cpu_path(path)
         chosen = judge.selection_of(judge.neighbors_of(case, "cpu"))
@@ -77,7 +77,7 @@ def test_bounds_of_a_thread_that_flushes(core: ModuleType, flushing: None) -> No
     candidates[2] = torch.tensor([(second * second + 350e3 * unit * unit) / (2 * anchor), second])
     case = Case(feats.float(), torch.arange(64), candidates.float(), torch.arange(64) + 99, k=1)
     found = []
-    for path in ("direct", "screen"):
+    for path in ("direct", "screen", "tiles"):
         core.set_cpu_path(path)
         found.append(judge.neighbors_of(case, "cpu").indices)
     assert found[0].equal(found[1])

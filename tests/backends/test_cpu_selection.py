@@ -19,7 +19,7 @@ import sn_ops
 from support import judge, oracle, problems
 from support.problems import Case
 
-PATHS = ("direct", "screen")
+PATHS = ("direct", "screen", "tiles")
 
 
 def assert_selected(case: Case, rows: list[int], expected: oracle.Selection, what: object) -> sn_ops.SupportNeighbors:

@@ -285,10 +285,13 @@ void check_problem(const Problem& p, const std::vector<int>& thread_counts = {1,
   bool have_first = false;
   for (const std::string& level : sn::cpu::usable_capabilities()) {
     sn::cpu::set_capability(level);
-    for (const Path path : {Path::kDirect, Path::kScreen}) {
+    for (const Path path : {Path::kDirect, Path::kScreen, Path::kTiles}) {
       sn::cpu::set_path(path);
       for (const int threads : thread_counts) {
-        const std::string where = p.name + " " + level + (path == Path::kDirect ? " direct " : " screen ") +
+        const std::string where = p.name + " " + level +
+                                  (path == Path::kDirect   ? " direct "
+                                   : path == Path::kScreen ? " screen "
+                                                           : " tiles ") +
                                   std::to_string(threads) + " threads";
         Result r = run(p, threads, squeeze, reduction);
         if (!have_first) {

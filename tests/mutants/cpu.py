@@ -47,9 +47,35 @@ def cpu() -> list[Mutant]:
             "at the diagonal products are left out that a row wants", tiles,
         ),
         (
-            "cpu-shared-pair-of-a-neighbour", "csrc/cpu/forward_screen.cpp",
-            "slots(p)[e] = at;", "slots(p)[e] = static_cast<std::int32_t>(e);",
+            "cpu-pair-of-a-neighbour", "csrc/cpu/forward_refine.cpp",
+            "at = listed[e].candidate == q ? e : at;", "at = listed[e].candidate >= q ? e : at;",
             "a row takes over the distance of another pair", tiles,
+        ),
+        (
+            "cpu-positive-of-the-pair-behind", "csrc/cpu/forward_refine.cpp",
+            "return positives_[p * members_ + q - p];", "return positives_[p * members_ + (q - p) / 2];",
+            "members of an identity share one distance", tiles,
+        ),
+        (
+            "cpu-whole-row-without-slack", kernels + "rows.h",
+            "rank_bound(values, count, screen.K) + screen.anchors.slack[p];", "rank_bound(values, count, screen.K);",
+            "a threshold forgets the anchor's own error",
+            EDGES + "test_copies_that_all_round_one_way",
+        ),
+        (
+            "cpu-whole-row-finds-itself", kernels + "rows.h",
+            "if (self >= 0) row[self] = -__builtin_inff();", "",
+            "an anchor is its own nearest neighbour", tiles,
+        ),
+        (
+            "cpu-mirror-misses-a-panel", kernels + "rows.h",
+            "tile.diagonal ? row + kPanel : tile.column;", "tile.diagonal ? row + 2 * kPanel : tile.column;",
+            "rows below the diagonal read products that were never written", tiles,
+        ),
+        (
+            "cpu-smallest-counts-itself", kernels + "smallest.h",
+            "const std::int64_t bounded = wanted + 1;", "const std::int64_t bounded = wanted;",
+            "a bound of K candidates may have the anchor among them", tiles,
         ),
     ]  # fmt: skip
     return [Mutant(name, file, old, new, why, (test,), CPU) for name, file, old, new, why, test in changes]

@@ -2,9 +2,9 @@
 // inside its namespace.
 #pragma once
 
-// An upper bound of the `wanted`-th smallest of `count` values, finite or +inf, by bisection of their range. `values` has room
-// up to a whole vector; values past `count` are overwritten.
-// Tight to 2^-16 of the range: a tighter bound drops no more candidates.
+// An upper bound of the `wanted`-th smallest of `count` values, finite or +inf, by bisection of their range. `values`
+// has room up to a whole vector; values past `count` are overwritten. Tight to 2^-steps of the range: with 16 a tighter
+// bound drops no more candidates.
 SN_FORCE_INLINE float rank_bound(float* values, std::int64_t count, std::int64_t wanted, int steps = 16) {
   float lo = values[0];
   float hi = values[0];

@@ -1,8 +1,8 @@
 // The direct path: the K nearest of a row of distances. Included by kernels.cpp alone, inside its namespace.
 #pragma once
 
-// A value that at least `wanted` of `values` do not exceed, and few more, as first_bound in rows.h. A value may be +inf.
-// There are at least as many whole vectors as sets of lanes.
+// A value that at least `wanted` of `values` do not exceed, and few more, as first_bound in rows.h. A value may be
+// +inf. There are at least as many whole vectors as sets of lanes.
 SN_FORCE_INLINE float smallest_bound(const float* values, std::int64_t count, std::int64_t wanted) {
   constexpr int kSteps = 10;  // of the bisection
   alignas(64) float least[kListMost + kLanes];

@@ -205,9 +205,10 @@ pybind11::dict cuda_backward_plan(std::int64_t N, std::int64_t M, std::int64_t D
   const sn::cuda::Cost cost = sn::cuda::predict_backward(plan, problem, device);
   return pybind11::dict(
       "launches"_a = plan.launches, "workspace_bytes"_a = plan.workspace_bytes, "partitioned"_a = plan.partitioned,
-      "row_packs"_a = plan.row_packs, "buckets"_a = plan.buckets, "slice_elements"_a = plan.slice_elements,
-      "slices"_a = plan.slices, "lane_bytes"_a = plan.lane_bytes, "target_lanes"_a = plan.target_lanes,
-      "row_lanes"_a = plan.row_lanes, "predicted_us"_a = cost.total(), "kernels"_a = kernels_of(cost));
+      "row_packs"_a = plan.row_packs, "thread_packs"_a = plan.thread_packs, "buckets"_a = plan.buckets,
+      "slice_elements"_a = plan.slice_elements, "slices"_a = plan.slices, "lane_bytes"_a = plan.lane_bytes,
+      "target_lanes"_a = plan.target_lanes, "row_lanes"_a = plan.row_lanes, "predicted_us"_a = cost.total(),
+      "kernels"_a = kernels_of(cost));
 }
 
 }  // namespace
@@ -251,7 +252,7 @@ PYBIND11_MODULE(_C, module) {
       py::arg("dtype"), py::arg("symmetric"), capability, multiprocessors, shared_bytes,
       "How the CUDA backward would run: launches, workspace_bytes, partitioned, slices and lanes, row_packs of "
       "resident "
-      "rows; predicted_us and "
+      "rows, thread_packs of these that a thread sums; predicted_us and "
       "kernels as those of cuda_plan, and arguments as far as it has the same. ValueError also for more edges than a "
       "call may have.");
 }

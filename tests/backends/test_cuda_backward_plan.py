@@ -135,6 +135,7 @@ def test_the_batches_of_reid_are_resident(core: ModuleType) -> None:
                 continue
             assert plan(core, n, 0, d, device)["row_packs"] > 0, (device, n, d)
     assert plan(core, 128, 0, 2048)["slices"] == 128
+    assert [plan(core, n, 0, 2048)["thread_packs"] for n in (128, 256, 512)] == [2, 4, 4]
 
 
 WALKS = [*((0, d) for d in (16, 128, 512, 2048)), (64, 512), (65536, 512)]
@@ -143,6 +144,7 @@ WALKS = [*((0, d) for d in (16, 128, 512, 2048)), (64, 512), (65536, 512)]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "k"), [(F32, 10), (BF16, 10), (F64, 10), (F32, 40)])
 def test_more_rows_are_never_cheaper_nor_much_dearer(core: ModuleType, device: str, dtype: int, k: int) -> None:
+    """A row more than resident rows may be costs up to 1.5 times as much."""
     sizes = sorted({max(1, size + step) for size in (*SIZES, *LARGE) for step in (-1, 0, 1)})
     for m, d in WALKS:
         times = [(n, plan(core, n, m, d, device, dtype=dtype, k=k)) for n in sizes]
@@ -151,7 +153,8 @@ def test_more_rows_are_never_cheaper_nor_much_dearer(core: ModuleType, device: s
                 continue  # with fewer candidates than k + 1 a row more is a neighbour more of all
             us, then = before["predicted_us"], after["predicted_us"]
             assert then >= us * (1 - 1e-9), (m, d, n, more, before, after)
-            assert more > n + 1 or then <= 1.3 * us, (m, d, n, before, after)
+            most = 1.5 if before["row_packs"] > 0 and after["row_packs"] == 0 else 1.3
+            assert more > n + 1 or then <= most * us, (m, d, n, before, after)
 
 
 def test_the_page_has_what_slices_are_predicted_to_take(core: ModuleType) -> None:

@@ -40,7 +40,8 @@ def test_backward_with_and_without_lists(name: str, partition: str) -> None:
 
 
 SEARCHES = [("never", 32, width) for width in (16, 24, 32)]
-RESIDENT = [("resident", 32, 16 * packs) for packs in (1, 2, 4, 8)]
+RESIDENT = [*(("resident", 32, 16 * packs) for packs in (1, 2, 4, 8)), ("resident", 16, 64), ("resident", 16, 128)]
+"""Threads sum 1, 2, 4, 4, 2 and 2 packs."""
 LISTS = [("always", 32, 16), ("always", 32, 32), *(("always", 16, width) for width in (16, 24, 32))]
 
 

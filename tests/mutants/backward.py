@@ -57,7 +57,7 @@ def _resident(graphs: str, slices: str, sorts: str) -> list[tuple[str, str, str,
         ),
         (
             "resident-packs-in-one-order", resident,
-            "lane_place() ^ (1 << args.pack_shift >> 1);", "lane_place() ^ 1;",
+            "lane_place() ^ (pack << args.pack_shift >> kPacksShift);", "lane_place() ^ pack;",
             "a thread's second pack is its neighbour's first", graphs,
         ),
         (

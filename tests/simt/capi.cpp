@@ -187,6 +187,8 @@ void change(sn::cuda::BackwardPlan& plan, const sn::cuda::BackwardProblem& probl
       plan.row_packs = packs;
       plan.slice_elements = packs * 16 / sn::accumulator_bytes(problem.dtype);
       plan.slices = sn::divide_up(problem.D, plan.slice_elements);
+      plan.thread_packs = target_lanes == 32 ? 4 : 2;
+      while (!sn::cuda::resident_threads_serve(plan)) plan.thread_packs /= 2;
     }
     return;
   }

@@ -38,7 +38,8 @@ struct sn_simt_settings {
   std::int32_t positive_segments;  // dense, screen, bank
   std::int32_t shared_reduction;   // of every path but the cluster's; 1: whatever the number of anchors
   std::int32_t lane_bytes;         // of the backward, where it has a kernel for them; of resident rows, of a slice
-  std::int32_t target_lanes;       // of the backward, with these bytes: 0 and 32 a warp, 16 half of one
+  std::int32_t target_lanes;       // of the backward, with these bytes: 0 and 32 a warp, 16 half of one (of resident
+                                   // rows: threads sum up to 2 packs, not 4)
   std::int32_t buffer_capacity;    // screen, bank: at least what the fallback needs
   std::int32_t no_rescreen;        // screen, bank: not 0: rows are screened once
   std::int32_t few_rows;           // screen: a warp refines a row of strips with more rows than this

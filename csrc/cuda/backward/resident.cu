@@ -40,17 +40,23 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kBlocks = 1;     // of a multiprocessor, at least: all slices are under way at once
 constexpr int kEdgeLoads = 4;  // of a thread, at once
 constexpr int kRowLoads = 2;   // packs of rows, likewise
-constexpr int kGathered = 4;   // rows that a thread adds at once
+
+// Rows that a thread adds at once: of each it holds as many packs.
+template <int kPacks>
+constexpr int kGathered = kPacks > 2 ? 2 : 4;
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
-// kPacks: of a row, that a thread sums. Two only where one group of lanes has the whole list.
+// kPacks: of a row, that a thread sums. Several only where one group of lanes has the whole list.
 template <typename T, int kPacks>
 struct Resident {
   using Acc = sn::cuda::Acc<T>;
   static constexpr int kPack = Pack<Acc>::kElements;  // columns of a thread
   static constexpr int kLoadBytes = kPack * static_cast<int>(sizeof(T));
   static constexpr int kLine = kLinePacks * kPack;
+  static constexpr int kAtOnce = kGathered<kPacks>;
+  static constexpr int kPacksShift = kPacks > 2 ? 2 : kPacks - 1;
+  static_assert(1 << kPacksShift == kPacks);
   using RowPack = Pack<T, kLoadBytes>;
   using Sum = ResidentSum<Acc, kPacks>;
 
@@ -96,11 +102,11 @@ struct Resident {
   __device__ __forceinline__ int word_of(int target, int anchor) const {
     return target * args.words + word_number(anchor);
   }
-  // Where a pack of this lane lies in a line, and the first column of it. Lanes that differ in the bit by which the two
-  // packs of a lane differ read them in opposite order, and so never from the same banks.
+  // Where a pack of this lane lies in a line, and the first column of it. Lanes that differ in a bit by which the packs
+  // of a lane differ read them in another order, and so never from the same banks.
   static __device__ __forceinline__ int lane_place() { return lane_id() % kLinePacks; }
   __device__ __forceinline__ int pack_place(int pack) const {
-    return pack == 0 ? lane_place() : lane_place() ^ (1 << args.pack_shift >> 1);
+    return lane_place() ^ (pack << args.pack_shift >> kPacksShift);
   }
   __device__ __forceinline__ int place(int pack) const { return pack_place(pack) * kPack; }
   __device__ __forceinline__ std::int64_t column(int pack) const {
@@ -360,28 +366,28 @@ struct Resident {
       }
 #pragma unroll 1
       while (edges != 0) {
-        int places[kGathered];
-        bool exists[kGathered];
-        int lines[kGathered];
-        Acc weights[kGathered];
-        Pack<Acc> packs[kGathered][kPacks];
+        int places[kAtOnce];
+        bool exists[kAtOnce];
+        int lines[kAtOnce];
+        Acc weights[kAtOnce];
+        Pack<Acc> packs[kAtOnce][kPacks];
 #pragma unroll
-        for (int r = 0; r < kGathered; ++r) {
+        for (int r = 0; r < kAtOnce; ++r) {
           exists[r] = r == 0 || edges != 0;
           places[r] = exists[r] ? from + find_first(edges) : places[0];
           edges &= edges - 1u;
         }
 #pragma unroll
-        for (int r = 0; r < kGathered; ++r) lines[r] = memory.sSources.get(places[r]) * kLine;
+        for (int r = 0; r < kAtOnce; ++r) lines[r] = memory.sSources.get(places[r]) * kLine;
 #pragma unroll
-        for (int r = 0; r < kGathered; ++r) weights[r] = memory.sWeights.get(places[r]);
+        for (int r = 0; r < kAtOnce; ++r) weights[r] = memory.sWeights.get(places[r]);
 #pragma unroll
-        for (int r = 0; r < kGathered; ++r) {
+        for (int r = 0; r < kAtOnce; ++r) {
 #pragma unroll
           for (int p = 0; p < kPacks; ++p) packs[r][p] = memory.sRows.get_pack(lines[r] + place(p));
         }
 #pragma unroll
-        for (int r = 0; r < kGathered; ++r) {
+        for (int r = 0; r < kAtOnce; ++r) {
           if (!exists[r]) continue;
 #pragma unroll
           for (int p = 0; p < kPacks; ++p) {
@@ -458,7 +464,7 @@ struct Resident {
   __device__ __forceinline__ void sum_rows(double poison) const {
     const int first_row = args.grad_anchors == nullptr ? anchors : 0;
     const int last_row = args.grad_candidates == nullptr ? anchors : rows;
-    const int lane_shift = args.pack_shift - (kPacks - 1);  // log2 of the lanes that share a row
+    const int lane_shift = args.pack_shift - kPacksShift;  // log2 of the lanes that share a row
     const int shift = lane_shift + args.group_shift;
     const int items = (last_row - first_row) << shift;
 #pragma unroll 1
@@ -570,6 +576,7 @@ ResidentArgs resident_args_of(const BackwardArgs& args, const BackwardPlan& plan
 cudaError_t enqueue_resident(const BackwardArgs& args, const BackwardPlan& plan, cudaStream_t stream) {
   const ResidentShape resident = resident_shape(problem_of(args));
   if (!resident_serves(resident, plan.row_packs, plan.row_lanes)) return cudaErrorInvalidValue;
+  if (!resident_threads_serve(plan)) return cudaErrorInvalidValue;
   const LaunchShape shape{
       .blocks = plan.slices,
       .threads = kThreads,
@@ -577,7 +584,9 @@ cudaError_t enqueue_resident(const BackwardArgs& args, const BackwardPlan& plan,
       .dependent = plan.dependent};
   const ResidentArgs resident_args = resident_args_of(args, plan, resident);
   return for_type(args.dtype, [&]<class T>() {
-    const auto kernel = resident_thread_packs(plan) == 2 ? resident_kernel<T, 2> : resident_kernel<T, 1>;
+    const auto kernel = plan.thread_packs == 4   ? resident_kernel<T, 4>
+                        : plan.thread_packs == 2 ? resident_kernel<T, 2>
+                                                 : resident_kernel<T, 1>;
     return launch(kernel, shape, stream, resident_args);
   });
 }

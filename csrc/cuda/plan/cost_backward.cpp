@@ -101,15 +101,22 @@ double gather_us(const BackwardPlan& plan, const BackwardProblem& problem, const
 
 // A block that has all rows and edges in shared memory. Instructions of a warp, counted in the machine code of sm_90a,
 // not measured: what each of the 16 warps does once, for 32 edges, for 32 packs of rows; of sums what they do beside
-// edges, for an edge, and for a value that an edge adds to. Groups of lanes that share a list of short rows look at
-// each of its edges. The longest list of a warp is some 1.3 times as long as most. Three instructions for an edge are
-// fp64. Alone a block has a round of loads and some 25 dependent rounds of shared memory, with six barriers.
+// edges, for each pack, for an edge, and for a value that an edge adds to. Groups of lanes that share a list of short
+// rows look at each of its edges. The longest list of a warp is some 1.3 times as long as most. Of an edge three
+// instructions are fp64. Alone a block has a round of loads and some 25 dependent rounds of shared memory, and waits at
+// six barriers.
+//
+// Threads that sum 4 packs are fewer, and walk a list for twice as many values: 113 instructions for 2 rows and 16
+// values a thread, where those of 2 packs take 141 for 4 rows and 8. A scheduler that has one warp left waits for
+// shared memory, so there they are taken to be at least two warps for each of the four.
 constexpr double kResidentStart = 2.0;
 constexpr double kResidentWarp = 200.0;
 constexpr double kResidentEdges = 131.0;
 constexpr double kResidentDoubles = 3.0;
 constexpr double kResidentPacks = 30.0;
-constexpr double kResidentSum = 300.0;
+constexpr double kResidentSum = 240.0;
+constexpr double kResidentSumPack = 30.0;
+constexpr double kResidentFewWarps = 8.0;
 constexpr double kResidentRow = 20.0;
 constexpr double kResidentLook = 8.0;
 constexpr double kResidentLonger = 1.3;
@@ -118,7 +125,7 @@ double resident_us(const BackwardPlan& plan, const BackwardProblem& problem, con
   const ResidentShape shape = resident_shape(problem);
   const bool wide = problem.dtype == DType::kFloat64;
   const double groups = 32.0 / real(plan.row_lanes);
-  const double thread_packs = resident_thread_packs(plan);
+  const double thread_packs = plan.thread_packs;
   const double sides =
       problem.symmetric ? 1.0 : (problem.need_anchors ? 1.0 : 0.0) + (problem.need_candidates ? 1.0 : 0.0);
   const double targets =
@@ -128,8 +135,10 @@ double resident_us(const BackwardPlan& plan, const BackwardProblem& problem, con
   const double lanes = real(plan.row_packs) / thread_packs * groups;  // of a target
   const double values = thread_packs * (wide ? 2.0 : 4.0) * kElementInstructions * (wide ? machine.rate.dfma : 1.0);
   const double look = groups > 1.0 ? kResidentLook * rows * groups : 0.0;
-  const double sums = targets * lanes * kResidentSum +
-                      kResidentLonger * (rows * lanes / groups * (kResidentRow + values) + look * lanes / groups);
+  const double few = thread_packs > 2.0 ? std::max(1.0, kResidentFewWarps * 32.0 / (targets * lanes)) : 1.0;
+  const double sums =
+      few * (targets * lanes * (kResidentSum + kResidentSumPack * thread_packs) +
+             kResidentLonger * (rows * lanes / groups * (kResidentRow + values) + look * lanes / groups));
   const double edges = kResidentEdges + kResidentDoubles * (machine.rate.dfma - 1.0);
   const double instructions =
       kResidentThreads / 32.0 * kResidentWarp +

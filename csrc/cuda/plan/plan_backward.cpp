@@ -118,10 +118,12 @@ bool choose_resident(const BackwardProblem& problem, const DeviceFacts& device, 
     resident.row_lanes = lanes;
     resident.slice_elements = packs * kPack / accumulator;
     resident.slices = divide_up(problem.D, resident.slice_elements);
-    const double us = predict_backward(resident, problem, device).total();
-    if (us < least) {
-      *plan = resident;
-      least = us;
+    for (resident.thread_packs = 1; resident_threads_serve(resident); resident.thread_packs *= 2) {
+      const double us = predict_backward(resident, problem, device).total();
+      if (us < least) {
+        *plan = resident;
+        least = us;
+      }
     }
   }
   return plan->resident;

@@ -217,6 +217,7 @@ struct BackwardPlan {
   int row_lanes = 32;        // of these, that share a row of the slice; groups of them take every so many edges
   bool resident = false;     // each block has a slice of all rows and the whole graph in shared memory
   int row_packs = 0;         // resident: of 16 bytes of sums, of a slice
+  int thread_packs = 1;      // resident: of these, that a thread sums: 1, 2 or 4
   bool dependent = false;    // resident: blocks may start before the kernel ahead in the stream has ended
   bool searches = false;     // blocks look for incoming edges in the whole graph
   bool partitioned = false;  // edges are first put in buckets of targets, in their order, and listed by target

@@ -474,9 +474,11 @@ constexpr bool resident_serves(const ResidentShape& shape, std::int64_t packs, s
   return shape.rows <= kResidentRows && shape.targets <= kResidentTargets && shape.edges <= kResidentEdges &&
          packs >= 1 && packs <= std::min(kResidentLinePacks, row_lanes) && (packs & (packs - 1)) == 0;
 }
-// Packs of a row that a thread sums: two where there are as many, unless groups of lanes share a list.
-constexpr int resident_thread_packs(const BackwardPlan& plan) {
-  return plan.row_packs > 1 && plan.row_lanes == 32 ? 2 : 1;
+// Packs of a row that a thread may sum: 1, and 2 or 4 where there are as many, unless groups of lanes share a list.
+constexpr bool resident_threads_serve(const BackwardPlan& plan) {
+  if (plan.thread_packs == 1) return true;
+  return (plan.thread_packs == 2 || plan.thread_packs == 4) && plan.thread_packs <= plan.row_packs &&
+         plan.row_lanes == 32;
 }
 constexpr std::int64_t resident_shared_bytes(const ResidentShape& shape, std::int64_t accumulator) {
   const auto piece_bytes = [](std::int64_t bytes) { return round_up(bytes, 16); };

@@ -111,9 +111,9 @@ void check_problem(const Problem& p) {
     check_selection(p, r, all);
     Gradients gradients;
     // As planned, then searched for, then from lists in slices of every width, then resident ones.
-    constexpr std::array kPartitions{0, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3};
-    constexpr std::array kLaneBytes{0, 16, 24, 32, 16, 32, 16, 24, 32, 16, 128};
-    constexpr std::array kTargetLanes{0, 32, 32, 32, 32, 32, 16, 16, 16, 32, 32};
+    constexpr std::array kPartitions{0, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3};
+    constexpr std::array kLaneBytes{0, 16, 24, 32, 16, 32, 16, 24, 32, 16, 64, 128};
+    constexpr std::array kTargetLanes{0, 32, 32, 32, 32, 32, 16, 16, 16, 32, 16, 32};
     for (std::size_t run = 0; run < kPartitions.size(); ++run) {
       const int partition = kPartitions[run];
       sn_simt_settings back = settings;

@@ -39,139 +39,162 @@ void fill_nan(DType dtype, void* out, std::int64_t count) {
   }
 }
 
-// Weighted edges of the graph, g_i w_ij in the accumulation type. Absent edges have weight 0.
+// Entries of edge lists held at a time: 512 bytes a row and some megabytes. K = 10 always fits into one strip.
 template <class Acc>
-class Edges {
- public:
-  explicit Edges(const BackwardArgs& args) : args_(args) {
-    const Acc* grad = static_cast<const Acc*>(args.grad_loss);
-    const double valid = args.stats[kValidAnchors];
-    if (args.reduction == Reduction::kMean) {
-      shared_ = valid > 0.0 ? static_cast<double>(grad[0]) / valid : 0.0;
-    } else if (args.reduction == Reduction::kSum) {
-      shared_ = static_cast<double>(grad[0]);
-    }
-  }
-  std::int32_t neighbour(std::int64_t anchor, std::int64_t slot) const {
-    return args_.indices[anchor * args_.edges + slot];
-  }
-  Acc weight(std::int64_t anchor, std::int64_t slot) const {
-    const std::int64_t at = anchor * args_.edges + slot;
-    const Acc coefficient = static_cast<const Acc*>(args_.coefficients)[at];
-    if (args_.indices[at] < 0 || coefficient == Acc(0)) return Acc(0);
-    const double upstream = args_.reduction == Reduction::kNone
-                                ? static_cast<double>(static_cast<const Acc*>(args_.grad_loss)[anchor])
-                                : shared_;
-    return static_cast<Acc>(upstream * static_cast<double>(coefficient));
-  }
-  // Slot of the edge anchor -> candidate, -1 without one of nonzero weight.
-  std::int32_t slot_of(std::int64_t anchor, std::int32_t candidate) const {
-    const std::int32_t* indices = args_.indices + anchor * args_.edges;
-    for (std::int64_t e = 0; e < args_.edges; ++e) {
-      if (indices[e] == candidate) return weight(anchor, e) != Acc(0) ? static_cast<std::int32_t>(e) : -1;
-    }
-    return -1;
-  }
-
- private:
-  const BackwardArgs& args_;
-  double shared_ = 0.0;
-};
+std::int64_t most_entries(std::int64_t rows) {
+  constexpr std::int64_t kFixed = std::int64_t{4} << 20;
+  constexpr std::int64_t kPerRow = 512;
+  return (kFixed + kPerRow * rows) / static_cast<std::int64_t>(sizeof(Edge<Acc>));
+}
 
 // The edges of one side by target row: an anchor's own with `own`, a candidate's incoming ones with `incoming`. With
-// both, in the symmetric case, an edge and its reverse are merged.
+// both, in the symmetric case, an edge and its reverse are merged. Loops over edges have no branches: whether an edge
+// has a weight, or a reverse, is as good as random.
 template <class Acc>
 class Adjacency {
  public:
-  Adjacency(const BackwardArgs& args, const ThreadPool& pool, bool own, bool incoming)
-      : args_(args), edges_(args), own_(own), incoming_(incoming) {
-    const std::int64_t N = args.anchors.rows;
-    // Slots take 16 bits to save memory. Graphs with more edges an anchor are not merged.
-    merge_ = own && incoming && args.edges <= std::numeric_limits<std::int16_t>::max();
-    if (merge_) {
-      reverse_.resize(static_cast<std::size_t>(N * args.edges));
-      for_blocks(pool, workers_for(pool, 150.0 * static_cast<double>(N * args.edges)), N, 256,
-                 [&](std::int64_t begin, std::int64_t end) {
-                   for (std::int64_t i = begin; i < end; ++i) find_reverses(i);
-                 });
-    }
-    counts_.assign(static_cast<std::size_t>(own ? N : args.candidates.rows), 0);
-    visit(0, rows(), [&](std::int64_t row, std::int32_t, Acc) { ++counts_[row]; });
+  Adjacency(const BackwardArgs& args, const Kernels& kernels, bool own, bool incoming)
+      : args_(args),
+        kernels_(kernels),
+        own_(own),
+        incoming_(incoming),
+        // Slots take 16 bits to save memory. Graphs with more edges an anchor are not merged.
+        merge_(own && incoming && args.edges <= std::numeric_limits<std::int16_t>::max()),
+        rows_(own ? args.anchors.rows : args.candidates.rows),
+        edges_(args.anchors.rows * args.edges),
+        most_(most_entries<Acc>(rows_)) {}
+
+  std::int64_t rows() const { return rows_; }
+
+  void lay_out(Slices& slices) {
+    weights_ = slices.take<Acc>(edges_);
+    merged_ = merge_ ? slices.take<Acc>(edges_) : weights_;
+    reverse_ = slices.take<std::int16_t>(edges_);
+    counts_ = slices.take<std::int32_t>(rows_ + 1);
+    begin_ = slices.take<std::int64_t>(rows_ + 1);
+    next_ = slices.take<std::int64_t>(rows_ + 1);
+    lists_ = slices.take<Edge<Acc>>(one_strip() ? most_edges() + 1 : 0);
   }
 
-  std::int64_t rows() const { return static_cast<std::int64_t>(counts_.size()); }
-
-  // Calls use(lists, begin) for strips of rows whose lists have at most `most` entries, or that are one row.
+  // Calls use(lists, rows) for strips of rows whose lists have at most `most_` entries, or that are one row.
   template <class Use>
-  void for_each_strip(std::int64_t most, const Use& use) const {
-    std::vector<std::int64_t> begin;
-    std::vector<std::int64_t> next;
-    std::vector<std::int32_t> neighbours;
-    std::vector<Acc> weights;
-    for (std::int64_t first = 0, last = 0; first < rows(); first = last) {
-      begin.assign(1, 0);
-      for (last = first; last < rows() && (last == first || begin.back() + counts_[last] <= most); ++last) {
-        begin.push_back(begin.back() + counts_[last]);
+  void for_each_strip(const ThreadPool& pool, const Use& use) {
+    set_weights();
+    std::fill_n(counts_, rows_ + 1, 0);
+    if (merge_) {
+      merge(pool);
+    } else {
+      std::fill_n(reverse_, edges_, std::int16_t{-1});
+    }
+    count();
+    std::vector<Edge<Acc>> lists;
+    for (std::int64_t first = 0, last = 0; first < rows_; first = last) {
+      std::int64_t total = 0;
+      for (last = first; last < rows_ && (last == first || total + counts_[last] <= most_); ++last) {
+        begin_[last - first] = total;
+        total += counts_[last];
       }
-      next.assign(begin.begin(), begin.end() - 1);
-      neighbours.resize(static_cast<std::size_t>(begin.back()));
-      weights.resize(neighbours.size());
-      visit(first, last, [&](std::int64_t row, std::int32_t neighbour, Acc weight) {
-        const std::int64_t at = next[row - first]++;
-        neighbours[at] = neighbour;
-        weights[at] = weight;
-      });
-      use(EdgeLists{first, begin.data(), neighbours.data(), weights.data()}, begin);
+      begin_[last - first] = total;
+      if (!one_strip()) lists.resize(static_cast<std::size_t>(total + 1));
+      Edge<Acc>* to = one_strip() ? lists_ : lists.data();
+      fill(first, last, to);
+      use(EdgeLists{first, begin_, to}, last - first);
     }
   }
 
  private:
-  void find_reverses(std::int64_t i) {
-    for (std::int64_t e = 0; e < args_.edges; ++e) {
-      const bool counts = edges_.weight(i, e) != Acc(0);
-      reverse_[i * args_.edges + e] =
-          static_cast<std::int16_t>(counts ? edges_.slot_of(edges_.neighbour(i, e), static_cast<std::int32_t>(i)) : -1);
+  std::int64_t most_edges() const { return edges_ * ((own_ ? 1 : 0) + (incoming_ ? 1 : 0)); }
+  bool one_strip() const { return most_edges() <= most_; }
+
+  // g_i w_ij in the accumulation type; 0 where there is no edge.
+  void set_weights() {
+    const Acc* grad = static_cast<const Acc*>(args_.grad_loss);
+    const Acc* coefficients = static_cast<const Acc*>(args_.coefficients);
+    const double valid = args_.stats[kValidAnchors];
+    double upstream = 0.0;
+    if (args_.reduction == Reduction::kMean && valid > 0.0) upstream = static_cast<double>(grad[0]) / valid;
+    if (args_.reduction == Reduction::kSum) upstream = static_cast<double>(grad[0]);
+    for (std::int64_t i = 0, at = 0; i < args_.anchors.rows; ++i) {
+      if (args_.reduction == Reduction::kNone) upstream = static_cast<double>(grad[i]);
+      for (std::int64_t e = 0; e < args_.edges; ++e, ++at) {
+        const Acc weight = static_cast<Acc>(upstream * static_cast<double>(coefficients[at]));
+        weights_[at] = args_.indices[at] < 0 || coefficients[at] == Acc(0) ? Acc(0) : weight;
+      }
     }
   }
 
-  // Calls to(row, neighbour, weight) for the edges of rows [first, last), those of each row in list order.
-  template <class Visit>
-  void visit(std::int64_t first, std::int64_t last, const Visit& to) const {
-    const auto reverse_of = [&](std::int64_t i, std::int64_t e) {
-      return merge_ ? reverse_[i * args_.edges + e] : std::int16_t{-1};
-    };
-    for (std::int64_t i = first; own_ && i < last; ++i) {
-      for (std::int64_t e = 0; e < args_.edges; ++e) {
-        Acc weight = edges_.weight(i, e);
-        if (weight == Acc(0)) continue;
-        const std::int32_t j = edges_.neighbour(i, e);
-        const std::int16_t reverse = reverse_of(i, e);
-        if (reverse >= 0) weight += edges_.weight(j, reverse);
-        to(i, j, weight);
-      }
+  // Adds to the weight of each edge that of its reverse. An edge without a weight has no reverse, and is none.
+  void merge(const ThreadPool& pool) {
+    const std::int64_t N = args_.anchors.rows;
+    for_blocks(pool, workers_for(pool, 20.0 * static_cast<double>(edges_)), N, 256,
+               [&](std::int64_t begin, std::int64_t end) {
+                 kernels_.reverse_slots(args_.indices, args_.edges, begin, end, reverse_);
+                 for (std::int64_t at = begin * args_.edges; at < end * args_.edges; ++at) {
+                   const bool found = reverse_[at] >= 0;
+                   const Acc weight = weights_[at];
+                   const Acc other = weights_[found ? args_.indices[at] * args_.edges + reverse_[at] : 0];
+                   const bool both = found & (weight != Acc(0)) & (other != Acc(0));
+                   reverse_[at] = both ? reverse_[at] : std::int16_t{-1};
+                   merged_[at] = both ? weight + other : weight;
+                 }
+               });
+  }
+
+  // Whether the candidate of edge `at` lists it as an incoming one.
+  bool arrives(std::int64_t at) const { return (weights_[at] != Acc(0)) & (reverse_[at] < 0); }
+
+  void count() {
+    for (std::int64_t i = 0; own_ && i < rows_; ++i) {
+      std::int32_t count = 0;
+      for (std::int64_t e = 0; e < args_.edges; ++e) count += weights_[i * args_.edges + e] != Acc(0) ? 1 : 0;
+      counts_[i] = count;
     }
-    for (std::int64_t i = 0; incoming_ && i < args_.anchors.rows; ++i) {
-      for (std::int64_t e = 0; e < args_.edges; ++e) {
-        const std::int32_t j = edges_.neighbour(i, e);
-        if (j < first || j >= last || reverse_of(i, e) >= 0) continue;
-        const Acc weight = edges_.weight(i, e);
-        if (weight != Acc(0)) to(j, static_cast<std::int32_t>(i), weight);
+    for (std::int64_t at = 0; incoming_ && at < edges_; ++at) ++counts_[arrives(at) ? args_.indices[at] : rows_];
+  }
+
+  // Lists the edges of rows [first, last), those of each row in order. What is no edge of theirs goes behind the end.
+  void fill(std::int64_t first, std::int64_t last, Edge<Acc>* lists) {
+    const std::int64_t edges = args_.edges;
+    const std::int64_t none = last - first;
+    std::copy_n(begin_, none + 1, next_);
+    for (std::int64_t i = first; own_ && i < last; ++i) {
+      std::int64_t to = next_[i - first];
+      for (std::int64_t at = i * edges; at < (i + 1) * edges; ++at) {
+        lists[to] = {merged_[at], args_.indices[at]};
+        to += weights_[at] != Acc(0) ? 1 : 0;
+      }
+      next_[i - first] = to;
+    }
+    for (std::int64_t i = 0, at = 0; incoming_ && i < args_.anchors.rows; ++i) {
+      for (std::int64_t e = 0; e < edges; ++e, ++at) {
+        const std::int32_t j = args_.indices[at];
+        const bool wanted = arrives(at) & (first <= j) & (j < last);
+        std::int64_t& next = next_[wanted ? j - first : none];
+        lists[next] = {weights_[at], static_cast<std::int32_t>(i)};
+        next += wanted ? 1 : 0;
       }
     }
   }
 
   const BackwardArgs& args_;
-  Edges<Acc> edges_;
+  const Kernels& kernels_;
   bool own_;
   bool incoming_;
-  bool merge_ = false;
-  std::vector<std::int16_t> reverse_;  // [N, K + 2] slot of the reverse edge, -1: none
-  std::vector<std::int32_t> counts_;
+  bool merge_;
+  std::int64_t rows_;
+  std::int64_t edges_;               // N (K + 2)
+  std::int64_t most_;                // entries of a strip
+  Acc* weights_ = nullptr;           // [N, K + 2]
+  Acc* merged_ = nullptr;            // [N, K + 2] with the weight of the reverse
+  std::int16_t* reverse_ = nullptr;  // [N, K + 2] slot of the reverse edge, -1: none
+  std::int32_t* counts_ = nullptr;   // [rows + 1] edges of a row; at the end a count of no meaning
+  std::int64_t* begin_ = nullptr;    // [rows + 1] of the lists of a strip
+  std::int64_t* next_ = nullptr;     // [rows + 1]
+  Edge<Acc>* lists_ = nullptr;       // of all rows, where one strip has them
 };
 
 // Cuts a strip of rows into parts with about the same number of edges: a batch may have a hub that everybody selects.
-std::vector<std::int64_t> balanced_rows(const std::vector<std::int64_t>& begin, std::int64_t parts) {
-  const std::int64_t rows = static_cast<std::int64_t>(begin.size()) - 1;
+std::vector<std::int64_t> balanced_rows(const std::int64_t* begin, std::int64_t rows, std::int64_t parts) {
   const std::int64_t work = begin[rows] + rows;
   std::vector<std::int64_t> cuts = {0};
   for (std::int64_t part = 1; part < parts; ++part) {
@@ -197,61 +220,84 @@ void touch(const ThreadPool& pool, int workers, void* out, std::int64_t bytes) {
   });
 }
 
+// Gathered columns of both sides, where they are worth it: as in the forward's refinement, a block of columns is
+// gathered where it stays in cache, used for all rows, and so on.
+struct Columns {
+  static constexpr int kBuffers = 2;
+  static constexpr std::int64_t kFirstLevel = std::int64_t{1} << 15;
+
+  std::int64_t width = 0;  // 0: rows are used as they are
+  float* own[kBuffers] = {};
+  float* other[kBuffers] = {};
+
+  Columns(const BackwardArgs& args, const Kernels& kernels, const FeatureView& own_side,
+          const FeatureView& other_side) {
+    const bool gathers = args.dtype != DType::kFloat64 && refines_by_columns(own_side.rows, other_side.rows, args.dims);
+    if (!gathers) return;
+    width = kernels.row_columns;
+    const std::int64_t rows = std::max(own_side.rows, other_side.rows);
+    if (2 * width * rows * static_cast<std::int64_t>(sizeof(float)) <= kFirstLevel) width *= 2;
+  }
+  void lay_out(Slices& slices, bool symmetric, std::int64_t own_rows, std::int64_t other_rows) {
+    for (int b = 0; b < kBuffers; ++b) {
+      own[b] = slices.take<float>(own_rows * width);
+      other[b] = symmetric ? own[b] : slices.take<float>(other_rows * width);
+    }
+  }
+};
+
 // One strip of one side: out_r = sum_e weight_e (own_r - other_e).
 void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& kernels, const FeatureView& own,
-            const FeatureView& other, const EdgeLists& edges, const std::vector<std::int64_t>& begin, void* out) {
-  const std::int64_t rows = static_cast<std::int64_t>(begin.size()) - 1;
-  const double operations = 0.1 * static_cast<double>(begin[rows] + 2 * rows) * static_cast<double>(args.dims);
+            const FeatureView& other, const EdgeLists& edges, std::int64_t rows, const Columns& columns, void* out) {
+  const double operations = 0.1 * static_cast<double>(edges.begin[rows] + 2 * rows) * static_cast<double>(args.dims);
   const int workers = workers_for(pool, operations);
   constexpr std::int64_t kParts = 4;  // per worker
-  std::vector<std::int64_t> cuts = balanced_rows(begin, workers == 1 ? 1 : kParts * workers);
+  std::vector<std::int64_t> cuts = balanced_rows(edges.begin, rows, workers == 1 ? 1 : kParts * workers);
   for (std::int64_t& cut : cuts) cut += edges.first_row;
   const std::int64_t parts = static_cast<std::int64_t>(cuts.size()) - 1;
-  // As in the forward's refinement: gathers a block of columns where it stays in cache, uses it for all rows, goes on.
-  const bool by_columns =
-      args.dtype != DType::kFloat64 && refines_by_columns(own.rows, other.rows, args.dims) && begin[rows] >= own.rows;
-  if (!by_columns) {
+  if (columns.width == 0 || edges.begin[rows] < own.rows) {
     for_each(pool, workers, parts, [&](std::int64_t item) {
       kernels.backward_rows(args.dtype, own, other, edges, args.dims, cuts[item], cuts[item + 1], out);
     });
     return;
   }
-  constexpr std::int64_t kRows = 64;
+  // Features of some megabytes come from the cache. The next block's are prefetched row by row while one is used, and
+  // copied whole. Others are prefetched while they are copied.
+  constexpr std::int64_t kNearFeatures = std::int64_t{4} << 20;
+  constexpr std::int64_t kSecondLevel = std::int64_t{1} << 20;
+  const std::int64_t bytes = element_bytes(args.dtype);
+  const std::int64_t out_bytes = own.rows * args.dims * bytes;
   const std::int64_t other_rows = args.symmetric ? 0 : other.rows;
-  Scratch scratch(static_cast<std::size_t>(2 * (own.rows + other_rows) * kBackwardColumns) * sizeof(float));
-  float* own_columns[2];
-  float* other_columns[2];
-  for (int b = 0; b < 2; ++b) {
-    own_columns[b] = static_cast<float*>(scratch.data()) + b * (own.rows + other_rows) * kBackwardColumns;
-    other_columns[b] = own_columns[b] + (args.symmetric ? 0 : own.rows * kBackwardColumns);
-  }
-  const std::int64_t blocks = (args.dims + kBackwardColumns - 1) / kBackwardColumns;
-  const std::int64_t own_items = (own.rows + kRows - 1) / kRows;
-  const std::int64_t other_items = (other_rows + kRows - 1) / kRows;
+  const bool near = workers == 1 && (own.rows + other_rows) * args.dims * bytes <= kNearFeatures;
+  const std::int64_t part_rows = near ? std::max(own.rows, other_rows) : 64;
+  const std::int64_t own_items = divide_up(own.rows, part_rows);
+  const std::int64_t other_items = divide_up(other_rows, part_rows);
   // Every worker writes to every row. One worker touches each fresh page first, or all would fault on the same pages.
-  if (edges.first_row == 0) touch(pool, workers, out, own.rows * args.dims * element_bytes(args.dtype));
+  if (edges.first_row == 0 && workers > 1) touch(pool, workers, out, out_bytes);
   const auto line_up = [&](std::int64_t block, std::int64_t item, std::int64_t buffer) {
     const bool of_own = item < own_items;
     const FeatureView& side = of_own ? own : other;
-    const std::int64_t first = (of_own ? item : item - own_items) * kRows;
-    const std::int64_t column = block * kBackwardColumns;
-    kernels.gather_columns(args.dtype, side, nullptr, first, std::min(side.rows, first + kRows), column,
-                           std::min(kBackwardColumns, args.dims - column), kBackwardColumns,
-                           of_own ? own_columns[buffer] : other_columns[buffer]);
+    const std::int64_t first = (of_own ? item : item - own_items) * part_rows;
+    const std::int64_t column = block * columns.width;
+    float* to = of_own ? columns.own[buffer] : columns.other[buffer];
+    if (near && column + columns.width <= args.dims) {
+      kernels.copy_columns(args.dtype, side, column, columns.width, to);
+      return;
+    }
+    kernels.gather_columns(args.dtype, side, nullptr, first, std::min(side.rows, first + part_rows), column,
+                           std::min(columns.width, args.dims - column), columns.width, to);
   };
   const auto use = [&](std::int64_t block, std::int64_t item, std::int64_t buffer) {
-    kernels.backward_columns(args.dtype, own_columns[buffer], other_columns[buffer], edges, args.dims,
-                             block * kBackwardColumns, cuts[item], cuts[item + 1], out);
+    const std::int64_t next = (block + 1) * columns.width;
+    const void* ahead =
+        near && next + columns.width <= args.dims ? static_cast<const char*>(own.data) + next * bytes : nullptr;
+    const ColumnBlock columns_of{
+        columns.own[buffer], columns.other[buffer],    block * columns.width, columns.width, ahead,
+        own.row_stride,      out_bytes >= kSecondLevel};
+    kernels.backward_columns(args.dtype, columns_of, edges, args.dims, cuts[item], cuts[item + 1], out);
   };
-  gather_and_use(pool, workers, blocks, own_items + other_items, parts, false, line_up, use);
-}
-
-// Entries of edge lists held at a time: 512 bytes a row and some megabytes. K = 10 always fits into one strip.
-template <class Acc>
-std::int64_t most_entries(std::int64_t rows) {
-  constexpr std::int64_t kFixed = std::int64_t{4} << 20;
-  constexpr std::int64_t kPerRow = 512;
-  return (kFixed + kPerRow * rows) / static_cast<std::int64_t>(sizeof(std::int32_t) + sizeof(Acc));
+  gather_and_use(pool, workers, divide_up(args.dims, columns.width), own_items + other_items, parts, false, line_up,
+                 use);
 }
 
 template <class Acc>
@@ -260,11 +306,20 @@ void backward_as(const BackwardArgs& args, const ThreadPool& pool) {
   const auto side = [&](const FeatureView& own, const FeatureView& other, bool of_anchors, bool of_candidates,
                         void* out) {
     if (out == nullptr) return;
-    const Adjacency<Acc> adjacency(args, pool, of_anchors, of_candidates);
-    adjacency.for_each_strip(most_entries<Acc>(own.rows),
-                             [&](const EdgeLists& edges, const std::vector<std::int64_t>& begin) {
-                               gather(args, pool, kernels, own, other, edges, begin, out);
-                             });
+    Adjacency<Acc> adjacency(args, kernels, of_anchors, of_candidates);
+    Columns columns(args, kernels, own, other);
+    const auto lay_out = [&](Slices& slices) {
+      adjacency.lay_out(slices);
+      columns.lay_out(slices, args.symmetric, own.rows, other.rows);
+    };
+    Slices sizes;
+    lay_out(sizes);
+    const Scratch scratch(sizes.bytes());
+    Slices slices(scratch.data());
+    lay_out(slices);
+    adjacency.for_each_strip(pool, [&](const EdgeLists& edges, std::int64_t rows) {
+      gather(args, pool, kernels, own, other, edges, rows, columns, out);
+    });
   };
   if (args.symmetric) {
     side(args.anchors, args.anchors, true, true, args.grad_anchors);

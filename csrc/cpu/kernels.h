@@ -21,9 +21,8 @@ inline constexpr std::int64_t kTileLarge = 192;      // and for large ones
 inline constexpr std::int64_t kDepth = 256;          // columns of features that a micro-kernel multiplies at a time
 // The largest K that screening serves. Beyond it the direct path is as fast as such a K allows.
 inline constexpr std::int64_t kScreenMostK = 256;
-inline constexpr std::int64_t kListMost = 352;        // most entries of a list; the length of stack buffers
-inline constexpr std::int64_t kRefineColumns = 64;    // columns gathered at a time: one segment of the direct sum
-inline constexpr std::int64_t kBackwardColumns = 64;  // the same in the backward
+inline constexpr std::int64_t kListMost = 352;      // most entries of a list; the length of stack buffers
+inline constexpr std::int64_t kRefineColumns = 64;  // columns gathered at a time: one segment of the direct sum
 static_assert(kTileGrain % kPanel == 0);
 static_assert(kTileSmall % kTileGrain == 0 && kTileLarge % kTileGrain == 0);
 static_assert(kDepth % 2 == 0, "columns are stored in pairs");
@@ -106,11 +105,27 @@ struct Tile {
 // ---- backward -------------------------------------------------------------------------------------------------------
 
 // Edges by target row, difference first: out_r = sum_e weight_e (own_r - other_{neighbour_e}).
+template <class Acc>
+struct Edge {
+  Acc weight;
+  std::int32_t neighbour;
+};
 struct EdgeLists {
   std::int64_t first_row;     // of the strip of rows whose edges are listed
   const std::int64_t* begin;  // [rows of the strip + 1]
-  const std::int32_t* neighbours;
-  const void* weights;  // acc
+  const void* edges;          // Edge<acc>
+};
+
+// A block of gathered fp32 columns: [rows][width] of each side, zeros past the last column. width: row_columns of the
+// table or twice that.
+struct ColumnBlock {
+  const float* own;
+  const float* other;
+  std::int64_t column;  // the first
+  std::int64_t width;
+  const void* ahead;    // the next block in the own features' first row, to prefetch that of each row; or null
+  std::int64_t stride;  // of these features
+  bool out_is_far;      // the gradient does not stay in the second-level cache: what is written next is prefetched
 };
 
 // ---- the table ------------------------------------------------------------------------------------------------------
@@ -119,6 +134,7 @@ struct Kernels {
   const char* name;
   double product_cycles;     // of a screened pair, a column
   std::int64_t panels_from;  // rows from which the direct path is faster on a copy in panels
+  std::int64_t row_columns;  // columns of a row of the backward that stay in registers
 
   // Whether every value of rows [begin, end) is finite.
   bool (*all_finite)(DType dtype, const FeatureView& features, std::int64_t dims, std::int64_t begin, std::int64_t end);
@@ -161,11 +177,16 @@ struct Kernels {
   void (*refine_pairs)(const PairList& list, std::int64_t begin, std::int64_t end, const float* anchor_columns,
                        const float* candidate_columns);
 
+  // Backward: for each edge of anchors [begin, end), whose candidates are anchors too, the slot in which the candidate
+  // lists the anchor, the first of several; -1: none.
+  void (*reverse_slots)(const std::int32_t* indices, std::int64_t edges, std::int64_t begin, std::int64_t end,
+                        std::int16_t* slots);
   // Backward of rows [begin, end): from the rows themselves, or one block of gathered fp32 columns.
   void (*backward_rows)(DType dtype, const FeatureView& own, const FeatureView& other, const EdgeLists& edges,
                         std::int64_t dims, std::int64_t begin, std::int64_t end, void* out);
-  void (*backward_columns)(DType dtype, const float* own_columns, const float* other_columns, const EdgeLists& edges,
-                           std::int64_t dims, std::int64_t column, std::int64_t begin, std::int64_t end, void* out);
+  void (*copy_columns)(DType dtype, const FeatureView& features, std::int64_t column, std::int64_t width, float* out);
+  void (*backward_columns)(DType dtype, const ColumnBlock& block, const EdgeLists& edges, std::int64_t dims,
+                           std::int64_t begin, std::int64_t end, void* out);
 };
 
 const Kernels& active_kernels();

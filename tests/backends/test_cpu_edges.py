@@ -103,6 +103,19 @@ def test_lists_of_edges_in_several_strips() -> None:
     assert ((grad.double() - expected).norm(dim=1) <= 1e-4 * (1 + expected.norm(dim=1))).all()
 
 
+def test_several_strips_of_gathered_columns() -> None:
+    """3000 rows with 250 neighbours each, long enough for their columns to be gathered. Against fp64."""
+    feats = torch.randn(3000, 256, generator=torch.Generator().manual_seed(6))
+    labels = torch.arange(3000) // 4
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = feats.to(dtype).requires_grad_()
+        loss = sn_ops.sn_loss(leaf, labels, k=250, alpha=1.0, reduction="sum", backend="cpu")
+        grads.append(torch.autograd.grad(loss, leaf)[0].double())
+    error = (grads[0] - grads[1]).norm(dim=1)
+    assert (error <= 1e-3 * (1 + grads[1].norm(dim=1))).all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_one_value_that_is_not_finite(core: ModuleType, value: float) -> None:
     """Wherever it lies, on the path that looks for it while it copies the rows."""

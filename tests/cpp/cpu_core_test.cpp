@@ -335,6 +335,8 @@ int main(int argc, char** argv) {
                                                                                          {97, 97, 100, 10, 100000},
                                                                                          {130, 130, 1030, 3, 30},
                                                                                          {5, 300, 70, 10, 7},
+                                                                                         {40, 40, 700, 10, 10},
+                                                                                         {30, 60, 600, 5, 9},
                                                                                          {200, 131, 33, 20, 1},
                                                                                          {333, 333, 300, 10, 80}}) {
       check_problem(make(kind, N, M, D, k, identities, ++seed));
@@ -346,6 +348,9 @@ int main(int argc, char** argv) {
       ++seed;
       if (large) check_problem(make(kind, N, M, D, k, identities, seed), few ? std::vector{3} : std::vector{1, 3});
     }
+    // A gradient of more than a megabyte.
+    ++seed;
+    if (kind == "random") check_problem(make(kind, 520, 520, 530, 3, 130, seed));
   }
   std::printf("%d passed, 0 failed\n", checks);
   return 0;

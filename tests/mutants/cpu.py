@@ -26,8 +26,8 @@ def cpu() -> list[Mutant]:
         ),
         (
             "cpu-lists-of-the-first-strip", kernels + "backward.h",
-            "const std::int64_t first = edges.begin[row - edges.first_row];",
-            "const std::int64_t first = edges.begin[row];",
+            "const std::int64_t first = lists.begin[row - lists.first_row];",
+            "const std::int64_t first = lists.begin[row];",
             "a row of a later strip looks for its list as if the strip began with the first row", strips,
         ),
         (

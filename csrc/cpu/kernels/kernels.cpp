@@ -128,11 +128,12 @@ void backward_rows_any(DType dtype, const FeatureView& own, const FeatureView& o
   if (dtype == DType::kFloat64) return backward_rows<double>(own, other, edges, dims, begin, end, out);
   with_dtype(dtype, [&]<class T>(T*) { backward_rows<T>(own, other, edges, dims, begin, end, out); });
 }
-void backward_columns_any(DType dtype, const float* own_columns, const float* other_columns, const EdgeLists& edges,
-                          std::int64_t dims, std::int64_t column, std::int64_t begin, std::int64_t end, void* out) {
-  with_dtype(dtype, [&]<class T>(T*) {
-    backward_columns<T>(own_columns, other_columns, edges, dims, column, begin, end, out);
-  });
+void copy_columns_any(DType dtype, const FeatureView& features, std::int64_t column, std::int64_t width, float* out) {
+  with_dtype(dtype, [&]<class T>(T*) { copy_columns<T>(features, column, width, out); });
+}
+void backward_columns_any(DType dtype, const ColumnBlock& block, const EdgeLists& edges, std::int64_t dims,
+                          std::int64_t begin, std::int64_t end, void* out) {
+  with_dtype(dtype, [&]<class T>(T*) { backward_columns<T>(block, edges, dims, begin, end, out); });
 }
 
 }  // namespace
@@ -151,6 +152,7 @@ const Kernels kTable = {
 #else
     std::int64_t{1} << 62,  // not measured
 #endif
+    kRowVectors * kLanes,
     all_finite,
     direct_block_any,
     turn_panel_any,
@@ -167,7 +169,9 @@ const Kernels kTable = {
     gather_columns_any,
     refine_columns,
     refine_pairs,
+    reverse_slots,
     backward_rows_any,
+    copy_columns_any,
     backward_columns_any,
 };
 

@@ -86,7 +86,11 @@ SN_INLINE bool is_finite_number(Acc value) {
 
 // A group of lanes that works on one anchor. On the CPU it is one lane; a GPU's warp has the same members. `rank` and
 // `size` share out the edges: e = rank, rank + size, ...; what the members return is the same in all lanes.
+//
+// kOneEdge: no lane has more than one edge, K + 2 of them in all. Then lanes can work on what one lane would do in
+// turn: `of` is the value that the lane of edge e has computed. Else it is computed anew, by `compute`.
 struct OneLane {
+  static constexpr bool kOneEdge = false;
   SN_INLINE std::int64_t rank() const { return 0; }
   SN_INLINE std::int64_t size() const { return 1; }
   SN_INLINE double sum(double value) const { return value; }
@@ -94,6 +98,10 @@ struct OneLane {
   SN_INLINE std::int64_t least(std::int64_t value) const { return value; }     // values are in [0, K + 2)
   SN_INLINE std::int64_t greatest(std::int64_t value) const { return value; }  // values are in [0, K + 2)
   SN_INLINE bool any(bool vote) const { return vote; }
+  template <class Compute>
+  SN_INLINE double of(double, std::int64_t, const Compute& compute) const {
+    return compute();
+  }
 };
 
 // The support set of an anchor as plain arrays. A GPU's lies in shared memory and has the same members.
@@ -113,7 +121,12 @@ struct SupportArrays {
 //
 // With v = lse_N - lse_P (lse over -alpha d) and s = sigmoid(v):
 //   separation = softplus(v),   d separation / d d_j = alpha s softmax_P(j) on P,   -alpha s softmax_N(j) on N.
-// Neither form subtracts nearly equal numbers, and neither overflows for any alpha d.
+// Each side's masses exp(-alpha (d - its nearest)) add up to P and to N, between 1 and K. With x = alpha (nearest of P
+// - nearest of N), exp(v) = N exp(x) / P = a / b, where the side that is farther is scaled down by q = exp(-|x|):
+// a = N q or b = P q. So
+//   s = a / (a + b),   softplus(v) = log((a + b) / b) = max(x, 0) + log((a + b) / P),
+// one logarithm behind the sums. a + b is between 1 and 2 K, so nothing overflows for any alpha d, and what cancels is
+// less than log K. Of a small a alone, log1p keeps every digit.
 //
 // Every lane of the group calls it with the same arguments and gets the same result. An edge belongs to one lane, which
 // alone touches its entries of the outputs; entries of `support` are read by all.
@@ -142,19 +155,21 @@ SN_INLINE AnchorTerms anchor_terms(const Group& group, const LossOptions& option
   // What each side adds up to, and where the special edges live. The first positive of S_i is near_i: both are first in
   // the same order.
   const bool spans = options.squeeze == Squeeze::kSpan;
-  const double near_d = clamped_distance(near.d2);
+  const auto next = [&](std::int64_t e) { return Group::kOneEdge ? edges : e + step; };
+  const bool own = first < K && support.index(first) >= 0;  // this lane's first edge: most lanes of a GPU have no other
+  // The lanes behind the neighbours have the roots of near and far.
+  const double own_d = clamped_distance(own ? support.d2(first) : owns_near ? near.d2 : far.d2);
+  const double near_d = group.of(own_d, K, [&] { return clamped_distance(near.d2); });
   std::int64_t near_slot = K;
   std::int64_t far_slot = K + 1;
   std::int64_t first_negative = K;
   std::int64_t last_positive = 0;
   bool finite = is_finite_number(near.d2) && (!spans || is_finite_number(far.d2));
-  double own_d = 0.0;  // of this lane's first edge: most lanes of a GPU have no other
-  for (std::int64_t e = first; e < K; e += step) {
+  for (std::int64_t e = first; e < K; e = next(e)) {
     const std::int32_t index = support.index(e);
     if (index < 0) continue;
     const Acc d2 = support.d2(e);
-    const double d = clamped_distance(d2);
-    if (e == first) own_d = d;
+    const double d = e == first ? own_d : clamped_distance(d2);
     finite = finite && is_finite_number(d2);
     if (index == far.index) far_slot = e;
     if (support.positive(e)) {
@@ -173,16 +188,10 @@ SN_INLINE AnchorTerms anchor_terms(const Group& group, const LossOptions& option
   far_slot = group.least(far_slot);
   first_negative = group.least(first_negative);
   last_positive = group.greatest(last_positive);
-  terms.positive_sum = group.sum(terms.positive_sum);
-  terms.negative_sum = group.sum(terms.negative_sum);
   terms.positives = group.sum(terms.positives);
   terms.negatives = group.sum(terms.negatives);
   terms.support_positives = terms.positives;
   terms.nearest_is_positive = near_slot == 0 && K > 0 ? 1 : 0;
-  if (near_slot == K) {
-    terms.positive_sum = near_d;
-    terms.positives = 1;
-  }
 
   const bool near_edge = near_slot == K;  // an edge of its own
   if (far_slot == K + 1 && far.index == near.index) far_slot = near_slot;
@@ -190,28 +199,29 @@ SN_INLINE AnchorTerms anchor_terms(const Group& group, const LossOptions& option
   if (owns_near) extra_indices[0] = near_edge ? near.index : -1;
   if (owns_far) extra_indices[1] = far_edge ? far.index : -1;
 
-  if (!finite) {
-    // A selected distance overflowed: say so loudly, in the loss and in every gradient this anchor feeds.
-    terms.loss = HUGE_VAL;
-    for (std::int64_t e = first; e < edges; e += step) {
-      const bool used = e < K ? support.index(e) >= 0 : (e == K ? near_edge : far_edge);
-      coefficients[e] = used ? Acc(NAN) : Acc(0);
-    }
-    return terms;
-  }
-
-  double separation = 0.0;
-  double share = 0.0;  // s above
+  // Masses: none where a selected distance overflowed, or where there is one side alone.
+  const bool contested = finite && terms.negatives > 0;
   double positive_mass = 0.0;
   double negative_mass = 0.0;
+  double x = 0.0;
+  double q = 1.0;
   Acc own_mass = Acc(0);
-  if (terms.negatives > 0) {
-    const double nearest_negative = clamped_distance(support.d2(first_negative));
-    for (std::int64_t e = first; e < K; e += step) {
-      if (support.index(e) < 0) continue;
+  if (contested) {
+    const double nearest_negative =
+        group.of(own_d, first_negative, [&] { return clamped_distance(support.d2(first_negative)); });
+    x = options.alpha * (near_d - nearest_negative);
+    const double q_exponent = x > 0.0 ? -x : x;
+    double own_q = 0.0;
+    for (std::int64_t e = first; Group::kOneEdge ? e <= K : e < K; e = next(e)) {  // one lane's turn is at q
+      const bool used = e < K && support.index(e) >= 0;
+      if (!used && !Group::kOneEdge) continue;
+      const bool positive = used && support.positive(e);
       const double d = e == first ? own_d : clamped_distance(support.d2(e));
-      const bool positive = support.positive(e);
-      const double mass = exp(-options.alpha * (d - (positive ? near_d : nearest_negative)));
+      const double mass = exp(used ? -options.alpha * (d - (positive ? near_d : nearest_negative)) : q_exponent);
+      if (!used) {
+        own_q = mass;
+        continue;
+      }
       (positive ? positive_mass : negative_mass) += mass;
       // Kept for the slopes below.
       if (e == first) {
@@ -220,33 +230,48 @@ SN_INLINE AnchorTerms anchor_terms(const Group& group, const LossOptions& option
         coefficients[e] = static_cast<Acc>(mass);
       }
     }
-    positive_mass = near_edge ? 1.0 : group.sum(positive_mass);
-    negative_mass = group.sum(negative_mass);
-    const double v = log(negative_mass / positive_mass) + options.alpha * (near_d - nearest_negative);
-    const double tail = exp(-fabs(v));
-    separation = (v > 0.0 ? v : 0.0) + log1p(tail);
-    share = (v > 0.0 ? 1.0 : tail) / (1.0 + tail);
+    q = group.of(own_q, K, [&] { return exp(q_exponent); });
+  }
+  // All four at once: on a GPU each is a chain of exchanges.
+  terms.positive_sum = group.sum(terms.positive_sum);
+  terms.negative_sum = group.sum(terms.negative_sum);
+  positive_mass = group.sum(positive_mass);
+  negative_mass = group.sum(negative_mass);
+  if (near_edge) {
+    terms.positive_sum = near_d;
+    terms.positives = 1;
+    positive_mass = 1.0;
   }
 
-  double squeeze = 0.0;
+  if (!finite) {
+    // A selected distance overflowed: say so loudly, in the loss and in every gradient this anchor feeds.
+    terms.loss = HUGE_VAL;
+    for (std::int64_t e = first; e < edges; e = next(e)) {
+      const bool used = e < K ? support.index(e) >= 0 : (e == K ? near_edge : far_edge);
+      coefficients[e] = used ? Acc(NAN) : Acc(0);
+    }
+    return terms;
+  }
+
+  const double a = x > 0.0 ? negative_mass : negative_mass * q;  // 0 where there is no negative
+  const double b = x > 0.0 ? positive_mass * q : positive_mass;
+
   double near_squeeze = 0.0;  // d squeeze / d d(near), and of the edge opposite to it
   std::int64_t opposite = -1;
-  double opposite_d = 0.0;
+  Acc opposite_d2 = far.d2;
   switch (options.squeeze) {
     case Squeeze::kSpan:
       opposite = far_slot;
-      opposite_d = clamped_distance(far.d2);
       break;
     case Squeeze::kSupport:
       if (terms.positives > 1) {
         // Farthest member of P_i, the lower index on a tie: the first positive as far as the last.
-        const Acc farthest = support.d2(last_positive);
+        opposite_d2 = support.d2(last_positive);
         std::int64_t candidate = last_positive;
-        for (std::int64_t e = last_positive; e >= 0 && support.d2(e) == farthest; --e) {
+        for (std::int64_t e = last_positive; e >= 0 && support.d2(e) == opposite_d2; --e) {
           if (support.positive(e)) candidate = e;
         }
         opposite = candidate;
-        opposite_d = clamped_distance(farthest);
       } else {
         near_squeeze = 1.0;
       }
@@ -257,36 +282,42 @@ SN_INLINE AnchorTerms anchor_terms(const Group& group, const LossOptions& option
     case Squeeze::kNone:
       break;
   }
+  double squeeze = 0.0;
   if (opposite >= 0 && opposite != near_slot) {
     near_squeeze = -1.0;
-    squeeze = opposite_d - near_d;
+    squeeze = group.of(own_d, spans ? K + 1 : last_positive, [&] { return clamped_distance(opposite_d2); }) - near_d;
   } else if (near_squeeze > 0.0) {
     squeeze = near_d;
   }
-  terms.loss = separation + options.weight * squeeze;
 
-  for (std::int64_t e = first; e < edges; e += step) {
+  for (std::int64_t e = first; e < edges; e = next(e)) {
     const bool used = e < K ? support.index(e) >= 0 : (e == K ? near_edge : far_edge);
     const Acc edge_d2 = !used ? Acc(0) : (e < K ? support.d2(e) : (e == K ? near.d2 : far.d2));
     if (static_cast<double>(edge_d2) < kSquaredDistanceFloor) {  // unused, or the clamp holds: no gradient
       coefficients[e] = Acc(0);
       continue;
     }
-    const double d = e < K && e == first ? own_d : clamped_distance(edge_d2);
-    double slope = 0.0;
-    if (share > 0.0) {
-      if (e == K) {
-        slope = options.alpha * share / positive_mass;  // near_i outside the support set: all of its side
-      } else if (e < K) {
-        const double mass = static_cast<double>(e == first ? own_mass : coefficients[e]);
-        slope = support.positive(e) ? options.alpha * share * mass / positive_mass
-                                    : -options.alpha * share * mass / negative_mass;
-      }
+    // The slope is numerator / scale, so that there is one division: a GPU waits long for each.
+    const double d = e == first ? own_d : clamped_distance(edge_d2);
+    double numerator = 0.0;
+    double scale = 1.0;
+    if (a > 0.0 && e <= K) {
+      const bool positive = e == K || support.positive(e);
+      // near_i outside the support set is all of its side.
+      const double mass = e == K ? 1.0 : static_cast<double>(e == first ? own_mass : coefficients[e]);
+      numerator = (positive ? options.alpha : -options.alpha) * a * mass;
+      scale = (a + b) * (positive ? positive_mass : negative_mass);
     }
-    if (e == near_slot) slope += options.weight * near_squeeze;
-    if (e == opposite && opposite != near_slot) slope += options.weight;
-    coefficients[e] = static_cast<Acc>(slope / d);
+    if (e == near_slot) numerator += options.weight * near_squeeze * scale;
+    if (e == opposite && opposite != near_slot) numerator += options.weight * scale;
+    coefficients[e] = static_cast<Acc>(numerator / (scale * d));
   }
+
+  // Last: on a GPU what depends on nothing else is under way before it.
+  const double separation =
+      contested ? (x > 0.0 ? x : 0.0) + log1p((x > 0.0 ? (negative_mass - positive_mass) + b : a) / positive_mass)
+                : 0.0;
+  terms.loss = separation + options.weight * squeeze;
   return terms;
 }
 

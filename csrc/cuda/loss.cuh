@@ -5,6 +5,8 @@
 //     keys: Shared<Key<A>> or Key<A>*, the anchor's support set: `found` <= K keys of make_key, in order, written
 //     before a barrier that covers the warp; they are marked here. near, far: the same in all lanes, index -1 for none.
 //     Writes every output of the anchor and returns its record, in all lanes.
+//   finish_few<A>(args, anchor, K, found, keys, near, far)         the same bits, K <= kShortNeighbours
+//     The keys are marked already. A lane has one edge at most, so what it knows of that stays in registers.
 //   final_reduction<A>(args, records, poison, memory)              one block, after all records
 //     records: an accessor like GlobalRecords. The bits are the same for any number of threads.
 //   sum_partial(records, N, partial, stage, memory, partials), then join_partials<A>(args, partials, memory)
@@ -18,6 +20,7 @@
 #include "cuda/keys.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/plan/plan_types.h"
+#include "cuda/plan/sizes.h"
 #include "cuda/ptx.cuh"
 #include "sn_math.h"
 #include "sn_types.h"
@@ -38,7 +41,9 @@ __device__ __forceinline__ std::int64_t self_of(const ForwardArgs& args, std::in
 // ---- one anchor -----------------------------------------------------------------------------------------------------
 
 // Group of sn_math.h. Sums meet in a butterfly: all lanes get the same bits.
+template <bool kOne>
 struct WarpGroup {
+  static constexpr bool kOneEdge = kOne;
   __device__ __forceinline__ std::int64_t rank() const { return lane_id(); }
   __device__ __forceinline__ std::int64_t size() const { return kWarpSize; }
   __device__ __forceinline__ double sum(double value) const {
@@ -56,6 +61,11 @@ struct WarpGroup {
     return reduce_max(static_cast<std::uint32_t>(value));
   }
   __device__ __forceinline__ bool any(bool vote) const { return any_lane(vote); }
+  template <class Compute>
+  __device__ __forceinline__ double of(double own, std::int64_t e, const Compute& compute) const {
+    if constexpr (kOne) return shuffle(own, static_cast<int>(e));
+    return compute();
+  }
 };
 
 // Support of sn_math.h over a list of keys that carry their marks.
@@ -69,35 +79,42 @@ struct KeyedSupport {
   __device__ __forceinline__ A d2(std::int64_t e) const { return d2_of(key_at(keys, e)); }
   __device__ __forceinline__ bool positive(std::int64_t e) const { return positive_of(key_at(keys, e)); }
 };
-
-template <class A, class Keys>
-__device__ AnchorRecord finish_anchor(const ForwardArgs& args, std::int64_t anchor, std::int64_t K, std::int64_t found,
-                                      Keys keys, Positive<A> near, Positive<A> far) {
-  std::int32_t* gIndices = args.indices + anchor * (K + kExtraEdges);
-  A* gCoefficients = static_cast<A*>(args.coefficients) + anchor * (K + kExtraEdges);
-  A* gSquared = args.squared == nullptr ? nullptr : static_cast<A*>(args.squared) + anchor * (K + kExtraEdges);
-  const std::int64_t label = load(args.anchor_labels + anchor);
-
-  for (std::int64_t e = lane_id(); e < K; e += kWarpSize) {
-    std::int32_t index = -1;
-    A d2 = infinity<A>();
-    if (e < found) {
-      const auto key = key_at(keys, e);
-      index = index_of(key);
-      d2 = d2_of(key);
-      if (load(args.candidate_labels + index) == label) set_key(keys, e, mark_positive(key));
-    }
-    gIndices[e] = index;
-    if (gSquared != nullptr) gSquared[e] = d2;
+// The same where lane e has edge e.
+template <class A>
+struct LaneSupport {
+  Shared<Key<A>> sKeys;
+  std::int64_t found;
+  Key<A> own;
+  __device__ __forceinline__ Key<A> key(std::int64_t e) const {
+    return e == lane_id() ? own : sKeys.get(static_cast<int>(e));
   }
-  sync_warp();
+  __device__ __forceinline__ std::int32_t index(std::int64_t e) const { return e < found ? index_of(key(e)) : -1; }
+  __device__ __forceinline__ A d2(std::int64_t e) const { return d2_of(key(e)); }
+  __device__ __forceinline__ bool positive(std::int64_t e) const { return positive_of(key(e)); }
+};
 
-  const KeyedSupport<A, Keys> support{keys, found};
+// Where the edges of an anchor go.
+template <class A>
+struct EdgesOut {
+  std::int32_t* gIndices;
+  A* gCoefficients;
+  A* gSquared;  // or null
+  __device__ __forceinline__ EdgesOut(const ForwardArgs& args, std::int64_t anchor, std::int64_t K)
+      : gIndices(args.indices + anchor * (K + kExtraEdges)),
+        gCoefficients(static_cast<A*>(args.coefficients) + anchor * (K + kExtraEdges)),
+        gSquared(args.squared == nullptr ? nullptr : static_cast<A*>(args.squared) + anchor * (K + kExtraEdges)) {}
+};
+
+// Behind the indices and squared distances of the support set.
+template <class A, class Group, class Support>
+__device__ __forceinline__ AnchorRecord finish_edges(const ForwardArgs& args, std::int64_t anchor, std::int64_t K,
+                                                     const Group& group, const Support& support, const EdgesOut<A>& out,
+                                                     Positive<A> near, Positive<A> far) {
   const AnchorTerms terms =
-      anchor_terms<A>(WarpGroup(), args.options, K, support, near, far, gIndices + K, gCoefficients);
-  if (gSquared != nullptr) {  // the lanes that own the last two edges have written their indices
-    if (K % kWarpSize == lane_id()) gSquared[K] = gIndices[K] >= 0 ? near.d2 : infinity<A>();
-    if ((K + 1) % kWarpSize == lane_id()) gSquared[K + 1] = gIndices[K + 1] >= 0 ? far.d2 : infinity<A>();
+      anchor_terms<A>(group, args.options, K, support, near, far, out.gIndices + K, out.gCoefficients);
+  if (out.gSquared != nullptr) {  // the lanes that own the last two edges have written their indices
+    if (K % kWarpSize == lane_id()) out.gSquared[K] = out.gIndices[K] >= 0 ? near.d2 : infinity<A>();
+    if ((K + 1) % kWarpSize == lane_id()) out.gSquared[K + 1] = out.gIndices[K + 1] >= 0 ? far.d2 : infinity<A>();
   }
   if (lane_id() == 0) {
     args.nearest_positive[anchor] = near.index;
@@ -111,6 +128,41 @@ __device__ AnchorRecord finish_anchor(const ForwardArgs& args, std::int64_t anch
           .negatives = static_cast<std::int32_t>(terms.negatives),
           .support_positives = static_cast<std::int32_t>(terms.support_positives),
           .flags = static_cast<std::int32_t>(terms.valid | terms.nearest_is_positive << 1)};
+}
+
+template <class A, class Keys>
+__device__ AnchorRecord finish_anchor(const ForwardArgs& args, std::int64_t anchor, std::int64_t K, std::int64_t found,
+                                      Keys keys, Positive<A> near, Positive<A> far) {
+  const EdgesOut<A> out(args, anchor, K);
+  const std::int64_t label = load(args.anchor_labels + anchor);
+  for (std::int64_t e = lane_id(); e < K; e += kWarpSize) {
+    std::int32_t index = -1;
+    A d2 = infinity<A>();
+    if (e < found) {
+      const auto key = key_at(keys, e);
+      index = index_of(key);
+      d2 = d2_of(key);
+      if (load(args.candidate_labels + index) == label) set_key(keys, e, mark_positive(key));
+    }
+    out.gIndices[e] = index;
+    if (out.gSquared != nullptr) out.gSquared[e] = d2;
+  }
+  sync_warp();
+  return finish_edges(args, anchor, K, WarpGroup<false>(), KeyedSupport<A, Keys>{keys, found}, out, near, far);
+}
+
+template <class A>
+__device__ AnchorRecord finish_few(const ForwardArgs& args, std::int64_t anchor, std::int64_t K, std::int64_t found,
+                                   const Shared<Key<A>>& sKeys, Positive<A> near, Positive<A> far) {
+  static_assert(kShortNeighbours + kExtraEdges <= kWarpSize);
+  const EdgesOut<A> out(args, anchor, K);
+  const LaneSupport<A> support{sKeys, found, lane_id() < found ? sKeys.get(lane_id()) : last_key<Key<A>>()};
+  if (lane_id() < K) {
+    const std::int32_t index = support.index(lane_id());
+    out.gIndices[lane_id()] = index;
+    if (out.gSquared != nullptr) out.gSquared[lane_id()] = index >= 0 ? d2_of(support.own) : infinity<A>();
+  }
+  return finish_edges(args, anchor, K, WarpGroup<true>(), support, out, near, far);
 }
 
 // ---- all anchors ----------------------------------------------------------------------------------------------------

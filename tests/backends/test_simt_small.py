@@ -81,6 +81,16 @@ def test_ties_and_distances_that_overflow(rows: int, name: str, path: str) -> No
     check(problems.adversarial_case(name, rows, 140), path)
 
 
+@pytest.mark.parametrize("path", ["direct", *ONE_LAUNCH])
+@pytest.mark.parametrize("rows", [16, 34, 80])
+@pytest.mark.parametrize("k", [1, 10, 16])
+def test_more_ties_than_a_list_holds(k: int, rows: int, path: str) -> None:
+    """Where more than 32 candidates are within the bound, neighbours are taken one by one, the lowest index first."""
+    case = replace(problems.adversarial_case("all-identical", rows, 20), k=k)
+    with simt.using(path=path):
+        judge.check_neighbors(case, "simt")
+
+
 @pytest.mark.parametrize("path", ONE_LAUNCH)
 @pytest.mark.parametrize("squeeze", oracle.SQUEEZES)
 def test_options(squeeze: str, path: str) -> None:

@@ -95,9 +95,24 @@ def small() -> list[Mutant]:
             "what other threads of a block wrote is not released", FENCES, (),
         ),
         Mutant(
-            "extracted-key-stays", DIRECT + "select.cuh", "if (rIndices[i] == index) rBits[i] = kNone;",
-            "if (rIndices[i] < index) rBits[i] = kNone;",
-            "a neighbour is taken again, on both paths alike", (TESTS + "test_options",),
+            "extracted-key-stays", DIRECT + "select.cuh", "if (rCodes[i] == first) rBits[i] = kNone;",
+            "if (rCodes[i] < first) rBits[i] = kNone;",
+            "a neighbour is taken again, on both paths alike", (TESTS + "test_more_ties_than_a_list_holds",),
+        ),
+        Mutant(
+            "bound-of-one-neighbour-less", DIRECT + "select.cuh",
+            "< K && least != kNone;", "< K - 1 && least != kNone;",
+            "the list lacks the last neighbour, on both paths alike", (TESTS + "test_options",),
+        ),
+        Mutant(
+            "ranks-among-the-first-entries", DIRECT + "select.cuh",
+            "first < listed; first += kTogether", "first + kTogether < listed; first += kTogether",
+            "an entry's place does not count the last ones of the list", (TESTS + "test_options",),
+        ),
+        Mutant(
+            "negatives-as-near-as-positives", "csrc/sn_math.h", "negative_mass : negative_mass * q;",
+            "negative_mass : negative_mass;", "a side that is farther weighs as if it were as near",
+            (TESTS + "test_options",),
         ),
         Mutant(
             "sums-of-other-warps", "csrc/cuda/loss.cuh", "i < half; ++i) rParts[i] = add(rParts[i], rParts[i + half]);",

@@ -2,10 +2,10 @@
 // launch share its parts.
 //
 // Short rows (at most 32 kPerLane candidates, K <= 16): the block adds the slices up into shared memory. Then one warp
-// holds the row in registers and extracts the least key K times, with two reductions each, while another warp finds
-// near and far. Longer rows, or larger K: all threads look for near and far as they add up, and for the least key of
-// their own candidates, from which a bound and sorted lists follow (lists.cuh). Where those do not serve, or take
-// longer, a radix selection (keys.cuh) finds what the lists sort. Either way the first warp finishes the anchor.
+// holds the row in registers, bounds the K-th key, and lists and ranks what is within. Longer rows, or larger K: all
+// threads look for near and far as they add up, and for the least key of their own candidates, from which a bound and
+// sorted lists follow (lists.cuh). Where those do not serve, or take longer, a radix selection (keys.cuh) finds what
+// the lists sort. Either way the first warp finishes the anchor.
 #pragma once
 
 #include <cstdint>
@@ -130,37 +130,169 @@ __device__ __forceinline__ Value least_of(const Value (&rValues)[kCount]) {
   return rLeast[0];
 }
 
-// Lane i gets the i-th of the K <= 32 first keys of the row sRow [M], last_key where there are fewer. One warp. No lane
-// branches: what the next step waits for is a reduction, a few levels of minima, and another reduction.
-template <class A, int kPerLane>
-__device__ __forceinline__ Key<A> extract_least(const Shared<A>& sRow, int M, std::int64_t self, int K) {
-  using Bits = decltype(bits_of(A()));
-  constexpr Bits kNone = ~Bits{0};  // above +inf
-  Bits rBits[kPerLane];
+__device__ __forceinline__ std::uint32_t greatest_bits(std::uint32_t bits) {
+  return reduce_max(bits);
+}
+__device__ __forceinline__ std::uint64_t greatest_bits(std::uint64_t bits) {
+  return ~least_bits(~bits);
+}
+
+// Bit i of a lane: its candidate i * 32 + lane is a positive of the anchor.
+template <int kPerLane>
+__device__ __forceinline__ std::uint32_t positives_of(const ForwardArgs& args, std::int64_t anchor, std::int64_t self) {
+  const std::int64_t label = load(args.anchor_labels + anchor);
+  std::uint32_t rPositive = 0;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int j = i * kWarpSize + lane_id();
-    rBits[i] = j < M && j != self ? bits_of(sRow.get(j)) : kNone;
+    if (j < args.candidates.rows && j != self && load(args.candidate_labels + j) == label) rPositive |= 1u << i;
   }
-  Key<A> rKey = last_key<Key<A>>();
-#pragma unroll 1
-  for (int rank = 0; rank < K; ++rank) {
-    const Bits least = least_bits(least_of(rBits));
-    if (least == kNone) break;
-    std::uint32_t rIndices[kPerLane];  // of candidates that are as near
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      rIndices[i] = rBits[i] == least ? static_cast<std::uint32_t>(i * kWarpSize + lane_id()) : ~0u;
-    }
-    const std::uint32_t index = reduce_min(least_of(rIndices));
-    if (lane_id() == rank) rKey = make_key(value_of(least), static_cast<std::int32_t>(index));
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (rIndices[i] == index) rBits[i] = kNone;
-    }
-  }
-  return rKey;
+  return rPositive;
 }
+
+// A row of at most 32 kPerLane candidates in the registers of one warp, which selects its first K <= kShortNeighbours
+// keys, marked, and near and far.
+template <class A, int kPerLane>
+class ShortRow {
+ public:
+  using Bits = decltype(bits_of(A()));
+  static constexpr Bits kNone = ~Bits{0};  // above +inf
+
+  // sRow [M], written before a barrier that covers the warp.
+  __device__ __forceinline__ ShortRow(const Shared<A>& sRow, int M, std::int64_t self, std::uint32_t rPositive)
+      : rPositive_(rPositive) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int j = i * kWarpSize + lane_id();
+      rBits_[i] = j < M && j != self ? bits_of(sRow.get(j)) : kNone;
+    }
+  }
+
+  // Key r into place r of sKeys, which has kWarpSize; fewer than K where there are no more. near, far: in all lanes,
+  // index -1 for none.
+  //
+  // The K-th least of the lanes' least values is a bound: K candidates are not above it, and few more (12 for 10, of
+  // 256). Those are listed, and each finds its place by counting the keys before its own. (Where fewer than K lanes
+  // have candidates, these have one each, and all are listed.)
+  __device__ __forceinline__ void select(int K, const Shared<Key<A>>& sKeys, Positive<A>* near,
+                                         Positive<A>* far) const {
+    const Shared<Bits> sLeast = sKeys.template view<Bits>();
+    const Bits least = least_of(rBits_);
+    sLeast.set(lane_id(), least);
+    find_special(near, far);
+    sync_warp();
+    int rLess[4] = {};  // lanes with a lesser one, in independent counts
+#pragma unroll
+    for (int lane = 0; lane < kWarpSize; ++lane) rLess[lane % 4] += sLeast.get(lane) < least ? 1 : 0;
+    const bool counts = (rLess[0] + rLess[1]) + (rLess[2] + rLess[3]) < K && least != kNone;
+    const Bits bound = greatest_bits(counts ? least : Bits{0});
+
+    int rPlace[kPerLane];
+    int listed = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const std::uint32_t votes = ballot(rBits_[i] <= bound);
+      rPlace[i] = rBits_[i] <= bound ? listed + popcount(votes & ((1u << lane_id()) - 1u)) : kWarpSize;
+      listed += popcount(votes);
+    }
+    Key<A> rEntry = last_key<Key<A>>();
+    int rank = lane_id();
+    if (listed > kWarpSize) {  // ties, or many candidates in few lanes
+      rEntry = extract(K);
+    } else {
+      sync_warp();  // least values have been read
+      if (lane_id() >= listed) sKeys.set(lane_id(), rEntry);
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        if (rPlace[i] < kWarpSize) sKeys.set(rPlace[i], entry(i));
+      }
+      sync_warp();
+      rEntry = sKeys.get(lane_id());
+      rank = rank_of(rEntry, listed, sKeys);
+    }
+    sync_warp();  // the list has been read
+    if (rank < K) sKeys.set(rank, marked(rEntry));
+    sync_warp();
+  }
+
+  // In all lanes, index -1 for none.
+  __device__ __forceinline__ void find_special(Positive<A>* near, Positive<A>* far) const {
+    Bits rNear[kPerLane];
+    Bits rFar[kPerLane];  // complements
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      rNear[i] = positive(i) ? rBits_[i] : kNone;
+      rFar[i] = positive(i) ? ~rBits_[i] : kNone;
+    }
+    const Bits near_bits = least_bits(least_of(rNear));
+    const Bits far_bits = greatest_bits(~least_of(rFar));
+    std::uint32_t rNearIndices[kPerLane];
+    std::uint32_t rFarIndices[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      rNearIndices[i] = positive(i) && rBits_[i] == near_bits ? number(i) : ~0u;
+      rFarIndices[i] = positive(i) && rBits_[i] == far_bits ? number(i) : ~0u;
+    }
+    *near = {static_cast<std::int32_t>(reduce_min(least_of(rNearIndices))), value_of(near_bits)};
+    *far = {static_cast<std::int32_t>(reduce_min(least_of(rFarIndices))), value_of(far_bits)};
+  }
+
+ private:
+  __device__ __forceinline__ bool positive(int i) const { return (rPositive_ >> i & 1u) != 0; }
+  __device__ __forceinline__ static std::uint32_t number(int i) {
+    return static_cast<std::uint32_t>(i * kWarpSize + lane_id());
+  }
+
+  // A candidate on its way to its place: instead of the index twice the index, and 1 more if it is a positive, which
+  // orders alike.
+  __device__ __forceinline__ std::uint32_t code(int i) const { return 2 * number(i) + (positive(i) ? 1u : 0u); }
+  __device__ __forceinline__ Key<A> entry(int i) const {
+    return make_key(value_of(rBits_[i]), static_cast<std::int32_t>(code(i)));
+  }
+  __device__ __forceinline__ static Key<A> marked(const Key<A>& entry) {
+    const std::int32_t found = index_of(entry);
+    const Key<A> key = make_key(d2_of(entry), found >> 1);
+    return (found & 1) != 0 ? mark_positive(key) : key;
+  }
+
+  // Entries of the list before this one; those behind `listed` are behind all.
+  __device__ __forceinline__ static int rank_of(const Key<A>& own, int listed, const Shared<Key<A>>& sKeys) {
+    constexpr int kTogether = 8;
+    int rBefore[2] = {};
+#pragma unroll 1
+    for (int first = 0; first < listed; first += kTogether) {
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) rBefore[i % 2] += before(sKeys.get(first + i), own) ? 1 : 0;
+    }
+    return lane_id() < listed ? rBefore[0] + rBefore[1] : kWarpSize;
+  }
+
+  // Lane i gets the i-th entry of K. No lane branches: what the next step waits for is a reduction, a few levels of
+  // minima, and another reduction.
+  __device__ __forceinline__ Key<A> extract(int K) const {
+    Bits rBits[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) rBits[i] = rBits_[i];
+    Key<A> rEntry = last_key<Key<A>>();
+#pragma unroll 1
+    for (int rank = 0; rank < K; ++rank) {
+      const Bits least = least_bits(least_of(rBits));
+      std::uint32_t rCodes[kPerLane];  // of candidates that are as near
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) rCodes[i] = rBits[i] == least ? code(i) : ~0u;
+      const std::uint32_t first = reduce_min(least_of(rCodes));
+      if (lane_id() == rank) rEntry = make_key(value_of(least), static_cast<std::int32_t>(first));
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        if (rCodes[i] == first) rBits[i] = kNone;
+      }
+    }
+    return rEntry;
+  }
+
+  Bits rBits_[kPerLane];  // of candidates that exist and are not the anchor
+  std::uint32_t rPositive_;
+};
 
 // near_i and far_i, as they are found.
 template <class A>
@@ -180,29 +312,14 @@ struct SpecialKeys {
   }
 };
 
-// Of a short row, by one warp; the result is in all lanes.
-template <class A>
-__device__ __forceinline__ SpecialKeys<A> find_special(const ForwardArgs& args, std::int64_t anchor, std::int64_t self,
-                                                       const Shared<A>& sRow) {
-  const std::int64_t label = load(args.anchor_labels + anchor);
-  SpecialKeys<A> rSpecial;
-  for (int j = lane_id(); j < args.candidates.rows; j += kWarpSize) {
-    if (j != self && load(args.candidate_labels + j) == label) rSpecial.offer(sRow.get(j), j);
-  }
-  rSpecial.meet();
-  return rSpecial;
-}
-
 template <class A, int kPerLane>
 class SelectState {
  public:
   static int bytes(std::int64_t M, std::int64_t) {
-    return shared_bytes<A>(static_cast<int>(M)) + shared_bytes<Key<A>>(kWarpSize) + shared_bytes<Key<A>>(2);
+    return shared_bytes<A>(static_cast<int>(M)) + shared_bytes<Key<A>>(kWarpSize);
   }
   __device__ __forceinline__ SelectState(SharedArena& arena, std::int64_t M, std::int64_t)
-      : sRow_(arena.take<A>(static_cast<int>(M))),
-        sKeys_(arena.take<Key<A>>(kWarpSize)),
-        sSpecial_(arena.take<Key<A>>(2)) {}
+      : sRow_(arena.take<A>(static_cast<int>(M))), sKeys_(arena.take<Key<A>>(kWarpSize)) {}
 
   // By all threads of the block; the record is the first warp's.
   template <class Sums>
@@ -210,28 +327,21 @@ class SelectState {
                                             const Sums& sums, Selection, Key<A>*) const {
     const int M = static_cast<int>(args.candidates.rows);
     const std::int64_t self = self_of(args, anchor);
+    std::uint32_t rPositive = 0;
+    if (warp_id() == 0) rPositive = positives_of<kPerLane>(args, anchor, self);  // under way while the slices are
     for (int j = thread_id(); j < M; j += thread_count()) sRow_.set(j, sums.get(j));
     sync_block();
-    if (warp_id() == 0) {
-      sKeys_.set(lane_id(), extract_least<A, kPerLane>(sRow_, M, self, static_cast<int>(K)));
-    } else if (warp_id() == 1) {
-      const SpecialKeys<A> rSpecial = find_special<A>(args, anchor, self, sRow_);
-      if (lane_id() == 0) {
-        sSpecial_.set(0, rSpecial.near);
-        sSpecial_.set(1, rSpecial.far);
-      }
-    }
-    sync_block();
     if (warp_id() != 0) return {};
+    Positive<A> near{};
+    Positive<A> far{};
+    ShortRow<A, kPerLane>(sRow_, M, self, rPositive).select(static_cast<int>(K), sKeys_, &near, &far);
     const std::int64_t others = M - (self >= 0 ? 1 : 0);
-    return finish_anchor<A>(args, anchor, K, K < others ? K : others, sKeys_, near_of<A>(sSpecial_.get(0)),
-                            far_of<A>(sSpecial_.get(1)));
+    return finish_few<A>(args, anchor, K, K < others ? K : others, sKeys_, near, far);
   }
 
  private:
-  Shared<A> sRow_;           // [M]
-  Shared<Key<A>> sKeys_;     // [kWarpSize]
-  Shared<Key<A>> sSpecial_;  // near, far
+  Shared<A> sRow_;        // [M]
+  Shared<Key<A>> sKeys_;  // [kWarpSize]
 };
 
 // ---- long rows ------------------------------------------------------------------------------------------------------

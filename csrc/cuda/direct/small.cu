@@ -239,41 +239,26 @@ struct SmallBlock {
 };
 static_assert(kLargestSlice == 4 * kChunk, "the trees of join_chunks");
 
-// Bit i of a lane: its candidate i * 32 + lane is a positive of the anchor.
-__device__ __forceinline__ std::uint32_t positives_of(const ForwardArgs& args, std::int64_t anchor, std::int64_t self) {
-  const std::int64_t label = load(args.anchor_labels + anchor);
-  std::uint32_t rPositive = 0;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int j = i * kWarpSize + lane_id();
-    if (j < args.candidates.rows && j != self && load(args.candidate_labels + j) == label) rPositive |= 1u << i;
-  }
-  return rPositive;
-}
-
 // From the row of an anchor to its outputs, by one warp.
 __device__ AnchorRecord select_anchor(const SmallArgs& args, std::int64_t anchor, std::uint32_t rPositive,
                                       const Shared<A>& sRow, const Shared<Key<A>>& sKeys) {
   const int M = static_cast<int>(args.forward.candidates.rows);
   const std::int64_t self = self_of(args.forward, anchor);
-  SpecialKeys<A> rSpecial;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if ((rPositive >> i & 1u) != 0) rSpecial.offer(sRow.get(i * kWarpSize + lane_id()), i * kWarpSize + lane_id());
-  }
-  rSpecial.meet();
-  if (args.K <= kShortNeighbours) {
-    sKeys.set(lane_id(), extract_least<A, kPerLane>(sRow, M, self, static_cast<int>(args.K)));
-    sync_warp();
-  } else {
-    for (int j = lane_id(); j < M; j += kWarpSize) {
-      sKeys.set(j, j == self ? last_key<Key<A>>() : make_key(sRow.get(j), j));
-    }
-    sort_keys(WarpTeam(), sKeys, M);
-  }
   const std::int64_t others = M - (self >= 0 ? 1 : 0);
-  return finish_anchor<A>(args.forward, anchor, args.K, args.K < others ? args.K : others, sKeys,
-                          near_of<A>(rSpecial.near), far_of<A>(rSpecial.far));
+  const std::int64_t found = args.K < others ? args.K : others;
+  const ShortRow<A, kPerLane> row(sRow, M, self, rPositive);
+  Positive<A> near{};
+  Positive<A> far{};
+  if (args.K <= kShortNeighbours) {
+    row.select(static_cast<int>(args.K), sKeys, &near, &far);
+    return finish_few<A>(args.forward, anchor, args.K, found, sKeys, near, far);
+  }
+  row.find_special(&near, &far);
+  for (int j = lane_id(); j < M; j += kWarpSize) {
+    sKeys.set(j, j == self ? last_key<Key<A>>() : make_key(sRow.get(j), j));
+  }
+  sort_keys(WarpTeam(), sKeys, M);
+  return finish_anchor<A>(args.forward, anchor, args.K, found, sKeys, near, far);
 }
 
 // By all threads of a block: what it has written is seen by whoever takes a later ticket. Returns whether this one is
@@ -334,7 +319,7 @@ __device__ __forceinline__ void small_block(const SmallArgs& args) {
     let_dependents_start();
     if (!kCluster || warp_id() >= mine) return;
     const std::int64_t anchor = first_anchor + own + warp_id() * step;
-    rPositive = positives_of(args.forward, anchor, self_of(args.forward, anchor));
+    rPositive = positives_of<kPerLane>(args.forward, anchor, self_of(args.forward, anchor));
   });
   if (any_lane(nonfinite) && lane_id() == 0) sFlags.atomic_or(0, 1u);
 
@@ -372,7 +357,7 @@ __device__ __forceinline__ void small_block(const SmallArgs& args) {
   for (int slot = warp_id(); slot < mine; slot += kSmallWarps) {
     const std::int64_t anchor = first_anchor + own + slot * step;
     if (!kCluster || slot >= kSmallWarps) {
-      rPositive = positives_of(args.forward, anchor, self_of(args.forward, anchor));
+      rPositive = positives_of<kPerLane>(args.forward, anchor, self_of(args.forward, anchor));
     }
     const AnchorRecord record =
         select_anchor(args, anchor, rPositive, sRows.offset(slot * block.columns), sKeys.offset(warp_id() * args.keys));

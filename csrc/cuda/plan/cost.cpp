@@ -50,10 +50,15 @@ constexpr double kTileElement = 0.057;
 constexpr double kHalfTiles = 1.1;  // half inputs: 512 x 2048 in 65.8 against 62.1, 1024 x 2048 in 298 against 270
 
 // Selection: a row alone, and rows one after the other on a multiprocessor, which are as many times shorter as blocks
-// reside there. Where one warp extracts, 64 to 256 x 2048: 10.0 to 12.1. A neighbour has two reductions and six levels
-// of minima and comparisons over the lane's candidates, 110 cycles however many these are: counted, not measured.
-constexpr double kShortRowStart = 7.5;
-constexpr double kShortRowRank = 110.0 / 1755.0;
+// reside there. Where one warp extracts, 64 to 256 x 2048: 10.0 to 12.1, when it took the neighbours one by one, and
+// each link of the finish waited for the one before. Now candidates within a bound are ranked all at once, roots and
+// exponentials of an anchor are one each, sums meet together, and one logarithm and one division follow. Counted, not
+// measured, by the stalls that the compiler wrote into the machine code of sm_90a (and 24 to 40 cycles for what has
+// none), from the sums of a row to the record, K = 10: 7490 cycles of a warp that does it alone then, 3830 now. The
+// record's 7490 were 6370 by this model, so of cycles saved 0.85 count. Another warp found near and far on the direct
+// path, so there it is 1500 and the ranks. A neighbour: 1.2 entries of the list to compare with.
+constexpr double kShortRowStart = 7.5 - 1500.0 / 1755.0;
+constexpr double kShortRowRank = 6.0 / 1755.0;
 constexpr double kShortRowEntry = 0.0083;
 constexpr double kShortRows = 0.5;
 constexpr double kShortRowsEntry = 0.0021;
@@ -157,11 +162,12 @@ void predict_direct(const ForwardPlan& plan, const Problem& problem, const Machi
 // One launch. Sums: a warp takes 256 pairs of a chunk, at the tiles' rate while there are two warps for a scheduler;
 // one alone cannot issue faster than kSmallItem. Rows come from the L2 all the while, to every group anew. Then planes
 // are shown: in a cluster, a barrier and loads from distributed shared memory; else stores, a ticket, and loads.
-// Anchors, a warp each, at once: what an extracted row costs less the launch, the loads and the last ticket, then that
-// ticket and the sum over anchors. Counted, not measured; the parts that this kernel shares with tiles and selection
-// were read from those. Of a ticket, a selection has two fences, and loads a flag before the records; here the atomic
-// releases and acquires, and says what the flag does: 340 cycles less, a round trip and a barrier, of each ticket, and
-// of the last one the flag's round trip and the exchange of 64-bit counts, 700 cycles, too.
+// Anchors, a warp each, at once: what an extracted row cost less the launch, the loads and the last ticket, then that
+// ticket and the sum over anchors. Of few neighbours 3830 of 7490 cycles, as above: 0.51 of what 10 of them took. All
+// counted, not measured; the parts that this kernel shares with tiles and selection were read from those. Of a ticket,
+// a selection has two fences, and loads a flag before the records; here the atomic releases and acquires, and says what
+// the flag does: 340 cycles less, a round trip and a barrier, of each ticket, and of the last one the flag's round trip
+// and the exchange of 64-bit counts, 700 cycles, too.
 constexpr double kSmallStart = kTilesStart;
 constexpr double kSmallItem = 0.7;
 constexpr double kSmallPairs = 256.0 / 4096.0;  // of a tile's
@@ -170,6 +176,7 @@ constexpr double kClusterShowSlice = 0.015;  // loads of one pair
 constexpr double kTicketShow = 2.2 - 340.0 / 1755.0;
 constexpr double kTicketShowRow = 0.1;  // of an anchor, 256 candidates at a time
 constexpr double kSmallAnchor = 3.0;
+constexpr double kSmallFew = 0.51 * (kSmallAnchor + 10.0 * 110.0 / 1755.0) - 10.0 * kShortRowRank;
 constexpr double kSmallTicket = 2.4 - 1040.0 / 1755.0;
 constexpr double kSmallSort = 0.006;  // K > 16: of a key, a warp's network
 
@@ -189,11 +196,12 @@ double small_us(const ForwardPlan& plan, const Problem& problem, const Machine& 
   const double rows = finished * real(small_columns(problem.M)) / real(kSmallRows);
   const double show = plan.path == ForwardPath::kCluster ? kClusterShow + kClusterShowSlice * real(plan.d_slices)
                                                          : kTicketShow + kTicketShowRow * rows;
-  const double select = plan.K <= kShortNeighbours
-                            ? real(plan.K) * kShortRowRank
-                            : kSmallSort * real(problem.M) * std::log2(real(problem.M)) + kSelectKey * real(plan.K);
+  const double select =
+      plan.K <= kShortNeighbours
+          ? kSmallFew + real(plan.K) * kShortRowRank
+          : kSmallAnchor + kSmallSort * real(problem.M) * std::log2(real(problem.M)) + kSelectKey * real(plan.K);
   return kGap + kSmallStart + waves(blocks, machine.device) * joined(sums, bytes / kCacheBytes) + show +
-         turns * (kSmallAnchor + select) + kSmallTicket + final_us(problem.N);
+         turns * select + kSmallTicket + final_us(problem.N);
 }
 
 // ---- screening ------------------------------------------------------------------------------------------------------

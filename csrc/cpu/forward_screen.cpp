@@ -82,7 +82,7 @@ Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, Slices& slices) 
   screen.list_limits = slices.take<std::int32_t>(N);
   screen.exact_counts = slices.take<std::int32_t>(N);
   screen.thresholds = slices.take<float>(screen.anchors.padded);
-  if (plan.whole) layout.upper_bias = slices.take<float>(screen.candidates.padded);
+  layout.upper_bias = slices.take<float>(screen.candidates.padded);
   layout.products = slices.take<float>(plan.product_floats);
   return layout;
 }
@@ -201,16 +201,30 @@ class Tiles {
     return tile;
   }
   // Lists change under the lock of their block of positions. The selection does not depend on the order of the tiles.
-  void append_hits(const Kernels& kernels, const Tile& tile, const float* products) {
+  void append_hits(const Kernels& kernels, const Tile& tile, float* products) {
     const std::int64_t i = tile.row / plan_.tile;
     const std::int64_t j = tile.column / plan_.tile;
     std::unique_lock<std::mutex> rows(locks_[i]);
     std::unique_lock<std::mutex> columns;
     if (screen_.symmetric && i != j) columns = std::unique_lock<std::mutex>(locks_[j]);
+    if (tile.diagonal && screen_whole_rows(kernels, tile, products)) return;
     kernels.tile_epilogue(screen_, tile, products);
   }
 
  private:
+  // The first tile of its rows, usually: every pair would be a hit, as thresholds are infinite.
+  bool screen_whole_rows(const Kernels& kernels, const Tile& tile, float* products) const {
+    std::int32_t* counts = screen_.list_counts + tile.row;
+    const std::int64_t rows = std::min(tile.rows, screen_.anchors.rows - tile.row);
+    if (plan_.whole || std::any_of(counts, counts + rows, [](std::int32_t count) { return count > 0; })) return false;
+    Tile alone = tile;
+    alone.row = alone.column = 0;
+    kernels.mirror_tile(alone, products);
+    if (kernels.screen_rows(screen_, tile, products)) return true;
+    std::fill_n(counts, rows, 0);
+    return false;
+  }
+
   const ScreenPlan& plan_;
   const Screen& screen_;
   std::int64_t row_blocks_;
@@ -243,7 +257,8 @@ bool sweep(const ThreadPool& pool, const Kernels& kernels, const ScreenPlan& pla
   std::atomic<bool> fits{true};
   const int selectors = workers_for(pool, 4.0 * static_cast<double>(screen.anchors.rows * screen.candidates.rows));
   for_blocks(pool, selectors, screen.anchors.rows, kPanel, [&](std::int64_t begin, std::int64_t end) {
-    if (!kernels.screen_rows(screen, begin, end, plan.pitch, layout.products)) fits.store(false);
+    const Tile rows{begin, end - begin, 0, round_up(screen.candidates.rows, kPanel), false, plan.pitch};
+    if (!kernels.screen_rows(screen, rows, layout.products + begin * plan.pitch)) fits.store(false);
   });
   if (fits.load()) return true;
   // Clusters that the bound cannot tell apart: the tiles' epilogue resolves them, from thresholds that hold already.
@@ -295,11 +310,9 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   if (!bound_errors(args, layout)) return false;
   find_surplus_duplicates(
       args, layout, K, [&](std::int64_t position) { layout.bias[position] = std::numeric_limits<float>::infinity(); });
-  if (plan.whole) {
-    screen.upper_bias = layout.upper_bias;
-    for (std::int64_t q = 0; q < screen.candidates.padded; ++q) {
-      layout.upper_bias[q] = layout.bias[q] + screen.candidates.slack[q];
-    }
+  screen.upper_bias = layout.upper_bias;
+  for (std::int64_t q = 0; q < screen.candidates.padded; ++q) {
+    layout.upper_bias[q] = layout.bias[q] + screen.candidates.slack[q];
   }
   if (!args.symmetric && (args.self.index != nullptr || args.self.offset >= 0)) {
     screen.self_position = layout.self_positions;

@@ -28,7 +28,7 @@ static_assert(kTileSmall % kTileGrain == 0 && kTileLarge % kTileGrain == 0);
 static_assert(kDepth % 2 == 0, "columns are stored in pairs");
 // Products of a tile of their own have the same pitch whatever the tile's size.
 inline constexpr std::int64_t kTilePitch = kTileLarge;
-inline constexpr std::int64_t kWholeMost = 2048;  // most candidates whose products are all kept until the end
+inline constexpr std::int64_t kWholeMost = 2048;  // most candidates that a row is screened against as a whole
 
 // ---- screening ------------------------------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ struct Screen {
   ScreenSide anchors;
   ScreenSide candidates;    // the same arrays as `anchors` when symmetric
   const float* bias;        // [padded candidates] (norm - E) / 2; +inf: never a candidate
-  const float* upper_bias;  // [padded candidates] (norm + E) / 2, or +inf; null unless all products are kept
+  const float* upper_bias;  // [padded candidates] (norm + E) / 2, or +inf
   const std::int32_t*
       self_position;           // [anchors] candidate position of the anchor itself, -1: none; null when symmetric
   std::int64_t capacity;       // entries of a list
@@ -162,10 +162,10 @@ struct Kernels {
   // products: [tile.rows][tile.pitch].
   void (*tile_products)(const Screen& screen, const Tile& tile, const Tile& next, float* products);
   void (*tile_epilogue)(const Screen& screen, const Tile& tile, const float* products);
-  // Where all products are kept, [padded anchors][pitch]: the reverse of a tile's; the lists of anchors [first, last)
-  // from all of their candidates. Returns false, with lists that are not to be used, if one would be too long.
+  // The same where each row of a tile is screened as a whole: the reverse products, below the diagonal of products
+  // [rows][tile.pitch], and the lists. Returns false, with lists that are not to be used, if one would be too long.
   void (*mirror_tile)(const Tile& tile, float* products);
-  bool (*screen_rows)(const Screen& screen, std::int64_t first, std::int64_t last, std::int64_t pitch, float* products);
+  bool (*screen_rows)(const Screen& screen, const Tile& tile, float* products);
   // Drops from the list of anchor `p` what the bound excludes.
   void (*prune)(const Screen& screen, std::int64_t p);
   // Direct distances of a pruned list: from the rows themselves, or one segment of gathered columns at a time.

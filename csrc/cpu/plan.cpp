@@ -113,7 +113,7 @@ Plan plan_forward(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k
   plan.list_capacity = screen.capacity;
   const std::int64_t rows = symmetric ? N : N + M;
   plan.workspace_bytes = round_up(rows, kTileGrain) * round_up(D, 2) * 2 + N * screen.capacity * kEntryBytes +
-                         screen.product_floats * 4 + rows * 28;
+                         screen.product_floats * 4 + rows * 32;
   return plan;
 }
 

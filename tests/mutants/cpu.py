@@ -58,7 +58,7 @@ def cpu() -> list[Mutant]:
         ),
         (
             "cpu-whole-row-without-slack", kernels + "rows.h",
-            "rank_bound(values, count, screen.K) + screen.anchors.slack[p];", "rank_bound(values, count, screen.K);",
+            "rank_bound(values, count, wanted) + screen.anchors.slack[p];", "rank_bound(values, count, wanted);",
             "a threshold forgets the anchor's own error",
             EDGES + "test_copies_that_all_round_one_way",
         ),

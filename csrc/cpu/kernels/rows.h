@@ -63,41 +63,49 @@ SN_FORCE_INLINE int take_hits(const float* bias, const float* products, std::uin
 #endif
 }
 
-inline bool screen_rows(const Screen& screen, std::int64_t first, std::int64_t last, std::int64_t pitch,
-                        float* products) {
-  const std::int64_t M = screen.candidates.rows;
-  const std::int64_t vectors = (M + kLanes - 1) / kLanes;
+// The lists of the rows of a tile, which are empty, from its candidates. products[r * tile.pitch + c]; changes those of
+// anchors with themselves. Returns false, with lists that are not to be used, if one would be too long.
+inline bool screen_rows(const Screen& screen, const Tile& tile, float* products) {
+  const std::int64_t vectors = tile.columns / kLanes;
+  const float* bias = screen.bias + tile.column;
+  const float* upper_bias = screen.upper_bias + tile.column;
+  const std::int64_t wanted = screen.K;
   const std::int64_t most = screen.capacity - kLeastRoom;
-  for (std::int64_t p = first; p < last; ++p) {
-    float* row = products + p * pitch;
+  const std::int64_t end = tile.row + tile.rows < screen.anchors.rows ? tile.row + tile.rows : screen.anchors.rows;
+  for (std::int64_t p = tile.row; p < end; ++p) {
+    float* row = products + (p - tile.row) * tile.pitch;
     // An anchor is infinitely far from itself.
-    const std::int64_t self = screen.symmetric ? p : (screen.self_position != nullptr ? screen.self_position[p] : -1);
-    if (self >= 0) row[self] = -__builtin_inff();
-    alignas(64) float values[kWholeMost + kLanes];
-    const float bound = first_bound(screen.upper_bias, row, vectors, screen.K);
-    std::int64_t count = 0;
-    for (std::int64_t v = 0; v < vectors; ++v) {
-      const std::int64_t c = v * kLanes;
-      const std::uint32_t hits = find_hits<false>(row + c, screen.upper_bias + c, bound, 0.0f, nullptr).anchor;
-      count += take_hits(screen.upper_bias + c, row + c, hits, 0, values + count, nullptr);
-    }
-    if (count >= screen.K) {
-      screen.thresholds[p] = rank_bound(values, count, screen.K) + screen.anchors.slack[p];
+    const std::int64_t self =
+        (screen.symmetric ? p : (screen.self_position != nullptr ? screen.self_position[p] : -1)) - tile.column;
+    if (self >= 0 && self < tile.columns) row[self] = -__builtin_inff();
+    if ((wanted + kLanes - 1) / kLanes <= vectors) {
+      // Of the values that their first bound leaves, a tighter one.
+      alignas(64) float values[kWholeMost + kLanes];
+      const float bound = first_bound(upper_bias, row, vectors, wanted);
+      std::int64_t count = 0;
+      for (std::int64_t c = 0; c < tile.columns; c += kLanes) {
+        const std::uint32_t hits = find_hits<false>(row + c, upper_bias + c, bound, 0.0f, nullptr).anchor;
+        count += take_hits(upper_bias + c, row + c, hits, 0, values + count, nullptr);
+      }
+      if (count >= wanted) {
+        screen.thresholds[p] = rank_bound(values, count, wanted) + screen.anchors.slack[p];
+      }
     }
     const float threshold = screen.thresholds[p];
     float scores[kListMost + kLanes];
     std::int32_t columns[kListMost + kLanes];
     std::int64_t listed = 0;
-    for (std::int64_t v = 0; v < vectors && listed <= most; ++v) {
-      const std::int64_t c = v * kLanes;
-      const std::uint32_t hits = find_hits<false>(row + c, screen.bias + c, threshold, 0.0f, nullptr).anchor;
-      listed +=
-          take_hits(screen.bias + c, row + c, hits, static_cast<std::int32_t>(c), scores + listed, columns + listed);
+    for (std::int64_t c = 0; c < tile.columns && listed <= most; c += kLanes) {
+      const std::uint32_t hits = find_hits<false>(row + c, bias + c, threshold, 0.0f, nullptr).anchor;
+      listed += take_hits(bias + c, row + c, hits, static_cast<std::int32_t>(tile.column + c), scores + listed,
+                          columns + listed);
     }
     if (listed > most) return false;
     Entry* entries = screen.lists + p * screen.capacity;
     for (std::int64_t e = 0; e < listed; ++e) entries[e] = {columns[e], scores[e]};
     screen.list_counts[p] = static_cast<std::int32_t>(listed);
+    screen.list_limits[p] =
+        static_cast<std::int32_t>(listed + kPruneAfter < screen.capacity ? listed + kPruneAfter : screen.capacity);
   }
   return true;
 }

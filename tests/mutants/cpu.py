@@ -64,7 +64,7 @@ def cpu() -> list[Mutant]:
         ),
         (
             "cpu-whole-row-finds-itself", kernels + "rows.h",
-            "if (self >= 0) row[self] = -__builtin_inff();", "",
+            "if (self >= 0 && self < tile.columns) row[self] = -__builtin_inff();", "",
             "an anchor is its own nearest neighbour", tiles,
         ),
         (

@@ -288,6 +288,7 @@ void check_problem(const Problem& p, const std::vector<int>& thread_counts = {1,
     for (const Path path : {Path::kDirect, Path::kScreen, Path::kTiles}) {
       sn::cpu::set_path(path);
       for (const int threads : thread_counts) {
+        if (path == Path::kTiles && threads != thread_counts.back()) continue;  // lists under locks are the news here
         const std::string where = p.name + " " + level +
                                   (path == Path::kDirect   ? " direct "
                                    : path == Path::kScreen ? " screen "

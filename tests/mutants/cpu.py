@@ -1,4 +1,4 @@
-"""Mutants of the CPU kernels: the bound of the screening, triangles of pairs, and strips of edges."""
+"""Mutants of the CPU kernels: bounds and whole rows of the screening, shared pairs, triangles, strips of edges."""
 
 from __future__ import annotations
 

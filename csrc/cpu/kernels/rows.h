@@ -1,5 +1,5 @@
-// Screening of small batches: all products are kept, so that an anchor meets all of its candidates at once and has one
-// threshold. Included by kernels.cpp alone, inside its namespace.
+// Screening of whole rows: an anchor meets all of its candidates at once, or those of a tile on the diagonal, and has
+// one threshold. Included by kernels.cpp alone, inside its namespace.
 #pragma once
 
 // Copies the products of a tile to where their columns are rows, which are below the diagonal.

@@ -1,7 +1,7 @@
 // Blocks of direct distances: the summation order of direct.h with candidates across the lanes of a vector.
 //
 // The features are copied into panels of sixteen interleaved rows. Lane l of the order is then a vector of its own, so
-// that the tree adds whole vectors and shuffles nothing: on Zen 4 sixteen pairs of a segment take 81 cycles, 102 with
+// that the tree adds whole vectors and shuffles nothing: on Zen 4 sixteen pairs of a segment take 80 cycles, 102 with
 // lanes along the columns. Included by kernels.cpp alone, inside its namespace.
 #pragma once
 
@@ -75,17 +75,47 @@ SN_FORCE_INLINE void transpose_words(const std::uint32_t* const (&rows)[kPanel],
 #endif
 }
 
+// Nodes of the tree that are computed one after the other, from the leaves. With AVX-512 registers hold four leaves at
+// a time, and half of the additions are multiply-adds by one: differences take the adders already.
+inline constexpr int kNodes = kGroups ? kLanes / 4 : kLanes / 2;
+
 // Lane l of the order, sixteen candidates at a time: the sum of its elements, for kBlockRows anchors. `z`: the panel.
 template <class V>
 SN_FORCE_INLINE void add_lane(const float* x, const float* z, int l, V (&acc)[kBlockRows]) {
 #pragma GCC unroll 4
   for (int t = 0; t < kSteps; ++t) {
     const V candidates = V::load(z + (t * kLanes + l) * kPanel);
+    const auto difference = [&](int a) SN_LAMBDA_INLINE {
+      // In this order the scalar is an operand in memory with AVX-512. The square is the same.
+      return V::sub(candidates, V::set1(x + (t * kLanes + l) * kPanel + a));
+    };
+    const auto add_square = [&](int a, V d) SN_LAMBDA_INLINE { acc[a] = V::fma(d, d, t == 0 ? V::zero() : acc[a]); };
+    if constexpr (kGroups) {
+      V d[kBlockRows] = {difference(0), difference(1), difference(2), difference(3)};
+      V::group(d);
+#pragma GCC unroll 4
+      for (int a = 0; a < kBlockRows; ++a) add_square(a, d[a]);
+    } else {
+#pragma GCC unroll 4
+      for (int a = 0; a < kBlockRows; ++a) add_square(a, difference(a));
+    }
+  }
+}
+
+// The sum of lanes l, l + kStep, l + 2 kStep, ... as the tree adds them.
+template <int kStep, class V>
+SN_FORCE_INLINE void add_lanes(const float* x, const float* z, int l, V (&sums)[kBlockRows]) {
+  if constexpr (kStep == kLanes) {
+    add_lane<V>(x, z, l, sums);
+  } else {
+    constexpr float kUnit = 1.0f;
+    const V one = V::set1(&kUnit);
+    V others[kBlockRows];
+    add_lanes<2 * kStep>(x, z, l, sums);
+    add_lanes<2 * kStep>(x, z, l + kStep, others);
 #pragma GCC unroll 4
     for (int a = 0; a < kBlockRows; ++a) {
-      // In this order the scalar is an operand in memory with AVX-512. The square is the same.
-      acc[a] =
-          V::square_difference(candidates, V::set1(x + (t * kLanes + l) * kPanel + a), t == 0 ? V::zero() : acc[a]);
+      sums[a] = kGroups && kStep > kNodes ? V::fma(sums[a], one, others[a]) : V::add(sums[a], others[a]);
     }
   }
 }
@@ -93,22 +123,14 @@ SN_FORCE_INLINE void add_lane(const float* x, const float* z, int l, V (&acc)[kB
 // totals[a] += the segment sums of anchor a and the candidates of a panel.
 template <class V>
 SN_FORCE_INLINE void add_panel(const float* x, const float* z, float* totals) {
-  constexpr int kHalf = kLanes / 2;
-  V sums[kHalf][kBlockRows];
+  V sums[kNodes][kBlockRows];
 #pragma GCC unroll 1
-  for (int l = 0; l < kHalf; ++l) {
-    V first[kBlockRows];
-    V second[kBlockRows];
-    add_lane<V>(x, z, l, first);
-    add_lane<V>(x, z, l + kHalf, second);
-#pragma GCC unroll 4
-    for (int a = 0; a < kBlockRows; ++a) sums[l][a] = V::add(first[a], second[a]);
-  }
+  for (int l = 0; l < kNodes; ++l) add_lanes<kNodes>(x, z, l, sums[l]);
 #pragma GCC unroll 4
   for (int a = 0; a < kBlockRows; ++a) {
     V fours[4];
 #pragma GCC unroll 4
-    for (int l = 0; l < 4; ++l) fours[l] = V::add(sums[l][a], sums[l + 4][a]);
+    for (int l = 0; l < 4; ++l) fours[l] = kNodes == 4 ? sums[l][a] : V::add(sums[l][a], sums[l + kNodes / 2][a]);
     const V sum = V::add(V::add(fours[0], fours[2]), V::add(fours[1], fours[3]));
     V::store(totals + a * kPanel, V::add(V::load(totals + a * kPanel), sum));
   }
@@ -123,10 +145,9 @@ struct AllOfPanel {
   static SN_FORCE_INLINE AllOfPanel load(const float* p) { return {f_load(p)}; }
   static SN_FORCE_INLINE void store(float* p, AllOfPanel a) { f_store(p, a.v); }
   static SN_FORCE_INLINE AllOfPanel add(AllOfPanel a, AllOfPanel b) { return {f_add(a.v, b.v)}; }
-  static SN_FORCE_INLINE AllOfPanel square_difference(AllOfPanel z, AllOfPanel x, AllOfPanel acc) {
-    const F16 t = f_sub(z.v, x.v);
-    return {f_fma(t, t, acc.v)};
-  }
+  static SN_FORCE_INLINE AllOfPanel sub(AllOfPanel a, AllOfPanel b) { return {f_sub(a.v, b.v)}; }
+  static SN_FORCE_INLINE AllOfPanel fma(AllOfPanel a, AllOfPanel b, AllOfPanel c) { return {f_fma(a.v, b.v, c.v)}; }
+  static SN_FORCE_INLINE void group(AllOfPanel (&d)[kBlockRows]) { f_group(d[0].v, d[1].v, d[2].v, d[3].v); }
 };
 #if defined(__AVX2__)
 struct HalfOfPanel {
@@ -137,10 +158,11 @@ struct HalfOfPanel {
   static SN_FORCE_INLINE HalfOfPanel load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static SN_FORCE_INLINE void store(float* p, HalfOfPanel a) { _mm256_storeu_ps(p, a.v); }
   static SN_FORCE_INLINE HalfOfPanel add(HalfOfPanel a, HalfOfPanel b) { return {_mm256_add_ps(a.v, b.v)}; }
-  static SN_FORCE_INLINE HalfOfPanel square_difference(HalfOfPanel z, HalfOfPanel x, HalfOfPanel acc) {
-    const __m256 t = _mm256_sub_ps(z.v, x.v);
-    return {_mm256_fmadd_ps(t, t, acc.v)};
+  static SN_FORCE_INLINE HalfOfPanel sub(HalfOfPanel a, HalfOfPanel b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  static SN_FORCE_INLINE HalfOfPanel fma(HalfOfPanel a, HalfOfPanel b, HalfOfPanel c) {
+    return {_mm256_fmadd_ps(a.v, b.v, c.v)};
   }
+  static SN_FORCE_INLINE void group(HalfOfPanel (&)[kBlockRows]) {}
 };
 #else
 using HalfOfPanel = AllOfPanel;

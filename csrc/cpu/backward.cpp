@@ -7,9 +7,7 @@
 // anchor. In the symmetric case a row's list holds both, and an edge and its reverse are one entry with the two weights
 // added, since (x_i - x_j) is the same vector. Every sum has a fixed order. No two workers write the same element.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -69,7 +67,8 @@ class Adjacency {
   void lay_out(Slices& slices) {
     weights_ = slices.take<Acc>(edges_);
     merged_ = merge_ ? slices.take<Acc>(edges_) : weights_;
-    reverse_ = slices.take<std::int16_t>(edges_);
+    reverse_ = slices.take<std::int16_t>(merge_ ? edges_ : 0);
+    listed_ = slices.take<std::uint8_t>(edges_);
     counts_ = slices.take<std::int32_t>(rows_ + 1);
     begin_ = slices.take<std::int64_t>(rows_ + 1);
     next_ = slices.take<std::int64_t>(rows_ + 1);
@@ -84,7 +83,7 @@ class Adjacency {
     if (merge_) {
       merge(pool);
     } else {
-      std::fill_n(reverse_, edges_, std::int16_t{-1});
+      for (std::int64_t at = 0; at < edges_; ++at) listed_[at] = weights_[at] != Acc(0) ? kOwn + kIncoming : 0;
     }
     count();
     std::vector<Edge<Acc>> lists;
@@ -103,6 +102,9 @@ class Adjacency {
   }
 
  private:
+  static constexpr std::uint8_t kOwn = 1;       // by its anchor
+  static constexpr std::uint8_t kIncoming = 2;  // by its candidate
+
   std::int64_t most_edges() const { return edges_ * ((own_ ? 1 : 0) + (incoming_ ? 1 : 0)); }
   bool one_strip() const { return most_edges() <= most_; }
 
@@ -114,64 +116,89 @@ class Adjacency {
     double upstream = 0.0;
     if (args_.reduction == Reduction::kMean && valid > 0.0) upstream = static_cast<double>(grad[0]) / valid;
     if (args_.reduction == Reduction::kSum) upstream = static_cast<double>(grad[0]);
+    const std::int32_t* indices = args_.indices;
+    Acc* weights = weights_;
     for (std::int64_t i = 0, at = 0; i < args_.anchors.rows; ++i) {
       if (args_.reduction == Reduction::kNone) upstream = static_cast<double>(grad[i]);
-      for (std::int64_t e = 0; e < args_.edges; ++e, ++at) {
+      for (const std::int64_t end = at + args_.edges; at < end; ++at) {
         const Acc weight = static_cast<Acc>(upstream * static_cast<double>(coefficients[at]));
-        weights_[at] = args_.indices[at] < 0 || coefficients[at] == Acc(0) ? Acc(0) : weight;
+        weights[at] = indices[at] < 0 || coefficients[at] == Acc(0) ? Acc(0) : weight;
       }
     }
   }
 
-  // Adds to the weight of each edge that of its reverse. An edge without a weight has no reverse, and is none.
+  // Adds to the weight of each edge that of its reverse. An edge without a weight has no reverse, and is none. Where an
+  // anchor lists a candidate several times, the first edge alone is the reverse of the candidate's first: two slots are
+  // a pair if each finds the other.
   void merge(const ThreadPool& pool) {
     const std::int64_t N = args_.anchors.rows;
-    for_blocks(pool, workers_for(pool, 20.0 * static_cast<double>(edges_)), N, 256,
-               [&](std::int64_t begin, std::int64_t end) {
-                 kernels_.reverse_slots(args_.indices, args_.edges, begin, end, reverse_);
-                 for (std::int64_t at = begin * args_.edges; at < end * args_.edges; ++at) {
-                   const bool found = reverse_[at] >= 0;
-                   const Acc weight = weights_[at];
-                   const Acc other = weights_[found ? args_.indices[at] * args_.edges + reverse_[at] : 0];
-                   const bool both = found & (weight != Acc(0)) & (other != Acc(0));
-                   reverse_[at] = both ? reverse_[at] : std::int16_t{-1};
-                   merged_[at] = both ? weight + other : weight;
-                 }
-               });
+    const std::int64_t edges = args_.edges;
+    const int workers = workers_for(pool, 20.0 * static_cast<double>(edges_));
+    constexpr std::int64_t kRows = 256;
+    for_blocks(pool, workers, N, kRows, [&](std::int64_t begin, std::int64_t end) {
+      kernels_.reverse_slots(args_.indices, edges, begin, end, reverse_);
+    });
+    const Acc* weights = weights_;
+    const std::int16_t* reverses = reverse_;
+    const std::int32_t* indices = args_.indices;
+    for_blocks(pool, workers, N, kRows, [=, merged = merged_, listed = listed_](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t row = begin * edges; row < end * edges; row += edges) {
+        for (std::int64_t e = 0; e < edges; ++e) {
+          const std::int64_t at = row + e;
+          const std::int64_t slot = reverses[at];
+          const std::int64_t reverse = slot >= 0 ? indices[at] * edges + slot : 0;
+          const Acc weight = weights[at];
+          const Acc other = weights[reverse];
+          const bool pair = (slot >= 0) & (reverses[reverse] == e) & (other != Acc(0));
+          const bool exists = weight != Acc(0);
+          merged[at] = pair & exists ? weight + other : weight;
+          listed[at] = static_cast<std::uint8_t>(exists ? (pair ? kOwn : kOwn + kIncoming) : 0);
+        }
+      }
+    });
   }
 
-  // Whether the candidate of edge `at` lists it as an incoming one.
-  bool arrives(std::int64_t at) const { return (weights_[at] != Acc(0)) & (reverse_[at] < 0); }
-
+  // Edges of each row: of one row fewer than 2^31, as rows are, since a forward lists a candidate once an anchor.
   void count() {
+    const std::int64_t edges = args_.edges;
+    const std::uint8_t* listed = listed_;
+    const std::int32_t* indices = args_.indices;
+    std::int32_t* counts = counts_;
     for (std::int64_t i = 0; own_ && i < rows_; ++i) {
       std::int32_t count = 0;
-      for (std::int64_t e = 0; e < args_.edges; ++e) count += weights_[i * args_.edges + e] != Acc(0) ? 1 : 0;
-      counts_[i] = count;
+      for (std::int64_t e = 0; e < edges; ++e) count += listed[i * edges + e] & kOwn;
+      counts[i] = count;
     }
-    for (std::int64_t at = 0; incoming_ && at < edges_; ++at) ++counts_[arrives(at) ? args_.indices[at] : rows_];
+    const std::int64_t none = rows_;
+    for (std::int64_t at = 0; incoming_ && at < edges_; ++at) {
+      const std::int32_t arrives = listed[at] / kIncoming;
+      counts[arrives != 0 ? indices[at] : none] += arrives;
+    }
   }
 
   // Lists the edges of rows [first, last), those of each row in order. What is no edge of theirs goes behind the end.
   void fill(std::int64_t first, std::int64_t last, Edge<Acc>* lists) {
     const std::int64_t edges = args_.edges;
     const std::int64_t none = last - first;
-    std::copy_n(begin_, none + 1, next_);
+    const std::uint8_t* listed = listed_;
+    const std::int32_t* indices = args_.indices;
+    std::int64_t* next = next_;
+    std::copy_n(begin_, none + 1, next);
     for (std::int64_t i = first; own_ && i < last; ++i) {
-      std::int64_t to = next_[i - first];
+      std::int64_t to = next[i - first];
       for (std::int64_t at = i * edges; at < (i + 1) * edges; ++at) {
-        lists[to] = {merged_[at], args_.indices[at]};
-        to += weights_[at] != Acc(0) ? 1 : 0;
+        lists[to] = {merged_[at], indices[at]};
+        to += listed[at] & kOwn;
       }
-      next_[i - first] = to;
+      next[i - first] = to;
     }
     for (std::int64_t i = 0, at = 0; incoming_ && i < args_.anchors.rows; ++i) {
-      for (std::int64_t e = 0; e < edges; ++e, ++at) {
-        const std::int32_t j = args_.indices[at];
-        const bool wanted = arrives(at) & (first <= j) & (j < last);
-        std::int64_t& next = next_[wanted ? j - first : none];
-        lists[next] = {weights_[at], static_cast<std::int32_t>(i)};
-        next += wanted ? 1 : 0;
+      for (const std::int64_t end = at + edges; at < end; ++at) {
+        const std::int64_t target = indices[at] - first;
+        const bool wanted = (listed[at] >= kIncoming) & (0 <= target) & (target < none);
+        std::int64_t& to = next[wanted ? target : none];
+        lists[to] = {weights_[at], static_cast<std::int32_t>(i)};
+        to += wanted ? 1 : 0;
       }
     }
   }
@@ -187,7 +214,8 @@ class Adjacency {
   Acc* weights_ = nullptr;           // [N, K + 2]
   Acc* merged_ = nullptr;            // [N, K + 2] with the weight of the reverse
   std::int16_t* reverse_ = nullptr;  // [N, K + 2] slot of the reverse edge, -1: none
-  std::int32_t* counts_ = nullptr;   // [rows + 1] edges of a row; at the end a count of no meaning
+  std::uint8_t* listed_ = nullptr;   // [N, K + 2] kOwn, kIncoming or both: who lists the edge; 0: it is none
+  std::int32_t* counts_ = nullptr;   // [rows + 1] edges of a row; the last is 0
   std::int64_t* begin_ = nullptr;    // [rows + 1] of the lists of a strip
   std::int64_t* next_ = nullptr;     // [rows + 1]
   Edge<Acc>* lists_ = nullptr;       // of all rows, where one strip has them

@@ -63,6 +63,39 @@ def check_squared(problem: oracle.Problem, anchor: int, edges: oracle.Array, squ
     assert np.isposinf(squared[~used]).all()
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("banked", [False, True], ids=["self", "bank"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_backward_of_repeated_edges(name: str, banked: bool, dtype: torch.dtype) -> None:
+    """The backward takes any graph: anchors that list a candidate several times, which lists them back as often or
+    less, with a weight or without one. Against a dense matrix of weights in fp64, by autograd."""
+    draw = torch.Generator().manual_seed(11)
+    anchors, candidates, edges, dims = 48, 20 if banked else 48, 7, 33
+    partner = (torch.arange(anchors) ^ 1) % candidates
+    other = torch.randint(candidates, (anchors, edges), generator=draw)
+    indices = torch.where(torch.rand(anchors, edges, generator=draw) < 0.4, partner[:, None], other)
+    indices[torch.rand(anchors, edges, generator=draw) < 0.1] = -1
+    weights = torch.randn(anchors, edges, generator=draw, dtype=dtype)
+    weights[torch.rand(anchors, edges, generator=draw) < 0.3] = 0
+    x, z = (torch.randn(rows, dims, generator=draw, dtype=dtype) for rows in (anchors, candidates))
+    tensors = (x, z if banked else None, indices.int(), weights, torch.ones((), dtype=dtype))
+    feats, bank, graph, coefficients, upstream = on(require(name), tensors)
+    stats = torch.tensor([anchors, 0, 0, 0, 0, 0], dtype=torch.float64, device=feats.device)
+    found = ops.backward(name, upstream, feats, bank, graph, coefficients, stats, REDUCTION["sum"], True, banked)
+
+    dense = torch.zeros(anchors, candidates, dtype=torch.float64)
+    for i, e in itertools.product(range(anchors), range(edges)):
+        if indices[i, e] >= 0:
+            dense[i, indices[i, e]] += weights[i, e].double()
+    wide = x.double().requires_grad_()
+    pool = z.double().requires_grad_() if banked else wide
+    energy = (dense[:, :, None] * (wide[:, None] - pool[None]) ** 2).sum() / 2
+    expected = torch.autograd.grad(energy, (wide, pool) if banked else (wide,))
+    for got, wanted in zip(found, expected, strict=False):
+        bound = (1e-5 if dtype == torch.float32 else 1e-13) * (1 + wanted.abs())
+        assert ((got.cpu().double() - wanted).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("squeeze", oracle.SQUEEZES)
 @pytest.mark.parametrize("name", GRAPH_CASES)
 def test_support_graph(backend: str, name: str, squeeze: str) -> None:

@@ -54,6 +54,29 @@ struct Result {
   std::vector<double> stats;
 };
 
+// The gradients of a result's support graph.
+void differentiate(const Problem& p, int threads, sn::Reduction reduction, Result& r) {
+  const std::vector<float> grad(r.loss.size(), 1.0f);
+  const std::vector<float>& z = p.symmetric ? p.anchors : p.candidates;
+  r.grad_anchors.assign(p.N * p.D, -7.0f);
+  r.grad_candidates.assign(p.symmetric ? 0 : p.M * p.D, -7.0f);
+  sn::BackwardArgs b{};
+  b.dtype = sn::DType::kFloat32;
+  b.dims = p.D;
+  b.edges = std::min(p.k, p.M) + 2;
+  b.anchors = {p.anchors.data(), p.N, p.D};
+  b.candidates = {z.data(), p.M, p.D};
+  b.symmetric = p.symmetric;
+  b.reduction = reduction;
+  b.grad_loss = grad.data();
+  b.indices = r.indices.data();
+  b.coefficients = r.coefficients.data();
+  b.stats = r.stats.data();
+  b.grad_anchors = r.grad_anchors.data();
+  b.grad_candidates = p.symmetric ? nullptr : r.grad_candidates.data();
+  sn::cpu::backward(b, sn::ThreadPool{threads, threaded_for});
+}
+
 Result run(const Problem& p, int threads, sn::Squeeze squeeze, sn::Reduction reduction) {
   const std::int64_t K = std::min(p.k, p.M);
   Result r;
@@ -64,8 +87,6 @@ Result run(const Problem& p, int threads, sn::Squeeze squeeze, sn::Reduction red
   r.near.assign(p.N, -7);
   r.far.assign(p.N, -7);
   r.stats.assign(sn::kStatsSize, -7.0);
-  r.grad_anchors.assign(p.N * p.D, -7.0f);
-  r.grad_candidates.assign(p.symmetric ? 0 : p.M * p.D, -7.0f);
   const std::vector<float>& z = p.symmetric ? p.anchors : p.candidates;
   sn::ForwardArgs f{};
   f.dtype = sn::DType::kFloat32;
@@ -84,24 +105,8 @@ Result run(const Problem& p, int threads, sn::Squeeze squeeze, sn::Reduction red
   f.farthest_positive = r.far.data();
   f.squared = r.squared.data();
   f.stats = r.stats.data();
-  const sn::ThreadPool pool{threads, threaded_for};
-  sn::cpu::forward(f, pool);
-  std::vector<float> grad(r.loss.size(), 1.0f);
-  sn::BackwardArgs b{};
-  b.dtype = f.dtype;
-  b.dims = p.D;
-  b.edges = K + 2;
-  b.anchors = f.anchors;
-  b.candidates = f.candidates;
-  b.symmetric = p.symmetric;
-  b.reduction = reduction;
-  b.grad_loss = grad.data();
-  b.indices = r.indices.data();
-  b.coefficients = r.coefficients.data();
-  b.stats = r.stats.data();
-  b.grad_anchors = r.grad_anchors.data();
-  b.grad_candidates = p.symmetric ? nullptr : r.grad_candidates.data();
-  sn::cpu::backward(b, pool);
+  sn::cpu::forward(f, sn::ThreadPool{threads, threaded_for});
+  differentiate(p, threads, reduction, r);
   return r;
 }
 
@@ -315,6 +320,39 @@ void check_problem(const Problem& p, const std::vector<int>& thread_counts = {1,
   }
 }
 
+// A graph as no forward makes one: anchors list a candidate several times, which lists them back as often or not, with
+// a weight or without one.
+void check_repeated_edges(const Problem& p) {
+  const std::int64_t edges = std::min(p.k, p.M) + 2;
+  std::mt19937 random(7);
+  Result graph = run(p, 1, sn::Squeeze::kSpan, sn::Reduction::kSum);
+  for (std::size_t at = 0; at < graph.indices.size(); ++at) {
+    const std::int64_t i = static_cast<std::int64_t>(at) / edges;
+    graph.indices[at] = static_cast<std::int32_t>((i + 1 + random() % 3) % p.M);  // three candidates for all slots
+    graph.coefficients[at] = random() % 4 == 0 ? 0.0f : 1.0f + static_cast<float>(random() % 1000) / 1000.0f;
+  }
+  if (p.symmetric) {  // of each two rows the first lists the second, and the second the first, among others
+    for (std::int64_t i = 0; i + 1 < p.N; i += 2) {
+      for (std::int64_t e = 0; e < edges; ++e) {
+        if (random() % 3 == 0) graph.indices[i * edges + e] = static_cast<std::int32_t>(i + 1);
+        if (random() % 3 == 0) graph.indices[(i + 1) * edges + e] = static_cast<std::int32_t>(i);
+      }
+    }
+  }
+  Result first;
+  for (const std::string& level : sn::cpu::usable_capabilities()) {
+    sn::cpu::set_capability(level);
+    for (const int threads : {1, 3}) {
+      const std::string where = p.name + " repeated edges " + level + " " + std::to_string(threads) + " threads";
+      differentiate(p, threads, sn::Reduction::kSum, graph);
+      check_gradient(p, graph, sn::Reduction::kSum, where);
+      if (first.grad_anchors.empty()) first = graph;
+      check(same_bits(graph.grad_anchors, first.grad_anchors), where + ": anchors' gradient differs");
+      check(same_bits(graph.grad_candidates, first.grad_candidates), where + ": candidates' gradient differs");
+    }
+  }
+}
+
 }  // namespace
 
 // `--few`: of the largest problems those that differ in what memory they touch, each with several threads only. For a
@@ -328,6 +366,8 @@ int main(int argc, char** argv) {
     ++seed;
     if (!few || D == 128) check_problem(make_aligned(D, seed));
   }
+  check_repeated_edges(make("random", 300, 300, 65, 10, 80, ++seed));
+  check_repeated_edges(make("bank", 130, 90, 33, 4, 30, ++seed));
   for (const std::string& kind : kinds) {
     for (const auto& [N, M, D, k, identities] : std::vector<std::array<std::int64_t, 5>>{{1, 1, 1, 1, 1},
                                                                                          {2, 2, 3, 1, 1},

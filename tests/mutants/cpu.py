@@ -25,6 +25,12 @@ def cpu() -> list[Mutant]:
             "a later strip writes the gradients of other rows", strips,
         ),
         (
+            "cpu-reverse-of-every-slot", "csrc/cpu/backward.cpp",
+            "(slot >= 0) & (reverses[reverse] == e) &", "(slot >= 0) &",
+            "edges to one candidate all take its one reverse",
+            BACKENDS + "test_operators.py::test_backward_of_repeated_edges",
+        ),
+        (
             "cpu-lists-of-the-first-strip", kernels + "backward.h",
             "const std::int64_t first = lists.begin[row - lists.first_row];",
             "const std::int64_t first = lists.begin[row];",

@@ -16,6 +16,11 @@ SN_FORCE_INLINE std::int32_t first_slot(const std::int32_t* slots, std::int64_t 
     if (hits != 0) return static_cast<std::int32_t>(e) + __builtin_ctz(hits);
   }
 #elif defined(__AVX2__)
+  for (; e + 8 <= count; e += 8) {
+    const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(slots + e));
+    const int hits = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(some, _mm256_set1_epi32(wanted))));
+    if (hits != 0) return static_cast<std::int32_t>(e) + __builtin_ctz(static_cast<unsigned>(hits));
+  }
   for (; e + 4 <= count; e += 4) {
     const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(slots + e));
     const int hits = _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpeq_epi32(some, _mm_set1_epi32(wanted))));

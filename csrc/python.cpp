@@ -36,7 +36,7 @@ constexpr std::array<PathName<sn::cpu::Path>, 4> kCpuPaths{{
     {sn::cpu::Path::kTiles, "tiles"},
 }};
 
-constexpr std::array<PathName<ForwardPath>, 7> kCudaPaths{{
+constexpr std::array<PathName<ForwardPath>, 8> kCudaPaths{{
     {ForwardPath::kAuto, "auto"},
     {ForwardPath::kCluster, "cluster"},
     {ForwardPath::kDirect, "direct"},
@@ -44,6 +44,7 @@ constexpr std::array<PathName<ForwardPath>, 7> kCudaPaths{{
     {ForwardPath::kScreen, "screen"},
     {ForwardPath::kBank, "bank"},
     {ForwardPath::kTickets, "tickets"},
+    {ForwardPath::kSquare, "square"},
 }};
 
 constexpr std::array<PathName<sn::cuda::Batch>, 5> kBatches{{
@@ -129,7 +130,8 @@ pybind11::dict cpu_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int
 }
 
 sn::cuda::DeviceFacts device_facts(const char* function, std::pair<int, int> capability, int multiprocessors,
-                                   int shared_bytes, int largest_cluster = 0, int cluster_bytes = 0) {
+                                   int shared_bytes, int largest_cluster = 0, int cluster_bytes = 0,
+                                   int wide_clusters = 0) {
   constexpr int kOldest = 8;
   if (capability.first < kOldest || multiprocessors < 1 || shared_bytes < 1) {
     throw std::invalid_argument(std::string(function) + ": expected a capability of " + std::to_string(kOldest) +
@@ -142,7 +144,8 @@ sn::cuda::DeviceFacts device_facts(const char* function, std::pair<int, int> cap
           .multiprocessors = multiprocessors,
           .shared_bytes = shared_bytes,
           .largest_cluster = largest_cluster,
-          .cluster_bytes = cluster_bytes};
+          .cluster_bytes = cluster_bytes,
+          .wide_clusters = wide_clusters};
 }
 
 // [(name, launches, microseconds)]
@@ -157,10 +160,11 @@ pybind11::list kernels_of(const sn::cuda::Cost& cost) {
 
 pybind11::dict cuda_plan(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k, int dtype, bool symmetric,
                          bool aligned, const std::string& path, std::pair<int, int> capability, int multiprocessors,
-                         int shared_bytes, int largest_cluster, int cluster_bytes, const std::string& batch) {
+                         int shared_bytes, int largest_cluster, int cluster_bytes, int wide_clusters,
+                         const std::string& batch) {
   expect_problem("cuda_plan", N, M, D, k, dtype, symmetric);
-  const sn::cuda::DeviceFacts device =
-      device_facts("cuda_plan", capability, multiprocessors, shared_bytes, largest_cluster, cluster_bytes);
+  const sn::cuda::DeviceFacts device = device_facts("cuda_plan", capability, multiprocessors, shared_bytes,
+                                                    largest_cluster, cluster_bytes, wide_clusters);
   const sn::cuda::Problem problem{.N = N,
                                   .M = M,
                                   .D = D,
@@ -237,12 +241,13 @@ PYBIND11_MODULE(_C, module) {
       "cuda_plan", &cuda_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"), py::arg("dtype"),
       py::arg("symmetric"), py::arg("aligned") = true, py::arg("path") = "auto", capability, multiprocessors,
       shared_bytes, py::arg("largest_cluster") = sn::cuda::DeviceFacts{}.largest_cluster,
-      py::arg("cluster_bytes") = sn::cuda::DeviceFacts{}.cluster_bytes, py::arg("batch") = "random",
+      py::arg("cluster_bytes") = sn::cuda::DeviceFacts{}.cluster_bytes,
+      py::arg("wide_clusters") = sn::cuda::DeviceFacts{}.wide_clusters, py::arg("batch") = "random",
       "How the CUDA forward would run on a device with these facts (default: an H200's): path, launches, "
       "workspace_bytes, strips, slices and the sample. dtype: 0 float32, 1 float64, 2 float16, 3 bfloat16. symmetric: "
       "anchors are the candidates. aligned: rows begin at multiples of 16 bytes. largest_cluster, cluster_bytes: "
-      "blocks of the largest cluster that the device holds, and shared memory of each. predicted_us is what the cost "
-      "model expects of a call "
+      "blocks of the largest cluster that the device holds, and shared memory of each. wide_clusters: how many of 16 "
+      "blocks it holds at once. predicted_us is what the cost model expects of a call "
       "in a CUDA graph, kernels its parts: (name, launches, microseconds). batch is what the features look like: "
       "random, clusters (too tight for the scores: every row is screened again), large clusters (of 256 rows, each an "
       "identity), identical (one point), or large identical (in identities of 1024). ValueError for sizes and devices "

@@ -21,7 +21,7 @@ import protocol
 import sn_ops
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PATHS = ("auto", "cluster", "direct", "dense", "screen", "bank", "tickets")
+PATHS = ("auto", "cluster", "direct", "dense", "screen", "bank", "tickets", "square")
 """Paths of the CUDA forward, by the number that `cuda_force_path` knows them by."""
 
 DTYPES = {

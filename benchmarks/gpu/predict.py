@@ -30,7 +30,7 @@ COMMAND = "python benchmarks/gpu/predict.py"
 
 _C: Any = importlib.import_module("sn_ops._C")
 
-PATHS = ("cluster", "tickets", "direct", "dense", "screen", "bank")
+PATHS = ("cluster", "square", "tickets", "direct", "dense", "screen", "bank")
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 
 

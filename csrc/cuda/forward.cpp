@@ -99,6 +99,8 @@ cudaError_t forward(const ForwardArgs& args, const ForwardPlan& plan, char* work
     case ForwardPath::kCluster:
     case ForwardPath::kTickets:
       return enqueue_small(args, plan, workspace, slot, stream);
+    case ForwardPath::kSquare:
+      return enqueue_square(args, plan, workspace, slot, stream);
     case ForwardPath::kDirect:
       return run_direct(args, plan, workspace, stream);
     case ForwardPath::kDense:

@@ -39,7 +39,7 @@ std::int64_t last_path() {
 }
 
 void force_path(std::int64_t path) {
-  sn::checks::expect_between("cuda_force_path", "path", path, 0, static_cast<std::int64_t>(ForwardPath::kTickets));
+  sn::checks::expect_between("cuda_force_path", "path", path, 0, static_cast<std::int64_t>(ForwardPath::kSquare));
   forced_path = static_cast<ForwardPath>(path);
 }
 
@@ -69,18 +69,26 @@ int compiled_major(std::int32_t device) {
 }
 
 // Limits of clusters on the current device, kept as well. Two threads may ask at the same time and get one answer.
-sn::cuda::ClusterLimits cluster_limits(std::int32_t device, int shared_bytes) {
+struct Clusters {
+  sn::cuda::ClusterLimits limits;
+  int wide;
+};
+Clusters clusters_of(std::int32_t device, int shared_bytes) {
   constexpr int kKnown = 1 << 30;
-  constexpr int kBits = 20;
+  constexpr int kBits = 20;      // of bytes
+  constexpr int kWideBits = 24;  // and below these blocks
+  constexpr int kMostWide = 63;
   static std::array<std::atomic<int>, 64> answers{};
   int answer = 0;
   if (static_cast<std::size_t>(device) < answers.size()) answer = answers[device];
   if (answer == 0) {
     const sn::cuda::ClusterLimits limits = sn::cuda::cluster_limits(shared_bytes);
-    answer = kKnown | limits.blocks << kBits | limits.bytes;
+    const int wide = std::min(sn::cuda::wide_clusters(shared_bytes), kMostWide);
+    answer = kKnown | wide << kWideBits | limits.blocks << kBits | limits.bytes;
     if (static_cast<std::size_t>(device) < answers.size()) answers[device] = answer;
   }
-  return {.blocks = (answer & ~kKnown) >> kBits, .bytes = answer & ((1 << kBits) - 1)};
+  const auto bits = [&](int from, int to) { return (answer & ((1 << to) - 1)) >> from; };
+  return {.limits = {.blocks = bits(kBits, kWideBits), .bytes = bits(0, kBits)}, .wide = bits(kWideBits, 30)};
 }
 
 // Attributes come from the driver's table without a synchronisation. Four look-ups cost less than a cache's lock.
@@ -91,11 +99,13 @@ sn::cuda::DeviceFacts device_facts(std::int32_t device) {
       .multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device),
       .shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
       .largest_cluster = 0,
-      .cluster_bytes = 0};
+      .cluster_bytes = 0,
+      .wide_clusters = 0};
   if (facts.major >= sn::cuda::kClusterMajor) {
-    const sn::cuda::ClusterLimits limits = cluster_limits(device, facts.shared_bytes);
-    facts.largest_cluster = limits.blocks;
-    facts.cluster_bytes = limits.bytes;
+    const Clusters clusters = clusters_of(device, facts.shared_bytes);
+    facts.largest_cluster = clusters.limits.blocks;
+    facts.cluster_bytes = clusters.limits.bytes;
+    facts.wide_clusters = clusters.wide;
   }
   return facts;
 }

@@ -32,9 +32,13 @@ cudaError_t enqueue_reduce(const ForwardArgs& args, const ForwardPlan& plan, cha
 // at the same time.
 cudaError_t enqueue_small(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, int slot,
                           cudaStream_t stream);
+// The same where the candidates are the anchors, of which each pair is summed once. The plan's path is kSquare.
+cudaError_t enqueue_square(const ForwardArgs& args, const ForwardPlan& plan, char* workspace, int slot,
+                           cudaStream_t stream);
 #if defined(SN_SIMT)
-// Whether all tickets are at zero, as every launch must leave them; then they are.
+// Whether all tickets of a kernel are at zero, as every launch must leave them; then they are.
 bool slots_are_zero();
+bool square_slots_are_zero();
 #endif
 
 // The compute capability, as 10 * major + minor, for which the current device's copy of this library's code was
@@ -51,6 +55,8 @@ struct ClusterLimits {
   int bytes;   // of shared memory that each block of it may have
 };
 ClusterLimits cluster_limits(int shared_bytes);
+// The same of kSquare's kernel: how many of its clusters the device holds at once.
+int wide_clusters(int shared_bytes);
 
 // ---- screening ------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from support.cuda_paths import PATHS
 from support.cuda_plans import BF16, DEVICES, F16, F32, F64, plan
 from support.pages import ROOT
 
-ONE_LAUNCH = ("cluster", "tickets")
+ONE_LAUNCH = ("cluster", "tickets", "square")
 """Paths whose kernel no record has."""
 
 RECORD = ROOT / "benchmarks" / "results" / "nvidia-h200" / "2026-11-26-d45aac1840-measure.json"

@@ -16,7 +16,7 @@ import torch
 
 import sn_ops
 from support import judge, oracle, problems, simt_build
-from support.cuda_paths import PATHS
+from support.cuda_paths import AGAINST_OTHERS, PATHS
 from support.problems import Case
 
 simt_build.enable()
@@ -54,9 +54,10 @@ def check_path(case: Case, path: str) -> None:
     m = n if case.candidates is None else case.candidates.shape[0]
     empty = min(n, m, d) == 0
     wide = path in ("dense", "screen", "bank") and (case.feats.dtype == torch.float64 or min(case.k, m) > 128)
-    tall = path in ("cluster", "tickets") and (max(n, m) > 256 or case.feats.dtype == torch.float64)
+    tall = path in ("cluster", "tickets", "square") and (max(n, m) > 256 or case.feats.dtype == torch.float64)
     foreign = path == "bank" and (case.candidates is None or n > 256 or case.feats.dtype != torch.float32)
-    assert empty or wide or tall or foreign, f"{path} did not serve {n} x {m} x {d}"
+    square = path == "square" and case.candidates is not None
+    assert empty or wide or tall or foreign or square, f"{path} did not serve {n} x {m} x {d}"
 
 
 def check(case: Case, expected: sn_ops.SupportNeighbors, path: str, **settings: Any) -> simt.Report:
@@ -357,7 +358,7 @@ def test_a_device_cut_down(max_cluster: int, dims: int, path: str, dtype: torch.
         judge.assert_same_bits(found, expected)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", AGAINST_OTHERS)
 def test_schedule_and_device_do_not_show(path: str) -> None:
     """The same bits whatever order threads run in, and on a device of other size."""
     case = problems.bank_case(40, 60, 90, 8, self_kind="offset", seed=2)

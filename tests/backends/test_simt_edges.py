@@ -12,7 +12,7 @@ from torch import Tensor
 import sn_ops
 from sn_ops import ops
 from support import fresh_python, judge, memory, problems, simt_build
-from support.cuda_paths import PATHS
+from support.cuda_paths import AGAINST_OTHERS, PATHS
 from support.problems import Case
 
 simt_build.enable()
@@ -34,7 +34,7 @@ def with_self(case: Case, index: Tensor | None, offset: int) -> tuple[Tensor, ..
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", AGAINST_OTHERS)
 def test_a_self_index_that_is_no_candidate_means_none(path: str) -> None:
     """The first index that does not exist is M; behind the bank lies a row that would count, if it were one."""
     case = problems.bank_case(12, 40, 30, 3, k=50, seed=4)

@@ -14,23 +14,10 @@ from support.problems import Case
 
 simt_build.enable()
 from support import simt  # noqa: E402
+from support.one_launch import check  # noqa: E402
 
 ONE_LAUNCH = ("cluster", "tickets")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def check(case: Case, path: str, **settings: object) -> None:
-    """Selection, loss, statistics and gradients are those of the direct path, and the forward is one launch."""
-    results = []
-    for taken in ("direct", path):
-        leaves = case.leaves()
-        with simt.using(path=taken, **settings):
-            neighbours = judge.neighbors_of(case, "simt")
-            assert simt.last_report is not None and simt.last_report.path == taken
-            assert simt.last_report.launches == (2 if taken == "direct" else 1)
-            loss, stats = sn_ops.sn_loss(**leaves.arguments(), backend="simt", return_stats=True)
-            results.append([loss.detach(), *stats, *torch.autograd.grad(loss, leaves.inputs()), *neighbours])
-    judge.assert_same_bits(results[1], results[0])
 
 
 @pytest.mark.parametrize("path", ONE_LAUNCH)

@@ -28,6 +28,7 @@ from mutants.partial_tiles import partial_tiles
 from mutants.preparation import preparation
 from mutants.selection import selection
 from mutants.small import small
+from mutants.square import square
 from mutants.triton import triton
 from mutants.triton_screening import triton_screening
 
@@ -529,6 +530,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *preparation(),
     *selection(),
     *small(),
+    *square(),
     *triton(),
     *triton_screening(),
     *cpu(),

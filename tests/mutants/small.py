@@ -9,7 +9,7 @@ TESTS = BACKENDS + "test_simt_small.py::"
 
 def small() -> list[Mutant]:
     """Each changes one edge of `small.cu`."""
-    file = DIRECT + "small.cu"
+    file, shared = DIRECT + "small.cu", DIRECT + "one_launch.cuh"
     rows, dims = TESTS + "test_rows_around_quads_and_groups", TESTS + "test_dimensions_around_chunks_and_sections"
     neighbours = TESTS + "test_neighbours_extracted_and_sorted"
     poison = TESTS + "test_a_value_that_is_not_finite_poisons_all"
@@ -17,9 +17,27 @@ def small() -> list[Mutant]:
         # name, old, new, why, test
         (
             "small-last-of-a-quad-forgotten",
-            "if (quad * kQuad + i < args.anchors) {", "if (quad * kQuad + i + 1 < args.anchors) {",
-            "the last anchor of a group has no sums", rows,
+            "if (quad * kQuad + i < anchors) {",
+            "if (quad * kQuad + i + 1 < anchors) {",
+            "the last anchor of a group has no sums",
+            rows,
         ),
+        (
+            "small-barrier-orders-nothing",
+            "    sync_cluster();\n  } else {",
+            "    arrive_cluster_relaxed();\n    wait_cluster();\n  } else {",
+            "sums of other blocks are read behind a barrier that orders no memory",
+            rows,
+        ),
+        (
+            "small-block-leaves-early",
+            "  if constexpr (kCluster) wait_cluster();",
+            "  if (kCluster && sFlags.get(2) != 0) wait_cluster();",
+            "shared memory is gone while another block may read it",
+            rows,
+        ),
+    ]
+    shared_changes = [
         (
             "small-slices-of-one-block",
             "const int place = (slice++ >> shift) * plane + at;", "const int place = at; ++slice;",
@@ -27,16 +45,16 @@ def small() -> list[Mutant]:
         ),
         (
             "small-chunks-in-another-tree",
-            "A sum = add(chunk(0, at), chunk(1, at));\n      if (args.chunks == 4) "
+            "A sum = add(chunk(0, at), chunk(1, at));\n      if (args_.chunks == 4) "
             "sum = add(sum, add(chunk(2, at), chunk(3, at)));",
-            "A sum = add(chunk(0, at), chunk(1, at));\n      if (args.chunks == 4) "
+            "A sum = add(chunk(0, at), chunk(1, at));\n      if (args_.chunks == 4) "
             "sum = add(add(sum, chunk(2, at)), chunk(3, at));",
             "chunks are added one after the other: other bits", dims,
         ),
         (
             "small-chunk-behind-the-end",
-            "while (present < args.chunks && begin_of(own_slice, present) < args.forward.dims) ++present;",
-            "present = args.chunks;",
+            "while (present < args_.chunks && begin_of(own_slice, present) < args_.forward.dims) ++present;",
+            "present = args_.chunks;",
             "a slice that is not full adds what an earlier one left", dims,
         ),
         (
@@ -50,16 +68,6 @@ def small() -> list[Mutant]:
             "the last candidate of a row is no neighbour where rows are sorted", neighbours,
         ),
         (
-            "small-barrier-orders-nothing",
-            "    sync_cluster();\n  } else {", "    arrive_cluster_relaxed();\n    wait_cluster();\n  } else {",
-            "sums of other blocks are read behind a barrier that orders no memory", rows,
-        ),
-        (
-            "small-block-leaves-early",
-            "  if constexpr (kCluster) wait_cluster();", "  if (kCluster && sFlags.get(2) != 0) wait_cluster();",
-            "shared memory is gone while another block may read it", rows,
-        ),
-        (
             "small-ticket-not-left-at-zero",
             "    if (last) atomic_store(gTicket, 0u);\n", "",
             "the next launch on the stream finds a block that has finished", rows,
@@ -71,25 +79,29 @@ def small() -> list[Mutant]:
         ),
         (
             "small-poison-of-a-group-forgotten",
-            "    if (last && taken >= kPoisoned) sNonfinite.set(0, 1u);\n", "",
+            "    if (last && poisoned(taken)) sNonfinite.set(0, 1u);\n", "",
             "what a block without the last ticket saw is not told", poison,
         ),
         (
             "small-poison-of-a-block-forgotten",
-            "sNonfinite.get(0) != 0 ? kPoisoned + 1u : 1u;", "1u;",
+            "nonfinite ? kPoisoned + 1u : 1u;", "1u;",
             "a block's ticket does not say what it saw", poison,
         ),
     ]  # fmt: skip
-    found = [Mutant(name, file, old, new, why, (test,)) for name, old, new, why, test in changes]
+    found = [
+        Mutant(name, where, old, new, why, (test,))
+        for where, listed in ((file, changes), (shared, shared_changes))
+        for name, old, new, why, test in listed
+    ]
     ticket = "const std::uint32_t taken = atomic_add_acq_rel(gTicket"
     return [
         *found,
         Mutant(
-            "small-ticket-releases-nothing", file, ticket, ticket.replace("_acq_rel", ""),
+            "small-ticket-releases-nothing", shared, ticket, ticket.replace("_acq_rel", ""),
             "the last block may not see what this one wrote", FENCES, (),
         ),
         Mutant(
-            "small-barrier-before-the-ticket", file,
+            "small-barrier-before-the-ticket", shared,
             "  sync_block();\n  if (thread_id() == 0) {\n    const std::uint32_t mine",
             "  if (thread_id() == 0) {\n    const std::uint32_t mine",
             "what other threads of a block wrote is not released", FENCES, (),

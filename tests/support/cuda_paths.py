@@ -7,8 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
-PATHS = ("cluster", "direct", "dense", "screen", "bank", "tickets")
+PATHS = ("cluster", "direct", "dense", "screen", "bank", "tickets", "square")
 """In the order of their numbers, which start at 1."""
+
+AGAINST_OTHERS = tuple(path for path in PATHS if path != "square")
+"""Those that serve candidates that are not the anchors."""
 
 
 @contextmanager

@@ -77,7 +77,7 @@ class Settings:
     minor: int = 0
     multiprocessors: int = 132
     shared_bytes: int = 232448
-    max_cluster: int = 8
+    max_cluster: int = 16
     strip_rows: int = 0
     slice_elements: int = 0
     score_tile: int = 0

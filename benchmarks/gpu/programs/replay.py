@@ -40,6 +40,7 @@ class Case:
 CASES = (
     Case("cluster", 48, 128, emulated=True),
     Case("tickets", 128, 256, path="tickets"),
+    Case("square", 200, 256, path="square"),
     Case("direct", 300, 256),
     Case("dense", 1500, 256),
     Case("screen", 5000, 256),

@@ -76,6 +76,15 @@ ONE_LAUNCH: Shapes = (
     Shape(130, 64, 200, k=150),
     Shape(256, 512),
 )
+# One cluster, and several: of tiles of their own, and of parts; one slice of a block, and several.
+SQUARE: Shapes = (
+    small(30, 64),
+    small(70, 130, k=40),
+    Shape(129, 200),
+    Shape(192, 2048),
+    Shape(256, 2048),
+    Shape(250, 4000, k=100),
+)
 # The score tiles: D of one stage, off a stage, of many; 64 x 64 tiles, then 128 x 128, then several waves.
 DENSE: Shapes = (
     small(70, 64),
@@ -106,6 +115,7 @@ BACKWARD += (Shape(2000, 200, 9000), Shape(300, 100, k=150))
 RUNS: dict[str, tuple[tuple[str, ...], tuple[Shape, ...]]] = {
     "cluster": (FUSED, ONE_LAUNCH),
     "tickets": (FUSED, ONE_LAUNCH),
+    "square": (FUSED, SQUARE),
     "direct": ((*FUSED, "float64"), DIRECT),
     "dense": (FUSED, DENSE),
     "screen": (FUSED, SCREEN),

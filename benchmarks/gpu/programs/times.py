@@ -61,7 +61,7 @@ SELF = ("direct", "dense", "screen")
 AGAINST = ("direct", "dense", "screen", "bank")
 FORCED: tuple[tuple[Shape, tuple[str, ...]], ...] = (
     *((Shape(N, D), ("cluster", "tickets", "direct")) for N in (16, 32, 64, 128) for D in (64, 512, 2048)),
-    *((Shape(N, 2048), ("cluster", "tickets")) for N in (192, 256)),
+    *((Shape(N, 2048), ("cluster", "tickets", "square")) for N in (192, 256)),
     *((Shape(N, 2048), SELF) for N in (256, 512, 640, 768, 1024, 2048)),
     *((Shape(N, 512), SELF) for N in (512, 1024, 1280, 1536, 2048, 4096)),
     *((Shape(N, 128), SELF) for N in (1024, 1536, 2048, 4096)),

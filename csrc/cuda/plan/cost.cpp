@@ -171,6 +171,7 @@ void predict_direct(const ForwardPlan& plan, const Problem& problem, const Machi
 constexpr double kSmallStart = kTilesStart;
 constexpr double kSmallItem = 0.7;
 constexpr double kSmallPairs = 256.0 / 4096.0;  // of a tile's
+constexpr double kSchedulers = 4.0;             // of a multiprocessor
 constexpr double kClusterShow = 0.5;
 constexpr double kClusterShowSlice = 0.015;  // loads of one pair
 constexpr double kTicketShow = 2.2 - 340.0 / 1755.0;
@@ -179,6 +180,11 @@ constexpr double kSmallAnchor = 3.0;
 constexpr double kSmallFew = 0.51 * (kSmallAnchor + 10.0 * 110.0 / 1755.0) - 10.0 * kShortRowRank;
 constexpr double kSmallTicket = 2.4 - 1040.0 / 1755.0;
 constexpr double kSmallSort = 0.006;  // K > 16: of a key, a warp's network
+
+double small_anchor_us(const ForwardPlan& plan, const Problem& problem) {
+  if (plan.K <= kShortNeighbours) return kSmallFew + real(plan.K) * kShortRowRank;
+  return kSmallAnchor + kSmallSort * real(problem.M) * std::log2(real(problem.M)) + kSelectKey * real(plan.K);
+}
 
 double small_us(const ForwardPlan& plan, const Problem& problem, const Machine& machine) {
   const double planes = real(small_planes(plan));
@@ -196,12 +202,32 @@ double small_us(const ForwardPlan& plan, const Problem& problem, const Machine& 
   const double rows = finished * real(small_columns(problem.M)) / real(kSmallRows);
   const double show = plan.path == ForwardPath::kCluster ? kClusterShow + kClusterShowSlice * real(plan.d_slices)
                                                          : kTicketShow + kTicketShowRow * rows;
-  const double select =
-      plan.K <= kShortNeighbours
-          ? kSmallFew + real(plan.K) * kShortRowRank
-          : kSmallAnchor + kSmallSort * real(problem.M) * std::log2(real(problem.M)) + kSelectKey * real(plan.K);
   return kGap + kSmallStart + waves(blocks, machine.device) * joined(sums, bytes / kCacheBytes) + show +
-         turns * select + kSmallTicket + final_us(problem.N);
+         turns * small_anchor_us(plan, problem) + kSmallTicket + final_us(problem.N);
+}
+
+// Sums of each pair once; all counted, not measured. An item of 8 rows and one candidate a lane takes 9 reads for 64
+// multiply-adds and differences, which were 6. Each distance is written and, behind a ticket between two barriers of
+// 0.3, read again. One cluster finishes all: a warp issues some 1300 of the 3830 cycles that it takes alone. Then a
+// barrier stands in the place of the last ticket, without its round trip.
+constexpr double kSquareItem = 73.0 / 70.0 * kSmallPairs;
+constexpr double kSquareIssued = 1300.0 / 3830.0;
+double square_us(const ForwardPlan& plan, const Problem& problem, const Machine& machine) {
+  const double own_slices = real(small_planes(plan));
+  const double chunks = real(plan.slice_elements / kChunk);
+  const double half = element_bytes(problem.dtype) == 2 ? kHalfTiles : 1.0;
+  const double items = real(plan.cluster_items) * chunks;  // of a slice
+  const double four_us = kSchedulers * real(kChunk) * kTileElement * kSquareItem / machine.rate.ffma;
+  const double turns = std::ceil(items / kSquareWarps);
+  const double slice_us = std::max(turns * kSmallItem, std::ceil(items / kSchedulers) * four_us);
+  const double here = std::min(1.0, real(problem.D) / real(kChunk));
+  const double row = here * real(kChunk) * real(element_bytes(problem.dtype));
+  const double bytes = own_slices * chunks * real(square_buffer_rows(plan, problem.N)) * row;
+  const double show = kClusterShow + kClusterShowSlice * real(plan.d_slices) + kTicketShow + 2.0 * 0.3;
+  const double warps = std::ceil(real(divide_up(problem.N, kSquareCluster)) / kSchedulers);  // of a scheduler
+  const double select = small_anchor_us(plan, problem) * joined(1.0, warps * kSquareIssued);
+  return kGap + kSmallStart + joined(own_slices * half * here * slice_us, bytes / kCacheBytes) + show + select +
+         kSmallTicket - 340.0 / 1755.0 + final_us(problem.N);
 }
 
 // ---- screening ------------------------------------------------------------------------------------------------------
@@ -554,6 +580,9 @@ Cost predict_forward(const ForwardPlan& plan, const Problem& problem, const Devi
     case ForwardPath::kCluster:
     case ForwardPath::kTickets:
       cost.add("small", small_us(plan, problem, machine));
+      break;
+    case ForwardPath::kSquare:
+      cost.add("square", square_us(plan, problem, machine));
       break;
     case ForwardPath::kAuto:
     case ForwardPath::kDirect:

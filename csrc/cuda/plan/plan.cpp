@@ -104,6 +104,39 @@ bool plan_small(ForwardPlan& plan, const Problem& problem, const DeviceFacts& de
   return true;
 }
 
+// The slices that are predicted to be the cheapest of what fits. As many clusters share the items as the device holds
+// at once. Returns whether anything fits.
+bool plan_square(ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
+  plan.strip_rows = problem.N;
+  plan.strips = 1;
+  plan.launches = 1;
+  plan.cluster = kSquareCluster;
+  const std::int64_t share = divide_up(square_items(problem.N), device.wide_clusters);
+  plan.cluster_items = static_cast<int>(std::max(share, kFewSquareItems));
+  ForwardPlan best;
+  double best_us = 0.0;
+  for (std::int64_t elements = kChunk; elements <= kLargestSlice; elements *= 2) {
+    plan.slice_elements = elements;
+    plan.d_slices = direct_slices(problem.D, elements);
+    plan.round_chunks = static_cast<int>(elements / kChunk);
+    if (small_planes(plan) <= kLargestPlanes && square_shared_bytes(plan, problem) <= device.shared_bytes) {
+      const double us = predict_forward(plan, problem, device).total();
+      if (best_us == 0.0 || us < best_us) {
+        best = plan;
+        best_us = us;
+      }
+    }
+    if (plan.d_slices == 1) break;
+  }
+  if (best_us == 0.0) return false;
+  plan = best;
+  Workspace workspace;
+  plan.records = workspace.take(problem.N * static_cast<std::int64_t>(sizeof(AnchorRecord)));
+  plan.partials = workspace.take(square_distance_bytes(problem.N));
+  plan.workspace_bytes = workspace.bytes();
+  return true;
+}
+
 // Smaller slices spread few tiles over all multiprocessors, larger ones leave the selection less to add up. Strips of
 // whole tiles waste none, those of whole waves of tiles no multiprocessor. One length leaves no few rows for the last
 // strip. Other strips have more rows for the selection.
@@ -347,6 +380,9 @@ ForwardPlan plan_path(ForwardPath path, const Problem& problem, const DeviceFact
     case ForwardPath::kTickets:
       plan_small(plan, problem, device);
       break;
+    case ForwardPath::kSquare:
+      plan_square(plan, problem, device);
+      break;
     case ForwardPath::kAuto:
     case ForwardPath::kDirect:
       plan_direct(plan, problem, device);
@@ -363,12 +399,13 @@ ForwardPlan plan_path(ForwardPath path, const Problem& problem, const DeviceFact
 // The plan of a path of one launch; false where it cannot serve.
 bool plan_one_launch(ForwardPath path, ForwardPlan& plan, const Problem& problem, const DeviceFacts& device) {
   if (std::min({problem.N, problem.M, problem.D}) <= 0 || std::max(problem.N, problem.M) > kSmallRows ||
-      problem.dtype == DType::kFloat64 || (path == ForwardPath::kCluster && device.major < kClusterMajor)) {
+      problem.dtype == DType::kFloat64 || (path != ForwardPath::kTickets && device.major < kClusterMajor)) {
     return false;
   }
+  if (path == ForwardPath::kSquare && (!problem.symmetric || device.wide_clusters <= 0)) return false;
   plan.path = path;
   plan.K = std::min(problem.k, problem.M);
-  return plan_small(plan, problem, device);
+  return path == ForwardPath::kSquare ? plan_square(plan, problem, device) : plan_small(plan, problem, device);
 }
 
 }  // namespace
@@ -381,7 +418,8 @@ bool serves(ForwardPath path, const Problem& problem, const DeviceFacts& device)
     case ForwardPath::kDirect:
       return true;
     case ForwardPath::kCluster:
-    case ForwardPath::kTickets: {
+    case ForwardPath::kTickets:
+    case ForwardPath::kSquare: {
       ForwardPlan plan;
       return plan_one_launch(path, plan, problem, device);
     }
@@ -405,7 +443,7 @@ ForwardPlan plan_forward(const Problem& problem, const DeviceFacts& device, Forw
     best_us = us;
     best = plan;
   };
-  for (const ForwardPath path : {ForwardPath::kCluster, ForwardPath::kTickets}) {
+  for (const ForwardPath path : {ForwardPath::kCluster, ForwardPath::kTickets, ForwardPath::kSquare}) {
     ForwardPlan plan;
     if (plan_one_launch(path, plan, problem, device)) consider(plan);
   }

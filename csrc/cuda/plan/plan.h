@@ -11,7 +11,7 @@ BackwardPlan plan_backward(const BackwardProblem& problem, const DeviceFacts& de
 
 // Whether the forward needs a slot of tickets (slots.h).
 constexpr bool takes_slot(const ForwardPlan& plan) {
-  return plan.path == ForwardPath::kCluster || plan.path == ForwardPath::kTickets;
+  return plan.path == ForwardPath::kCluster || plan.path == ForwardPath::kTickets || plan.path == ForwardPath::kSquare;
 }
 
 // Whether `path` can serve the problem on the device.

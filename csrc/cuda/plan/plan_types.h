@@ -18,6 +18,7 @@ struct DeviceFacts {
   // architecture allows where parts of it are switched off or given to others. 0: none.
   int largest_cluster = 8;     // blocks
   int cluster_bytes = 232448;  // of shared memory that each block of the largest may have
+  int wide_clusters = 8;       // of kSquare's kernel, each of kSquareCluster blocks, that are held at once. 0: none
 };
 
 // The one summation order (direct_sum.cuh derives it) cuts D into chunks, and chunks into sections.
@@ -33,7 +34,8 @@ enum class ForwardPath : std::int32_t {
   kDense = 3,    // tensor-core scores of every pair in a scratch of at most 2^22 entries (or a strip of rows), refined
   kScreen = 4,   // thresholds from a sample, tensor-core screening into candidate buffers, refined
   kBank = 5,     // kScreen for few anchors and many fp32 candidates, which are converted as they are read, once
-  kTickets = 6   // kCluster without clusters: blocks show each other their sums in the workspace
+  kTickets = 6,  // kCluster without clusters: blocks show each other their sums in the workspace
+  kSquare = 7    // kCluster where the candidates are the anchors: clusters sum each pair once, and show each other
 };
 
 struct Problem {
@@ -122,15 +124,16 @@ struct ForwardPlan {
   std::int64_t launches = 0;  // kernels enqueued
   std::int64_t workspace_bytes = 0;
 
-  // direct, cluster, tickets
+  // direct, cluster, tickets, square
   std::int64_t d_slices = 1;  // D is cut into so many aligned slices of slice_elements (the last may be shorter)
   std::int64_t slice_elements = 0;
   bool triangular = false;  // of a strip's rows with themselves half of the tiles serve both triangles
 
-  // cluster, tickets
+  // cluster, tickets, square
   int group_anchors = 1;  // of one group of blocks, at most
-  int cluster = 1;        // blocks of a group; kCluster: a power of two
+  int cluster = 1;        // blocks of a group; of clusters: a power of two
   int round_chunks = 1;   // chunks of a slice that a block sums at once
+  int cluster_items = 1;  // square: of a cluster, at most (sizes.h)
 
   // dense, screen, bank
   std::int64_t padded_dims = 0;  // D of the cast copy, a multiple of 64
@@ -150,13 +153,13 @@ struct ForwardPlan {
   Selection selection = Selection::kExtracted;  // direct
   bool shared_reduction = false;  // every partial of the sum over anchors is a block's; else one block sums alone
 
-  Piece control;          // Control
-  Piece flags;            // direct: uint32 per block of the tile kernel
-  Piece records;          // AnchorRecord [N]
-  Piece partials;         // direct: acc [d_slices][strip_rows][M]; tickets: planes, as small.cu has them
-  Piece sort_keys;        // direct: rows of keys too many for shared memory
-  Piece mean;             // float [padded_dims]
-  Piece anchor_cast;      // half [N][padded_dims]
+  Piece control;      // Control
+  Piece flags;        // direct: uint32 per block of the tile kernel
+  Piece records;      // AnchorRecord [N]
+  Piece partials;     // direct: acc [d_slices][strip_rows][M]; tickets: planes, as small.cu has them; square: distances
+  Piece sort_keys;    // direct: rows of keys too many for shared memory
+  Piece mean;         // float [padded_dims]
+  Piece anchor_cast;  // half [N][padded_dims]
   Piece candidate_cast;   // half [M][padded_dims]
   Piece anchor_facts;     // float [6][N]: n, rho, T, u, G, g2
   Piece candidate_facts;  // float [2][M]: n, rho

@@ -215,6 +215,95 @@ constexpr std::int64_t small_partial_bytes(const ForwardPlan& plan, const Proble
   return divide_up(problem.N, plan.group_anchors) * plan.d_slices * plan.group_anchors * small_columns(problem.M) * 4;
 }
 
+// ---- small batches, each pair once ----------------------------------------------------------------------------------
+
+// kSquare: the square of all rows with themselves, in tiles of kSquareSide rows a side. Of a tile above the diagonal an
+// item is kSquareRows anchors against the tile's candidates. Of one on the diagonal it is each row against as many that
+// follow it in a ring of the tile's rows: half of the ring makes every pair. A warp takes an item. Clusters share the
+// items, the blocks of a cluster share D.
+inline constexpr int kSquareCluster = 16;  // blocks, more than a cluster may have without opt-in
+inline constexpr int kSquareWarps = 16;    // of a block: a cluster finishes 256 anchors at once
+inline constexpr std::int64_t kSquareSide = 32;
+inline constexpr std::int64_t kSquareRows = 8;
+inline constexpr std::int64_t kSquarePairs = kSquareRows * kSquareSide;  // of an item
+inline constexpr std::int64_t kFewSquareItems = 8;                       // a cluster of its own is not worth fewer
+inline constexpr std::int64_t kSquareSides = kSmallRows / kSquareSide;
+constexpr std::int64_t square_sides(std::int64_t N) {
+  return divide_up(N, kSquareSide);
+}
+constexpr std::int64_t square_items(std::int64_t N) {
+  const std::int64_t sides = square_sides(N);
+  return sides * sides * (kSquareSide / kSquareRows) / 2;
+}
+inline constexpr std::int64_t kSquareItems = square_items(kSmallRows);
+static_assert(kSquareSide / kSquareRows % 2 == 0, "a tile on the diagonal has half as many items as another");
+constexpr std::int64_t square_clusters(const ForwardPlan& plan, std::int64_t N) {
+  return divide_up(square_items(N), plan.cluster_items);
+}
+
+// Sides of the tile that an item is of, the row's not below the column's, and which of the tile's it is.
+struct SquareItem {
+  std::uint8_t row;
+  std::uint8_t column;
+  std::uint8_t part;
+};
+struct SquareTable {
+  SquareItem items[kSquareItems];
+};
+// All items. Two columns of tiles at a time, downwards and upwards in turn: neighbours in this order share rows.
+constexpr SquareTable square_table(std::int64_t N) {
+  const int sides = static_cast<int>(square_sides(N));
+  SquareTable table{};
+  int count = 0;
+  const auto add_tile = [&](int row, int column) {
+    if (row > column || column >= sides) return;
+    const int parts = static_cast<int>(kSquareSide / kSquareRows) / (row == column ? 2 : 1);
+    for (int part = 0; part < parts; ++part) {
+      table.items[count++] = {static_cast<std::uint8_t>(row), static_cast<std::uint8_t>(column),
+                              static_cast<std::uint8_t>(part)};
+    }
+  };
+  for (int left = 0; left < sides; left += 2) {
+    const bool downwards = left % 4 == 0;
+    for (int step = 0; step <= left + 1; ++step) {
+      const int row = downwards ? step : left + 1 - step;
+      add_tile(row, left);
+      add_tile(row, left + 1);
+    }
+  }
+  return table;
+}
+// Rows of a buffer: those of all sides that the items of a cluster have, at most.
+constexpr std::int64_t square_buffer_rows(const ForwardPlan& plan, std::int64_t N) {
+  const SquareTable table = square_table(N);
+  std::int64_t most = 0;
+  for (std::int64_t first = 0; first < square_items(N); first += plan.cluster_items) {
+    bool needed[kSquareSides] = {};
+    std::int64_t rows = 0;
+    for (std::int64_t item = first; item < std::min(first + plan.cluster_items, square_items(N)); ++item) {
+      for (const int side : {table.items[item].row, table.items[item].column}) {
+        if (!needed[side]) rows += kSquareSide;
+        needed[side] = true;
+      }
+    }
+    most = std::max(most, rows);
+  }
+  return most;
+}
+constexpr std::int64_t square_shared_bytes(const ForwardPlan& plan, const Problem& problem) {
+  const std::int64_t chunks = plan.slice_elements / kChunk;
+  const std::int64_t plane = plan.cluster_items * kSquarePairs * 4;
+  const std::int64_t buffers = small_buffers(small_planes(plan), static_cast<int>(chunks), plan.round_chunks);
+  const std::int64_t row = kChunk * element_bytes(problem.dtype) + 16;
+  const std::int64_t sums = buffers * square_buffer_rows(plan, problem.N) * row + (chunks > 1 ? chunks * plane : 0);
+  const std::int64_t later = kSquareWarps * (kSmallRows * 4 + small_keys(plan.K, problem.M) * 8) + kReductionBytes;
+  return small_planes(plan) * plane + 16 + std::max(sums, later);
+}
+// Of ForwardPlan::partials: every distance.
+constexpr std::int64_t square_distance_bytes(std::int64_t N) {
+  return N * round_up(N, kSquareSide) * 4;
+}
+
 // ---- the screening --------------------------------------------------------------------------------------------------
 
 // A half-precision input serves in place when its rows start at multiples of 16 bytes and D is a multiple of this: one

@@ -20,8 +20,8 @@ namespace {
 
 int checks = 0;
 
-const char* const kPathNames[] = {"auto", "cluster", "direct", "dense", "screen", "bank", "tickets"};
-constexpr int kPaths = 7;
+const char* const kPathNames[] = {"auto", "cluster", "direct", "dense", "screen", "bank", "tickets", "square"};
+constexpr int kPaths = 8;
 
 }  // namespace
 
@@ -73,10 +73,11 @@ bool path_serves(const Problem& p, ForwardPath path, const sn_simt_settings& set
 void for_runs(const Problem& p, const std::function<void(const Result&, const sn_simt_settings&)>& each) {
   std::uint64_t seed = std::hash<std::string>()(p.name) % 1000;
   for (const ForwardPath path : {ForwardPath::kDirect, ForwardPath::kCluster, ForwardPath::kDense, ForwardPath::kScreen,
-                                 ForwardPath::kBank, ForwardPath::kTickets}) {
+                                 ForwardPath::kBank, ForwardPath::kTickets, ForwardPath::kSquare}) {
     if (!path_serves(p, path, settings_for(seed, simt::MmaError::kNone, path))) continue;
     const bool screened = path >= ForwardPath::kDense && path <= ForwardPath::kBank;
-    const int runs = screened && p.anchors.dtype == DType::kFloat32 ? 3 : 2;
+    const bool once = path == ForwardPath::kSquare;  // of many threads
+    const int runs = screened && p.anchors.dtype == DType::kFloat32 ? 3 : once ? 1 : 2;
     for (int run = 0; run < runs; ++run) {
       ++seed;
       const auto error = static_cast<simt::MmaError>(screened ? 1 + (seed + static_cast<std::uint64_t>(run)) % 4 : 0);

@@ -18,7 +18,7 @@ sn_simt_settings settings_for(std::uint64_t seed, simt::MmaError error, ForwardP
           .minor = 0,
           .multiprocessors = seed % 2 == 0 ? 4 : 132,
           .shared_bytes = 232448,
-          .max_cluster = 8,
+          .max_cluster = 16,
           .strip_rows = 0,
           .slice_elements = 0,
           .score_tile = 0,

@@ -41,8 +41,8 @@ def square() -> list[Mutant]:
             "eight anchors of each tile have no distances to it", rows,
         ),
         (
-            "square-any-cluster-finishes", file,
-            "(last ? kLast : 0u)", "kLast",
+            "square-the-first-cluster-finishes", file,
+            "(last ? kLast : 0u)", "(taken % kPoisoned == 1u ? kLast : 0u)",
             "a cluster finishes anchors before all distances are there", schedules,
         ),
         (

@@ -23,7 +23,8 @@ def _facts() -> dict[str, str]:
         if build["cuda_architectures"]:
             facts["CUDA kernels"] += f" for {build['cuda_architectures']}"
         usable = ", ".join(dispatch.CORE.cpu_capabilities())
-        facts["CPU kernels"] = f"{dispatch.CORE.cpu_capability()} in use; usable here: {usable}"
+        capability, _ = dispatch.cpu_capability()
+        facts["CPU kernels"] = f"{capability or 'none'} in use; usable here: {usable}"
         reason = dispatch.AUTOGRAD_REASON
         facts["autograd"] = f"in Python: {reason}" if reason else "in C++"
     for index in range(torch.cuda.device_count()):

@@ -181,14 +181,31 @@ def backends() -> dict[str, BackendInfo]:
             were not built for; the call says so.
     """
     return {
-        name: BackendInfo(name not in LOAD_ERROR, LOAD_ERROR.get(name, ""), _devices_of(name), _autograd_of(name))
-        for name in BACKEND_DEVICES
+        name: BackendInfo(not reason, reason, _devices_of(name), "" if reason else _autograd_of(name))
+        for name, reason in ((name, _unusable(name)) for name in BACKEND_DEVICES)
     }
 
 
+def _unusable(backend: str) -> str:
+    """Why no call of a backend can be served, empty if it can."""
+    if backend == "cpu" and CORE is not None and (reason := cpu_capability()[1]):
+        return reason
+    return LOAD_ERROR.get(backend, "")
+
+
+def cpu_capability() -> tuple[str, str]:
+    """The instruction set of the CPU kernels, or else why there is none: SN_OPS_CPU_CAPABILITY asks for another.
+
+    Such a setting is an error of each call, not of the import: "auto" must not take a slower backend because of it.
+    """
+    assert CORE is not None
+    try:
+        return CORE.cpu_capability(), ""
+    except ValueError as error:
+        return "", str(error)
+
+
 def _autograd_of(backend: str) -> str:
-    if backend in LOAD_ERROR:
-        return ""
     if backend == "reference":
         return "PyTorch"
     return "Python" if AUTOGRAD is None else "C++"

@@ -36,19 +36,21 @@ std::vector<Level> levels() {
   return all;
 }
 
-const Kernels* find(const std::string& name) {
+// `what` asks for the name.
+const Kernels* find(const std::string& name, const std::string& what) {
   std::string allowed;
   for (const Level& level : levels()) {
     if (!level.usable) continue;
     if (name == level.kernels->name) return level.kernels;
     allowed += std::string(allowed.empty() ? "" : ", ") + level.kernels->name;
   }
-  throw std::invalid_argument("CPU capability: expected one of " + allowed + ", got '" + name + "'");
+  throw std::invalid_argument(what + ": expected one of " + allowed + ", got '" + name + "'");
 }
 
 const Kernels* at_load() {
-  if (const char* wanted = std::getenv("SN_OPS_CPU_CAPABILITY")) {
-    if (*wanted != '\0') return find(wanted);
+  constexpr const char* kVariable = "SN_OPS_CPU_CAPABILITY";
+  if (const char* wanted = std::getenv(kVariable)) {
+    if (*wanted != '\0') return find(wanted, kVariable);
   }
   const Kernels* best = nullptr;
   for (const Level& level : levels()) {
@@ -90,7 +92,7 @@ std::string capability() {
 }
 
 void set_capability(const std::string& name) {
-  active.store(find(name), std::memory_order_release);
+  active.store(find(name, "CPU capability"), std::memory_order_release);
 }
 
 }  // namespace sn::cpu

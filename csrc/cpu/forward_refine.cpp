@@ -264,10 +264,10 @@ void refine(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kern
   }
   const PairList list = shared.list();
   const auto use = [&](std::int64_t, std::int64_t item, std::int64_t buffer) {
-    kernels.refine_pairs(list, item * kRows, std::min(list.groups, (item + 1) * kRows), buffers[buffer],
+    kernels.refine_pairs(list, item * kRows, std::min(list.vectors, (item + 1) * kRows), buffers[buffer],
                          candidate_buffers[buffer]);
   };
-  gather_and_use(pool, workers, segments, anchor_items + candidate_items, divide_up(list.groups, kRows), true, gather,
+  gather_and_use(pool, workers, segments, anchor_items + candidate_items, divide_up(list.vectors, kRows), true, gather,
                  use);
   for_blocks(pool, workers, N, kRows,
              [&](std::int64_t begin, std::int64_t end) { shared.hand_over(begin, end, loss); });

@@ -93,8 +93,7 @@ template <class Exclude>
 void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std::int64_t K, const Exclude& exclude) {
   const ScreenSide& side = layout.screen.candidates;
   const std::int64_t M = side.rows;
-  std::size_t buckets = 16;
-  while (buckets < 2 * static_cast<std::size_t>(M)) buckets *= 2;
+  const std::size_t buckets = static_cast<std::size_t>(duplicate_buckets(M));
   struct Bucket {
     std::int32_t row = -1;
     std::int32_t count = 0;

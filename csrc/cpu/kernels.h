@@ -89,10 +89,10 @@ struct Screen {
 inline constexpr std::int64_t kPairGroup = 4;
 static_assert(kPanel % kPairGroup == 0);
 struct PairList {
-  const std::int32_t* anchors;     // [4 groups]
-  const std::int32_t* candidates;  // [16 groups]
-  float* distances;                // [16 groups]
-  std::int64_t groups;             // of kPanel pairs
+  const std::int32_t* anchors;     // [4 vectors]
+  const std::int32_t* candidates;  // [16 vectors]
+  float* distances;                // [16 vectors]
+  std::int64_t vectors;            // of kPanel pairs, four groups each
 };
 
 struct Tile {

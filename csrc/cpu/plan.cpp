@@ -14,6 +14,11 @@ constexpr std::int64_t kWholeScratch = std::int64_t{5} << 20;
 static_assert(kWholeScratch <= kFixedScratch);
 constexpr std::int64_t kListBytesPerRow = 880;
 constexpr std::int64_t kEntryBytes = sizeof(Entry);
+// Of a row that is anchor and candidate: position, scale, norm, residual, slack, both biases, threshold, and three
+// counts of its list. One that is only one of them takes less.
+constexpr std::int64_t kRowBytes = 11 * 4;
+constexpr std::int64_t kBucketBytes = 8;
+static_assert(kListBytesPerRow + kRowBytes + 4 * kBucketBytes <= 1024, "the rows' share of scratch");
 constexpr std::int64_t kDirectScratch = std::int64_t{4} << 20;
 constexpr std::int64_t kDirectCopy = std::int64_t{2} << 20;
 // Features about as large as the first-level cache need no gathering. Short rows arrive in whole cache lines anyway.
@@ -95,6 +100,12 @@ DirectPlan plan_direct(std::int64_t N, std::int64_t M, std::int64_t D, DType dty
   return plan;
 }
 
+std::int64_t duplicate_buckets(std::int64_t candidates) {
+  std::int64_t buckets = 16;
+  while (buckets < 2 * candidates) buckets *= 2;
+  return buckets;
+}
+
 bool refines_by_columns(std::int64_t N, std::int64_t M, std::int64_t D) {
   return D >= kGatherFromDims && std::max(N, M) * D * static_cast<std::int64_t>(sizeof(float)) > kCachedFeatures;
 }
@@ -113,7 +124,7 @@ Plan plan_forward(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k
   plan.list_capacity = screen.capacity;
   const std::int64_t rows = symmetric ? N : N + M;
   plan.workspace_bytes = round_up(rows, kTileGrain) * round_up(D, 2) * 2 + N * screen.capacity * kEntryBytes +
-                         screen.product_floats * 4 + rows * 32;
+                         screen.product_floats * 4 + rows * kRowBytes + duplicate_buckets(M) * kBucketBytes;
   return plan;
 }
 

@@ -35,6 +35,8 @@ struct DirectPlan {
 };
 DirectPlan plan_direct(std::int64_t N, std::int64_t M, std::int64_t D, DType dtype, bool symmetric,
                        std::int64_t panels_from);
+// Buckets of the table of equal rows, a power of two: at most half of them are taken.
+std::int64_t duplicate_buckets(std::int64_t candidates);
 bool refines_by_columns(std::int64_t N, std::int64_t M, std::int64_t D);
 
 }  // namespace sn::cpu

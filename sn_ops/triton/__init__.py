@@ -46,7 +46,16 @@ def missing() -> str:
     numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
     if numbers < OLDEST:
         return f"it needs triton {wanted} or newer, found {found}"
-    return _no_compiler(found) if numbers < WITHOUT_COMPILER and not tuning.INTERPRETED else ""
+    if tuning.INTERPRETED:
+        return ""
+    return _no_cuda() or (_no_compiler(found) if numbers < WITHOUT_COMPILER else "")
+
+
+def _no_cuda() -> str:
+    """Why this PyTorch has no device for the kernels; empty if it may. One for ROCm calls its devices "cuda" too."""
+    if torch.version.cuda is not None:
+        return ""
+    return f"it needs PyTorch for CUDA, torch {torch.__version__} is a build without it"
 
 
 def _no_compiler(version: str) -> str:

@@ -82,8 +82,18 @@ def test_capability_can_be_chosen_from_outside(core: ModuleType) -> None:
         assert done.stdout.strip() == name, done.stderr
     assert run("-c", script).stdout.strip() == core.cpu_capabilities()[-1]
     done = run("-c", script, SN_OPS_CPU_CAPABILITY="fastest")
-    assert done.returncode != 0 or "SN_OPS_CPU_CAPABILITY" in done.stderr
-    assert "generic" in done.stderr
+    expected = f"SN_OPS_CPU_CAPABILITY: expected one of {', '.join(core.cpu_capabilities())}, got 'fastest'"
+    assert done.returncode != 0 and expected in done.stderr
+    done = run("-c", script, SN_OPS_CPU_CAPABILITY="")
+    assert done.stdout.strip() == core.cpu_capabilities()[-1], done.stderr
+
+    # The import works, `python -m sn_ops` says what is wrong, and no other backend takes the place of this one.
+    done = run("-m", "sn_ops", SN_OPS_CPU_CAPABILITY="fastest")
+    assert done.returncode == 0, done.stderr
+    assert f"no: {expected}" in done.stdout and "none in use; usable here: generic" in done.stdout
+    script = "import sn_ops, torch; sn_ops.sn_loss(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))"
+    done = run("-c", script, SN_OPS_CPU_CAPABILITY="fastest")
+    assert done.returncode != 0 and expected in done.stderr
 
 
 def test_capabilities(core: ModuleType) -> None:
@@ -113,6 +123,9 @@ def test_plan_tells_path_and_workspace(core: ModuleType) -> None:
     budget = 8 * 2**20 + 2 * 2 * rows * dims + 1024 * rows
     assert core.cpu_plan(4096, 4096, 2**24, 10, 0, True, 1)["path"] == "screen"
     assert core.cpu_plan(4096, 4096, 2**24 + 1, 10, 0, True, 1)["path"] == "direct"  # sums would exceed 32 bits
+    padded = -(-rows // 48) * 48
+    products, copy, lists = 4 * 192 * 192, 2 * padded * dims, 8 * rows * large["list_capacity"]
+    assert large["workspace_bytes"] == products + copy + lists + rows * (11 * 4 + 2 * 8)  # counters; equal rows
     numbers = [value for value in large.values() if isinstance(value, int)]
     assert numbers and max(numbers) <= budget
     core.set_cpu_path("direct")

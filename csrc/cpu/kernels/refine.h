@@ -17,22 +17,22 @@ inline void refine_columns(const Screen& screen, const float* anchor_columns, co
                  screen.list_counts[p]);
 }
 
-// Adds one segment to the distances of groups [begin, end).
+// Adds one segment to the distances of vectors of pairs [begin, end).
 inline void refine_pairs(const PairList& list, std::int64_t begin, std::int64_t end, const float* anchor_columns,
                          const float* candidate_columns) {
   constexpr int kAnchors = kPairs / static_cast<int>(kPairGroup);
-  for (std::int64_t group = begin; group < end; ++group) {
+  for (std::int64_t vector = begin; vector < end; ++vector) {
     const float* xs[kAnchors];
     const float* zs[kPairs];
     for (int a = 0; a < kAnchors; ++a) {
-      xs[a] = anchor_columns + static_cast<std::int64_t>(list.anchors[group * kAnchors + a]) * kSegment;
+      xs[a] = anchor_columns + static_cast<std::int64_t>(list.anchors[vector * kAnchors + a]) * kSegment;
     }
     for (int c = 0; c < kPairs; ++c) {
-      zs[c] = candidate_columns + static_cast<std::int64_t>(list.candidates[group * kPairs + c]) * kSegment;
+      zs[c] = candidate_columns + static_cast<std::int64_t>(list.candidates[vector * kPairs + c]) * kSegment;
     }
     alignas(64) float sums[kPairs];
     segment_pairs<float, kAnchors, kPairGroup, true, true>(xs, zs, 0, kSegment, sums);
-    float* distances = list.distances + group * kPairs;
+    float* distances = list.distances + vector * kPairs;
     f_store(distances, f_add(f_load(distances), f_load(sums)));
   }
 }

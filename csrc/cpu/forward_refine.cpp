@@ -231,7 +231,7 @@ void refine(const ForwardArgs& args, const ThreadPool& pool, const Kernels& kern
   float* candidate_buffers[2] = {reinterpret_cast<float*>(screen.candidates.packed), nullptr};
   buffers[1] = buffers[0] + N * kRefineColumns;
   candidate_buffers[1] = candidate_buffers[0] + args.candidates.rows * kRefineColumns;
-  const std::int64_t copy_bytes = screen.anchors.padded * screen.pairs * std::int64_t{sizeof(std::uint32_t)};
+  const std::int64_t copy_bytes = screen.anchors.padded * divide_up(args.dims, 2) * std::int64_t{sizeof(std::uint32_t)};
   const std::int64_t buffer_bytes = 2 * N * kRefineColumns * std::int64_t{sizeof(float)};
   SharedPairs shared(args, identities, screen, buffers[1] + N * kRefineColumns,
                      static_cast<std::size_t>(copy_bytes - buffer_bytes));

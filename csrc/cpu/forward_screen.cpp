@@ -1,15 +1,17 @@
-// The screening path: products of a 16-bit copy bound every distance; direct sums decide where the bounds cannot.
+// The screening path: products of an integer copy bound every distance; direct sums decide where the bounds cannot.
 //
 // The bound of the screening, in the notation of kernels.h, with u = 2^-24. All inequalities are worst cases. With
-// exact a = x - mean and r = a - A, |a.b - A.B| <= |A||r_b| + |r_a||B| + |r_a||r_b|, and for any theta > 0
-//   2 |A||r_b| <= theta |A|^2 + |r_b|^2 / theta,      2 |r_a||r_b| <= |r_a|^2 + |r_b|^2,
-// so the error of 2 a.b splits into one term a row: theta |A|^2 + (1/theta + 1) |r|^2. theta is the root mean square of
-// |r| / |t| over all rows. Any value is right, and an outlier loosens only its own bound. Each row adds:
-//   4 u |t|^2    the product of exact integers, converted and scaled: three roundings of A.B, which is at most
-//                |A||B| <= (|A|^2 + |B|^2) / 2
+// exact a = x - mean and r = a - A, |a.b - A.B| <= |a||r_b| + |r_a||b| + |r_a||r_b|, and for any theta > 0
+//   2 |a||r_b| <= theta |a|^2 + |r_b|^2 / theta,      2 |r_a||r_b| <= |r_a|^2 + |r_b|^2,
+// so the error of 2 a.b splits into one term a row: theta |a|^2 + (1/theta + 1) |r|^2. theta is the root mean square of
+// |r| / |t| over all rows. Any value is right, and an outlier loosens only its own bound. Nothing here depends on how
+// many bits the integers have: |r| is measured. Each row adds:
+//   4 u |A|^2    the product of exact integers, converted and scaled: three roundings of A.B, which is at most
+//                |A||B| <= (|A|^2 + |B|^2) / 2; |A| <= |t| + |r|
 //   c |t|^2      the norm: t rounded once (2 u), D / 16 + 8 additions of squares
 //   2 f |t|^2    the direct sum itself (relative error f, kernels/direct.h) on d2 <= 2 |a|^2 + 2 |b|^2
-//   32 u |t|^2   scores, upper bounds and thresholds: a few roundings of numbers below 2 |a|^2 + 2 |b|^2
+//   32 u |A|^2   scores, upper bounds and thresholds: a few roundings of numbers below 2 |a|^2 + 2 |b|^2, or of
+//                A and B
 //   D 2^-120     products and squares that underflow
 // |r| is the root of the stored residual plus u |t| for the rounding of t. A margin of 1 % covers the products of these
 // small numbers and the float arithmetic on the bound itself.
@@ -44,24 +46,34 @@ struct Layout {
   float* products;  // all of them, or a tile of each worker
 };
 
+// Words of a row of the copy. Memory is that of 16-bit integers always: the refinement uses it once more.
+std::int64_t words_of(std::int64_t dims, bool bytes) {
+  return divide_up(dims, bytes ? 4 : 2);
+}
+
+void set_width(Screen& screen, bool bytes) {
+  screen.bytes = bytes;
+  screen.words = words_of(screen.dims, bytes);
+  screen.panel_stride = screen.words * kPanel;
+}
+
 Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, Slices& slices) {
   Layout layout{};
   Screen& screen = layout.screen;
   const std::int64_t N = args.anchors.rows;
   const std::int64_t M = args.candidates.rows;
-  const std::int64_t padded_dims = (args.dims + 31) / 32 * 32;
-  screen.pairs = (args.dims + 1) / 2;
-  screen.panel_stride = screen.pairs * kPanel;
+  const std::int64_t padded_dims = (args.dims + 63) / 64 * 64;
   screen.capacity = plan.capacity;
   const auto side = [&](std::int64_t rows) {
     ScreenSide s{};
     s.rows = rows;
     s.padded = round_up(rows, kTileGrain);
-    s.packed = slices.take<std::uint32_t>(s.padded / kPanel * screen.panel_stride);
+    s.packed = slices.take<std::uint32_t>(s.padded * words_of(args.dims, false));
     s.scale = slices.take<float>(s.padded);
     s.norm = slices.take<float>(s.padded);
     s.residual = slices.take<float>(s.padded);
     s.slack = slices.take<float>(s.padded);
+    s.start = slices.take<std::int32_t>(s.padded);
     return s;
   };
   screen.anchors = side(N);
@@ -126,6 +138,51 @@ void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std:
   }
 }
 
+// Whether 8-bit integers serve: packs sampled candidates, in the place of the copy's first rows, and computes their
+// distances. It depends on shapes and data alone, and cannot change a result.
+bool choose_bytes(const ForwardArgs& args, const Kernels& kernels, std::int64_t K, Screen& screen) {
+  if (!kernels.bytes) return false;
+  set_width(screen, true);
+  std::int32_t order[kDirectBlock];
+  const void* rows[kDirectBlock];
+  const std::int64_t count = std::min(args.candidates.rows, kDirectBlock);
+  for (std::int64_t i = 0; i < count; ++i) {
+    order[i] = static_cast<std::int32_t>(i * args.candidates.rows / count);
+    rows[i] = row_of(args.candidates, args.dtype, order[i]);
+  }
+  ScreenSide sampled = screen.candidates;
+  sampled.order = order;
+  sampled.rows = count;
+  if (!kernels.pack(screen, sampled, 0, divide_up(count, kPanel))) return false;
+  float d2[kDirectBlock * kDirectBlock];
+  kernels.direct_block(args.dtype, rows, count, rows, count, args.dims, true, d2, kDirectBlock);
+  double sum = 0.0;
+  double squares = 0.0;
+  double norms = 0.0;
+  double residuals = 0.0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    norms += sampled.norm[i];
+    residuals += sampled.residual[i];
+    for (std::int64_t j = i + 1; j < count; ++j) {
+      const double value = d2[i * kDirectBlock + j];
+      sum += value;
+      squares += value * value;
+    }
+  }
+  const double pairs = 0.5 * static_cast<double>(count * (count - 1));
+  CopySample sample{};
+  sample.mean = sum / pairs;
+  sample.deviation = std::sqrt(std::max(0.0, squares / pairs - sample.mean * sample.mean));
+  for (std::int64_t i = 0; i < count; ++i) {
+    for (std::int64_t j = i + 1; j < count; ++j) {
+      sample.near += d2[i * kDirectBlock + j] < 0.5 * sample.mean ? 1.0 / pairs : 0.0;
+    }
+  }
+  // Two rows, an error of either sign, each E about 2 |t| |r|.
+  sample.window = 8.0 * std::sqrt(norms * residuals) / static_cast<double>(count);
+  return multiplies_bytes(args.candidates.rows, args.dims, K, args.symmetric, kernels.product_cycles, sample);
+}
+
 // Computes the bound E of each row and the bias of each candidate. Returns false if the rows' scale is outside the
 // bound's range.
 bool bound_errors(const ForwardArgs& args, const Layout& layout) {
@@ -147,13 +204,14 @@ bool bound_errors(const ForwardArgs& args, const Layout& layout) {
   const double D = static_cast<double>(args.dims);
   const double theta = std::max(0x1p-20, norms > 0.0 ? std::sqrt(residuals / norms) : 0.0);
   const double direct = (D / 64.0 + 13.0) * u;
-  const double relative = theta + 4.0 * u + (D / 16.0 + 10.0) * u + 2.0 * direct + 32.0 * u;
+  const double relative = theta + (D / 16.0 + 10.0) * u + 2.0 * direct;
   for (int s = 0; s < side_count; ++s) {
     for (std::int64_t p = 0; p < sides[s]->padded; ++p) {
       const double norm = sides[s]->norm[p];
       const double rest = std::sqrt(static_cast<double>(sides[s]->residual[p])) * 1.01 + 1.01 * u * std::sqrt(norm);
-      sides[s]->slack[p] =
-          static_cast<float>(1.01 * (relative * norm + rest * rest * (1.0 / theta + 1.0)) + D * 0x1p-120);
+      const double copy = (std::sqrt(norm) + rest) * (std::sqrt(norm) + rest);  // |A|^2, at most
+      sides[s]->slack[p] = static_cast<float>(
+          1.01 * (relative * norm + 36.0 * u * copy + rest * rest * (1.0 / theta + 1.0)) + D * 0x1p-120);
     }
   }
   const ScreenSide& candidates = layout.screen.candidates;
@@ -296,6 +354,7 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
 
   const FeatureView features[2] = {args.anchors, args.candidates};
   kernels.sampled_mean(args.dtype, features, args.symmetric ? 1 : 2, args.dims, layout.mean, layout.mean_scratch);
+  set_width(screen, choose_bytes(args, kernels, K, screen));
   for (int s = 0; s < (args.symmetric ? 1 : 2); ++s) {
     const ScreenSide& side = s == 0 ? screen.anchors : screen.candidates;
     std::atomic<bool> usable{true};

@@ -32,10 +32,10 @@ inline constexpr std::int64_t kWholeMost = 2048;  // most candidates that a row 
 
 // ---- screening ------------------------------------------------------------------------------------------------------
 
-// Screening: products of a 16-bit copy bound every distance; few distances are then left to compute.
+// Screening: products of an integer copy bound every distance; few distances are then left to compute.
 //
-// A row x is kept as t = x - mean, A = scale I with 16-bit integers I, norm = |t|^2 and residual = |t - A|^2. I_p.I_q
-// is exact: it fits in 32 bits. For a pair (p, q)
+// A row x is kept as t = x - mean, A = scale I with 16-bit or 8-bit integers I, norm = |t|^2 and residual = |t - A|^2.
+// I_p.I_q is exact: it fits in 32 bits. For a pair (p, q)
 //   s_pq = norm_p + norm_q - 2 A_p.A_q   and   |d2_pq - s_pq| <= E_p + E_q,
 // where d2 is the direct sum. forward_screen.cpp derives E. With w_pq = (norm_q - E_q) / 2 - A_p.A_q
 //   lower bound of d2_pq = 2 w_pq + norm_p - E_p,     upper bound = 2 (w_pq + E_q) + norm_p + E_p.
@@ -48,11 +48,12 @@ struct ScreenSide {
   const std::int32_t* order;  // [rows] position -> row
   std::int64_t rows;
   std::int64_t padded;
-  std::uint32_t* packed;  // [padded / 16][panel_stride]: [ceil(D / 2)][16] pairs of 16-bit integers
+  std::uint32_t* packed;  // [padded / 16][panel_stride]: [words][16] of two or four integers
   float* scale;           // [padded] of the integers; 0: all of them are
   float* norm;            // [padded] |t|^2
   float* residual;        // [padded] |t - A|^2
   float* slack;           // [padded] E
+  std::int32_t* start;    // [padded] where sums of a row's products with candidates begin
 };
 
 // An entry of an anchor's list: a candidate that may still be among its K nearest. It is dropped when w exceeds the
@@ -66,8 +67,9 @@ struct Entry {
 struct Screen {
   DType dtype;
   std::int64_t dims;
-  std::int64_t pairs;         // ceil(D / 2)
-  std::int64_t panel_stride;  // words of a panel of the copy: kPanel a pair of columns
+  bool bytes;                 // the integers have 8 bits, else 16
+  std::int64_t words;         // of a row of the copy: four or two columns each
+  std::int64_t panel_stride;  // words of a panel of the copy
   std::int64_t K;
   bool symmetric;
   const float* mean;  // [D], zero-padded to a multiple of 32
@@ -133,6 +135,7 @@ struct ColumnBlock {
 struct Kernels {
   const char* name;
   double product_cycles;     // of a screened pair, a column
+  bool bytes;                // products of 8-bit integers take half of that
   std::int64_t panels_from;  // rows from which the direct path is faster on a copy in panels
   std::int64_t row_columns;  // columns of a row of the backward that stay in registers
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 
 namespace sn::cpu {
 namespace {
@@ -14,11 +15,15 @@ constexpr std::int64_t kWholeScratch = std::int64_t{5} << 20;
 static_assert(kWholeScratch <= kFixedScratch);
 constexpr std::int64_t kListBytesPerRow = 880;
 constexpr std::int64_t kEntryBytes = sizeof(Entry);
-// Of a row that is anchor and candidate: position, scale, norm, residual, slack, both biases, threshold, and three
-// counts of its list. One that is only one of them takes less.
-constexpr std::int64_t kRowBytes = 11 * 4;
+// Of a row that is anchor and candidate: position, scale, norm, residual, slack, start, both biases, threshold, and
+// three counts of its list. One that is only one of them takes less.
+constexpr std::int64_t kRowBytes = 12 * 4;
 constexpr std::int64_t kBucketBytes = 8;
 static_assert(kListBytesPerRow + kRowBytes + 4 * kBucketBytes <= 1024, "the rows' share of scratch");
+// Beyond that lists of an 8-bit copy are resolved rather than pruned.
+constexpr double kMostOpen = 24.0;
+constexpr std::int64_t kBytesMostDims = std::int64_t{1} << 16;
+static_assert(255 * 127 * kBytesMostDims < std::int64_t{1} << 31, "sums of products fit in 32 bits");
 constexpr std::int64_t kDirectScratch = std::int64_t{4} << 20;
 constexpr std::int64_t kDirectCopy = std::int64_t{2} << 20;
 // Features about as large as the first-level cache need no gathering. Short rows arrive in whole cache lines anyway.
@@ -53,6 +58,28 @@ Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K,
   return direct <= screened ? Path::kDirect : Path::kScreen;
 }
 
+bool multiplies_bytes(std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, double product_cycles,
+                      const CopySample& sample) {
+  const Path forced = forced_path.load();
+  if (D > kBytesMostDims || forced == Path::kTiles) return false;
+  if (forced == Path::kBytes) return true;
+  if (M < 4 * K || !(sample.mean > 0.0) || !(sample.deviation > 0.0)) return false;
+  // Candidates beside the K nearest that the bounds of both copies leave open, if distances were normal: at the K-th of
+  // M, which is z deviations below the mean, their number grows by about z + 1 / z a deviation.
+  const double tail = std::log(static_cast<double>(M) / static_cast<double>(K));
+  const double z = std::sqrt(std::max(1.0, 2.0 * tail - std::log(4.0 * 3.1416 * tail)));
+  const double window = sample.window / sample.deviation;
+  const double growth = std::exp(std::min(10.0, (z + 1.0 / z) * window - 0.5 * window * window));
+  // Clusters are not normal: all of one may be within the window.
+  const double clustered = sample.near * static_cast<double>(M);
+  const double open = static_cast<double>(K) * (growth - 1.0) + clustered;
+  // Cycles of an open candidate, measured on Zen 4: a hit, an entry of a list, a distance; and of choosing among them.
+  constexpr double kOpenCycles = 300.0;
+  constexpr double kRowCycles = 800.0;
+  const double saved = (symmetric ? 0.25 : 0.5) * product_cycles * static_cast<double>(M * D);
+  return open <= kMostOpen && open * kOpenCycles + kRowCycles <= saved;
+}
+
 ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, int threads) {
   ScreenPlan plan{};
   // Room for candidates that the bounds leave open beside the K nearest, within the rows' share of memory.
@@ -69,7 +96,7 @@ ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int6
   // A panel more, so that the rows of a tile do not compete for a few sets of the cache.
   plan.pitch = round_up(M, kTileGrain) + kPanel;
   plan.product_floats = round_up(N, kTileGrain) * plan.pitch;
-  plan.whole = forced_path.load() != Path::kTiles && M <= kWholeMost && plan.product_floats * kValue <= kWholeScratch;
+  plan.whole = forced_path.load() < Path::kTiles && M <= kWholeMost && plan.product_floats * kValue <= kWholeScratch;
   plan.workers = threads;
   if (plan.whole) return plan;
   plan.pitch = kTilePitch;

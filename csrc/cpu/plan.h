@@ -23,6 +23,15 @@ inline constexpr std::int64_t kScreenMostDims = std::int64_t{1} << 24;
 
 Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, DType dtype, bool symmetric,
                  double product_cycles);
+// Whether the copy has 8-bit integers, which depends on the data: `sample` tells of the distances of sampled rows.
+struct CopySample {
+  double mean;
+  double deviation;
+  double near;    // share of the pairs that are nearer than half of the mean
+  double window;  // width of what the bounds of an 8-bit copy cannot tell apart
+};
+bool multiplies_bytes(std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, double product_cycles,
+                      const CopySample& sample);
 ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, int threads);
 // The direct path holds the distances of a strip of anchors to all candidates at a time, `pitch` values a row. With
 // `panels` it copies the features once, in panels of interleaved rows, `columns` values a row.

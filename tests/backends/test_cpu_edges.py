@@ -14,24 +14,25 @@ from support import judge, oracle, problems
 from support.problems import Case
 
 
-def lopsided_case(dims: int, k: int) -> Case:
+def lopsided_case(dims: int, k: int, middle: float = 131.0, step: float = 1.0, first: float = 96.0) -> Case:
     """Rows whose columns are alike, so that the screening's copy errs the same way in each of them.
 
-    Values are whole multiples of 2^-7. An anchor of 131 in each column is as far from candidates of 130 as from those
-    of 132 but for the change of a few columns, which is far less than the error of the copy: a part of a step in every
-    column. Each row has a negative, so that there is nothing to centre.
+    Values are whole multiples of 2^-7. An anchor of `middle` in each column is as far from candidates `step` below as
+    from those `step` above but for the change of a few columns, which is far less than the error of the copy: a part of
+    a step in every column. Each row has a negative, so that there is nothing to centre.
     """
-    anchors, near, far = (torch.full((rows, dims), value) for rows, value in ((6, 131.0), (k, 130.0), (3 * k, 132.0)))
-    # No two rows are alike. 133 for 132 in two columns more and more: all of `far` behind all of `near`.
+    sizes = ((6, middle), (k, middle - step), (3 * k, middle + step))
+    anchors, near, far = (torch.full((rows, dims), value) for rows, value in sizes)
+    # No two rows are alike. One more in four columns more and more: all of `far` behind all of `near`.
     for i in range(len(anchors)):
-        anchors[i, 8 + i] = 132.0
+        anchors[i, 8 + i] = middle + 1
     for i in range(len(near)):
-        near[i, 40 + i] = 129.0
+        near[i, 40 + i] = middle - step - 1
     for i in range(len(far)):
-        far[i, 40 + 4 * i : 40 + 4 * i + 4] = 133.0
+        far[i, 40 + 4 * i : 40 + 4 * i + 4] = middle + step + 1
     both = [torch.cat([rows, -rows]) / 128.0 for rows in (anchors, torch.cat([near, far]))]
     for rows in both:
-        rows[:, 0] = torch.sign(rows[:, 0]) * 96.0
+        rows[:, 0] = torch.sign(rows[:, 0]) * first
     feats, candidates = (rows.to(torch.bfloat16) for rows in both)
     assert torch.equal(feats.float(), both[0])
     assert torch.equal(candidates.float(), both[1])
@@ -45,12 +46,24 @@ def test_copies_that_all_round_one_way(core: ModuleType, dims: int) -> None:
     case = lopsided_case(dims, k=10)
     rows = list(range(case.feats.shape[0]))
     expected = oracle.select_in_documented_order(problems.to_oracle(case), case.k, rows)
-    for capability, path in product(core.cpu_capabilities(), ("direct", "screen", "tiles")):
+    for capability, path in product(core.cpu_capabilities(), ("direct", "screen", "tiles", "bytes")):
         core.set_cpu_capability(capability)
         core.set_cpu_path(path)
         chosen = judge.selection_of(judge.neighbors_of(case, "cpu"))
         for name in ("support", "nearest", "farthest"):
             assert (getattr(chosen, name) == getattr(expected, name)).all(), (capability, path, name)
+
+
+@pytest.mark.parametrize("dims", [128, 192, 1024])
+def test_bytes_that_all_round_one_way(core: ModuleType, dims: int) -> None:
+    """The same for 8-bit integers, of which the first column is 127 and the others 19.375, 20 and 20.625 before."""
+    case = lopsided_case(dims, k=10, middle=160.0, step=5.0, first=127.0 / 16.0)
+    rows = list(range(case.feats.shape[0]))
+    expected = oracle.select_in_documented_order(problems.to_oracle(case), case.k, rows)
+    core.set_cpu_path("bytes")
+    chosen = judge.selection_of(judge.neighbors_of(case, "cpu"))
+    for name in ("support", "nearest", "farthest"):
+        assert (getattr(chosen, name) == getattr(expected, name)).all(), name
 
 
 @pytest.fixture

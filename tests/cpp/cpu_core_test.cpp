@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/cpu.h"
+#include "../../csrc/cpu/plan.h"
 
 namespace {
 
@@ -290,14 +291,16 @@ void check_problem(const Problem& p, const std::vector<int>& thread_counts = {1,
   bool have_first = false;
   for (const std::string& level : sn::cpu::usable_capabilities()) {
     sn::cpu::set_capability(level);
-    for (const Path path : {Path::kDirect, Path::kScreen, Path::kTiles}) {
+    for (const Path path : {Path::kDirect, Path::kScreen, Path::kTiles, Path::kBytes}) {
+      if (path == Path::kBytes && level != "avx512_vnni") continue;  // others have no products of bytes
       sn::cpu::set_path(path);
       for (const int threads : thread_counts) {
-        if (path == Path::kTiles && threads != thread_counts.back()) continue;  // lists under locks are the news here
+        if (path >= Path::kTiles && threads != thread_counts.back()) continue;  // lists under locks are the news here
         const std::string where = p.name + " " + level +
                                   (path == Path::kDirect   ? " direct "
                                    : path == Path::kScreen ? " screen "
-                                                           : " tiles ") +
+                                   : path == Path::kTiles  ? " tiles "
+                                                           : " bytes ") +
                                   std::to_string(threads) + " threads";
         Result r = run(p, threads, squeeze, reduction);
         if (!have_first) {
@@ -353,6 +356,21 @@ void check_repeated_edges(const Problem& p) {
   }
 }
 
+// When 8-bit integers serve, of rows whose distances are about normal.
+void check_width() {
+  sn::cpu::set_path(Path::kAuto);
+  const auto chosen = [](std::int64_t M, const sn::cpu::CopySample& sample) {
+    return sn::cpu::multiplies_bytes(M, 128, 10, true, 0.036, sample);
+  };
+  check(chosen(8192, {2.0, 0.177, 0.0, 0.049}), "width: random rows");
+  check(!chosen(1024, {2.0, 0.177, 0.0, 0.049}), "width: too few candidates to gain by it");
+  check(!chosen(8192, {2.0, 0.088, 0.0, 0.049}), "width: distances alike");
+  check(!chosen(8192, {2.0, 0.177, 0.01, 0.049}), "width: clusters");
+  check(!chosen(8192, {2.0, 0.177, 0.0, 0.2}), "width: a coarse copy");
+  check(!chosen(8192, {0.0, 0.0, 0.0, 0.0}), "width: equal rows");
+  check(!chosen(8192, {2.0, std::nan(""), 0.0, 0.049}), "width: a distance that is not finite");
+}
+
 }  // namespace
 
 // `--few`: of the largest problems those that differ in what memory they touch, each with several threads only. For a
@@ -362,6 +380,7 @@ int main(int argc, char** argv) {
   unsigned seed = 1;
   const std::vector<std::string> kinds = {"random", "clusters", "two",  "collapsed", "identical", "duplicates",
                                           "grid",   "outlier",  "tiny", "huge",      "mixed",     "bank"};
+  check_width();
   for (const std::int64_t D : {128, 512, 1000}) {
     ++seed;
     if (!few || D == 128) check_problem(make_aligned(D, seed));

@@ -15,9 +15,29 @@ def cpu() -> list[Mutant]:
         # name, file, old, new, why, test
         (
             "cpu-bound-without-the-copy", "csrc/cpu/forward_screen.cpp",
-            "1.01 * (relative * norm + rest * rest * (1.0 / theta + 1.0))", "1.01 * (relative - theta) * norm",
+            "relative * norm + 36.0 * u * copy + rest * rest * (1.0 / theta + 1.0)",
+            "(relative - theta) * norm + 36.0 * u * copy",
             "the rounding of the copy is left out of the bound",
             EDGES + "test_copies_that_all_round_one_way",
+        ),
+        (
+            "cpu-bytes-without-their-residual", kernels + "pack.h",
+            "residual[r] = f_fma(rest, rest, residual[r]);",
+            "if constexpr (!kBytes) residual[r] = f_fma(rest, rest, residual[r]);",
+            "the rounding of an 8-bit copy is left out of the bound",
+            EDGES + "test_bytes_that_all_round_one_way",
+        ),
+        (
+            "cpu-bytes-without-the-shift", kernels + "pack.h",
+            "side.start[position + r] = -shifts[r];", "side.start[position + r] = 0;",
+            "sums of an anchor keep what the shift of the candidates adds", tiles,
+        ),
+        (
+            "cpu-refined-without-slack", kernels + "refine.h",
+            "exact_upper_bound(screen, p, farthest) + screen.anchors.slack[p];",
+            "exact_upper_bound(screen, p, farthest) - screen.candidates.slack[p];",
+            "a distance leaves out candidates that its bound leaves open",
+            EDGES + "test_bytes_that_all_round_one_way",
         ),
         (
             "cpu-strip-of-the-first-rows", "csrc/cpu/backward.cpp",

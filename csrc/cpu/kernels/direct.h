@@ -307,7 +307,11 @@ void direct_list(const T* x, const FeatureView& features, const std::int32_t* or
   for (std::int64_t e = 0; e < count; e += kPairs) {
     for (int i = 0; i < kPairs; ++i) zs[i] = rows + order[entry_at(entries, count, e + i)] * features.row_stride;
     for (int p = 0; p < kPairs; ++p) totals[p] = 0.0f;
-    add_segments<T, 1, kPairs>(&x, zs, 0, dims, totals);
+    if (count - e <= kPairs / 2) {
+      add_segments<T, 1, kPairs / 2>(&x, zs, 0, dims, totals);
+    } else {
+      add_segments<T, 1, kPairs>(&x, zs, 0, dims, totals);
+    }
     for (int i = 0; i < kPairs && e + i < count; ++i) d2[e + i] = totals[i];
   }
 }

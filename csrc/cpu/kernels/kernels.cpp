@@ -67,9 +67,9 @@ bool turn_panel_any(DType dtype, const FeatureView& features, std::int64_t panel
   return with_dtype(dtype, [&]<class T>(T*) { return turn_panel<T>(features, panel, dims, out); });
 }
 
-#include "pack.h"
-//
 #include "products.h"
+//
+#include "pack.h"
 //
 #include "lists.h"
 //
@@ -142,8 +142,10 @@ const Kernels kTable = {
     SN_STRINGIFY(SN_CPU_CAPABILITY),
 #if defined(__AVX512VNNI__)
     0.036,
+    true,
 #else
     0.045,  // a multiplication of pairs and an addition
+    false,
 #endif
 #if defined(__AVX512F__)
     32,

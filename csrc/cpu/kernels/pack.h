@@ -1,5 +1,5 @@
-// Screening: the mean of sampled rows, and the packed 16-bit copy with norms and residuals. Included by kernels.cpp
-// alone, inside its namespace.
+// Screening: the mean of sampled rows, and the packed copy of 16-bit or 8-bit integers with norms and residuals.
+// Included by kernels.cpp alone, inside its namespace.
 #pragma once
 
 inline constexpr float kFloatMost = 3.402823466e38f;
@@ -30,7 +30,7 @@ void sampled_mean(const FeatureView* sides, int side_count, std::int64_t dims, f
       rows[count++] = static_cast<const T*>(sides[s].data) + (i * sides[s].rows / n) * sides[s].row_stride;
     }
   }
-  const std::int64_t padded = (dims + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+  const std::int64_t padded = (dims + 4 * kLanes - 1) / (4 * kLanes) * (4 * kLanes);
   const auto load = [dims](const T* row, std::int64_t c) SN_LAMBDA_INLINE {
     return c + kLanes <= dims ? f_load(row + c) : f_load_partial(row + c, c < dims ? static_cast<int>(dims - c) : 0);
   };
@@ -98,17 +98,24 @@ inline constexpr float kIntegerNorm = 30500.0f;
 static_assert((kIntegerNorm * 1.05f + 2048.0f) * (kIntegerNorm * 1.05f + 2048.0f) < 0x1p31f,
               "rounding adds at most half a root of D = 2^24");
 static_assert(kIntegerNorm * 1.05f < 32767.0f);
+// The largest of a row's 8-bit integers: their sums are short, and the finest step leaves the least residual.
+inline constexpr float kByteMost = 127.0f;
 // Rows whose squares come near underflow are zeros and residual.
 inline constexpr float kLeastNorm = 0x1p-100f;
 
-// Rounds sixteen columns to integers, to nearest: t / scale, with `inverse` about 1 / scale. words: two columns a word.
-// Returns what rounding left out, t - scale integer, rounded once.
+// Rounds sixteen columns to integers, to nearest: t / scale, with `inverse` about 1 / scale. words: two or four columns
+// each. Returns what rounding left out, t - scale integer, rounded once.
+template <bool kBytes>
 SN_FORCE_INLINE F16 round_columns(F16 t, F16 inverse, F16 minus_scale, std::uint32_t* words) {
   // Added to this, a value has its integer in the last bits.
   const F16 shift = f_set1(0x1.8p23f);
   const F16 shifted = f_fma(t, inverse, shift);
 #if defined(__AVX512F__)
-  _mm256_store_si256(reinterpret_cast<__m256i*>(words), _mm512_cvtepi32_epi16(_mm512_castps_si512(shifted.v)));
+  if constexpr (kBytes) {
+    _mm_store_si128(reinterpret_cast<__m128i*>(words), _mm512_cvtepi32_epi8(_mm512_castps_si512(shifted.v)));
+  } else {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(words), _mm512_cvtepi32_epi16(_mm512_castps_si512(shifted.v)));
+  }
 #elif defined(__AVX2__)
   const __m256i low = _mm256_set1_epi32(0xffff);
   const __m256i packed = _mm256_packus_epi32(_mm256_and_si256(_mm256_castps_si256(shifted.lo), low),
@@ -131,8 +138,8 @@ SN_FORCE_INLINE F16 centred(const Screen& screen, const T* row, std::int64_t c) 
 }
 
 // Packs panels [first, last). Returns false if a row is not finite or too large for the screening.
-template <class T>
-bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std::int64_t last) {
+template <class T, bool kBytes>
+bool pack_as(const Screen& screen, const ScreenSide& side, std::int64_t first, std::int64_t last) {
   constexpr int kChains = 4;  // rows whose sums are interleaved
   for (std::int64_t panel = first; panel < last; ++panel) {
     const T* rows[kPanel];
@@ -144,6 +151,7 @@ bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std:
     if (count <= 0) {  // integers stay as they are: their scale is 0
       for (int r = 0; r < kPanel; ++r) {
         side.norm[position + r] = side.residual[position + r] = side.scale[position + r] = 0.0f;
+        side.start[position + r] = 0;
       }
       continue;
     }
@@ -153,11 +161,13 @@ bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std:
     }
     for (int r = 0; r < kPanel; r += kChains) {
       F16 norm[kChains] = {f_zero(), f_zero(), f_zero(), f_zero()};
+      F16 minus_most[kChains] = {f_zero(), f_zero(), f_zero(), f_zero()};
       for (std::int64_t c = 0; c < screen.dims; c += kLanes) {
 #pragma GCC unroll 4
         for (int i = 0; i < kChains; ++i) {
           const F16 t = centred(screen, rows[r + i], c);
           norm[i] = f_fma(t, t, norm[i]);
+          if constexpr (kBytes) minus_most[i] = f_min(minus_most[i], f_min(t, f_sub(f_zero(), t)));
         }
       }
       for (int i = 0; i < kChains; ++i) {
@@ -165,11 +175,17 @@ bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std:
         f_store(lanes, norm[i]);
         const float sum = r + i < count ? tree_sum(lanes) : 0.0f;
         if (!(sum <= kFloatMost)) return false;
-        const float length = sum < kLeastNorm ? 0.0f : __builtin_sqrtf(sum);
-        const float scale = length * (1.0f / kIntegerNorm);
+        float length = sum < kLeastNorm ? 0.0f : __builtin_sqrtf(sum);
+        if (kBytes && length > 0.0f) {
+          f_store(lanes, minus_most[i]);
+          length = 0.0f;
+          for (int l = 0; l < kLanes; ++l) length = -lanes[l] > length ? -lanes[l] : length;
+        }
+        constexpr float kLength = kBytes ? kByteMost : kIntegerNorm;
+        const float scale = length * (1.0f / kLength);
         side.norm[position + r + i] = sum;
         side.scale[position + r + i] = scale;
-        inverse[r + i] = f_set1(length > 0.0f ? kIntegerNorm / length : 0.0f);
+        inverse[r + i] = f_set1(length > 0.0f ? kLength / length : 0.0f);
         minus_scale[r + i] = f_set1(-scale);
         residual[r + i] = f_zero();
       }
@@ -179,23 +195,37 @@ bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std:
     alignas(64) std::uint32_t turned[kLanes * kPanel];
     const std::uint32_t* row_words[kPanel];
     for (int r = 0; r < kPanel; ++r) row_words[r] = words[r];
-    for (std::int64_t pair = 0; pair < screen.pairs; pair += kLanes) {
+    constexpr int kWordColumns = kBytes ? 4 : 2;
+    for (std::int64_t word = 0; word < screen.words; word += kLanes) {
       for (int r = 0; r < kPanel; ++r) {
-        for (int half = 0; half < 2; ++half) {
-          const F16 t = centred(screen, rows[r], 2 * pair + half * kLanes);
-          const F16 rest = round_columns(t, inverse[r], minus_scale[r], words[r] + half * (kLanes / 2));
+        for (int part = 0; part < kWordColumns; ++part) {
+          const F16 t = centred(screen, rows[r], kWordColumns * word + part * kLanes);
+          const F16 rest =
+              round_columns<kBytes>(t, inverse[r], minus_scale[r], words[r] + part * (kLanes / kWordColumns));
           residual[r] = f_fma(rest, rest, residual[r]);
         }
       }
-      const std::int64_t count_pairs = screen.pairs - pair < kLanes ? screen.pairs - pair : kLanes;
-      if (count_pairs == kLanes) {
-        transpose_words(row_words, out + pair * kPanel);
+      const std::int64_t count_words = screen.words - word < kLanes ? screen.words - word : kLanes;
+      if (count_words == kLanes) {
+        transpose_words(row_words, out + word * kPanel);
       } else {
         transpose_words(row_words, turned);
-        std::memcpy(out + pair * kPanel, turned,
-                    static_cast<std::size_t>(count_pairs * kPanel) * sizeof(std::uint32_t));
+        std::memcpy(out + word * kPanel, turned,
+                    static_cast<std::size_t>(count_words * kPanel) * sizeof(std::uint32_t));
       }
     }
+    I16 shift = i_zero();
+#if defined(SN_CPU_BYTES)
+    // What products with this row as the anchor gain by the 128 that candidates are shifted by.
+    if constexpr (kBytes) {
+      for (std::int64_t word = 0; word < screen.words; ++word) {
+        shift = i_dot_bytes(shift, i_set1(0x80808080u), i_load(out + word * kPanel));
+      }
+    }
+#endif
+    alignas(64) std::int32_t shifts[kPanel];
+    i_store(shifts, shift);
+    for (int r = 0; r < kPanel; ++r) side.start[position + r] = -shifts[r];
     for (int r = 0; r < kPanel; ++r) {
       float lanes[kLanes];
       f_store(lanes, residual[r]);
@@ -203,4 +233,12 @@ bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std:
     }
   }
   return true;
+}
+
+template <class T>
+bool pack(const Screen& screen, const ScreenSide& side, std::int64_t first, std::int64_t last) {
+#if defined(SN_CPU_BYTES)
+  if (screen.bytes) return pack_as<T, true>(screen, side, first, last);
+#endif
+  return pack_as<T, false>(screen, side, first, last);
 }

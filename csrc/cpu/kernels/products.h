@@ -30,6 +30,17 @@ SN_FORCE_INLINE I16 i_dot(I16 acc, I16 pair, I16 words) {
 #endif
   return acc;
 }
+#if defined(__AVX512VNNI__)
+#define SN_CPU_BYTES 1
+// The same of four 8-bit integers, at twice the rate: `shifted` has 128 added to each, and is unsigned.
+SN_FORCE_INLINE I16 i_dot_bytes(I16 acc, I16 shifted, I16 words) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(shifted), "v"(words));
+  return acc;
+}
+SN_FORCE_INLINE I16 i_shifted(const void* words) {
+  return _mm512_xor_si512(_mm512_load_si512(words), _mm512_set1_epi32(static_cast<int>(0x80808080u)));
+}
+#endif
 SN_FORCE_INLINE F16 i_scaled(I16 a, F16 scale) {
   return {_mm512_mul_ps(_mm512_cvtepi32_ps(a), scale.v)};
 }
@@ -108,27 +119,45 @@ SN_FORCE_INLINE F16 i_scaled(I16 a, F16 scale) {
 
 #endif
 
+// Words of sixteen candidates, and their products with the word of an anchor.
+template <bool kBytes>
+SN_FORCE_INLINE I16 candidate_words(const std::uint32_t* words) {
+#if defined(SN_CPU_BYTES)
+  if constexpr (kBytes) return i_shifted(words);
+#endif
+  return i_load(words);
+}
+template <bool kBytes>
+SN_FORCE_INLINE I16 word_products(I16 acc, I16 anchor, I16 words) {
+#if defined(SN_CPU_BYTES)
+  if constexpr (kBytes) return i_dot_bytes(acc, words, anchor);
+#endif
+  return i_dot(acc, anchor, words);
+}
+
 // C[kMicroRows][16 V] (+)= A[kMicroRows][2n] . B[16 V][2n]^T. b: V panels of sixteen columns, `panel_words` apart. C is
 // sums of integers; with `last` they become floats, scaled by the scales of row and column.
-template <int V>
+template <bool kBytes, int V>
 SN_FORCE_INLINE void micro_kernel(const std::uint32_t* const (&a)[kMicroRows], const std::uint32_t* b,
                                   std::int64_t panel_words, std::int64_t n, bool first, bool last,
-                                  const float* row_scales, const float* column_scales, std::int64_t pitch, float* c) {
+                                  const std::int32_t* row_starts, const float* row_scales, const float* column_scales,
+                                  std::int64_t pitch, float* c) {
   I16 acc[kMicroRows][V];
 #pragma GCC unroll 8
   for (int r = 0; r < kMicroRows; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) acc[r][v] = first ? i_zero() : i_load(c + r * pitch + v * kLanes);
+    for (int v = 0; v < V; ++v)
+      acc[r][v] = first ? i_set1(static_cast<std::uint32_t>(row_starts[r])) : i_load(c + r * pitch + v * kLanes);
   }
   for (std::int64_t k = 0; k < n; ++k) {
     I16 w[V];
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) w[v] = i_load(b + v * panel_words + k * kPanel);
+    for (int v = 0; v < V; ++v) w[v] = candidate_words<kBytes>(b + v * panel_words + k * kPanel);
 #pragma GCC unroll 8
     for (int r = 0; r < kMicroRows; ++r) {
       const I16 x = i_set1(a[r][k * kPanel]);
 #pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) acc[r][v] = i_dot(acc[r][v], x, w[v]);
+      for (int v = 0; v < V; ++v) acc[r][v] = word_products<kBytes>(acc[r][v], x, w[v]);
     }
   }
   if (!last) {
@@ -201,29 +230,31 @@ class DepthPrefetch {
 
 // products[r * tile.pitch + c] = A_(row + r) . A_(column + c). On the diagonal, vectors of which no pair is wanted stay
 // unwritten. next: the tile that this worker is likely to multiply next.
-inline void tile_products(const Screen& screen, const Tile& tile, const Tile& next, float* products) {
-  constexpr std::int64_t kDepthPairs = kDepth / 2;
+template <bool kBytes>
+void tile_products_as(const Screen& screen, const Tile& tile, const Tile& next, float* products) {
+  constexpr std::int64_t kDepthWords = kDepth / 2;
   const std::int64_t panel_words = screen.panel_stride;
   const std::uint32_t* anchors = screen.anchors.packed + tile.row / kPanel * panel_words;
   const std::uint32_t* candidates = screen.candidates.packed + tile.column / kPanel * panel_words;
+  const std::int32_t* row_starts = screen.anchors.start + tile.row;
   const float* row_scales = screen.anchors.scale + tile.row;
   const float* column_scales = screen.candidates.scale + tile.column;
-  const auto pairs_at = [&](std::int64_t pair) {
-    return screen.pairs - pair < kDepthPairs ? screen.pairs - pair : kDepthPairs;
+  const auto words_at = [&](std::int64_t pair) {
+    return screen.words - pair < kDepthWords ? screen.words - pair : kDepthWords;
   };
   // The last micro-tile may have rows behind the tile: the copy and the products have room for whole kTileGrain.
   const std::int64_t row_steps = (tile.rows + kMicroRows - 1) / kMicroRows;
   // Lines per micro-kernel, so that one depth is fetched while the one before it is used.
   const std::int64_t micro_tiles = row_steps * ((tile.columns + kMicroColumns - 1) / kMicroColumns);
-  const std::int64_t depth_lines = (tile.rows + tile.columns) / kPanel * kDepthPairs;
+  const std::int64_t depth_lines = (tile.rows + tile.columns) / kPanel * kDepthWords;
   const int lines = static_cast<int>((depth_lines + micro_tiles - 1) / micro_tiles);
-  for (std::int64_t pair = 0; pair < screen.pairs; pair += kDepthPairs) {
-    const std::int64_t n = pairs_at(pair);
+  for (std::int64_t pair = 0; pair < screen.words; pair += kDepthWords) {
+    const std::int64_t n = words_at(pair);
     const bool first = pair == 0;
-    const std::int64_t after = pair + kDepthPairs;
-    const bool last = after >= screen.pairs;
+    const std::int64_t after = pair + kDepthWords;
+    const bool last = after >= screen.words;
     DepthPrefetch prefetch =
-        last ? DepthPrefetch(screen, next, 0, pairs_at(0)) : DepthPrefetch(screen, tile, after, pairs_at(after));
+        last ? DepthPrefetch(screen, next, 0, words_at(0)) : DepthPrefetch(screen, tile, after, words_at(after));
     for (std::int64_t column = 0; column < tile.columns; column += kMicroColumns) {
       const std::uint32_t* b = candidates + column / kPanel * panel_words + pair * kPanel;
       const std::int64_t vectors =
@@ -240,10 +271,17 @@ inline void tile_products(const Screen& screen, const Tile& tile, const Tile& ne
           a[r] = anchors + (row + r) / kPanel * panel_words + pair * kPanel + (row + r) % kPanel;
         }
         with_vectors(vectors - skipped, [&]<int V>() SN_LAMBDA_INLINE {
-          micro_kernel<V>(a, b + skipped * panel_words, panel_words, n, first, last, row_scales + row,
-                          column_scales + at, tile.pitch, products + row * tile.pitch + at);
+          micro_kernel<kBytes, V>(a, b + skipped * panel_words, panel_words, n, first, last, row_starts + row,
+                                  row_scales + row, column_scales + at, tile.pitch, products + row * tile.pitch + at);
         });
       }
     }
   }
+}
+
+inline void tile_products(const Screen& screen, const Tile& tile, const Tile& next, float* products) {
+#if defined(SN_CPU_BYTES)
+  if (screen.bytes) return tile_products_as<true>(screen, tile, next, products);
+#endif
+  tile_products_as<false>(screen, tile, next, products);
 }

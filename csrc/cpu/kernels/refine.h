@@ -2,11 +2,47 @@
 // by kernels.cpp alone, inside its namespace.
 #pragma once
 
+// From this many entries beside the K nearest on, the K with the least scores come first: with a distance in place of a
+// bound of one, the threshold leaves half of the others or fewer.
+inline constexpr std::int64_t kWorthTwoSteps = kPanel / 2;
+
 template <class T>
 void refine_rows(const Screen& screen, std::int64_t p) {
-  float d2[kListMost];
-  const std::int64_t count = screen.list_counts[p];
+  alignas(64) float d2[kListMost];
+  std::int64_t count = screen.list_counts[p];
   Entry* entries = screen.lists + p * screen.capacity;
+  if (screen.exact_counts[p] == 0 && count >= screen.K + kWorthTwoSteps) {
+    for (std::int64_t e = 0; e < count; ++e) d2[e] = entries[e].score;
+    const float least = rank_bound(d2, count, screen.K, 8);
+    std::int64_t near = 0;
+    for (std::int64_t e = 0; e < count; ++e) {
+      const Entry entry = entries[e];
+      entries[e] = entries[near];
+      entries[near] = entry;
+      near += entry.score <= least ? 1 : 0;
+    }
+    direct_list_of<T>(screen, p, entries, near, d2);
+    float farthest = d2[0];
+    for (std::int64_t e = 0; e < near; ++e) {
+      entries[e].score = d2[e];
+      farthest = d2[e] > farthest ? d2[e] : farthest;
+    }
+    const float threshold = exact_upper_bound(screen, p, farthest) + screen.anchors.slack[p];
+    std::int64_t open = near;
+    for (std::int64_t e = near; e < count; ++e) {
+      const Entry entry = entries[e];
+      entries[open] = entry;
+      open += entry.score <= threshold ? 1 : 0;
+    }
+    direct_list_of<T>(screen, p, entries + near, open - near, d2);
+    count = near;
+    for (std::int64_t e = near; e < open; ++e) {
+      entries[count] = {entries[e].candidate, d2[e - near]};
+      count += d2[e - near] <= farthest ? 1 : 0;
+    }
+    screen.list_counts[p] = static_cast<std::int32_t>(count);
+    return;
+  }
   direct_list_of<T>(screen, p, entries, count, d2);
   for (std::int64_t e = 0; e < count; ++e) entries[e].score = d2[e];
 }

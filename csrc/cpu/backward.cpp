@@ -5,7 +5,8 @@
 //
 // Edges are listed by target row: an anchor's own edges in slot order, a candidate's incoming edges by ascending
 // anchor. In the symmetric case a row's list holds both, and an edge and its reverse are one entry with the two weights
-// added, since (x_i - x_j) is the same vector. Every sum has a fixed order. No two workers write the same element.
+// added, since (x_i - x_j) is the same vector. (Of several edges to one candidate the first alone has a reverse.) Every
+// sum has a fixed order. No two workers write the same element.
 #include <algorithm>
 #include <cmath>
 #include <limits>

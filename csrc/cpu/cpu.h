@@ -12,7 +12,7 @@ namespace sn::cpu {
 // Instruction sets the kernels are compiled for, weakest first. Results have the same bits at every level.
 std::vector<std::string> compiled_capabilities();
 std::vector<std::string> usable_capabilities();  // compiled and supported by this machine, best last
-std::string capability();                        // in use; at load the best usable, or SN_OPS_CPU_CAPABILITY
+std::string capability();                        // in use; unless set, the best usable, or SN_OPS_CPU_CAPABILITY's
 void set_capability(const std::string& name);    // throws std::invalid_argument naming what is allowed
 
 // Paths of a forward. Every path selects the same neighbours in the same order. kTiles is kScreen as large batches have

@@ -1,7 +1,7 @@
 // Forward: from features and labels to a loss and a support graph.
 //
 // Two paths with one result. "direct" (forward_direct.cpp) computes every distance in the one summation order
-// (kernels/direct.h). "screen" (forward_screen.cpp) bounds every distance by a product of a 16-bit copy, and computes
+// (kernels/direct.h). "screen" (forward_screen.cpp) bounds every distance by a product of an integer copy, and computes
 // in the same order only the distances that the bounds leave open.
 #include "forward.h"
 

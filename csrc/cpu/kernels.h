@@ -18,14 +18,14 @@ inline constexpr std::int64_t kSegmentColumns = 64;  // the copy of the direct p
 inline constexpr std::int64_t kTileGrain = 48;       // a multiple of the micro-kernels' columns, 48 and 16
 inline constexpr std::int64_t kTileSmall = 96;       // rows and columns of a screening tile for small batches
 inline constexpr std::int64_t kTileLarge = 192;      // and for large ones
-inline constexpr std::int64_t kDepth = 256;          // columns of features that a micro-kernel multiplies at a time
+inline constexpr std::int64_t kDepth = 256;  // of features that a micro-kernel multiplies at a time; of 8 bits twice
 // The largest K that screening serves. Beyond it the direct path is as fast as such a K allows.
 inline constexpr std::int64_t kScreenMostK = 256;
 inline constexpr std::int64_t kListMost = 352;      // most entries of a list; the length of stack buffers
 inline constexpr std::int64_t kRefineColumns = 64;  // columns gathered at a time: one segment of the direct sum
 static_assert(kTileGrain % kPanel == 0);
 static_assert(kTileSmall % kTileGrain == 0 && kTileLarge % kTileGrain == 0);
-static_assert(kDepth % 2 == 0, "columns are stored in pairs");
+static_assert(kDepth % 2 == 0, "a word has two or four columns");
 // Products of a tile of their own have the same pitch whatever the tile's size.
 inline constexpr std::int64_t kTilePitch = kTileLarge;
 inline constexpr std::int64_t kWholeMost = 2048;  // most candidates that a row is screened against as a whole
@@ -72,7 +72,7 @@ struct Screen {
   std::int64_t panel_stride;  // words of a panel of the copy
   std::int64_t K;
   bool symmetric;
-  const float* mean;  // [D], zero-padded to a multiple of 32
+  const float* mean;  // [D], zero-padded to a multiple of 64
   ScreenSide anchors;
   ScreenSide candidates;    // the same arrays as `anchors` when symmetric
   const float* bias;        // [padded candidates] (norm - E) / 2; +inf: never a candidate
@@ -171,7 +171,8 @@ struct Kernels {
   bool (*screen_rows)(const Screen& screen, const Tile& tile, float* products);
   // Drops from the list of anchor `p` what the bound excludes.
   void (*prune)(const Screen& screen, std::int64_t p);
-  // Direct distances of a pruned list: from the rows themselves, or one segment of gathered columns at a time.
+  // Direct distances of a pruned list: from the rows themselves, which may shorten it, or one segment of gathered
+  // columns at a time.
   void (*refine_rows)(const Screen& screen, std::int64_t p);
   void (*gather_columns)(DType dtype, const FeatureView& features, const std::int32_t* order, std::int64_t begin,
                          std::int64_t end, std::int64_t column, std::int64_t columns, std::int64_t pitch, float* out);

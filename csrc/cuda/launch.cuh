@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <set>
 #include <type_traits>
 #include <utility>
 
@@ -48,6 +49,20 @@ inline cudaError_t allow_shared(const void* kernel, int bytes) {
   return error;
 }
 
+// Lets a kernel have clusters that not every device of its architecture holds, on the current device.
+inline cudaError_t allow_wide_clusters(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.contains({kernel, device})) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess) allowed.insert({kernel, device});
+  return error;
+}
+
 // What a launch of this shape needs said, in `config`, which refers to `attributes`, and of the kernel.
 inline cudaError_t configure(const void* kernel, const LaunchShape& shape, cudaStream_t stream,
                              LaunchAttributes& attributes, cudaLaunchConfig_t& config) {
@@ -65,7 +80,7 @@ inline cudaError_t configure(const void* kernel, const LaunchShape& shape, cudaS
   config.attrs = attributes.each;
   if (shape.cluster > 1) {
     if (shape.cluster > kPortableCluster) {
-      const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      const cudaError_t error = allow_wide_clusters(kernel);
       if (error != cudaSuccess) return error;
     }
     cudaLaunchAttribute& attribute = attributes.each[config.numAttrs++];

@@ -43,7 +43,7 @@ bool square_slots_are_zero();
 
 // The compute capability, as 10 * major + minor, for which the current device's copy of this library's code was
 // compiled. It is below the device's own where the driver made that copy from PTX of an older architecture, such as one
-// without clusters.
+// without clusters. Of 8.x it is the oldest that the library was built for: one PTX serves them all.
 cudaError_t compiled_capability(int* capability);
 
 // What the current device holds of this kernel's clusters, in every type that it serves, for DeviceFacts. A GPU that is

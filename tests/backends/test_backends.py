@@ -125,7 +125,7 @@ def test_plan_tells_path_and_workspace(core: ModuleType) -> None:
     assert core.cpu_plan(4096, 4096, 2**24 + 1, 10, 0, True, 1)["path"] == "direct"  # sums would exceed 32 bits
     padded = -(-rows // 48) * 48
     products, copy, lists = 4 * 192 * 192, 2 * padded * dims, 8 * rows * large["list_capacity"]
-    assert large["workspace_bytes"] == products + copy + lists + rows * (11 * 4 + 2 * 8)  # counters; equal rows
+    assert large["workspace_bytes"] == products + copy + lists + rows * (12 * 4 + 2 * 8)  # counters; equal rows
     numbers = [value for value in large.values() if isinstance(value, int)]
     assert numbers and max(numbers) <= budget
     core.set_cpu_path("direct")

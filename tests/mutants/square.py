@@ -37,7 +37,7 @@ def square() -> list[Mutant]:
         ),
         (
             "square-a-tile-without-its-last-part", sizes,
-            "for (int part = 0; part < parts; ++part) {", "for (int part = 0; part < parts - 1; ++part) {",
+            "for (int part = first; part < last; ++part) {", "for (int part = first; part < last - 1; ++part) {",
             "eight anchors of each tile have no distances to it", rows,
         ),
         (

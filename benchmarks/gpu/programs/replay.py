@@ -114,13 +114,15 @@ def replays_of(device: Gpu | Pretended, case: Case) -> dict[str, Any]:
                 replay()
                 count += 1
             device.synchronize()
+    taken = device.last_path()
     device.force("auto")
-    return {"case": case.name, "replays": count, "wrong": int(wrong)}
+    return {"case": case.name, "path": taken, "replays": count, "wrong": int(wrong)}
 
 
 def fresh(device: Gpu | Pretended) -> None:
     """Capture the first call that this process makes, and hold its bits against an eager call."""
-    for case in (CASES[0], *(CASES[1:4] if device.name == "cuda" else ())):
+    for case in (CASES[0], *(CASES[1:5] if device.name == "cuda" else ())):
+        device.force(case.path)
         feats, options = batch(case, 1, device.device)
         out: list[Tensor] = []
 
@@ -137,7 +139,7 @@ def fresh(device: Gpu | Pretended) -> None:
         device.synchronize()
         if not all(torch.equal(bits(a), bits(b)) for a, b in zip(captured, out, strict=True)):
             raise SystemExit(f"{case.name}: a capture without a warm-up gives other bits than an eager call")
-        print(f"{case.name}: captured without a warm-up", flush=True)
+        print(f"{case.name}: captured without a warm-up, {device.last_path()}", flush=True)
 
 
 def main() -> None:

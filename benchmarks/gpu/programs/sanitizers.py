@@ -26,7 +26,7 @@ from device import ROOT, open_device
 TOOLS = ("memcheck", "racecheck")
 SHARES = ("cluster", "tickets", "square", "direct", "dense", "screen", "bank", "backward")
 SMALL = ("cluster", "tickets")
-"""Paths of up to 256 rows."""
+"""Paths of up to 256 rows that serve other candidates, too."""
 # Our kernels alone (names are mangled: namespace sn::cuda).
 OURS = "kns=2sn4cuda"
 QUIET = ("--report-api-errors", "no")

@@ -2,8 +2,8 @@
 #pragma once
 
 // Sixteen 32-bit sums. i_dot adds to each the products of two 16-bit integers: `pair` holds those of an anchor, `words`
-// those of sixteen candidates, a word each. The sums do not overflow: pack.h sees to it. Of the same instructions as
-// intrinsics GCC 12 keeps the sums on the stack.
+// those of sixteen candidates, a word each. The sums do not overflow: pack.h sees to it, of 8-bit integers plan.cpp. Of
+// the same instructions as intrinsics GCC 12 keeps the sums on the stack.
 #if defined(__AVX512F__)
 
 inline constexpr int kMicroRows = 8;
@@ -135,8 +135,8 @@ SN_FORCE_INLINE I16 word_products(I16 acc, I16 anchor, I16 words) {
   return i_dot(acc, anchor, words);
 }
 
-// C[kMicroRows][16 V] (+)= A[kMicroRows][2n] . B[16 V][2n]^T. b: V panels of sixteen columns, `panel_words` apart. C is
-// sums of integers; with `last` they become floats, scaled by the scales of row and column.
+// C[kMicroRows][16 V] (+)= A[kMicroRows][2n] . B[16 V][2n]^T, of 8-bit integers [4n]. b: V panels of sixteen columns,
+// `panel_words` apart. C is sums of integers; with `last` they become floats, scaled by the scales of row and column.
 template <bool kBytes, int V>
 SN_FORCE_INLINE void micro_kernel(const std::uint32_t* const (&a)[kMicroRows], const std::uint32_t* b,
                                   std::int64_t panel_words, std::int64_t n, bool first, bool last,
@@ -205,7 +205,7 @@ class DepthPrefetch {
         pairs_(pairs) {}
 
   SN_FORCE_INLINE void lines(int count) {
-    static_assert(kPanel * sizeof(std::uint32_t) == 64, "a pair of columns of a panel is one cache line");
+    static_assert(kPanel * sizeof(std::uint32_t) == 64, "a word of each row of a panel is one cache line");
     for (; count > 0 && panel_ < panels_; --count) {
       const std::uint32_t* panel =
           panel_ < anchor_panels_ ? anchors_ + panel_ * stride_ : candidates_ + (panel_ - anchor_panels_) * stride_;

@@ -30,6 +30,27 @@ constexpr int kThreads = kSquareWarps * kWarpSize;
 static_assert(kSquareSide == kWarpSize && kSquareSides <= 32, "a lane a row; a bit for each side of the square");
 static_assert(kSquareCluster <= kWarpSize && kSquareCluster <= kMaxCluster);
 
+// Whether the items of so many rows are those of every two sides, in either order, once.
+constexpr bool items_cover(std::int64_t N) {
+  const SquareTable table = square_table(N);
+  std::uint32_t seen[kSquareSides][kSquareSides] = {};  // a bit a part
+  for (std::int64_t item = 0; item < square_items(N); ++item) {
+    const auto [row, column, part] = table.items[item];
+    std::uint32_t& parts = seen[row < column ? row : column][row < column ? column : row];
+    if ((parts >> part & 1u) != 0) return false;
+    parts |= 1u << part;
+  }
+  const std::int64_t sides = square_sides(N);
+  for (std::int64_t row = 0; row < sides; ++row) {
+    for (std::int64_t column = row; column < sides; ++column) {
+      if (seen[row][column] != (row == column ? 3u : 15u)) return false;
+    }
+  }
+  return true;
+}
+static_assert(kSquareSide / kSquareRows == 4 && items_cover(kSmallRows) && items_cover(kSmallRows - kSquareSide) &&
+              items_cover(kSquareSide) && items_cover(2 * kSquareSide) && items_cover(5 * kSquareSide));
+
 struct Slot {
   std::uint32_t ticket;  // clusters that have shown their distances
   std::uint32_t reserved[31];
@@ -285,7 +306,7 @@ cudaError_t launch_square(const ForwardArgs& args, const ForwardPlan& plan, char
       .launch = one_launch_args(args, plan, workspace, slot),
       .items = plan.cluster_items,
       .all = static_cast<int>(square_items(N)),
-      .rows = static_cast<int>(square_buffer_rows(plan, N)),
+      .rows = plan.cluster_rows,
       .pitch = static_cast<int>(round_up(N, kSquareSide)),
       .gDistances = piece<A>(workspace, plan.partials),
       .table = square_table(N),

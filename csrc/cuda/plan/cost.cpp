@@ -222,7 +222,7 @@ double square_us(const ForwardPlan& plan, const Problem& problem, const Machine&
   const double slice_us = std::max(turns * kSmallItem, std::ceil(items / kSchedulers) * four_us);
   const double here = std::min(1.0, real(problem.D) / real(kChunk));
   const double row = here * real(kChunk) * real(element_bytes(problem.dtype));
-  const double bytes = own_slices * chunks * real(square_buffer_rows(plan, problem.N)) * row;
+  const double bytes = own_slices * chunks * real(plan.cluster_rows) * row;
   const double show = kClusterShow + kClusterShowSlice * real(plan.d_slices) + kTicketShow + 2.0 * 0.3;
   const double warps = std::ceil(real(divide_up(problem.N, kSquareCluster)) / kSchedulers);  // of a scheduler
   const double select = small_anchor_us(plan, problem) * joined(1.0, warps * kSquareIssued);

@@ -113,6 +113,7 @@ bool plan_square(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
   plan.cluster = kSquareCluster;
   const std::int64_t share = divide_up(square_items(problem.N), device.wide_clusters);
   plan.cluster_items = static_cast<int>(std::max(share, kFewSquareItems));
+  plan.cluster_rows = static_cast<int>(square_buffer_rows(problem.N, plan.cluster_items));
   ForwardPlan best;
   double best_us = 0.0;
   for (std::int64_t elements = kChunk; elements <= kLargestSlice; elements *= 2) {

@@ -35,7 +35,8 @@ enum class ForwardPath : std::int32_t {
   kScreen = 4,   // thresholds from a sample, tensor-core screening into candidate buffers, refined
   kBank = 5,     // kScreen for few anchors and many fp32 candidates, which are converted as they are read, once
   kTickets = 6,  // kCluster without clusters: blocks show each other their sums in the workspace
-  kSquare = 7    // kCluster where the candidates are the anchors: clusters sum each pair once, and show each other
+  kSquare =
+      7  // kCluster where the candidates are the anchors: clusters sum each pair once, and show each other distances
 };
 
 struct Problem {
@@ -134,6 +135,7 @@ struct ForwardPlan {
   int cluster = 1;        // blocks of a group; of clusters: a power of two
   int round_chunks = 1;   // chunks of a slice that a block sums at once
   int cluster_items = 1;  // square: of a cluster, at most (sizes.h)
+  int cluster_rows = 0;   // square: of a buffer
 
   // dense, screen, bank
   std::int64_t padded_dims = 0;  // D of the cast copy, a multiple of 64

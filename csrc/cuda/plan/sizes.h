@@ -241,7 +241,7 @@ constexpr std::int64_t square_clusters(const ForwardPlan& plan, std::int64_t N) 
   return divide_up(square_items(N), plan.cluster_items);
 }
 
-// Sides of the tile that an item is of, the row's not below the column's, and which of the tile's it is.
+// Sides of the tile that an item is of, and which of the tile's it is.
 struct SquareItem {
   std::uint8_t row;
   std::uint8_t column;
@@ -250,37 +250,37 @@ struct SquareItem {
 struct SquareTable {
   SquareItem items[kSquareItems];
 };
-// All items. Two columns of tiles at a time, downwards and upwards in turn: neighbours in this order share rows.
+// All items. Sides form a ring, too: each has its tile on the diagonal, and those with the sides that follow it up to
+// half of the ring; of the tile with the opposite side, where there is one, half. So each side has as many items, of as
+// few sides, and tiles on the diagonal, whose lanes read more, are spread evenly.
 constexpr SquareTable square_table(std::int64_t N) {
   const int sides = static_cast<int>(square_sides(N));
+  constexpr int kParts = static_cast<int>(kSquareSide / kSquareRows);
   SquareTable table{};
   int count = 0;
-  const auto add_tile = [&](int row, int column) {
-    if (row > column || column >= sides) return;
-    const int parts = static_cast<int>(kSquareSide / kSquareRows) / (row == column ? 2 : 1);
-    for (int part = 0; part < parts; ++part) {
+  const auto add_items = [&](int row, int column, int first, int last) {
+    for (int part = first; part < last; ++part) {
       table.items[count++] = {static_cast<std::uint8_t>(row), static_cast<std::uint8_t>(column),
                               static_cast<std::uint8_t>(part)};
     }
   };
-  for (int left = 0; left < sides; left += 2) {
-    const bool downwards = left % 4 == 0;
-    for (int step = 0; step <= left + 1; ++step) {
-      const int row = downwards ? step : left + 1 - step;
-      add_tile(row, left);
-      add_tile(row, left + 1);
-    }
+  for (int side = 0; side < sides; ++side) {
+    add_items(side, side, 0, kParts / 2);
+    for (int step = 1; 2 * step < sides; ++step) add_items(side, (side + step) % sides, 0, kParts);
+    const int opposite = sides % 2 == 0 ? (side + sides / 2) % sides : side;
+    if (opposite > side) add_items(side, opposite, 0, kParts / 2);
+    if (opposite < side) add_items(opposite, side, kParts / 2, kParts);
   }
   return table;
 }
-// Rows of a buffer: those of all sides that the items of a cluster have, at most.
-constexpr std::int64_t square_buffer_rows(const ForwardPlan& plan, std::int64_t N) {
+// Rows of a buffer: those of all sides that `share` items of a cluster have, at most.
+constexpr std::int64_t square_buffer_rows(std::int64_t N, std::int64_t share) {
   const SquareTable table = square_table(N);
   std::int64_t most = 0;
-  for (std::int64_t first = 0; first < square_items(N); first += plan.cluster_items) {
+  for (std::int64_t first = 0; first < square_items(N); first += share) {
     bool needed[kSquareSides] = {};
     std::int64_t rows = 0;
-    for (std::int64_t item = first; item < std::min(first + plan.cluster_items, square_items(N)); ++item) {
+    for (std::int64_t item = first; item < std::min(first + share, square_items(N)); ++item) {
       for (const int side : {table.items[item].row, table.items[item].column}) {
         if (!needed[side]) rows += kSquareSide;
         needed[side] = true;
@@ -295,7 +295,7 @@ constexpr std::int64_t square_shared_bytes(const ForwardPlan& plan, const Proble
   const std::int64_t plane = plan.cluster_items * kSquarePairs * 4;
   const std::int64_t buffers = small_buffers(small_planes(plan), static_cast<int>(chunks), plan.round_chunks);
   const std::int64_t row = kChunk * element_bytes(problem.dtype) + 16;
-  const std::int64_t sums = buffers * square_buffer_rows(plan, problem.N) * row + (chunks > 1 ? chunks * plane : 0);
+  const std::int64_t sums = buffers * plan.cluster_rows * row + (chunks > 1 ? chunks * plane : 0);
   const std::int64_t later = kSquareWarps * (kSmallRows * 4 + small_keys(plan.K, problem.M) * 8) + kReductionBytes;
   return small_planes(plan) * plane + 16 + std::max(sums, later);
 }

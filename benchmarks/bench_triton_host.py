@@ -76,6 +76,8 @@ def pretend(architecture: int = 90) -> None:
     """From here on the operators of the Triton backend serve CPU tensors, by launches that do nothing."""
     assert not tuning.INTERPRETED, "TRITON_INTERPRET is set: nothing would be compiled"
     driver.set_active(IdleDriver(architecture))
+    if backend.missing():  # sn_ops defines no operators of a backend that cannot run, as under a PyTorch without CUDA
+        backend.define()
     for name in ("forward", "backward", "loss", "loss_backward"):
         backend._LIBRARY.impl(name, getattr(operators, name), "CPU")
 

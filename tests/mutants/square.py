@@ -9,7 +9,7 @@ TESTS = BACKENDS + "test_simt_square.py::"
 
 def square() -> list[Mutant]:
     """Each changes one edge of `square.cu`, or of the table of its items."""
-    file, sizes = DIRECT + "square.cu", "csrc/cuda/plan/sizes.h"
+    file, sizes = DIRECT + "square.cu", "csrc/cuda/plan/sizes_small.h"
     rows, dims = TESTS + "test_rows_around_sides_and_clusters", TESTS + "test_dimensions_around_chunks_and_sections"
     schedules, poison = TESTS + "test_schedules_do_not_show", TESTS + "test_a_value_that_is_not_finite_poisons_all"
     changes = [

@@ -11,6 +11,7 @@
 
 #include "cuda/backend.h"
 #include "cuda/plan/sizes.h"
+#include "cuda/plan/sizes_small.h"
 #include "cuda/slots.h"
 #include "cuda/stages.h"
 #include "simt.h"

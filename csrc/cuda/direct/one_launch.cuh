@@ -20,13 +20,17 @@
 //                                              whether this lane saw an element that is not finite
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "cuda/direct/select.cuh"
 #include "cuda/direct/tile.cuh"
 #include "cuda/loss.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/plan/sizes.h"
+#include "cuda/plan/sizes_small.h"
 #include "cuda/ptx.cuh"
 #include "sn_types.h"
 
@@ -250,6 +254,16 @@ __device__ __forceinline__ bool take_last_ticket(std::uint32_t* gTicket, int tic
   sync_block();
   return sLast.get(0) != 0;
 }
+
+#if defined(SN_SIMT)
+// Whether a kernel's slots are at zero; then they are.
+inline bool zero_for_the_next(void* slots, std::size_t bytes) {
+  const auto* all = static_cast<const unsigned char*>(slots);
+  const bool zero = std::all_of(all, all + bytes, [](unsigned char byte) { return byte == 0; });
+  std::memset(slots, 0, bytes);
+  return zero;
+}
+#endif
 
 // ---- an anchor ------------------------------------------------------------------------------------------------------
 

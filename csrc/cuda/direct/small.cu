@@ -14,6 +14,7 @@
 #include "cuda/loss.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/plan/sizes.h"
+#include "cuda/plan/sizes_small.h"
 #include "cuda/ptx.cuh"
 #include "cuda/slots.h"
 #include "cuda/stages.h"
@@ -250,11 +251,7 @@ cudaError_t enqueue_small(const ForwardArgs& args, const ForwardPlan& plan, char
 
 #if defined(SN_SIMT)
 bool slots_are_zero() {
-  const auto* bytes = reinterpret_cast<const unsigned char*>(gSlots);
-  bool zero = true;
-  for (std::size_t at = 0; at < sizeof(gSlots); ++at) zero = zero && bytes[at] == 0;
-  std::memset(static_cast<void*>(gSlots), 0, sizeof(gSlots));  // for the next call
-  return zero;
+  return zero_for_the_next(gSlots, sizeof(gSlots));
 }
 #else  // the host harness has no device
 cudaError_t compiled_capability(int* capability) {

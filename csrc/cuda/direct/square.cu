@@ -2,7 +2,7 @@
 // small.cu computes each pair twice, as each group of its blocks finishes anchors of its own without the others.
 //
 // 1. The square of the rows with themselves is cut into tiles of 32 x 32. Clusters share the items of those on and
-//    above the diagonal (sizes.h), blocks of a cluster share the slices of D, as in small.cu.
+//    above the diagonal (sizes_small.h), blocks of a cluster share the slices of D, as in small.cu.
 // 2. What the blocks of a cluster have of a pair meets through distributed shared memory. Each finished distance goes
 //    to the workspace, where both rows have a place for it: (x - z)^2 is (z - x)^2 bit for bit.
 // 3. The cluster that takes the last ticket finishes all anchors, a warp an anchor. No cluster waits for another.
@@ -14,6 +14,7 @@
 #include "cuda/loss.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/plan/sizes.h"
+#include "cuda/plan/sizes_small.h"
 #include "cuda/ptx.cuh"
 #include "cuda/slots.h"
 #include "cuda/stages.h"
@@ -334,11 +335,7 @@ cudaError_t enqueue_square(const ForwardArgs& args, const ForwardPlan& plan, cha
 
 #if defined(SN_SIMT)
 bool square_slots_are_zero() {
-  const auto* bytes = reinterpret_cast<const unsigned char*>(gSlots);
-  bool zero = true;
-  for (std::size_t at = 0; at < sizeof(gSlots); ++at) zero = zero && bytes[at] == 0;
-  std::memset(static_cast<void*>(gSlots), 0, sizeof(gSlots));  // for the next call
-  return zero;
+  return zero_for_the_next(gSlots, sizeof(gSlots));
 }
 #else  // the host harness has no device
 int wide_clusters(int shared_bytes) {

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/plan/cost_direct.h"
 #include "cuda/plan/machine.h"
 #include "cuda/plan/sizes.h"
 
@@ -22,17 +23,6 @@ namespace {
 constexpr double kIdle = 1.4;
 constexpr double kCacheSize = 50e6;
 
-// Waves of equal blocks, a multiprocessor at a time: n + 1 blocks on n multiprocessors take nearly twice as long as n
-// (256 x 2048: 160 tiles in 17.4; 128 x 2048: 96 of half the size in 6.8). The step is a ramp: a model that jumped
-// could not be monotone, neighbours would differ.
-constexpr double kRamp = 0.25;
-double waves(double blocks, const DeviceFacts& device) {
-  const double x = blocks / std::max(1, device.multiprocessors);
-  if (x <= 1.0) return 1.0;
-  const double whole = std::floor(x);
-  return whole + std::min(1.0, (x - whole) / kRamp);
-}
-
 // The sum of us_of(rows) over strips of anchors, of which the last may be shorter.
 template <class UsOf>
 double all_strips(const ForwardPlan& plan, const Problem& problem, const UsOf& us_of) {
@@ -41,13 +31,9 @@ double all_strips(const ForwardPlan& plan, const Problem& problem, const UsOf& u
   return before > 0 ? real(before) * us_of(plan.strip_rows) + last : last;
 }
 
-// ---- direct sums ----------------------------------------------------------------------------------------------------
+constexpr double kReduceStart = 3.0;  // of the last kernel where blocks have added up
 
-// Tiles of 64 x 64 pairs: microseconds for one element of D, 64 % of the multiply-adds. 64 x 2048: 5.8; 8 waves of 256
-// elements (1024 x 512 x 2048): 120 of 139.
-constexpr double kTilesStart = 2.5;
-constexpr double kTileElement = 0.057;
-constexpr double kHalfTiles = 1.1;  // half inputs: 512 x 2048 in 65.8 against 62.1, 1024 x 2048 in 298 against 270
+// ---- direct sums ----------------------------------------------------------------------------------------------------
 
 // Selection: a row alone, and rows one after the other on a multiprocessor, which are as many times shorter as blocks
 // reside there. Where one warp extracts, 64 to 256 x 2048: 10.0 to 12.1, when it took the neighbours one by one, and
@@ -58,12 +44,9 @@ constexpr double kHalfTiles = 1.1;  // half inputs: 512 x 2048 in 65.8 against 6
 // record's 7490 were 6370 by this model, so of cycles saved 0.85 count. Another warp found near and far on the direct
 // path, so there it is 1500 and the ranks. A neighbour: 1.2 entries of the list to compare with.
 constexpr double kShortRowStart = 7.5 - 1500.0 / 1755.0;
-constexpr double kShortRowRank = 6.0 / 1755.0;
 constexpr double kShortRowEntry = 0.0083;
 constexpr double kShortRows = 0.5;
 constexpr double kShortRowsEntry = 0.0021;
-// Of each neighbour, the warp that finishes; a block alone. 1024 x 512, K = 100: 132 against 79, by radix passes then.
-constexpr double kSelectKey = 0.05;
 // Lists (direct/lists.cuh): counted, not measured. A block alone sorts 32 keys a warp in some 600 cycles, and finds
 // places among 8 lists in some 400. Bounding sorts once more, waits twice, and looks again at a thread's candidates.
 // Rows of 385 to 1024 were extracted from when the record was made, and are taken to cost what those did.
@@ -84,23 +67,6 @@ constexpr double kLongRowEntry = 0.0046;
 constexpr double kLongRows = 4.5;
 constexpr double kLongRowsEntry = 0.0023;
 constexpr double kNetworkKey = 6.0 / 1024.0;
-// The last block adds up few anchors (alone it took 12.3 for 8192, 58 to 72 for 65536). Of many (sizes.h), blocks add
-// the partials and the last joins them: counted, not measured, 10 cycles for every kPartials-th record. On the direct
-// path they are a kernel of their own.
-//
-// What a row takes alone, and the starts of other last kernels, were read while the partials met in eight rounds of
-// shared memory with a barrier each, counts were added up warp by warp, and one thread had five divisions. Now warps
-// join the partials in registers and each quotient has a thread: 1400 cycles less, counted, not measured.
-constexpr double kFinalRow = 0.0009;
-constexpr double kFinalSaved = 1400.0 / 1755.0;
-constexpr double kPartialRow = 2.5e-5;
-constexpr double kReduceStart = 3.0;
-
-double final_us(std::int64_t N) {
-  const double alone = real(std::min(N, kAloneRecords));
-  return kFinalRow * alone + kPartialRow * (real(N) - alone) - kFinalSaved;
-}
-
 double tiles_us(const ForwardPlan& plan, const Problem& problem, std::int64_t rows, const Machine& machine) {
   const double blocks = real(direct_tiles(rows, problem.M, plan.triangular)) * real(plan.d_slices);
   double element = kTileElement / machine.rate.ffma;
@@ -157,77 +123,6 @@ void predict_direct(const ForwardPlan& plan, const Problem& problem, const Machi
                 all_strips(plan, problem, [&](auto rows) { return select_us(plan, problem, rows, machine); }),
             plan.strips);
   if (plan.shared_reduction) cost->add("reduce", kGap + kReduceStart + final_us(problem.N));
-}
-
-// One launch. Sums: a warp takes 256 pairs of a chunk, at the tiles' rate while there are two warps for a scheduler;
-// one alone cannot issue faster than kSmallItem. Rows come from the L2 all the while, to every group anew. Then planes
-// are shown: in a cluster, a barrier and loads from distributed shared memory; else stores, a ticket, and loads.
-// Anchors, a warp each, at once: what an extracted row cost less the launch, the loads and the last ticket, then that
-// ticket and the sum over anchors. Of few neighbours 3830 of 7490 cycles, as above: 0.51 of what 10 of them took. All
-// counted, not measured; the parts that this kernel shares with tiles and selection were read from those. Of a ticket,
-// a selection has two fences, and loads a flag before the records; here the atomic releases and acquires, and says what
-// the flag does: 340 cycles less, a round trip and a barrier, of each ticket, and of the last one the flag's round trip
-// and the exchange of 64-bit counts, 700 cycles, too.
-constexpr double kSmallStart = kTilesStart;
-constexpr double kSmallItem = 0.7;
-constexpr double kSmallPairs = 256.0 / 4096.0;  // of a tile's
-constexpr double kSchedulers = 4.0;             // of a multiprocessor
-constexpr double kClusterShow = 0.5;
-constexpr double kClusterShowSlice = 0.015;  // loads of one pair
-constexpr double kTicketShow = 2.2 - 340.0 / 1755.0;
-constexpr double kTicketShowRow = 0.1;  // of an anchor, 256 candidates at a time
-constexpr double kSmallAnchor = 3.0;
-constexpr double kSmallFew = 0.51 * (kSmallAnchor + 10.0 * 110.0 / 1755.0) - 10.0 * kShortRowRank;
-constexpr double kSmallTicket = 2.4 - 1040.0 / 1755.0;
-constexpr double kSmallSort = 0.006;  // K > 16: of a key, a warp's network
-
-double small_anchor_us(const ForwardPlan& plan, const Problem& problem) {
-  if (plan.K <= kShortNeighbours) return kSmallFew + real(plan.K) * kShortRowRank;
-  return kSmallAnchor + kSmallSort * real(problem.M) * std::log2(real(problem.M)) + kSelectKey * real(plan.K);
-}
-
-double small_us(const ForwardPlan& plan, const Problem& problem, const Machine& machine) {
-  const double planes = real(small_planes(plan));
-  const double chunks = planes * real(plan.slice_elements / kChunk);
-  const double here = std::min(1.0, real(problem.D) / real(kChunk));
-  const double items = real(small_items(plan, problem.M)) * real(plan.round_chunks);
-  const double chunk_us = real(kChunk) * kTileElement * kSmallPairs / machine.rate.ffma;
-  const double half = element_bytes(problem.dtype) == 2 ? kHalfTiles : 1.0;
-  const double sums = chunks / real(plan.round_chunks) * here * half * std::max(kSmallItem, items * chunk_us);
-  const double bytes = chunks * real(small_buffer_rows(plan, problem.M)) * std::min(real(kChunk), real(problem.D)) *
-                       real(element_bytes(problem.dtype));
-  const double blocks = real(divide_up(problem.N, plan.group_anchors)) * real(plan.cluster);
-  const double finished = real(small_finished(plan));
-  const double turns = std::ceil(finished / real(kSmallWarps));
-  const double rows = finished * real(small_columns(problem.M)) / real(kSmallRows);
-  const double show = plan.path == ForwardPath::kCluster ? kClusterShow + kClusterShowSlice * real(plan.d_slices)
-                                                         : kTicketShow + kTicketShowRow * rows;
-  return kGap + kSmallStart + waves(blocks, machine.device) * joined(sums, bytes / kCacheBytes) + show +
-         turns * small_anchor_us(plan, problem) + kSmallTicket + final_us(problem.N);
-}
-
-// Sums of each pair once; all counted, not measured. An item of 8 rows and one candidate a lane takes 9 reads for 64
-// multiply-adds and differences, which were 6. Each distance is written and, behind a ticket between two barriers of
-// 0.3, read again. One cluster finishes all: a warp issues some 1300 of the 3830 cycles that it takes alone. Then a
-// barrier stands in the place of the last ticket, without its round trip.
-constexpr double kSquareItem = 73.0 / 70.0 * kSmallPairs;
-constexpr double kSquareIssued = 1300.0 / 3830.0;
-double square_us(const ForwardPlan& plan, const Problem& problem, const Machine& machine) {
-  const double own_slices = real(small_planes(plan));
-  const double chunks = real(plan.slice_elements / kChunk);
-  const double half = element_bytes(problem.dtype) == 2 ? kHalfTiles : 1.0;
-  const double items = real(plan.cluster_items) * chunks;  // of a slice
-  const double four_us = kSchedulers * real(kChunk) * kTileElement * kSquareItem / machine.rate.ffma;
-  const double turns = std::ceil(items / kSquareWarps);
-  const double slice_us = std::max(turns * kSmallItem, std::ceil(items / kSchedulers) * four_us);
-  const double here = std::min(1.0, real(problem.D) / real(kChunk));
-  const double row = here * real(kChunk) * real(element_bytes(problem.dtype));
-  const double bytes = own_slices * chunks * real(plan.cluster_rows) * row;
-  const double show = kClusterShow + kClusterShowSlice * real(plan.d_slices) + kTicketShow + 2.0 * 0.3;
-  const double warps = std::ceil(real(divide_up(problem.N, kSquareCluster)) / kSchedulers);  // of a scheduler
-  const double select = small_anchor_us(plan, problem) * joined(1.0, warps * kSquareIssued);
-  return kGap + kSmallStart + joined(own_slices * half * here * slice_us, bytes / kCacheBytes) + show + select +
-         kSmallTicket - 340.0 / 1755.0 + final_us(problem.N);
 }
 
 // ---- screening ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-// What both halves of the cost model (cost.cpp, cost_backward.cpp) know of a device. Constants are microseconds, and
-// what one multiprocessor of an H200 does in one, read from the record that cost.cpp names.
+// What all parts of the cost model (cost.cpp, cost_small.cpp, cost_backward.cpp) know of a device. Constants are
+// microseconds, and what one multiprocessor of an H200 does in one, read from the record that cost.cpp names.
 #pragma once
 
 #include <algorithm>

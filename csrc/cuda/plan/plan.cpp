@@ -7,6 +7,7 @@
 
 #include "cuda/plan/cost.h"
 #include "cuda/plan/sizes.h"
+#include "cuda/plan/sizes_small.h"
 
 namespace sn::cuda {
 namespace {
@@ -36,6 +37,39 @@ class Workspace {
  private:
   std::int64_t offset_ = 0;
 };
+
+// The plan that is predicted to be the cheapest of those shown.
+class Cheapest {
+ public:
+  Cheapest(const Problem& problem, const DeviceFacts& device) : problem_(problem), device_(device) {}
+  void consider(const ForwardPlan& plan) {
+    const double us = predict_forward(plan, problem_, device_).total();
+    if (found_ && us >= us_) return;
+    best_ = plan;
+    us_ = us;
+    found_ = true;
+  }
+  bool found() const { return found_; }
+  const ForwardPlan& best() const { return best_; }
+
+ private:
+  const Problem& problem_;
+  const DeviceFacts& device_;
+  ForwardPlan best_;
+  double us_ = 0.0;
+  bool found_ = false;
+};
+
+// The cheapest of a path of one launch, with its workspace. Returns whether anything fits.
+bool settle(ForwardPlan& plan, const Cheapest& cheapest, const Problem& problem, std::int64_t partial_bytes) {
+  if (!cheapest.found()) return false;
+  plan = cheapest.best();
+  Workspace workspace;
+  plan.records = workspace.take(problem.N * static_cast<std::int64_t>(sizeof(AnchorRecord)));
+  plan.partials = workspace.take(partial_bytes);
+  plan.workspace_bytes = workspace.bytes();
+  return true;
+}
 
 // Blocks of a group of the paths of one launch, and rounds of its chunks: as many warps as there are have an item of a
 // round, if buffers allow it. Returns whether the shared memory holds them.
@@ -78,30 +112,17 @@ bool plan_small(ForwardPlan& plan, const Problem& problem, const DeviceFacts& de
   const std::int64_t groups = clusters ? kClusterGroups : kSmallGroups;
   const std::int64_t fewest = round_up(divide_up(problem.N, groups), kSmallQuad);
   const std::int64_t most = clusters ? fewest : kSmallWarps;
-  ForwardPlan best;
-  double best_us = 0.0;
+  Cheapest cheapest(problem, device);
   for (std::int64_t anchors = fewest; anchors <= most; anchors += kSmallQuad) {
     plan.group_anchors = static_cast<int>(std::min(anchors, problem.N));
     for (std::int64_t elements = kChunk; elements <= kLargestSlice; elements *= 2) {
       plan.slice_elements = elements;
       plan.d_slices = direct_slices(problem.D, elements);
-      if (plan_group(plan, problem, device)) {
-        const double us = predict_forward(plan, problem, device).total();
-        if (best_us == 0.0 || us < best_us) {
-          best = plan;
-          best_us = us;
-        }
-      }
+      if (plan_group(plan, problem, device)) cheapest.consider(plan);
       if (plan.d_slices == 1) break;
     }
   }
-  if (best_us == 0.0) return false;
-  plan = best;
-  Workspace workspace;
-  plan.records = workspace.take(problem.N * static_cast<std::int64_t>(sizeof(AnchorRecord)));
-  plan.partials = workspace.take(clusters ? 0 : small_partial_bytes(plan, problem));
-  plan.workspace_bytes = workspace.bytes();
-  return true;
+  return settle(plan, cheapest, problem, clusters ? 0 : small_partial_bytes(cheapest.best(), problem));
 }
 
 // The slices that are predicted to be the cheapest of what fits. As many clusters share the items as the device holds
@@ -114,28 +135,17 @@ bool plan_square(ForwardPlan& plan, const Problem& problem, const DeviceFacts& d
   const std::int64_t share = divide_up(square_items(problem.N), device.wide_clusters);
   plan.cluster_items = static_cast<int>(std::max(share, kFewSquareItems));
   plan.cluster_rows = static_cast<int>(square_buffer_rows(problem.N, plan.cluster_items));
-  ForwardPlan best;
-  double best_us = 0.0;
+  Cheapest cheapest(problem, device);
   for (std::int64_t elements = kChunk; elements <= kLargestSlice; elements *= 2) {
     plan.slice_elements = elements;
     plan.d_slices = direct_slices(problem.D, elements);
     plan.round_chunks = static_cast<int>(elements / kChunk);
     if (small_planes(plan) <= kLargestPlanes && square_shared_bytes(plan, problem) <= device.shared_bytes) {
-      const double us = predict_forward(plan, problem, device).total();
-      if (best_us == 0.0 || us < best_us) {
-        best = plan;
-        best_us = us;
-      }
+      cheapest.consider(plan);
     }
     if (plan.d_slices == 1) break;
   }
-  if (best_us == 0.0) return false;
-  plan = best;
-  Workspace workspace;
-  plan.records = workspace.take(problem.N * static_cast<std::int64_t>(sizeof(AnchorRecord)));
-  plan.partials = workspace.take(square_distance_bytes(problem.N));
-  plan.workspace_bytes = workspace.bytes();
-  return true;
+  return settle(plan, cheapest, problem, square_distance_bytes(problem.N));
 }
 
 // Smaller slices spread few tiles over all multiprocessors, larger ones leave the selection less to add up. Strips of

@@ -134,7 +134,7 @@ struct ForwardPlan {
   int group_anchors = 1;  // of one group of blocks, at most
   int cluster = 1;        // blocks of a group; of clusters: a power of two
   int round_chunks = 1;   // chunks of a slice that a block sums at once
-  int cluster_items = 1;  // square: of a cluster, at most (sizes.h)
+  int cluster_items = 1;  // square: of a cluster, at most (sizes_small.h)
   int cluster_rows = 0;   // square: of a buffer
 
   // dense, screen, bank

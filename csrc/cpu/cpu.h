@@ -16,8 +16,9 @@ std::string capability();                        // in use; unless set, the best
 void set_capability(const std::string& name);    // throws std::invalid_argument naming what is allowed
 
 // Paths of a forward. Every path selects the same neighbours in the same order. kTiles is kScreen as large batches have
-// it: products are kept a tile at a time. kBytes is kTiles with an 8-bit copy, where the instruction set multiplies it.
-enum class Path : std::int32_t { kAuto = 0, kDirect = 1, kScreen = 2, kTiles = 3, kBytes = 4 };
+// it: products are kept a tile at a time. kBytes is kTiles with an 8-bit copy, where the instruction set multiplies it,
+// and kByteRows is kScreen with one.
+enum class Path : std::int32_t { kAuto = 0, kDirect = 1, kScreen = 2, kTiles = 3, kBytes = 4, kByteRows = 5 };
 void set_path(Path path);  // for tests; kAuto unless they force one
 
 struct Plan {

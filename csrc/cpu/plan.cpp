@@ -62,7 +62,7 @@ bool multiplies_bytes(std::int64_t M, std::int64_t D, std::int64_t K, bool symme
                       const CopySample& sample) {
   const Path forced = forced_path.load();
   if (D > kBytesMostDims || forced == Path::kTiles) return false;
-  if (forced == Path::kBytes) return true;
+  if (forced == Path::kBytes || forced == Path::kByteRows) return true;
   if (M < 4 * K || !(sample.mean > 0.0) || !(sample.deviation > 0.0)) return false;
   // Candidates beside the K nearest that the bounds of both copies leave open, if distances were normal: at the K-th of
   // M, which is z deviations below the mean, their number grows by about z + 1 / z a deviation.
@@ -96,7 +96,9 @@ ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int6
   // A panel more, so that the rows of a tile do not compete for a few sets of the cache.
   plan.pitch = round_up(M, kTileGrain) + kPanel;
   plan.product_floats = round_up(N, kTileGrain) * plan.pitch;
-  plan.whole = forced_path.load() < Path::kTiles && M <= kWholeMost && plan.product_floats * kValue <= kWholeScratch;
+  const Path forced = forced_path.load();
+  plan.whole = forced != Path::kTiles && forced != Path::kBytes && M <= kWholeMost &&
+               plan.product_floats * kValue <= kWholeScratch;
   plan.workers = threads;
   if (plan.whole) return plan;
   plan.pitch = kTilePitch;

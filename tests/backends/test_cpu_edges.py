@@ -46,7 +46,7 @@ def test_copies_that_all_round_one_way(core: ModuleType, dims: int) -> None:
     case = lopsided_case(dims, k=10)
     rows = list(range(case.feats.shape[0]))
     expected = oracle.select_in_documented_order(problems.to_oracle(case), case.k, rows)
-    for capability, path in product(core.cpu_capabilities(), ("direct", "screen", "tiles", "bytes")):
+    for capability, path in product(core.cpu_capabilities(), ("direct", "screen", "tiles", "bytes", "byte-rows")):
         core.set_cpu_capability(capability)
         core.set_cpu_path(path)
         chosen = judge.selection_of(judge.neighbors_of(case, "cpu"))
@@ -54,13 +54,14 @@ def test_copies_that_all_round_one_way(core: ModuleType, dims: int) -> None:
             assert (getattr(chosen, name) == getattr(expected, name)).all(), (capability, path, name)
 
 
+@pytest.mark.parametrize("path", ["bytes", "byte-rows"])
 @pytest.mark.parametrize("dims", [128, 192, 1024])
-def test_bytes_that_all_round_one_way(core: ModuleType, dims: int) -> None:
+def test_bytes_that_all_round_one_way(core: ModuleType, dims: int, path: str) -> None:
     """The same for 8-bit integers, of which the first column is 127 and the others 19.375, 20 and 20.625 before."""
     case = lopsided_case(dims, k=10, middle=160.0, step=5.0, first=127.0 / 16.0)
     rows = list(range(case.feats.shape[0]))
     expected = oracle.select_in_documented_order(problems.to_oracle(case), case.k, rows)
-    core.set_cpu_path("bytes")
+    core.set_cpu_path(path)
     chosen = judge.selection_of(judge.neighbors_of(case, "cpu"))
     for name in ("support", "nearest", "farthest"):
         assert (getattr(chosen, name) == getattr(expected, name)).all(), name

@@ -19,7 +19,8 @@ import sn_ops
 from support import judge, oracle, problems
 from support.problems import Case
 
-PATHS = ("direct", "screen", "tiles", "bytes")
+BYTES = ("bytes", "byte-rows")
+PATHS = ("direct", "screen", "tiles", *BYTES)
 
 
 def assert_selected(case: Case, rows: list[int], expected: oracle.Selection, what: object) -> sn_ops.SupportNeighbors:
@@ -43,7 +44,7 @@ def outputs(case: Case, reduction: str = "none") -> list[Tensor]:
 
 def every_way(core: ModuleType) -> list[tuple[str, str]]:
     ways = product(core.cpu_capabilities(), PATHS)
-    return [way for way in ways if way[1] != "bytes" or way[0] == "avx512_vnni"]  # others have no such products
+    return [way for way in ways if way[1] not in BYTES or way[0] == "avx512_vnni"]  # others have no such products
 
 
 @pytest.mark.parametrize("name", problems.ADVERSARIAL)

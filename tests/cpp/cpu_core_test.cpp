@@ -291,8 +291,8 @@ void check_problem(const Problem& p, const std::vector<int>& thread_counts = {1,
   bool have_first = false;
   for (const std::string& level : sn::cpu::usable_capabilities()) {
     sn::cpu::set_capability(level);
-    for (const Path path : {Path::kDirect, Path::kScreen, Path::kTiles, Path::kBytes}) {
-      if (path == Path::kBytes && level != "avx512_vnni") continue;  // others have no products of bytes
+    for (const Path path : {Path::kDirect, Path::kScreen, Path::kTiles, Path::kBytes, Path::kByteRows}) {
+      if (path >= Path::kBytes && level != "avx512_vnni") continue;  // others have no products of bytes
       sn::cpu::set_path(path);
       for (const int threads : thread_counts) {
         if (path >= Path::kTiles && threads != thread_counts.back()) continue;  // lists under locks are the news here
@@ -300,7 +300,8 @@ void check_problem(const Problem& p, const std::vector<int>& thread_counts = {1,
                                   (path == Path::kDirect   ? " direct "
                                    : path == Path::kScreen ? " screen "
                                    : path == Path::kTiles  ? " tiles "
-                                                           : " bytes ") +
+                                   : path == Path::kBytes  ? " bytes "
+                                                           : " byte rows ") +
                                   std::to_string(threads) + " threads";
         Result r = run(p, threads, squeeze, reduction);
         if (!have_first) {
@@ -366,6 +367,9 @@ void check_width() {
   check(!chosen(1024, {2.0, 0.177, 0.0, 0.049}), "width: too few candidates to gain by it");
   check(!chosen(8192, {2.0, 0.088, 0.0, 0.049}), "width: distances alike");
   check(!chosen(8192, {2.0, 0.177, 0.01, 0.049}), "width: clusters");
+  // Rows that are screened as a whole, too: kByteRows forces what a call may come to.
+  check(sn::cpu::multiplies_bytes(1024, 512, 10, true, 0.036, {2.0, 0.177, 0.0, 0.049}), "width: longer rows");
+  check(sn::cpu::plan_screen(1024, 1024, 512, 10, true, 1).whole, "width: whole rows");
   check(!chosen(8192, {2.0, 0.177, 0.0, 0.2}), "width: a coarse copy");
   check(!chosen(8192, {0.0, 0.0, 0.0, 0.0}), "width: equal rows");
   check(!chosen(8192, {2.0, std::nan(""), 0.0, 0.049}), "width: a distance that is not finite");

@@ -202,35 +202,38 @@ void check_gradient(const Problem& p, const Result& r, sn::Reduction reduction, 
   }
 }
 
-// Rows whose rounding to bfloat16 errs as far as it can, always in the misleading direction: sign patterns of a
-// magnitude just below or just above the middle between two bfloat16 values. The products are off by nearly the whole
-// bound, so a bound without one of its terms selects wrongly. Every block of rows is followed by its negative, so that
-// the sampled mean is zero.
-Problem make_aligned(std::int64_t D, unsigned seed) {
-  constexpr std::int64_t kBlock = 20;
-  constexpr std::int64_t kRows = 32 * kBlock;
-  std::mt19937 random(seed);
+// Rows whose columns are alike, so that the screening's copy errs the same way in each of them. In units of 2^-7 an
+// anchor has `middle` in each column; near candidates are `step` below, far ones `step` above and, in four columns more
+// and more, one farther. That is what orders them, and far less than the error of the copy, a part of a step in every
+// column: a bound without one of its terms selects wrongly. The first column, `first`, is largest. Each row has a
+// negative, also among those that the mean samples, so that there is nothing to centre.
+Problem make_lopsided(std::int64_t D, std::int64_t k, float middle, float step, float first) {
+  constexpr std::int64_t kAnchors = 6;
+  constexpr std::int64_t kFarColumns = 4;
   Problem p;
-  p.name = "aligned x" + std::to_string(D);
-  p.N = p.M = kRows;
+  p.name = "lopsided x" + std::to_string(D) + " of " + std::to_string(middle);
+  p.N = 2 * kAnchors;
+  p.M = 2 * (k + 3 * k);
   p.D = D;
-  p.k = 10;
-  p.anchors.resize(kRows * D);
-  p.anchor_labels.resize(kRows);
-  std::vector<float> pattern(D);
-  for (float& sign : pattern) sign = random() % 2 ? 1.0f : -1.0f;
-  for (std::int64_t i = 0; i < kRows; ++i) {
-    p.anchor_labels[i] = static_cast<std::int64_t>(random() % 50);
-    float* row = &p.anchors[i * D];
-    if (i / kBlock % 2 == 1) {
-      for (std::int64_t c = 0; c < D; ++c) row[c] = -p.anchors[(i - kBlock) * D + c];
-      continue;
+  p.k = k;
+  p.symmetric = false;
+  p.self_offset = -1;
+  const auto fill = [&](std::vector<float>& rows, std::vector<std::int64_t>& labels, std::int64_t half,
+                        const auto& value) {
+    for (std::int64_t i = 0; i < 2 * half; ++i) {
+      labels.push_back(i % 3);
+      for (std::int64_t c = 0; c < D; ++c) {
+        rows.push_back((i < half ? 1.0f : -1.0f) / 128.0f * (c == 0 ? 128.0f * first : value(i % half, c)));
+      }
     }
-    const float magnitude = random() % 2 ? 1.0039f : 1.00392f;  // 1 + 2^-8 is between
-    for (std::int64_t c = 0; c < D; ++c) row[c] = magnitude * pattern[c];
-    const std::int64_t flips = static_cast<std::int64_t>(random() % 24);
-    for (std::int64_t f = 0; f < flips; ++f) row[random() % D] *= -1.0f;
-  }
+  };
+  fill(p.anchors, p.anchor_labels, kAnchors,
+       [&](std::int64_t i, std::int64_t c) { return c == 8 + i ? middle + 1.0f : middle; });
+  fill(p.candidates, p.candidate_labels, 4 * k, [&](std::int64_t i, std::int64_t c) {
+    if (i < k) return c == 40 + i ? middle - step - 1.0f : middle - step;
+    const std::int64_t from = 40 + kFarColumns * (i - k);
+    return c >= from && c < from + kFarColumns ? middle + step + 1.0f : middle + step;
+  });
   return p;
 }
 
@@ -385,10 +388,9 @@ int main(int argc, char** argv) {
   const std::vector<std::string> kinds = {"random", "clusters", "two",  "collapsed", "identical", "duplicates",
                                           "grid",   "outlier",  "tiny", "huge",      "mixed",     "bank"};
   check_width();
-  for (const std::int64_t D : {128, 512, 1000}) {
-    ++seed;
-    if (!few || D == 128) check_problem(make_aligned(D, seed));
-  }
+  // For 16-bit integers; for 8-bit ones, of which the first column is 127, the others 19.375, 20 and 20.625 before.
+  for (const std::int64_t D : {2048, 4096}) check_problem(make_lopsided(D, 10, 131.0f, 1.0f, 96.0f));
+  for (const std::int64_t D : {128, 192, 1024}) check_problem(make_lopsided(D, 10, 160.0f, 5.0f, 127.0f / 16.0f));
   check_repeated_edges(make("random", 300, 300, 65, 10, 80, ++seed));
   check_repeated_edges(make("bank", 130, 90, 33, 4, 30, ++seed));
   for (const std::string& kind : kinds) {

@@ -121,9 +121,9 @@ def _fake_loss_backward(*arguments: Any) -> list[Tensor]:
 
 # ---- autograd -----------------------------------------------------------------------------------
 # Autograd is written three times, for speed. What is registered on the operators serves tracing (torch.compile,
-# torch.export) and direct calls of torch.ops.sn_ops. Eager calls of `loss` are served by a node in C++, where the
-# package was built for the torch that runs (csrc/autograd.cpp), else by `_EagerLoss`: on a small batch the registered
-# one would cost more than the kernels. All call the same backward operators.
+# torch.export, torch.jit.trace) and direct calls of torch.ops.sn_ops. Eager calls of `loss` are served by a node in
+# C++, where the package was built for the torch that runs (csrc/autograd.cpp), else by `_EagerLoss`: on a small batch
+# the registered one would cost more than the kernels. All call the same backward operators.
 
 
 def _keep_graph(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -248,6 +248,9 @@ def loss(backend: str, args: tuple[Any, ...], want_stats: bool) -> tuple[Tensor,
         found = operators.node(*args, want_stats)
         if found is not None:
             return found if want_stats else (found, None)
+    if torch._C._is_tracing() and not tangents:  # torch.jit.trace records operators, and fails at a Function like ours
+        value, _, stats = operators.loss(*args)
+        return value, stats
     feats, _, candidates, *_ = args
     wants_grad = feats.requires_grad or (candidates is not None and candidates.requires_grad)
     if (wants_grad and torch.is_grad_enabled()) or tangents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from types import SimpleNamespace
 from typing import Any, cast
@@ -87,6 +88,29 @@ def test_the_same_bits(autograd: str) -> None:
         case = problems.bank_case(12, 30, 16, 5, k=3, self_kind=kind).leaves()
         found, expected = (torch.autograd.grad(loss_of(case, name), case.inputs()) for name in (autograd, "cpu"))
         assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("want_stats", [False, True], ids=["loss", "loss-and-stats"])
+def test_a_trace_has_the_same_bits(autograd: str, want_stats: bool) -> None:
+    """`torch.jit.trace`: a traced loss can be called with other features, differentiated and saved."""
+    case = batch()
+
+    def call(feats: Tensor) -> tuple[Tensor, ...]:
+        found = sn_ops.sn_loss(feats, case.labels, k=case.k, backend=autograd, return_stats=want_stats)
+        return (found,) if isinstance(found, Tensor) else (found[0], *found[1])
+
+    traced: Any = torch.jit.trace(call, (case.feats,))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    other = batch(seed=1)
+    for function in (traced, torch.jit.load(file)):
+        for leaf in (case.feats, other.feats):
+            found, expected = function(leaf), call(leaf)
+            assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+            assert [x.requires_grad for x in found] == [True] + [False] * (len(found) - 1)
+            assert torch.autograd.grad(found[0], leaf)[0].equal(torch.autograd.grad(expected[0], leaf)[0])
 
 
 @pytest.mark.parametrize("which", ["feats", "candidates"])

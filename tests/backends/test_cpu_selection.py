@@ -61,10 +61,15 @@ def test_documented_order_on_every_way(core: ModuleType, name: str) -> None:
         assert judge.same_bits(distances[0], distances[-1]), (capability, path)
 
 
+@pytest.mark.parametrize("members", [6, 30])
 @pytest.mark.parametrize("name", ["clusters-1e-3", "duplicate-groups"])
-def test_documented_order_where_pairs_are_shared(core: ModuleType, name: str) -> None:
-    """Long rows compute the distance of two that list each other once. Near-duplicates and equal rows among them."""
+def test_documented_order_where_pairs_are_shared(core: ModuleType, name: str, members: int) -> None:
+    """Long rows compute the distance of two that list each other once, and so do the members of a small identity.
+
+    Near-duplicates and equal rows are among them. An identity of 30 has blocks of pairs of its own.
+    """
     case = problems.adversarial_case(name, 150, 1030, k=10)
+    case = replace(case, labels=torch.arange(150) // members)
     rows = list(range(0, 150, 5))
     expected = oracle.select_in_documented_order(problems.to_oracle(case), 10, rows)
     core.set_cpu_path("screen")

@@ -11,6 +11,7 @@ def cpu() -> list[Mutant]:
     """Which terms a bound has, which pairs of a square are computed, and whose edges a strip lists."""
     kernels = "csrc/cpu/kernels/"
     tiles, strips = SELECTION + "test_documented_order_beside_tiles", EDGES + "test_lists_of_edges_in_several_strips"
+    shared = SELECTION + "test_documented_order_where_pairs_are_shared"
     changes = [
         # name, file, old, new, why, test
         (
@@ -80,7 +81,7 @@ def cpu() -> list[Mutant]:
         (
             "cpu-positive-of-the-pair-behind", "csrc/cpu/forward_refine.cpp",
             "return positives_[p * members_ + q - p];", "return positives_[p * members_ + (q - p) / 2];",
-            "members of an identity share one distance", tiles,
+            "members of an identity share one distance", shared,
         ),
         (
             "cpu-whole-row-without-slack", kernels + "rows.h",

@@ -40,6 +40,8 @@ constexpr const char* kLossBackwardSchema =
 constexpr const char* kCudaForcePathSchema = "cuda_force_path(int path) -> ()";
 // The path of the last CUDA forward of this process, 0 before the first.
 constexpr const char* kCudaLastPathSchema = "cuda_last_path() -> int";
+// For records: clusters of 16 blocks that the device holds at once, of the kernel that has such. 0: none.
+constexpr const char* kCudaWideClustersSchema = "cuda_wide_clusters(int device) -> int";
 
 // ---- the framework's threads ----------------------------------------------------------------------------------------
 
@@ -101,6 +103,7 @@ STABLE_TORCH_LIBRARY(sn_ops, library) {
   library.def(kLossBackwardSchema);
   library.def(kCudaForcePathSchema);
   library.def(kCudaLastPathSchema);
+  library.def(kCudaWideClustersSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sn_ops, CPU, library) {

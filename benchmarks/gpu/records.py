@@ -52,10 +52,12 @@ class _Device(TypedDict):
 
 
 class Device(_Device, total=False):
-    """The GPU, as its driver describes it. `shared_bytes`: what a block may have at most."""
+    """The GPU, as its driver describes it. `shared_bytes`: what a block may have at most; `wide_clusters`: how many
+    clusters of 16 blocks it holds at once, of the one kernel that has such."""
 
     l2_bytes: int
     shared_bytes: int
+    wide_clusters: int
 
 
 class Libraries(TypedDict):

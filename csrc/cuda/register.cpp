@@ -125,6 +125,12 @@ int slot_for(std::int32_t device, cudaStream_t stream) {
   return sn::cuda::kNoSlot;
 }
 
+std::int64_t wide_clusters(std::int64_t device) {
+  const auto index = static_cast<std::int32_t>(device);
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  return device_facts(index).wide_clusters;
+}
+
 class CudaCall {
  public:
   CudaCall(const char* op, const Tensor& feats) : device_(device_of(op, feats)), guard_(device_) {}
@@ -172,4 +178,5 @@ STABLE_TORCH_LIBRARY_IMPL(sn_ops, CUDA, library) {
 STABLE_TORCH_LIBRARY_IMPL(sn_ops, CompositeExplicitAutograd, library) {
   library.impl("cuda_force_path", TORCH_BOX(&force_path));
   library.impl("cuda_last_path", TORCH_BOX(&last_path));
+  library.impl("cuda_wide_clusters", TORCH_BOX(&wide_clusters));
 }

@@ -42,6 +42,7 @@ def record(call: str, steps: list[dict[str, Any]], commit: str = "a" * 40) -> di
         "driver": "580.1",
         "clocks_mhz": clocks,
         "l2_bytes": 60 << 20,
+        "wide_clusters": 8,
     }
     libraries = {
         "commit": commit,
@@ -165,7 +166,7 @@ def test_a_record_of_a_crash_has_no_problems() -> None:
     made["steps"][2] |= {"result": "crashed", "reason": "signal 11", "data": None}
     made["steps"][4] |= {"result": "running", "data": None}
     made["provenance"]["device"]["clocks_mhz"] = None
-    del made["provenance"]["device"]["l2_bytes"]
+    del made["provenance"]["device"]["l2_bytes"], made["provenance"]["device"]["wide_clusters"]
     assert records.problems(made) == []
 
 
@@ -209,6 +210,7 @@ CASE = ("steps", 1, "data", "cases", 0)
         (put(" ", "provenance", "device", "name"), "provenance.device.name: expected a name"),
         (put(1.5, "provenance", "device", "clocks_mhz", "sm"), "clocks_mhz.sm: expected int"),
         (put("x", "provenance", "device", "l2_bytes"), "l2_bytes: expected int"),
+        (put(None, "provenance", "device", "wide_clusters"), "wide_clusters: expected int"),
         (put([1], "provenance", "command"), "command[0]: expected str"),
         (put({}, "steps"), "steps: expected a list"),
         (put([], "steps"), "steps: expected some"),

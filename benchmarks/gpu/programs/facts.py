@@ -35,6 +35,7 @@ def pretended_facts() -> dict[str, Any]:
         "memory_bytes": 0,
         "l2_bytes": 0,
         "shared_bytes": 232448,
+        "wide_clusters": 0,
         "driver": "none",
         "clocks_mhz": None,
     }
@@ -49,6 +50,8 @@ def main() -> None:
     pretend = protocol.pretending()
     device = pretended_facts() if pretend else device_facts() if torch.cuda.is_available() else None
     backends = {name: {"usable": info.usable, "reason": info.reason} for name, info in sn_ops.backends().items()}
+    if device and not pretend and backends["cuda"]["usable"]:
+        device["wide_clusters"] = torch.ops.sn_ops.cuda_wide_clusters(0)
     protocol.say(
         provenance={
             **({"device": device} if device else {}),

@@ -67,6 +67,43 @@ def test_bytes_that_all_round_one_way(core: ModuleType, dims: int, path: str) ->
         assert (getattr(chosen, name) == getattr(expected, name)).all(), name
 
 
+def long_anchors_case(dims: int, unit: int, first: float, k: int = 10) -> Case:
+    """Anchors twice as long as their candidates: most of a pair's error is the anchor's part of the bound.
+
+    In units of a candidate's integers, columns of near candidates are `unit` and 3/8. Those of far ones are 5/8 above
+    or, every fourth and a few more, 3/8 below: farther by what these few add, and rounded the other way. The second
+    column gives all candidates one norm. `first` is the first column, which 8-bit integers are scaled by.
+    """
+    anchors = torch.full((6, dims), 2.0 * unit, dtype=torch.float64)
+    near = torch.full((k, dims), unit + 0.375, dtype=torch.float64)
+    far = torch.full((3 * k, dims), unit + 0.625, dtype=torch.float64)
+    far[:, ::4] -= 1.0
+    for rows, step, least in ((anchors, 1.0, 0), (near, 1.0, 0), (far, -1.0, 8)):  # no two rows are alike
+        for i, row in enumerate(rows):
+            row[5 : 5 + 4 * (least + i) : 4] += step
+        rows[:, 0], rows[:, 1] = first, 0.0
+    candidates = torch.cat([near, far])
+    squares = candidates.square().sum(dim=1)
+    norm = max(30500.0**2 if first == 0.0 else 0.0, float(squares.max()) + 1.0)  # of 16-bit integers
+    candidates[:, 1] = (norm - squares).sqrt()
+    feats, candidates = (torch.cat([rows, -rows]).float() for rows in (anchors, candidates))
+    return Case(feats, torch.arange(len(feats)) % 3, candidates, torch.arange(len(candidates)) % 3, k=k)
+
+
+@pytest.mark.parametrize(("dims", "unit", "first"), [(2048, 673, 0.0), (1024, 19, 127.0), (192, 19, 127.0)])
+def test_anchors_longer_than_candidates(core: ModuleType, dims: int, unit: int, first: float) -> None:
+    """A threshold needs the anchor's error beside those of the candidates: of 16-bit integers, then of 8-bit ones."""
+    case = long_anchors_case(dims, unit, first)
+    rows = list(range(case.feats.shape[0]))
+    expected = oracle.select_in_documented_order(problems.to_oracle(case), case.k, rows)
+    for capability, path in product(core.cpu_capabilities(), ("screen", "tiles", "bytes", "byte-rows")):
+        core.set_cpu_capability(capability)
+        core.set_cpu_path(path)
+        chosen = judge.selection_of(judge.neighbors_of(case, "cpu"))
+        for name in ("support", "nearest", "farthest"):
+            assert (getattr(chosen, name) == getattr(expected, name)).all(), (capability, path, name)
+
+
 @pytest.fixture
 def flushing() -> Iterator[None]:
     """Tells this thread to take subnormal numbers for 0."""

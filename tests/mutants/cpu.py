@@ -87,11 +87,11 @@ def cpu() -> list[Mutant]:
             "cpu-whole-row-without-slack", kernels + "rows.h",
             "rank_bound(values, count, wanted) + screen.anchors.slack[p];", "rank_bound(values, count, wanted);",
             "a threshold forgets the anchor's own error",
-            EDGES + "test_copies_that_all_round_one_way",
+            EDGES + "test_anchors_longer_than_candidates",
         ),
         (
             "cpu-whole-row-finds-itself", kernels + "rows.h",
-            "if (self >= 0 && self < tile.columns) row[self] = -__builtin_inff();", "",
+            "if (self >= 0 && self < tile.columns) row[self] = -__builtin_inff();", "static_cast<void>(self);",
             "an anchor is its own nearest neighbour", tiles,
         ),
         (

@@ -46,6 +46,21 @@ SN_FORCE_INLINE float rank_bound(float* values, std::int64_t count, std::int64_t
   return hi;
 }
 
+// A value that at least `wanted` of the values that load(v), v < vectors, gives sixteen at a time do not exceed, and
+// few more. They are dealt to lanes, one or more sets of sixteen, at most as many as vectors; of the least values of
+// the lanes it is about the `wanted`-th smallest. None counts as more than `most`.
+template <class Load>
+SN_FORCE_INLINE float lanes_bound(std::int64_t vectors, std::int64_t wanted, float most, int steps, Load load) {
+  alignas(64) float least[kListMost + kLanes];
+  const std::int64_t sets = (wanted + kLanes - 1) / kLanes;
+  for (std::int64_t set = 0; set < sets; ++set) {
+    F16 lanes = f_set1(most);
+    for (std::int64_t v = set * vectors / sets; v < (set + 1) * vectors / sets; ++v) lanes = f_min(lanes, load(v));
+    f_store(least + set * kLanes, lanes);
+  }
+  return rank_bound(least, sets * kLanes, wanted, steps);
+}
+
 // Hits between prunings. A stale threshold admits more candidates, each a cache miss; a pruning costs about fifteen.
 inline constexpr std::int32_t kPruneAfter = 32;
 

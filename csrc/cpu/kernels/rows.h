@@ -21,21 +21,8 @@ inline void mirror_tile(const Tile& tile, float* products) {
   }
 }
 
-// A value that at least `wanted` of bias - products do not exceed, and few more. The candidates are dealt to lanes, one
-// or more sets of sixteen; of the least values of the lanes it is about the `wanted`-th smallest.
-SN_FORCE_INLINE float first_bound(const float* bias, const float* products, std::int64_t vectors, std::int64_t wanted) {
-  constexpr int kSteps = 8;  // of the bisection: the values that are left are bounded once more
-  alignas(64) float least[kScreenMostK];
-  const std::int64_t sets = (wanted + kLanes - 1) / kLanes;
-  for (std::int64_t set = 0; set < sets; ++set) {
-    F16 lanes = f_set1(kFloatMost);
-    for (std::int64_t v = set * vectors / sets; v < (set + 1) * vectors / sets; ++v) {
-      lanes = f_min(lanes, f_sub(f_load(bias + v * kLanes), f_load(products + v * kLanes)));
-    }
-    f_store(least + set * kLanes, lanes);
-  }
-  return rank_bound(least, sets * kLanes, wanted, kSteps);
-}
+// Of the bisection for a first bound: the values that it leaves are bounded once more.
+inline constexpr int kBoundSteps = 8;
 
 // Writes lane by lane what `mask` selects of bias - products to `values`, and the columns to `columns` where wanted.
 // Returns how many. Writes whole vectors.
@@ -81,7 +68,10 @@ inline bool screen_rows(const Screen& screen, const Tile& tile, float* products)
     if ((wanted + kLanes - 1) / kLanes <= vectors) {
       // Of the values that their first bound leaves, a tighter one.
       alignas(64) float values[kWholeMost + kLanes];
-      const float bound = first_bound(upper_bias, row, vectors, wanted);
+      const float bound =
+          lanes_bound(vectors, wanted, kFloatMost, kBoundSteps, [upper_bias, row](std::int64_t v) SN_LAMBDA_INLINE {
+            return f_sub(f_load(upper_bias + v * kLanes), f_load(row + v * kLanes));
+          });
       std::int64_t count = 0;
       for (std::int64_t c = 0; c < tile.columns; c += kLanes) {
         const std::uint32_t hits = find_hits<false>(row + c, upper_bias + c, bound, 0.0f, nullptr).anchor;

@@ -1,22 +1,7 @@
 // The direct path: the K nearest of a row of distances. Included by kernels.cpp alone, inside its namespace.
 #pragma once
 
-// A value that at least `wanted` of `values` do not exceed, and few more, as first_bound in rows.h. A value may be
-// +inf. There are at least as many whole vectors as sets of lanes.
-SN_FORCE_INLINE float smallest_bound(const float* values, std::int64_t count, std::int64_t wanted) {
-  constexpr int kSteps = 10;  // of the bisection
-  alignas(64) float least[kListMost + kLanes];
-  const std::int64_t vectors = count / kLanes;
-  const std::int64_t sets = (wanted + kLanes - 1) / kLanes;
-  for (std::int64_t set = 0; set < sets; ++set) {
-    F16 lanes = f_set1(__builtin_inff());
-    for (std::int64_t v = set * vectors / sets; v < (set + 1) * vectors / sets; ++v) {
-      lanes = f_min(lanes, f_load(values + v * kLanes));
-    }
-    f_store(least + set * kLanes, lanes);
-  }
-  return rank_bound(least, sets * kLanes, wanted, kSteps);
-}
+inline constexpr int kSmallestSteps = 10;  // of the bisection for a bound of the K-th smallest
 
 // Bits of the lanes of d2 below `worst`. Bits of d2 >= 0 order as d2 does, as signed integers too.
 SN_FORCE_INLINE std::uint32_t lanes_below(const float* d2, std::int32_t worst) {
@@ -47,7 +32,9 @@ inline std::int64_t smallest(const float* d2, std::int64_t count, std::int64_t s
   // Few insertions are left below a bound of `wanted` candidates beside the anchor itself.
   const std::int64_t bounded = wanted + 1;
   if ((bounded + kLanes - 1) / kLanes <= count / kLanes) {
-    worst = static_cast<std::int32_t>(float_to_bits(smallest_bound(d2, count, bounded))) + 1;
+    const float bound = lanes_bound(count / kLanes, bounded, __builtin_inff(), kSmallestSteps,
+                                    [d2](std::int64_t v) SN_LAMBDA_INLINE { return f_load(d2 + v * kLanes); });
+    worst = static_cast<std::int32_t>(float_to_bits(bound)) + 1;
   }
   const auto consider = [&](std::int64_t j) SN_LAMBDA_INLINE {
     const std::uint32_t bits = float_to_bits(d2[j]);

@@ -18,8 +18,8 @@ void forward_as(const ForwardArgs& args, const ThreadPool& pool) {
   const Identities identities(args);
   Loss<Acc> loss(args);
   if constexpr (sizeof(Acc) == sizeof(float)) {
-    const Path path = choose_path(args.anchors.rows, args.candidates.rows, args.dims, loss.K(), args.dtype,
-                                  args.symmetric, kernels.product_cycles);
+    const Path path =
+        choose_path(args.anchors.rows, args.candidates.rows, args.dims, loss.K(), args.dtype, args.symmetric, kernels);
     if (path == Path::kScreen && forward_screen(args, pool, kernels, identities, loss)) return;
   }
   forward_direct<Acc>(args, pool, kernels, identities, loss);

@@ -141,7 +141,10 @@ void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std:
 // Whether 8-bit integers serve: packs sampled candidates, in the place of the copy's first rows, and computes their
 // distances. It depends on shapes and data alone, and cannot change a result.
 bool choose_bytes(const ForwardArgs& args, const Kernels& kernels, std::int64_t K, Screen& screen) {
-  if (!kernels.bytes) return false;
+  if (!kernels.bytes ||
+      !may_multiply_bytes(args.anchors.rows, args.candidates.rows, args.dims, args.symmetric, kernels.product_cycles)) {
+    return false;
+  }
   set_width(screen, true);
   std::int32_t order[kDirectBlock];
   const void* rows[kDirectBlock];

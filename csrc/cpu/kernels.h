@@ -134,6 +134,7 @@ struct ColumnBlock {
 
 struct Kernels {
   const char* name;
+  double direct_cycles;      // of a pair that is summed directly from panels, a column
   double product_cycles;     // of a screened pair, a column
   bool bytes;                // products of 8-bit integers take half of that
   std::int64_t panels_from;  // rows from which the direct path is faster on a copy in panels

@@ -24,12 +24,31 @@ static_assert(kListBytesPerRow + kRowBytes + 4 * kBucketBytes <= 1024, "the rows
 constexpr double kMostOpen = 24.0;
 constexpr std::int64_t kBytesMostDims = std::int64_t{1} << 16;
 static_assert(255 * 127 * kBytesMostDims < std::int64_t{1} << 31, "sums of products fit in 32 bits");
+// Cycles, measured on Zen 4: of an open candidate, a hit, an entry of a list, a distance; of a row, choosing among
+// them; and of a column of the sample that tells how many are open: its rows are packed, their distances computed.
+constexpr double kOpenCycles = 300.0;
+constexpr double kRowCycles = 800.0;
+constexpr double kSampleCycles = 80.0;
+// Most batches of long rows leave too many open: a sample must cost little of what it may gain.
+constexpr double kWorthASample = 16.0;
 constexpr std::int64_t kDirectScratch = std::int64_t{4} << 20;
 constexpr std::int64_t kDirectCopy = std::int64_t{2} << 20;
+// Of features to copy.
+constexpr double kCachedCopy = 8 << 20;
 // Features about as large as the first-level cache need no gathering. Short rows arrive in whole cache lines anyway.
 constexpr std::int64_t kCachedFeatures = std::int64_t{1} << 16;
 constexpr std::int64_t kGatherFromDims = 256;
 static_assert(2 * kRefineColumns * sizeof(float) <= 2 * kGatherFromDims, "two segments fit in the copy's place");
+
+bool forces_bytes() {
+  const Path forced = forced_path.load();
+  return forced == Path::kBytes || forced == Path::kByteRows;
+}
+
+// Cycles of an anchor that products of 8 bits save.
+double saved_cycles(std::int64_t M, std::int64_t D, bool symmetric, double product_cycles) {
+  return (symmetric ? 0.25 : 0.5) * product_cycles * static_cast<double>(M * D);
+}
 
 }  // namespace
 
@@ -38,31 +57,42 @@ void set_path(Path path) {
 }
 
 Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, DType dtype, bool symmetric,
-                 double product_cycles) {
+                 const Kernels& kernels) {
   if (dtype == DType::kFloat64 || K > kScreenMostK || D > kScreenMostDims || K == 0 || N == 0 || D == 0) {
     return Path::kDirect;
   }
   const Path forced = forced_path.load();
   if (forced != Path::kAuto) return forced == Path::kDirect ? Path::kDirect : Path::kScreen;
-  // Cycles per column of the features, measured on Zen 4. Direct: of a pair, and of copying a row of a square that is
-  // computed by halves. Screened: of a pair, beside its product; of copying and gathering a row; of an entry of a list,
-  // which two rows of a batch mostly share; and of a row whatever its length.
+  // Cycles per column of the features, measured on Zen 4. Direct: of a pair, fewer from panels; of copying a row to
+  // them; and of choosing among pairs, whatever their length. Screened: of a pair beside its product; of copying and
+  // gathering a row, from memory or from the cache; of an entry of a list, which two rows of a batch mostly share; and
+  // of an anchor's lists, whatever its length. What both take is left out.
   const double n = static_cast<double>(N);
-  const double m = static_cast<double>(M);
-  const double rows = symmetric ? n : n + m;
+  const double columns = static_cast<double>(D);
+  const double rows = static_cast<double>(symmetric ? N : N + M);
+  const double pairs = static_cast<double>(round_up(N, kPanel) * round_up(M, kPanel));
   const bool halved = symmetric && N * M * static_cast<std::int64_t>(sizeof(float)) <= kDirectScratch;
-  const double direct = halved ? n * m * 0.046 + n * 1.6 : n * m * 0.113;
-  const double screened = (symmetric ? 0.5 : 1.0) * n * m * (product_cycles + 0.012) + rows * 1.6 +
-                          n * static_cast<double>(K + 4) * (symmetric ? 0.085 : 0.17) +
-                          rows * 520.0 / static_cast<double>(D);
+  const bool panels = plan_direct(N, M, D, dtype, symmetric, kernels.panels_from).panels;
+  const double summed = panels ? pairs * kernels.direct_cycles
+                               : n * static_cast<double>(M) * std::max(kernels.direct_cycles, halved ? 0.14 : 0.16);
+  const double direct = (halved ? 0.5 : 1.0) * summed + (panels ? rows * 0.5 : 0.0) + pairs * 0.6 / columns;
+  const double copied = rows * columns * static_cast<double>(element_bytes(dtype)) <= kCachedCopy ? 1.6 : 3.5;
+  const double screened = (symmetric ? 0.5 : 1.0) * pairs * (kernels.product_cycles + 0.006) + rows * copied +
+                          n * static_cast<double>(K + 4) * (symmetric ? 0.75 : 1.5) * kernels.direct_cycles +
+                          n * 600.0 / columns;
   return direct <= screened ? Path::kDirect : Path::kScreen;
+}
+
+bool may_multiply_bytes(std::int64_t N, std::int64_t M, std::int64_t D, bool symmetric, double product_cycles) {
+  if (D > kBytesMostDims || forced_path.load() == Path::kTiles) return false;
+  const double sample_cycles = kSampleCycles * static_cast<double>(D);
+  const double gain = saved_cycles(M, D, symmetric, product_cycles) - kRowCycles;
+  return forces_bytes() || static_cast<double>(N) * gain > kWorthASample * sample_cycles;
 }
 
 bool multiplies_bytes(std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, double product_cycles,
                       const CopySample& sample) {
-  const Path forced = forced_path.load();
-  if (D > kBytesMostDims || forced == Path::kTiles) return false;
-  if (forced == Path::kBytes || forced == Path::kByteRows) return true;
+  if (forces_bytes()) return true;
   if (M < 4 * K || !(sample.mean > 0.0) || !(sample.deviation > 0.0)) return false;
   // Candidates beside the K nearest that the bounds of both copies leave open, if distances were normal: at the K-th of
   // M, which is z deviations below the mean, their number grows by about z + 1 / z a deviation.
@@ -73,11 +103,7 @@ bool multiplies_bytes(std::int64_t M, std::int64_t D, std::int64_t K, bool symme
   // Clusters are not normal: all of one may be within the window.
   const double clustered = sample.near * static_cast<double>(M);
   const double open = static_cast<double>(K) * (growth - 1.0) + clustered;
-  // Cycles of an open candidate, measured on Zen 4: a hit, an entry of a list, a distance; and of choosing among them.
-  constexpr double kOpenCycles = 300.0;
-  constexpr double kRowCycles = 800.0;
-  const double saved = (symmetric ? 0.25 : 0.5) * product_cycles * static_cast<double>(M * D);
-  return open <= kMostOpen && open * kOpenCycles + kRowCycles <= saved;
+  return open <= kMostOpen && open * kOpenCycles + kRowCycles <= saved_cycles(M, D, symmetric, product_cycles);
 }
 
 ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, int threads) {
@@ -144,7 +170,7 @@ Plan plan_forward(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k
   const Kernels& kernels = active_kernels();
   const std::int64_t K = std::min(k, M);
   Plan plan{};
-  plan.path = choose_path(N, M, D, K, dtype, symmetric, kernels.product_cycles);
+  plan.path = choose_path(N, M, D, K, dtype, symmetric, kernels);
   if (plan.path == Path::kDirect) {
     plan.workspace_bytes = plan_direct(N, M, D, dtype, symmetric, kernels.panels_from).bytes;
     return plan;

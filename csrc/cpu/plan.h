@@ -22,7 +22,7 @@ struct ScreenPlan {
 inline constexpr std::int64_t kScreenMostDims = std::int64_t{1} << 24;
 
 Path choose_path(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, DType dtype, bool symmetric,
-                 double product_cycles);
+                 const Kernels& kernels);
 // Whether the copy has 8-bit integers, which depends on the data: `sample` tells of the distances of sampled rows.
 struct CopySample {
   double mean;
@@ -30,6 +30,8 @@ struct CopySample {
   double near;    // share of the pairs that are nearer than half of the mean
   double window;  // width of what the bounds of an 8-bit copy cannot tell apart
 };
+// may_multiply_bytes says from shapes whether that can pay for taking the sample.
+bool may_multiply_bytes(std::int64_t N, std::int64_t M, std::int64_t D, bool symmetric, double product_cycles);
 bool multiplies_bytes(std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, double product_cycles,
                       const CopySample& sample);
 ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, int threads);

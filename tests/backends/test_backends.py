@@ -114,6 +114,26 @@ def test_build_facts(core: ModuleType) -> None:
     assert all(isinstance(key, str) and isinstance(value, str) for key, value in facts.items())
 
 
+@pytest.mark.parametrize(
+    ("capability", "last_direct", "first_screened"),
+    [("generic", 8, 64), ("avx2", 72, 112), ("avx512", 112, 160), ("avx512_vnni", 96, 160)],
+)
+def test_cpu_path_by_rows(core: ModuleType, capability: str, last_direct: int, first_screened: int) -> None:
+    """Rows of 2048 up to which direct sums cost less than screening, away from where both cost the same; and anchors
+    against a bank."""
+    if capability not in core.cpu_capabilities():
+        pytest.skip(f"this machine has no {capability}")
+    active = core.cpu_capability()
+    core.set_cpu_capability(capability)
+    try:
+        for rows, path in ((last_direct, "direct"), (first_screened, "screen"), (4 * first_screened, "screen")):
+            assert core.cpu_plan(rows, rows, 2048, 10, 0, True, 1)["path"] == path, rows
+        assert core.cpu_plan(64, 1024, 128, 10, 0, False, 1)["path"] == "screen"
+        assert core.cpu_plan(4, 16, 128, 10, 0, False, 1)["path"] == "direct"
+    finally:
+        core.set_cpu_capability(active)
+
+
 def test_plan_tells_path_and_workspace(core: ModuleType) -> None:
     """The launch plan of a large batch screens, that of a tiny one does not; a forced path is what the plan says."""
     large = core.cpu_plan(4096, 4096, 512, 10, 0, True, 1)

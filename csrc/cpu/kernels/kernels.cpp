@@ -140,6 +140,13 @@ void backward_columns_any(DType dtype, const ColumnBlock& block, const EdgeLists
 
 const Kernels kTable = {
     SN_STRINGIFY(SN_CPU_CAPABILITY),
+#if defined(__AVX512F__)
+    0.083,
+#elif defined(__AVX2__) || defined(__ARM_FEATURE_FMA)
+    0.115,
+#else
+    5.0,  // a multiply-add is a call
+#endif
 #if defined(__AVX512VNNI__)
     0.036,
     true,

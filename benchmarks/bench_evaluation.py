@@ -1,7 +1,7 @@
 """How long re-ID scores take, beside compiled peers on the same matrices, and what re-ranking needs.
 
     python benchmarks/bench_evaluation.py            Market-1501's size, about a minute and a half
-    python benchmarks/bench_evaluation.py --quick    a tenth of the queries, some seconds
+    python benchmarks/bench_evaluation.py --quick    a tenth of the queries, less than a minute
     python benchmarks/bench_evaluation.py --rerank   re-ranking too: seconds and peak memory
     python benchmarks/bench_evaluation.py --msmt     re-ranking MSMT17's 93 820 images, minutes on a CPU
 

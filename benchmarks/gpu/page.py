@@ -96,9 +96,9 @@ def _script(record: dict[str, Any]) -> str:
         return "bench_train_step.py"
     if "rerank" in record or "matrix" in record:
         return "bench_evaluation.py"
-    if "runs" in record:
-        return "bench_host.py"
-    return "python -m sn_ops.reid compare" if "variants" in record else "unknown script"
+    if "variants" in record:
+        return "python -m sn_ops.reid compare"
+    return "bench_host.py" if "runs" in record else "unknown script"
 
 
 def _options(command: list[str]) -> str:

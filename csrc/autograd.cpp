@@ -256,9 +256,11 @@ PyObject* loss(PyObject* capsule, PyObject* const* arguments, Py_ssize_t count) 
       take(arguments[8], &call.weight) && take(arguments[9], &call.squeeze) && take(arguments[10], &call.reduction);
   if (!plain || at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
   std::pair<Tensor, Tensor> results;
-  {
+  try {
     const pybind11::gil_scoped_release unlocked;
     results = differentiable_loss(call);
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());  // as the backward's
   }
   if (arguments[11] != Py_True) return THPVariable_Wrap(std::move(results.first));
   PyObject* pair = PyTuple_New(2);

@@ -179,6 +179,30 @@ def _refuse_batches(*_: object) -> NoReturn:
     use_reference("batches of calls (vmap, is_grads_batched) are")
 
 
+def _refuse_tangents(*values: object) -> None:
+    """Raises if one of the values has a forward-mode tangent, which does not show in requires_grad.
+
+    A tracer of torch.compile does not see tangents: it may not get past this, and leaves the frame to Python.
+    """
+    if torch.compiler.is_compiling():
+        use_reference("forward-mode derivatives are")
+    for value in values:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            use_reference("forward-mode derivatives are")
+
+
+class _WithoutTangents(torch.library.Library):
+    """Registers autograd kernels that refuse forward-mode tangents, which those of `register_autograd` would drop."""
+
+    def impl(self, op_name: str, fn: Any, *key: Any, **options: Any) -> None:
+        def kernel(keyset: Any, *args: Any, **named: Any) -> Any:
+            if forward_ad._current_level >= 0:
+                _refuse_tangents(*args, *named.values())
+            return fn(keyset, *args, **named)
+
+        super().impl(op_name, kernel, *key, **options)
+
+
 class _EagerLoss(torch.autograd.Function):
     """The loss for eager autograd, in Python: the loss alone, or the loss and the statistics.
 
@@ -205,8 +229,8 @@ class _EagerLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
         if grad_loss is None:
             return None, None, None
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(grad_loss).tangent is not None:
-            use_reference("forward-mode derivatives are")
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(grad_loss)
         operator, k, reduction = ctx.kept
         feats, candidates, graph, stats = ctx.saved_tensors
         need_feats, need_candidates, _call = ctx.needs_input_grad
@@ -239,21 +263,21 @@ def loss(backend: str, args: tuple[Any, ...], want_stats: bool) -> tuple[Tensor,
         want_stats: whether the statistics are wanted; None may stand for them if not.
     """
     operators = OPERATORS[backend]
+    if forward_ad._current_level >= 0:  # a bare operator would drop tangents, and so would a compiled graph
+        _refuse_tangents(*args)
     if torch.compiler.is_compiling():
         value, _, stats = operators.loss(*args)
         return value, stats
-    # Forward-mode tangents do not show in requires_grad. The Function refuses them; a bare operator would drop them.
-    tangents = forward_ad._current_level >= 0
-    if operators.node is not None and not tangents:
+    if operators.node is not None:
         found = operators.node(*args, want_stats)
         if found is not None:
             return found if want_stats else (found, None)
-    if torch._C._is_tracing() and not tangents:  # torch.jit.trace records operators, and fails at a Function like ours
+    if torch._C._is_tracing():  # torch.jit.trace records operators, and fails at a Function like ours
         value, _, stats = operators.loss(*args)
         return value, stats
     feats, _, candidates, *_ = args
     wants_grad = feats.requires_grad or (candidates is not None and candidates.requires_grad)
-    if (wants_grad and torch.is_grad_enabled()) or tangents:
+    if wants_grad and torch.is_grad_enabled():
         found = _apply_eagerly(feats, candidates, (operators, args, want_stats))
         return found if want_stats else (found, None)
     with torch._C._AutoDispatchBelowAutograd():
@@ -276,8 +300,8 @@ def register(backends: Iterable[str], namespace: str) -> None:
         library.forward.default, library.backward.default, library.loss.default, library.loss_backward.default,
         None if AUTOGRAD is None else AUTOGRAD.bind(namespace, use_reference),
     )  # fmt: skip
-    refusals = torch.library.Library(namespace, "FRAGMENT")
-    _REGISTRATIONS.append(refusals)
+    refusals, autograd = torch.library.Library(namespace, "FRAGMENT"), _WithoutTangents(namespace, "FRAGMENT")
+    _REGISTRATIONS.extend((refusals, autograd))
     for name, fake in (
         ("forward", _fake_forward),
         ("backward", _fake_backward),
@@ -292,7 +316,7 @@ def register(backends: Iterable[str], namespace: str) -> None:
         ("forward", partial(_differentiate_forward, operators.backward), _keep_graph),
         ("loss", partial(_differentiate_loss, operators.loss_backward), _keep_buffer),
     ):
-        torch.library.register_autograd(f"{namespace}::{name}", backward_of, setup_context=keep)
+        torch.library.register_autograd(f"{namespace}::{name}", backward_of, setup_context=keep, lib=autograd)
     for name in ("backward", "loss_backward"):
         torch.library.register_autograd(f"{namespace}::{name}", _refuse_second_derivative)
     for backend in backends:

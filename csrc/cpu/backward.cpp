@@ -275,6 +275,22 @@ struct Columns {
   }
 };
 
+bool is_hub(const EdgeLists& edges, std::int64_t row) {
+  const std::int64_t* begin = edges.begin + (row - edges.first_row);
+  return begin[1] - begin[0] > kEdgesSummed;
+}
+
+// Calls use(hubs, begin, end) for runs of rows that are hubs, or are not, of all from `begin` to `end`.
+template <class Use>
+void for_runs(const EdgeLists& edges, bool some_hubs, std::int64_t begin, std::int64_t end, const Use& use) {
+  if (!some_hubs) return use(false, begin, end);
+  for (std::int64_t next = begin; begin < end; begin = next) {
+    const bool hubs = is_hub(edges, begin);
+    while (next < end && is_hub(edges, next) == hubs) ++next;
+    use(hubs, begin, next);
+  }
+}
+
 // One strip of one side: out_r = sum_e weight_e (own_r - other_e).
 void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& kernels, const FeatureView& own,
             const FeatureView& other, const EdgeLists& edges, std::int64_t rows, const Columns& columns, void* out) {
@@ -284,9 +300,16 @@ void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& ker
   std::vector<std::int64_t> cuts = balanced_rows(edges.begin, rows, workers == 1 ? 1 : kParts * workers);
   for (std::int64_t& cut : cuts) cut += edges.first_row;
   const std::int64_t parts = static_cast<std::int64_t>(cuts.size()) - 1;
+  bool some_hubs = false;
+  for (std::int64_t r = cuts.front(); args.dtype != DType::kFloat64 && r < cuts.back(); ++r) {
+    some_hubs = some_hubs || is_hub(edges, r);
+  }
   if (columns.width == 0 || edges.begin[rows] < own.rows) {
     for_each(pool, workers, parts, [&](std::int64_t item) {
-      kernels.backward_rows(args.dtype, own, other, edges, args.dims, cuts[item], cuts[item + 1], out);
+      for_runs(edges, some_hubs, cuts[item], cuts[item + 1], [&](bool hubs, std::int64_t begin, std::int64_t end) {
+        const auto backward = hubs ? kernels.backward_hubs : kernels.backward_rows;
+        backward(args.dtype, own, other, edges, args.dims, begin, end, out);
+      });
     });
     return;
   }
@@ -323,7 +346,10 @@ void gather(const BackwardArgs& args, const ThreadPool& pool, const Kernels& ker
     const ColumnBlock columns_of{
         columns.own[buffer], columns.other[buffer],    block * columns.width, columns.width, ahead,
         own.row_stride,      out_bytes >= kSecondLevel};
-    kernels.backward_columns(args.dtype, columns_of, edges, args.dims, cuts[item], cuts[item + 1], out);
+    for_runs(edges, some_hubs, cuts[item], cuts[item + 1], [&](bool hubs, std::int64_t begin, std::int64_t end) {
+      const auto backward = hubs ? kernels.backward_hub_columns : kernels.backward_columns;
+      backward(args.dtype, columns_of, edges, args.dims, begin, end, out);
+    });
   };
   gather_and_use(pool, workers, divide_up(args.dims, columns.width), own_items + other_items, parts, false, line_up,
                  use);

@@ -112,6 +112,7 @@ struct Edge {
   Acc weight;
   std::int32_t neighbour;
 };
+inline constexpr std::int64_t kEdgesSummed = 64;  // of a row in one fp32 sum; rows of more are hubs
 struct EdgeLists {
   std::int64_t first_row;     // of the strip of rows whose edges are listed
   const std::int64_t* begin;  // [rows of the strip + 1]
@@ -192,6 +193,11 @@ struct Kernels {
   void (*copy_columns)(DType dtype, const FeatureView& features, std::int64_t column, std::int64_t width, float* out);
   void (*backward_columns)(DType dtype, const ColumnBlock& block, const EdgeLists& edges, std::int64_t dims,
                            std::int64_t begin, std::int64_t end, void* out);
+  // The same of hubs, in fp32 and half precision.
+  void (*backward_hubs)(DType dtype, const FeatureView& own, const FeatureView& other, const EdgeLists& edges,
+                        std::int64_t dims, std::int64_t begin, std::int64_t end, void* out);
+  void (*backward_hub_columns)(DType dtype, const ColumnBlock& block, const EdgeLists& edges, std::int64_t dims,
+                               std::int64_t begin, std::int64_t end, void* out);
 };
 
 const Kernels& active_kernels();

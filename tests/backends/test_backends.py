@@ -92,8 +92,9 @@ def test_capability_can_be_chosen_from_outside(core: ModuleType) -> None:
     assert done.returncode == 0, done.stderr
     assert f"no: {expected}" in done.stdout and "none in use; usable here: generic" in done.stdout
     script = "import sn_ops, torch; sn_ops.sn_loss(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))"
-    done = run("-c", script, SN_OPS_CPU_CAPABILITY="fastest")
-    assert done.returncode != 0 and expected in done.stderr
+    for autograd in ("", "python"):
+        done = run("-c", script, SN_OPS_CPU_CAPABILITY="fastest", SN_OPS_AUTOGRAD=autograd)
+        assert done.returncode != 0 and f"ValueError: {expected}" in done.stderr
 
 
 def test_capabilities(core: ModuleType) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+import sn_ops
 from sn_ops import ops
 from support import judge, oracle, problems
-from support.backends import OPERATORS, require
+from support.backends import EMULATED, OPERATORS, require
 from support.problems import Case, on
 
 SQUEEZE = {name: code for code, name in enumerate(oracle.SQUEEZES)}
@@ -94,6 +95,25 @@ def test_backward_of_repeated_edges(name: str, banked: bool, dtype: torch.dtype)
     for got, wanted in zip(found, expected, strict=False):
         bound = (1e-5 if dtype == torch.float32 else 1e-13) * (1 + wanted.abs())
         assert ((got.cpu().double() - wanted).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("banked", [False, True])
+def test_a_row_that_everybody_selects(fused_backend: str, banked: bool) -> None:
+    """Thousands of equal terms for one row, as of a batch that has collapsed: their rounding does not add up."""
+    rows = 300 if fused_backend in EMULATED else 4000
+    point = torch.nn.functional.normalize(torch.randn(1, 16, generator=torch.Generator().manual_seed(0)))
+    many, labels = point.repeat(rows, 1), torch.zeros(rows, dtype=torch.int64)
+    many[0] = -point
+    case = Case(many[1:], labels[1:], many[:1], labels[:1], k=2) if banked else Case(many, labels, k=2)
+
+    def gradients(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = case.to(dtype).on(backend).leaves()
+        loss = sn_ops.sn_loss(**leaves.arguments(), alpha=0.01, weight=1.0, reduction="sum", backend=backend)
+        return [part.double().cpu() for part in torch.autograd.grad(loss, leaves.inputs())]
+
+    wanted = gradients("reference", torch.float64)
+    for found, expected in zip(gradients(fused_backend, torch.float32), wanted, strict=True):
+        assert float((found - expected).norm()) <= 1e-6 * float(expected.norm())  # 2e-6 is what is promised
 
 
 @pytest.mark.parametrize("squeeze", oracle.SQUEEZES)

@@ -52,6 +52,14 @@ def cpu() -> list[Mutant]:
             BACKENDS + "test_operators.py::test_backward_of_repeated_edges",
         ),
         (
+            "cpu-a-hub-in-one-sum", kernels + "backward.h",
+            "for (std::int64_t first = 0; first < count; first += kEdgesSummed) {\n"
+            "    const std::int64_t some = count - first < kEdgesSummed ? count - first : kEdgesSummed;",
+            "for (std::int64_t first = 0; first < count; first += count) {\n    const std::int64_t some = count;",
+            "a row that thousands of edges meet sums them one after the other in fp32",
+            BACKENDS + "test_operators.py::test_a_row_that_everybody_selects",
+        ),
+        (
             "cpu-lists-of-the-first-strip", kernels + "backward.h",
             "const std::int64_t first = lists.begin[row - lists.first_row];",
             "const std::int64_t first = lists.begin[row];",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 import sn_ops
+from sn_ops import ops
 from support import problems
 from support.backends import FUSED, device_of
 from support.problems import Case, on
@@ -178,6 +181,47 @@ def test_functional_gradient(backend: str) -> None:
         return
     gradient, value = torch.func.grad_and_value(loss)(case.feats)
     torch.testing.assert_close((value, gradient), step(case, backend=backend))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("way", ["transform", "tangent inside", "tangent outside"])
+@pytest.mark.filterwarnings("ignore")  # of Dynamo, about what it does not trace
+def test_forward_mode_under_compile(fused_backend: str, way: str, fullgraph: bool) -> None:
+    """A compiled graph would drop tangents, and derivatives be 0: it is refused as eager calls are."""
+    case = problems.self_case(12, 6, 3, 3).on(fused_backend)
+    tangent = torch.ones_like(case.feats)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return sn_ops.sn_loss(x, case.labels, k=3, backend=fused_backend)
+
+    def derivative(x: torch.Tensor) -> Any:
+        if way == "transform":
+            return torch.func.jvp(loss, (x,), (tangent,))[1]
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(loss(forward_ad.make_dual(x, tangent))).tangent
+
+    compiled = torch.compile(loss if way == "tangent outside" else derivative, backend="eager", fullgraph=fullgraph)
+    outside = forward_ad.dual_level() if way == "tangent outside" else nullcontext()
+    refused = pytest.raises(RuntimeError, match=r"(torch\.func|forward-mode).*reference")
+    with outside, refused:
+        compiled(forward_ad.make_dual(case.feats, tangent) if way == "tangent outside" else case.feats)
+
+
+def test_forward_mode_of_operators(fused_backend: str) -> None:
+    """Calls of the operators themselves refuse tangents, of features and of candidates."""
+    case = problems.bank_case(6, 9, 5, 3, k=2).on(fused_backend)
+    candidates = cast(torch.Tensor, case.candidates)
+    operators = ops.OPERATORS[fused_backend]
+    with forward_ad.dual_level():
+        for feats, bank in (
+            (forward_ad.make_dual(case.feats, case.feats), candidates),
+            (case.feats, forward_ad.make_dual(candidates, candidates)),
+        ):
+            args = (feats, case.labels, bank, case.candidate_labels, None, 0, 2, 50.0, 0.1, 0, 0)
+            with pytest.raises(RuntimeError, match=r"forward-mode derivatives.*reference"):
+                operators.loss(*args)
+            with pytest.raises(RuntimeError, match=r"forward-mode derivatives.*reference"):
+                operators.forward(*args, False)
 
 
 def test_several_threads_call_at_once(fused_backend: str) -> None:

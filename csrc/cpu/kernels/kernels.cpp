@@ -136,6 +136,15 @@ void backward_columns_any(DType dtype, const ColumnBlock& block, const EdgeLists
   with_dtype(dtype, [&]<class T>(T*) { backward_columns<T>(block, edges, dims, begin, end, out); });
 }
 
+void backward_hubs_any(DType dtype, const FeatureView& own, const FeatureView& other, const EdgeLists& edges,
+                       std::int64_t dims, std::int64_t begin, std::int64_t end, void* out) {
+  with_dtype(dtype, [&]<class T>(T*) { backward_hubs<T>(own, other, edges, dims, begin, end, out); });
+}
+void backward_hub_columns_any(DType dtype, const ColumnBlock& block, const EdgeLists& edges, std::int64_t dims,
+                              std::int64_t begin, std::int64_t end, void* out) {
+  with_dtype(dtype, [&]<class T>(T*) { backward_hub_columns<T>(block, edges, dims, begin, end, out); });
+}
+
 }  // namespace
 
 const Kernels kTable = {
@@ -182,6 +191,8 @@ const Kernels kTable = {
     backward_rows_any,
     copy_columns_any,
     backward_columns_any,
+    backward_hubs_any,
+    backward_hub_columns_any,
 };
 
 }  // namespace sn::cpu::SN_CPU_CAPABILITY

@@ -127,7 +127,7 @@ def evaluation(name: str) -> Rows:
         ("matrix", "compiled loop (numba, parallel)"): "the same: that loop with numba's own sort",
         ("features", "evaluate (float64)"): "from features: `sn_ops.reid.evaluation`, float64",
         ("features", "float64 product alone"): "of which the float64 product",
-        ("features", "cdist + numpy argsort + compiled loop"): "from features: float32 `cdist` with that loop",
+        ("features", "cdist + numpy argsort + compiled loop"): "from features: float32 `cdist`, `argsort`, that loop",
     }
     made = recorded(name)
     return [[text, f"{made[part][key]['elapsed']:#.2g}"] for (part, key), text in names.items()]

@@ -26,8 +26,8 @@ inline double waves(double blocks, const DeviceFacts& device) {
 // elements (1024 x 512 x 2048): 120 of 139.
 inline constexpr double kTilesStart = 2.5;
 inline constexpr double kTileElement = 0.057;
-inline constexpr double kHalfTiles =
-    1.1;  // half inputs: 512 x 2048 in 65.8 against 62.1, 1024 x 2048 in 298 against 270
+// Half inputs: 512 x 2048 in 65.8 against 62.1, 1024 x 2048 in 298 against 270.
+inline constexpr double kHalfTiles = 1.1;
 
 // Of an anchor that a warp finishes, ranks and keys of its neighbours. 1024 x 512, K = 100: 132 against 79, by radix
 // passes then.

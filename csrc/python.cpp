@@ -29,13 +29,14 @@ struct PathName {
   Path path;
   const char* name;
 };
-constexpr std::array<PathName<sn::cpu::Path>, 6> kCpuPaths{{
+constexpr std::array<PathName<sn::cpu::Path>, 7> kCpuPaths{{
     {sn::cpu::Path::kAuto, "auto"},
     {sn::cpu::Path::kDirect, "direct"},
     {sn::cpu::Path::kScreen, "screen"},
     {sn::cpu::Path::kTiles, "tiles"},
     {sn::cpu::Path::kBytes, "bytes"},
     {sn::cpu::Path::kByteRows, "byte-rows"},
+    {sn::cpu::Path::kForms, "forms"},
 }};
 
 constexpr std::array<PathName<ForwardPath>, 8> kCudaPaths{{
@@ -229,7 +230,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_cpu_capability", &sn::cpu::set_capability, py::arg("name"),
              "Use this instruction set from now on; ValueError names those allowed.");
   module.def("set_cpu_path", &set_cpu_path, py::arg("path"),
-             "Force a path of the CPU forward: auto, direct, screen, tiles, bytes or byte-rows.");
+             "Force a path of the CPU forward: auto, direct, screen, tiles, bytes, byte-rows or forms.");
   module.def("cpu_plan", &cpu_plan, py::arg("N"), py::arg("M"), py::arg("D"), py::arg("k"), py::arg("dtype"),
              py::arg("symmetric"), py::arg("threads"),
              "How the CPU forward would run: path, list_capacity, workspace_bytes. dtype: 0 float32, 1 float64, "

@@ -17,8 +17,16 @@ void set_capability(const std::string& name);    // throws std::invalid_argument
 
 // Paths of a forward. Every path selects the same neighbours in the same order. kTiles is kScreen as large batches have
 // it: products are kept a tile at a time. kBytes is kTiles with an 8-bit copy, where the instruction set multiplies it,
-// and kByteRows is kScreen with one.
-enum class Path : std::int32_t { kAuto = 0, kDirect = 1, kScreen = 2, kTiles = 3, kBytes = 4, kByteRows = 5 };
+// and kByteRows is kScreen with one. kForms is kScreen with the products of small blocks made of forms, too.
+enum class Path : std::int32_t {
+  kAuto = 0,
+  kDirect = 1,
+  kScreen = 2,
+  kTiles = 3,
+  kBytes = 4,
+  kByteRows = 5,
+  kForms = 6
+};
 void set_path(Path path);  // for tests; kAuto unless they force one
 
 struct Plan {

@@ -44,16 +44,12 @@ struct Layout {
   std::int32_t* self_positions;
   float* upper_bias;
   float* products;  // all of them, or a tile of each worker
+  std::uint32_t* forms;
 };
-
-// Words of a row of the copy. Memory is that of 16-bit integers always: the refinement uses it once more.
-std::int64_t words_of(std::int64_t dims, bool bytes) {
-  return divide_up(dims, bytes ? 4 : 2);
-}
 
 void set_width(Screen& screen, bool bytes) {
   screen.bytes = bytes;
-  screen.words = words_of(screen.dims, bytes);
+  screen.words = copy_words(screen.dims, bytes, screen.forms);
   screen.panel_stride = screen.words * kPanel;
 }
 
@@ -68,7 +64,8 @@ Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, Slices& slices) 
     ScreenSide s{};
     s.rows = rows;
     s.padded = round_up(rows, kTileGrain);
-    s.packed = slices.take<std::uint32_t>(s.padded * words_of(args.dims, false));
+    // That of 16-bit integers always: the refinement uses it once more.
+    s.packed = slices.take<std::uint32_t>(s.padded * copy_words(args.dims, false, plan.forms));
     s.scale = slices.take<float>(s.padded);
     s.norm = slices.take<float>(s.padded);
     s.residual = slices.take<float>(s.padded);
@@ -96,6 +93,7 @@ Layout lay_out(const ForwardArgs& args, const ScreenPlan& plan, Slices& slices) 
   screen.thresholds = slices.take<float>(screen.anchors.padded);
   layout.upper_bias = slices.take<float>(screen.candidates.padded);
   layout.products = slices.take<float>(plan.product_floats);
+  layout.forms = slices.take<std::uint32_t>(plan.workers * plan.form_words);
   return layout;
 }
 
@@ -138,52 +136,109 @@ void find_surplus_duplicates(const ForwardArgs& args, const Layout& layout, std:
   }
 }
 
-// Whether 8-bit integers serve: packs sampled candidates, in the place of the copy's first rows, and computes their
-// distances. It depends on shapes and data alone, and cannot change a result.
-bool choose_bytes(const ForwardArgs& args, const Kernels& kernels, std::int64_t K, Screen& screen) {
-  if (!kernels.bytes ||
-      !may_multiply_bytes(args.anchors.rows, args.candidates.rows, args.dims, args.symmetric, kernels.product_cycles)) {
-    return false;
-  }
-  set_width(screen, true);
-  std::int32_t order[kDirectBlock];
-  const void* rows[kDirectBlock];
-  const std::int64_t count = std::min(args.candidates.rows, kDirectBlock);
-  for (std::int64_t i = 0; i < count; ++i) {
-    order[i] = static_cast<std::int32_t>(i * args.candidates.rows / count);
-    rows[i] = row_of(args.candidates, args.dtype, order[i]);
-  }
-  ScreenSide sampled = screen.candidates;
-  sampled.order = order;
-  sampled.rows = count;
-  if (!kernels.pack(screen, sampled, 0, divide_up(count, kPanel))) return false;
-  float d2[kDirectBlock * kDirectBlock];
-  kernels.direct_block(args.dtype, rows, count, rows, count, args.dims, true, d2, kDirectBlock);
-  double sum = 0.0;
-  double squares = 0.0;
-  double norms = 0.0;
-  double residuals = 0.0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    norms += sampled.norm[i];
-    residuals += sampled.residual[i];
-    for (std::int64_t j = i + 1; j < count; ++j) {
-      const double value = d2[i * kDirectBlock + j];
-      sum += value;
-      squares += value * value;
+// Candidates that stand for all of them. Their copies lie in the place of the copy's first rows.
+class SampledRows {
+ public:
+  SampledRows(const ForwardArgs& args, const Kernels& kernels, Screen& screen)
+      : args_(args),
+        kernels_(kernels),
+        screen_(screen),
+        side_(screen.candidates),
+        count_(std::min(args.candidates.rows, kDirectBlock)) {
+    for (std::int64_t i = 0; i < count_; ++i) {
+      order_[i] = static_cast<std::int32_t>(i * args.candidates.rows / count_);
+      rows_[i] = row_of(args.candidates, args.dtype, order_[i]);
     }
+    side_.order = order_;
+    side_.rows = count_;
   }
-  const double pairs = 0.5 * static_cast<double>(count * (count - 1));
+  // As the screen has it now. Returns false if one of them is not finite.
+  bool pack() const { return kernels_.pack(screen_, side_, 0, divide_up(count_, kPanel)); }
+  // Of the copy that was packed last: two rows, an error of either sign, each E about 2 |t| |r|.
+  double window() const {
+    double norms = 0.0;
+    double residuals = 0.0;
+    for (std::int64_t i = 0; i < count_; ++i) {
+      norms += side_.norm[i];
+      residuals += side_.residual[i];
+    }
+    return 8.0 * std::sqrt(norms * residuals) / static_cast<double>(count_);
+  }
+  // How much coarser 16-bit integers are than those of a copy without forms, in the mean.
+  double coarseness() const {
+    double squares = 0.0;
+    for (std::int64_t i = 0; i < count_; ++i) {
+      const double finest = std::sqrt(static_cast<double>(side_.norm[i])) / kIntegerNorm;
+      const double ratio = side_.scale[i] > 0.0f ? side_.scale[i] / finest : 1.0;
+      squares += ratio * ratio;
+    }
+    return std::sqrt(squares / static_cast<double>(count_));
+  }
+  CopySample distances() const {
+    float d2[kDirectBlock * kDirectBlock];
+    kernels_.direct_block(args_.dtype, rows_, count_, rows_, count_, args_.dims, true, d2, kDirectBlock);
+    CopySample sample{};
+    double squares = 0.0;
+    const double pairs = 0.5 * static_cast<double>(count_ * (count_ - 1));
+    const auto for_pairs = [&](const auto& use) {
+      for (std::int64_t i = 0; i < count_; ++i) {
+        for (std::int64_t j = i + 1; j < count_; ++j) use(static_cast<double>(d2[i * kDirectBlock + j]));
+      }
+    };
+    for_pairs([&](double value) {
+      sample.mean += value / pairs;
+      squares += value * value / pairs;
+    });
+    sample.deviation = std::sqrt(std::max(0.0, squares - sample.mean * sample.mean));
+    for_pairs([&](double value) { sample.near += value < 0.5 * sample.mean ? 1.0 / pairs : 0.0; });
+    return sample;
+  }
+
+ private:
+  const ForwardArgs& args_;
+  const Kernels& kernels_;
+  Screen& screen_;
+  ScreenSide side_;
+  std::int64_t count_;
+  std::int32_t order_[kDirectBlock];
+  const void* rows_[kDirectBlock];
+};
+
+// Chooses between 8-bit and 16-bit integers, and how many levels of forms these have. That depends on shapes and data
+// alone, and cannot change a result.
+void choose_copy(const ForwardArgs& args, const Kernels& kernels, std::int64_t K, Screen& screen) {
+  const std::int64_t M = args.candidates.rows;
+  const auto as_forms = [&screen](int levels) {
+    screen.forms.levels = levels;
+    set_width(screen, false);
+  };
+  const int planned = screen.forms.levels;
+  as_forms(planned);
+  const bool bytes =
+      kernels.bytes && may_multiply_bytes(args.anchors.rows, M, args.dims, args.symmetric, kernels.product_cycles);
+  if (!bytes && planned == 0) return;
+  const SampledRows sampled(args, kernels, screen);
   CopySample sample{};
-  sample.mean = sum / pairs;
-  sample.deviation = std::sqrt(std::max(0.0, squares / pairs - sample.mean * sample.mean));
-  for (std::int64_t i = 0; i < count; ++i) {
-    for (std::int64_t j = i + 1; j < count; ++j) {
-      sample.near += d2[i * kDirectBlock + j] < 0.5 * sample.mean ? 1.0 / pairs : 0.0;
-    }
+  if (bytes) {
+    set_width(screen, true);
+    if (!sampled.pack()) return as_forms(planned);
+    sample = sampled.distances();
+    sample.window = sampled.window();
+    if (multiplies_bytes(M, args.dims, K, args.symmetric, kernels.product_cycles, screen.forms, sample)) return;
+    as_forms(planned);
   }
-  // Two rows, an error of either sign, each E about 2 |t| |r|.
-  sample.window = 8.0 * std::sqrt(norms * residuals) / static_cast<double>(count);
-  return multiplies_bytes(args.candidates.rows, args.dims, K, args.symmetric, kernels.product_cycles, sample);
+  if (planned == 0 || !sampled.pack() || keeps_forms(sampled.coarseness())) return;
+  if (!bytes) sample = sampled.distances();
+  as_forms(0);
+  if (!sampled.pack()) return;
+  const double finest = sampled.window();
+  for (int levels = planned; levels > 0; --levels) {
+    as_forms(levels);
+    if (!sampled.pack() || keeps_forms(sampled.coarseness())) return;
+    sample.window = sampled.window();
+    if (keeps_forms(M, args.dims, K, args.symmetric, kernels.product_cycles, screen.forms, sample, finest)) return;
+  }
+  as_forms(0);
 }
 
 // Computes the bound E of each row and the bias of each candidate. Returns false if the rows' scale is outside the
@@ -297,21 +352,22 @@ class Tiles {
 bool sweep(const ThreadPool& pool, const Kernels& kernels, const ScreenPlan& plan, const Layout& layout) {
   const Screen& screen = layout.screen;
   Tiles tiles(plan, screen);
-  const auto multiply = [&](std::int64_t item, float* products) {
+  const auto multiply = [&](std::int64_t item, std::int64_t worker, float* products) {
     const Tile tile = tiles[item];
-    kernels.tile_products(screen, tile, tiles[std::min(item + plan.workers, tiles.count() - 1)], products);
+    kernels.tile_products(screen, tile, tiles[std::min(item + plan.workers, tiles.count() - 1)], products,
+                          layout.forms + worker * plan.form_words);
     return tile;
   };
   if (!plan.whole) {
     for_each(pool, plan.workers, tiles.count(), [&](std::int64_t item, std::int64_t worker) {
       float* products = layout.products + worker * plan.tile * plan.pitch;
-      tiles.append_hits(kernels, multiply(item, products), products);
+      tiles.append_hits(kernels, multiply(item, worker, products), products);
     });
     return false;
   }
   const auto products_of = [&](const Tile& tile) { return layout.products + tile.row * plan.pitch + tile.column; };
-  for_each(pool, plan.workers, tiles.count(), [&](std::int64_t item) {
-    const Tile tile = multiply(item, products_of(tiles[item]));
+  for_each(pool, plan.workers, tiles.count(), [&](std::int64_t item, std::int64_t worker) {
+    const Tile tile = multiply(item, worker, products_of(tiles[item]));
     if (screen.symmetric) kernels.mirror_tile(tile, layout.products);
   });
   std::atomic<bool> fits{true};
@@ -337,7 +393,7 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   const std::int64_t N = args.anchors.rows;
   const std::int64_t M = args.candidates.rows;
   const std::int64_t K = loss.K();
-  const ScreenPlan plan = plan_screen(N, M, args.dims, K, args.symmetric, pool.threads);
+  const ScreenPlan plan = plan_screen(N, M, args.dims, K, args.symmetric, pool.threads, kernels);
   Slices measure;
   lay_out(args, plan, measure);
   const Scratch scratch(measure.bytes());
@@ -346,6 +402,7 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
   Screen& screen = layout.screen;
   screen.dtype = args.dtype;
   screen.dims = args.dims;
+  screen.forms = plan.forms;
   screen.K = K;
   screen.symmetric = args.symmetric;
   screen.mean = layout.mean;
@@ -357,7 +414,7 @@ bool forward_screen(const ForwardArgs& args, const ThreadPool& pool, const Kerne
 
   const FeatureView features[2] = {args.anchors, args.candidates};
   kernels.sampled_mean(args.dtype, features, args.symmetric ? 1 : 2, args.dims, layout.mean, layout.mean_scratch);
-  set_width(screen, choose_bytes(args, kernels, K, screen));
+  choose_copy(args, kernels, K, screen);
   for (int s = 0; s < (args.symmetric ? 1 : 2); ++s) {
     const ScreenSide& side = s == 0 ? screen.anchors : screen.candidates;
     std::atomic<bool> usable{true};

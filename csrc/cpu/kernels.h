@@ -18,16 +18,14 @@ inline constexpr std::int64_t kSegmentColumns = 64;  // the copy of the direct p
 inline constexpr std::int64_t kTileGrain = 48;       // a multiple of the micro-kernels' columns, 48 and 16
 inline constexpr std::int64_t kTileSmall = 96;       // rows and columns of a screening tile for small batches
 inline constexpr std::int64_t kTileLarge = 192;      // and for large ones
-inline constexpr std::int64_t kDepth = 256;  // of features that a micro-kernel multiplies at a time; of 8 bits twice
+inline constexpr std::int64_t kTileHuge = 384;       // and for large ones whose products are made of forms
+inline constexpr std::int64_t kFormWords = 1024;     // of the copy that are halved at a time
 // The largest K that screening serves. Beyond it the direct path is as fast as such a K allows.
 inline constexpr std::int64_t kScreenMostK = 256;
 inline constexpr std::int64_t kListMost = 352;      // most entries of a list; the length of stack buffers
 inline constexpr std::int64_t kRefineColumns = 64;  // columns gathered at a time: one segment of the direct sum
 static_assert(kTileGrain % kPanel == 0);
-static_assert(kTileSmall % kTileGrain == 0 && kTileLarge % kTileGrain == 0);
-static_assert(kDepth % 2 == 0, "a word has two or four columns");
-// Products of a tile of their own have the same pitch whatever the tile's size.
-inline constexpr std::int64_t kTilePitch = kTileLarge;
+static_assert(kTileSmall % kTileGrain == 0 && kTileLarge % kTileGrain == 0 && kTileHuge % kTileGrain == 0);
 inline constexpr std::int64_t kWholeMost = 2048;  // most candidates that a row is screened against as a whole
 
 // ---- screening ------------------------------------------------------------------------------------------------------
@@ -63,12 +61,50 @@ struct Entry {
   float score;             // w, or the squared distance where it is known
 };
 
+// How often the products of a block are halved (kernels/forms.h), and the least that is left: rows, columns and words.
+struct Forms {
+  int levels;
+  std::int64_t least_rows;
+  std::int64_t least_words;
+};
+inline constexpr int kFormLevels = 2;
+inline constexpr std::int64_t kFormGrain = std::int64_t{1} << kFormLevels;  // of a row's words
+static_assert(kFormWords % kFormGrain == 0);
+constexpr int levels_of(const Forms& forms, std::int64_t rows, std::int64_t columns, std::int64_t words) {
+  int levels = 0;
+  while (levels < forms.levels && rows >> (levels + 1) >= forms.least_rows &&
+         columns >> (levels + 1) >= forms.least_rows && words >> (levels + 1) >= forms.least_words) {
+    ++levels;
+  }
+  return levels;
+}
+// The integers of a row have a norm of about this: none of them is above 32767, whatever the rounding of the norm, and
+// a sum of products of two rows fits in 32 bits. Where forms are sums of integers these are smaller (integer_most).
+inline constexpr float kIntegerNorm = 30500.0f;
+// Integers of which a sum of 4^levels fits in 16 bits.
+constexpr float integer_most(int levels) {
+  return static_cast<float>(32767 >> (2 * levels));
+}
+// Scratch of the forms of a block, in words of 32 bits.
+constexpr std::int64_t form_words(int levels, std::int64_t rows, std::int64_t columns, std::int64_t words) {
+  if (words > kFormWords) words = kFormWords;
+  std::int64_t count = 0;
+  for (; levels > 0; --levels) {
+    rows /= 2;
+    columns /= 2;
+    words /= 2;
+    count += (rows + columns) * words + 2 * rows * (columns + kPanel);
+  }
+  return count;
+}
+
 // What the sweep reads and writes.
 struct Screen {
   DType dtype;
   std::int64_t dims;
-  bool bytes;                 // the integers have 8 bits, else 16
-  std::int64_t words;         // of a row of the copy: four or two columns each
+  bool bytes;          // the integers have 8 bits, else 16
+  std::int64_t words;  // of a row of the copy: four or two columns each
+  Forms forms;
   std::int64_t panel_stride;  // words of a panel of the copy
   std::int64_t K;
   bool symmetric;
@@ -138,6 +174,7 @@ struct Kernels {
   double direct_cycles;      // of a pair that is summed directly from panels, a column
   double product_cycles;     // of a screened pair, a column
   bool bytes;                // products of 8-bit integers take half of that
+  std::int64_t form_rows;    // least rows of a block that is halved no more
   std::int64_t panels_from;  // rows from which the direct path is faster on a copy in panels
   std::int64_t row_columns;  // columns of a row of the backward that stay in registers
 
@@ -164,8 +201,9 @@ struct Kernels {
   void (*sampled_mean)(DType dtype, const FeatureView* sides, int side_count, std::int64_t dims, float* mean,
                        float* scratch);
   bool (*pack)(const Screen& screen, const ScreenSide& side, std::int64_t first_panel, std::int64_t last_panel);
-  // products: [tile.rows][tile.pitch].
-  void (*tile_products)(const Screen& screen, const Tile& tile, const Tile& next, float* products);
+  // products: [tile.rows][tile.pitch]. forms: scratch of form_words().
+  void (*tile_products)(const Screen& screen, const Tile& tile, const Tile& next, float* products,
+                        std::uint32_t* forms);
   void (*tile_epilogue)(const Screen& screen, const Tile& tile, const float* products);
   // The same where each row of a tile is screened as a whole: the reverse products, below the diagonal of products
   // [rows][tile.pitch], and the lists. Returns false, with lists that are not to be used, if one would be too long.

@@ -9,7 +9,7 @@ namespace {
 
 std::atomic<Path> forced_path{Path::kAuto};
 
-// Scratch is at most kFixedScratch + 1 KB a row + 2 (N + M) D bytes (the copy).
+// Scratch is at most kFixedScratch + 1 KB a row + 2 (N + M) D bytes (the copy), and 2 MB where K is large (the lists).
 constexpr std::int64_t kFixedScratch = std::int64_t{6} << 20;
 constexpr std::int64_t kWholeScratch = std::int64_t{5} << 20;
 static_assert(kWholeScratch <= kFixedScratch);
@@ -31,6 +31,12 @@ constexpr double kRowCycles = 800.0;
 constexpr double kSampleCycles = 80.0;
 // Most batches of long rows leave too many open: a sample must cost little of what it may gain.
 constexpr double kWorthASample = 16.0;
+// Forms pay where their blocks are long, and large tiles where every worker has several.
+constexpr std::int64_t kFormDims = 512;
+constexpr std::int64_t kFormLeast = 128;
+constexpr std::int64_t kTilesPerWorker = 8;
+constexpr double kFormShare = 0.07;   // of products that a level saves, of which 8-bit integers save half
+constexpr double kCoarseForms = 2.0;  // integers of which forms serve whatever the data
 constexpr std::int64_t kDirectScratch = std::int64_t{4} << 20;
 constexpr std::int64_t kDirectCopy = std::int64_t{2} << 20;
 // Of features to copy.
@@ -48,6 +54,21 @@ bool forces_bytes() {
 // Cycles of an anchor that products of 8 bits save.
 double saved_cycles(std::int64_t M, std::int64_t D, bool symmetric, double product_cycles) {
   return (symmetric ? 0.25 : 0.5) * product_cycles * static_cast<double>(M * D);
+}
+
+// Candidates that the bounds leave open, in units of the K nearest, if distances were normal. At the K-th of M, which
+// is z deviations below the mean, their number grows by about z + 1 / z a deviation of the window, up to half of all.
+double growth(std::int64_t M, std::int64_t K, double window) {
+  const double tail = std::log(static_cast<double>(M) / static_cast<double>(K));
+  const double z = std::sqrt(std::max(1.0, 2.0 * tail - std::log(4.0 * 3.1416 * tail)));
+  const double slope = z + 1.0 / z;
+  const double deviations = std::min(window, slope);
+  return std::exp(slope * deviations - 0.5 * deviations * deviations);
+}
+
+// Rows of a tile that are a multiple of 512 bytes apart would compete for a few sets of the cache.
+std::int64_t tile_pitch(std::int64_t tile) {
+  return tile < kTileHuge ? kTileLarge : tile + kPanel;
 }
 
 }  // namespace
@@ -91,22 +112,31 @@ bool may_multiply_bytes(std::int64_t N, std::int64_t M, std::int64_t D, bool sym
 }
 
 bool multiplies_bytes(std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, double product_cycles,
-                      const CopySample& sample) {
+                      const Forms& forms, const CopySample& sample) {
   if (forces_bytes()) return true;
   if (M < 4 * K || !(sample.mean > 0.0) || !(sample.deviation > 0.0)) return false;
-  // Candidates beside the K nearest that the bounds of both copies leave open, if distances were normal: at the K-th of
-  // M, which is z deviations below the mean, their number grows by about z + 1 / z a deviation.
-  const double tail = std::log(static_cast<double>(M) / static_cast<double>(K));
-  const double z = std::sqrt(std::max(1.0, 2.0 * tail - std::log(4.0 * 3.1416 * tail)));
-  const double window = sample.window / sample.deviation;
-  const double growth = std::exp(std::min(10.0, (z + 1.0 / z) * window - 0.5 * window * window));
   // Clusters are not normal: all of one may be within the window.
   const double clustered = sample.near * static_cast<double>(M);
-  const double open = static_cast<double>(K) * (growth - 1.0) + clustered;
-  return open <= kMostOpen && open * kOpenCycles + kRowCycles <= saved_cycles(M, D, symmetric, product_cycles);
+  const double open = static_cast<double>(K) * (growth(M, K, sample.window / sample.deviation) - 1.0) + clustered;
+  // Forms make products of 16-bit integers cheaper.
+  const double saved = saved_cycles(M, D, symmetric, product_cycles) * (1.0 - 2.0 * kFormShare * forms.levels);
+  return open <= kMostOpen && open * kOpenCycles + kRowCycles <= saved;
 }
 
-ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, int threads) {
+bool keeps_forms(double coarseness) {
+  return coarseness <= kCoarseForms || forced_path.load() == Path::kForms;
+}
+
+bool keeps_forms(std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, double product_cycles,
+                 const Forms& forms, const CopySample& sample, double finest) {
+  if (M < 4 * K || sample.near > 0.0 || !(sample.deviation > 0.0)) return false;
+  const double opened = static_cast<double>(K) *
+                        (growth(M, K, sample.window / sample.deviation) - growth(M, K, finest / sample.deviation));
+  return opened * kOpenCycles <= 2.0 * kFormShare * forms.levels * saved_cycles(M, D, symmetric, product_cycles);
+}
+
+ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, int threads,
+                       const Kernels& kernels) {
   ScreenPlan plan{};
   // Room for candidates that the bounds leave open beside the K nearest, within the rows' share of memory.
   const std::int64_t spare = symmetric ? 2 * D : 0;  // the budget counts the copy of both sides
@@ -116,8 +146,6 @@ ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int6
   plan.capacity =
       std::clamp(std::min(wanted, budget) / kPanel * kPanel + kPanel, round_up(K, kPanel) + 2 * kPanel, kListMost);
   plan.first_pruning = std::min(plan.capacity, K + 32);
-  const std::int64_t smaller = std::min(N, M);
-  plan.tile = smaller < 4 * kTileLarge || threads > 16 ? kTileSmall : kTileLarge;
   constexpr std::int64_t kValue = sizeof(float);
   // A panel more, so that the rows of a tile do not compete for a few sets of the cache.
   plan.pitch = round_up(M, kTileGrain) + kPanel;
@@ -125,13 +153,50 @@ ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int6
   const Path forced = forced_path.load();
   plan.whole = forced != Path::kTiles && forced != Path::kBytes && M <= kWholeMost &&
                plan.product_floats * kValue <= kWholeScratch;
+  const std::int64_t smaller = std::min(N, M);
+  plan.tile = smaller < 4 * kTileLarge || threads > 16 ? kTileSmall : kTileLarge;
+  // What lists leave of the spare memory is room, too.
+  const std::int64_t room = kFixedScratch - (plan.whole ? plan.product_floats * kValue : 0) +
+                            std::max<std::int64_t>(0, N * (kListBytesPerRow + spare - plan.capacity * kEntryBytes));
+  const bool forced_forms = forced == Path::kForms;
+  Forms forms{kFormLevels, forced_forms ? kPanel : kernels.form_rows, forced_forms ? 1 : kFormLeast};
+  const std::int64_t words = copy_words(D, false, forms);
+  // As many levels as there is room for, or none.
+  const auto use_forms = [&](std::int64_t tile) {
+    const std::int64_t tile_floats = plan.whole ? 0 : tile * tile_pitch(tile);
+    forms.levels = kFormLevels;
+    forms.levels = levels_of(forms, tile, tile, std::min(words, kFormWords));
+    for (; forms.levels > 0; --forms.levels) {
+      if (threads * (tile_floats + form_words(forms.levels, tile, tile, words)) * kValue > room) continue;
+      plan.tile = tile;
+      plan.forms = forms;
+      return true;
+    }
+    return false;
+  };
+  if (forced_forms || (smaller >= 4 * kTileLarge && D >= kFormDims)) {
+    const std::int64_t side = divide_up(N, kTileHuge);
+    const std::int64_t huge = symmetric ? side * (side + 1) / 2 : side * divide_up(M, kTileHuge);
+    const bool halves = threads == 1 && plan.whole && symmetric;
+    for (const std::int64_t tile : {halves ? round_up(divide_up(N, 2), kPanel) : 0,
+                                    threads == 1 || huge >= kTilesPerWorker * threads ? kTileHuge : 0, plan.tile}) {
+      if (tile > 0 && use_forms(tile)) break;
+    }
+  }
+  plan.form_words = form_words(plan.forms.levels, plan.tile, plan.tile, words);
   plan.workers = threads;
   if (plan.whole) return plan;
-  plan.pitch = kTilePitch;
-  const std::int64_t worker_floats = plan.tile * kTilePitch;
-  plan.workers = static_cast<int>(std::clamp<std::int64_t>(threads, 1, kFixedScratch / (worker_floats * kValue)));
+  plan.pitch = tile_pitch(plan.tile);
+  const std::int64_t worker_floats = plan.tile * plan.pitch;
+  if (plan.forms.levels == 0) {
+    plan.workers = static_cast<int>(std::clamp<std::int64_t>(threads, 1, kFixedScratch / (worker_floats * kValue)));
+  }
   plan.product_floats = plan.workers * worker_floats;
   return plan;
+}
+
+std::int64_t copy_words(std::int64_t D, bool bytes, const Forms& forms) {
+  return bytes ? divide_up(D, 4) : round_up(divide_up(D, 2), std::int64_t{1} << forms.levels);
 }
 
 DirectPlan plan_direct(std::int64_t N, std::int64_t M, std::int64_t D, DType dtype, bool symmetric,
@@ -175,11 +240,13 @@ Plan plan_forward(std::int64_t N, std::int64_t M, std::int64_t D, std::int64_t k
     plan.workspace_bytes = plan_direct(N, M, D, dtype, symmetric, kernels.panels_from).bytes;
     return plan;
   }
-  const ScreenPlan screen = plan_screen(N, M, D, K, symmetric, threads);
+  const ScreenPlan screen = plan_screen(N, M, D, K, symmetric, threads, kernels);
   plan.list_capacity = screen.capacity;
   const std::int64_t rows = symmetric ? N : N + M;
-  plan.workspace_bytes = round_up(rows, kTileGrain) * round_up(D, 2) * 2 + N * screen.capacity * kEntryBytes +
-                         screen.product_floats * 4 + rows * kRowBytes + duplicate_buckets(M) * kBucketBytes;
+  plan.workspace_bytes = round_up(rows, kTileGrain) * copy_words(D, false, screen.forms) * 4 +
+                         N * screen.capacity * kEntryBytes +
+                         (screen.product_floats + screen.workers * screen.form_words) * 4 + rows * kRowBytes +
+                         duplicate_buckets(M) * kBucketBytes;
   return plan;
 }
 

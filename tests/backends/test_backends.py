@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -145,9 +146,24 @@ def test_plan_tells_path_and_workspace(core: ModuleType) -> None:
     assert core.cpu_plan(4096, 4096, 2**24, 10, 0, True, 1)["path"] == "screen"
     assert core.cpu_plan(4096, 4096, 2**24 + 1, 10, 0, True, 1)["path"] == "direct"  # sums would exceed 32 bits
     padded = -(-rows // 48) * 48
-    products, copy, lists = 4 * 192 * 192, 2 * padded * dims, 8 * rows * large["list_capacity"]
-    assert large["workspace_bytes"] == products + copy + lists + rows * (12 * 4 + 2 * 8)  # counters; equal rows
+    products, copy, lists = 4 * 384 * (384 + 16), 2 * padded * dims, 8 * rows * large["list_capacity"]
+    forms = 4 * ((192 + 192) * dims // 4 + 2 * 192 * (192 + 16))  # of anchors and candidates, and their products
+    assert large["workspace_bytes"] == products + forms + copy + lists + rows * (12 * 4 + 2 * 8)  # counters; equal rows
     numbers = [value for value in large.values() if isinstance(value, int)]
     assert numbers and max(numbers) <= budget
     core.set_cpu_path("direct")
     assert core.cpu_plan(4096, 4096, 512, 10, 0, True, 1)["path"] == "direct"
+
+
+@pytest.mark.parametrize("k", [10, 200])
+@pytest.mark.parametrize("dims", [128, 512, 1018, 2048, 4096, 16384])
+def test_workspace_of_any_number_of_threads(core: ModuleType, dims: int, k: int) -> None:
+    """Products and forms of every thread fit in the budget; a list of 200 has more than a kilobyte a row."""
+    for rows, threads in product((700, 768, 1024, 1120, 1536, 4096, 65536), (1, 2, 3, 4, 8, 16, 64, 200)):
+        for bank in (0, rows, 8 * rows):
+            plan = core.cpu_plan(rows, bank or rows, dims, k, 0, bank == 0, threads)
+            both = rows + (bank or rows)
+            lists = rows * 8 * max(0, plan.get("list_capacity", 0) - 96)
+            budget = 8 * 2**20 + 2 * both * dims + 1024 * (both if bank else rows) + lists
+            padding = 2 * 48 * 2 * dims + both * 3 * 4  # of both sides to whole tiles, of rows to words of forms
+            assert plan["workspace_bytes"] <= budget + padding, (rows, bank, threads)

@@ -13,6 +13,8 @@ import sn_ops
 from support import judge, oracle, problems
 from support.problems import Case
 
+SCREENED = ("screen", "tiles", "forms", "bytes", "byte-rows")
+
 
 def lopsided_case(dims: int, k: int, middle: float = 131.0, step: float = 1.0, first: float = 96.0) -> Case:
     """Rows whose columns are alike, so that the screening's copy errs the same way in each of them.
@@ -46,7 +48,9 @@ def test_copies_that_all_round_one_way(core: ModuleType, dims: int) -> None:
     case = lopsided_case(dims, k=10)
     rows = list(range(case.feats.shape[0]))
     expected = oracle.select_in_documented_order(problems.to_oracle(case), case.k, rows)
-    for capability, path in product(core.cpu_capabilities(), ("direct", "screen", "tiles", "bytes", "byte-rows")):
+    for capability, path in product(
+        core.cpu_capabilities(), ("direct", "screen", "tiles", "forms", "bytes", "byte-rows")
+    ):
         core.set_cpu_capability(capability)
         core.set_cpu_path(path)
         chosen = judge.selection_of(judge.neighbors_of(case, "cpu"))
@@ -96,12 +100,29 @@ def test_anchors_longer_than_candidates(core: ModuleType, dims: int, unit: int, 
     case = long_anchors_case(dims, unit, first)
     rows = list(range(case.feats.shape[0]))
     expected = oracle.select_in_documented_order(problems.to_oracle(case), case.k, rows)
-    for capability, path in product(core.cpu_capabilities(), ("screen", "tiles", "bytes", "byte-rows")):
+    for capability, path in product(core.cpu_capabilities(), SCREENED):
         core.set_cpu_capability(capability)
         core.set_cpu_path(path)
         chosen = judge.selection_of(judge.neighbors_of(case, "cpu"))
         for name in ("support", "nearest", "farthest"):
             assert (getattr(chosen, name) == getattr(expected, name)).all(), (capability, path, name)
+
+
+@pytest.mark.parametrize("columns", [[0], [0, 32], [0, 32, 64, 96], [0, 16, 32, 48, 64, 80, 96, 112]])
+def test_spikes_in_rows_of_forms(core: ModuleType, columns: list[int]) -> None:
+    """Columns that hold most of a row's norm meet in forms, where they must not exceed 16 bits."""
+    generator = torch.Generator().manual_seed(len(columns))
+    feats = 0.05 * torch.randn(200, 128, generator=generator)
+    feats[:, columns] += torch.randint(0, 2, (200, len(columns)), generator=generator) * 2.0 - 1.0
+    case = Case(feats, torch.arange(200) % 40, k=10)
+    rows = list(range(0, 200, 3))
+    expected = oracle.select_in_documented_order(problems.to_oracle(case), case.k, rows)
+    core.set_cpu_path("forms")
+    for capability in core.cpu_capabilities():
+        core.set_cpu_capability(capability)
+        chosen = judge.selection_of(judge.neighbors_of(case, "cpu"))
+        for name in ("support", "nearest", "farthest"):
+            assert (getattr(chosen, name)[rows] == getattr(expected, name)).all(), (capability, name)
 
 
 @pytest.fixture

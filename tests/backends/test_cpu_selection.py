@@ -20,7 +20,7 @@ from support import judge, oracle, problems
 from support.problems import Case
 
 BYTES = ("bytes", "byte-rows")
-PATHS = ("direct", "screen", "tiles", *BYTES)
+PATHS = ("direct", "screen", "tiles", "forms", *BYTES)
 
 
 def assert_selected(case: Case, rows: list[int], expected: oracle.Selection, what: object) -> sn_ops.SupportNeighbors:

@@ -294,8 +294,9 @@ void check_problem(const Problem& p, const std::vector<int>& thread_counts = {1,
   bool have_first = false;
   for (const std::string& level : sn::cpu::usable_capabilities()) {
     sn::cpu::set_capability(level);
-    for (const Path path : {Path::kDirect, Path::kScreen, Path::kTiles, Path::kBytes, Path::kByteRows}) {
-      if (path >= Path::kBytes && level != "avx512_vnni") continue;  // others have no products of bytes
+    for (const Path path : {Path::kDirect, Path::kScreen, Path::kForms, Path::kTiles, Path::kBytes, Path::kByteRows}) {
+      // Others have no products of bytes.
+      if ((path == Path::kBytes || path == Path::kByteRows) && level != "avx512_vnni") continue;
       sn::cpu::set_path(path);
       for (const int threads : thread_counts) {
         if (path >= Path::kTiles && threads != thread_counts.back()) continue;  // lists under locks are the news here
@@ -303,6 +304,7 @@ void check_problem(const Problem& p, const std::vector<int>& thread_counts = {1,
                                   (path == Path::kDirect   ? " direct "
                                    : path == Path::kScreen ? " screen "
                                    : path == Path::kTiles  ? " tiles "
+                                   : path == Path::kForms  ? " forms "
                                    : path == Path::kBytes  ? " bytes "
                                                            : " byte rows ") +
                                   std::to_string(threads) + " threads";
@@ -360,20 +362,189 @@ void check_repeated_edges(const Problem& p) {
   }
 }
 
+// A block of the copy for the products of forms: integers of 16 bits, the largest that may be, with the signs that add
+// up in forms, or any.
+struct Copy {
+  std::vector<std::int32_t> integers;  // [rows][2 words]
+  std::vector<std::uint32_t> packed;
+  std::vector<float> scale;
+  std::vector<std::int32_t> start;
+  sn::cpu::ScreenSide side{};
+  std::uint32_t* aligned = nullptr;
+};
+constexpr std::int64_t kLine = 64 / sizeof(std::uint32_t);
+
+template <class T>
+T* line_start(std::vector<T>& values) {
+  const auto address = reinterpret_cast<std::uintptr_t>(values.data());
+  return reinterpret_cast<T*>((address + 63) / 64 * 64);
+}
+
+void fill_copy(Copy& copy, std::int64_t rows, std::int64_t words, std::int32_t most, bool aligned_signs,
+               std::mt19937& random) {
+  const std::int64_t padded = (rows + sn::cpu::kTileGrain - 1) / sn::cpu::kTileGrain * sn::cpu::kTileGrain;
+  copy.integers.assign(rows * 2 * words, 0);
+  copy.packed.assign(padded * words + kLine, 0);
+  copy.scale.assign(padded + kLine, 0.0f);
+  copy.start.assign(padded, 0);
+  copy.aligned = line_start(copy.packed);
+  float* scale = line_start(copy.scale);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    scale[r] = std::ldexp(1.0f, static_cast<int>(random() % 5) - 2);  // products stay exact until they are rounded once
+    for (std::int64_t c = 0; c < 2 * words; ++c) {
+      // A form of all quarters has a and b on one side, c and d on the other, of rows and of candidates alike.
+      const bool negative = aligned_signs ? (r >= rows / 2) != (r % (rows / 2) >= rows / 4) : random() % 2 == 0;
+      const std::int32_t size =
+          aligned_signs || random() % 4 == 0 ? most : static_cast<std::int32_t>(random() % (most + 1));
+      const std::int32_t value = negative ? -size : size;
+      copy.integers[r * 2 * words + c] = value;
+      const std::uint32_t bits = static_cast<std::uint32_t>(value) & 0xffffu;
+      copy.aligned[(r / sn::cpu::kPanel * words + c / 2) * sn::cpu::kPanel + r % sn::cpu::kPanel] |=
+          c % 2 == 0 ? bits : bits << 16;
+    }
+  }
+  copy.side.rows = rows;
+  copy.side.padded = padded;
+  copy.side.packed = copy.aligned;
+  copy.side.scale = scale;
+  copy.side.start = copy.start.data();
+}
+
+// Products of forms are those of the integers, modulo 2^32, of every part of a tile and whatever their size.
+void check_forms() {
+  std::mt19937 random(11);
+  struct Shape {
+    std::int64_t rows, columns, words;
+    bool diagonal;
+  };
+  for (const auto& [rows, columns, words, diagonal] :
+       {Shape{64, 64, 4, false}, Shape{128, 64, 12, false}, Shape{80, 112, 8, false}, Shape{48, 208, 20, false},
+        Shape{64, 96, 2 * sn::cpu::kFormWords + 8, false}, Shape{96, 96, 16, true}, Shape{208, 208, 4, true}}) {
+    for (const int levels : {0, 1, 2}) {
+      for (const bool aligned_signs : {false, true}) {
+        const auto most = static_cast<std::int32_t>(sn::cpu::integer_most(levels));
+        Copy anchors, candidates;
+        fill_copy(anchors, rows, words, most, aligned_signs, random);
+        if (!diagonal) fill_copy(candidates, columns, words, most, aligned_signs, random);
+        sn::cpu::Screen screen{};
+        screen.words = words;
+        screen.panel_stride = words * sn::cpu::kPanel;
+        screen.forms = {levels, sn::cpu::kPanel, 1};
+        screen.anchors = anchors.side;
+        screen.candidates = diagonal ? anchors.side : candidates.side;
+        const Copy& others = diagonal ? anchors : candidates;
+        // A panel behind every row, which nothing may write.
+        const sn::cpu::Tile tile{0, rows, 0, columns, diagonal, columns + sn::cpu::kPanel};
+        for (const std::string& level : sn::cpu::usable_capabilities()) {
+          sn::cpu::set_capability(level);
+          std::vector<float> memory(rows * tile.pitch + kLine, -1.0f);
+          std::vector<std::uint32_t> scratch(sn::cpu::form_words(levels, rows, columns, words) + kLine);
+          float* products = line_start(memory);
+          sn::cpu::active_kernels().tile_products(screen, tile, tile, products, line_start(scratch));
+          const std::string where = "forms of " + std::to_string(rows) + " x " + std::to_string(columns) + " x " +
+                                    std::to_string(words) + ", " + std::to_string(levels) + " levels, " + level;
+          for (std::int64_t r = 0; r < rows; ++r) {
+            for (std::int64_t c = diagonal ? r + 1 : 0; c < columns; ++c) {
+              std::uint32_t sum = 0;
+              for (std::int64_t i = 0; i < 2 * words; ++i) {
+                sum += static_cast<std::uint32_t>(anchors.integers[r * 2 * words + i] *
+                                                  others.integers[c * 2 * words + i]);
+              }
+              const float exact = static_cast<float>(static_cast<std::int32_t>(sum)) *
+                                  (screen.anchors.scale[r] * screen.candidates.scale[c]);
+              check(products[r * tile.pitch + c] == exact, where);
+            }
+            for (std::int64_t c = columns; c < tile.pitch; ++c) check(products[r * tile.pitch + c] == -1.0f, where);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The copy's integers are so small that forms fit in 16 bits, whatever the rows: spikes, equal columns, any.
+void check_form_integers() {
+  constexpr std::int64_t kRows = 48, kDims = 200;
+  std::mt19937 random(12);
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(kRows * kDims);
+  for (std::int64_t r = 0; r < kRows; ++r) {
+    for (std::int64_t c = 0; c < kDims; ++c) {
+      const bool spike = c == r * 3 % kDims;
+      rows[r * kDims + c] = r % 3 == 0   ? (spike ? 1.0f : 0.0f)
+                            : r % 3 == 1 ? 0.37f
+                                         : normal(random) * (spike ? 20.0f : 1.0f);
+    }
+  }
+  std::vector<std::int32_t> order(kRows), start(kRows);
+  for (std::int64_t r = 0; r < kRows; ++r) order[r] = static_cast<std::int32_t>(r);
+  std::vector<float> mean(256 + kLine), scale(kRows), norm(kRows), residual(kRows);
+  for (const int levels : {0, 1, 2}) {
+    sn::cpu::Screen screen{};
+    screen.dtype = sn::DType::kFloat32;
+    screen.dims = kDims;
+    screen.forms = {levels, sn::cpu::kPanel, 1};
+    screen.words = sn::cpu::copy_words(kDims, false, screen.forms);
+    screen.panel_stride = screen.words * sn::cpu::kPanel;
+    screen.mean = line_start(mean);
+    std::vector<std::uint32_t> packed(kRows * screen.words + kLine);
+    screen.anchors = {{rows.data(), kRows, kDims},
+                      order.data(),
+                      kRows,
+                      kRows,
+                      line_start(packed),
+                      scale.data(),
+                      norm.data(),
+                      residual.data(),
+                      nullptr,
+                      start.data()};
+    for (const std::string& level : sn::cpu::usable_capabilities()) {
+      sn::cpu::set_capability(level);
+      const std::string where = "integers for " + std::to_string(levels) + " levels, " + level;
+      check(sn::cpu::active_kernels().pack(screen, screen.anchors, 0, kRows / sn::cpu::kPanel), where);
+      for (std::int64_t r = 0; r < kRows; ++r) {
+        double rest = 0.0;
+        for (std::int64_t c = 0; c < 2 * screen.words; ++c) {
+          const std::uint32_t word =
+              screen.anchors
+                  .packed[(r / sn::cpu::kPanel * screen.words + c / 2) * sn::cpu::kPanel + r % sn::cpu::kPanel];
+          const std::int32_t value = static_cast<std::int16_t>(c % 2 == 0 ? word & 0xffffu : word >> 16);
+          check(std::abs(value) <= static_cast<std::int32_t>(sn::cpu::integer_most(levels)), where);
+          const double t = c < kDims ? rows[r * kDims + c] : 0.0;
+          rest += (t - static_cast<double>(scale[r]) * value) * (t - static_cast<double>(scale[r]) * value);
+        }
+        check(std::abs(rest - residual[r]) <= 1e-3 * rest + 1e-12 * norm[r], where + ": residual");
+      }
+    }
+  }
+}
+
 // When 8-bit integers serve, of rows whose distances are about normal.
 void check_width() {
   sn::cpu::set_path(Path::kAuto);
   const auto chosen = [](std::int64_t M, const sn::cpu::CopySample& sample) {
-    return sn::cpu::multiplies_bytes(M, 128, 10, true, 0.036, sample);
+    return sn::cpu::multiplies_bytes(M, 128, 10, true, 0.036, sn::cpu::Forms{}, sample);
   };
   check(chosen(8192, {2.0, 0.177, 0.0, 0.049}), "width: random rows");
   check(!chosen(1024, {2.0, 0.177, 0.0, 0.049}), "width: too few candidates to gain by it");
   check(!chosen(8192, {2.0, 0.088, 0.0, 0.049}), "width: distances alike");
   check(!chosen(8192, {2.0, 0.177, 0.01, 0.049}), "width: clusters");
   // Rows that are screened as a whole, too: kByteRows forces what a call may come to.
-  check(sn::cpu::multiplies_bytes(1024, 512, 10, true, 0.036, {2.0, 0.177, 0.0, 0.049}), "width: longer rows");
-  check(sn::cpu::plan_screen(1024, 1024, 512, 10, true, 1).whole, "width: whole rows");
+  const sn::cpu::CopySample longer{2.0, 0.177, 0.0, 0.049};
+  check(sn::cpu::multiplies_bytes(1024, 512, 10, true, 0.036, sn::cpu::Forms{}, longer), "width: longer rows");
+  check(!sn::cpu::multiplies_bytes(1024, 512, 10, true, 0.036, sn::cpu::Forms{2, 96, 128}, longer),
+        "width: forms of 16-bit integers cost less");
+  // Forms of integers that a few large columns make coarse.
+  const auto kept = [](const sn::cpu::CopySample& sample) {
+    return sn::cpu::keeps_forms(4096, 1024, 10, true, 0.036, sn::cpu::Forms{2, 96, 128}, sample, 0.002);
+  };
+  check(sn::cpu::keeps_forms(1.9) && !sn::cpu::keeps_forms(2.1), "forms: as coarse as serves any data");
+  check(kept({2.0, 0.06, 0.0, 0.008}), "forms: rows far apart");
+  check(!kept({2.0, 0.06, 0.0, 0.1}) && !kept({2.0, 0.06, 0.0, 6.0}), "forms: distances alike");
+  check(!kept({2.0, 0.06, 0.01, 0.008}) && !kept({0.0, 0.0, 0.0, 0.008}), "forms: clusters");
+  check(sn::cpu::plan_screen(1024, 1024, 512, 10, true, 1, sn::cpu::active_kernels()).whole, "width: whole rows");
   check(!chosen(8192, {2.0, 0.177, 0.0, 0.2}), "width: a coarse copy");
+  check(!chosen(8192, {2.0, 0.1, 0.0, 3.0}), "width: a copy that tells nothing apart");
   check(!chosen(8192, {0.0, 0.0, 0.0, 0.0}), "width: equal rows");
   check(!chosen(8192, {2.0, std::nan(""), 0.0, 0.049}), "width: a distance that is not finite");
 }
@@ -388,6 +559,8 @@ int main(int argc, char** argv) {
   const std::vector<std::string> kinds = {"random", "clusters", "two",  "collapsed", "identical", "duplicates",
                                           "grid",   "outlier",  "tiny", "huge",      "mixed",     "bank"};
   check_width();
+  check_forms();
+  check_form_integers();
   // For 16-bit integers; for 8-bit ones, of which the first column is 127, the others 19.375, 20 and 20.625 before.
   for (const std::int64_t D : {2048, 4096}) check_problem(make_lopsided(D, 10, 131.0f, 1.0f, 96.0f));
   for (const std::int64_t D : {128, 192, 1024}) check_problem(make_lopsided(D, 10, 160.0f, 5.0f, 127.0f / 16.0f));

@@ -112,5 +112,26 @@ def cpu() -> list[Mutant]:
             "const std::int64_t bounded = wanted + 1;", "const std::int64_t bounded = wanted;",
             "a bound of K candidates may have the anchor among them", tiles,
         ),
+        (
+            "cpu-forms-of-the-wrong-quarter", kernels + "forms.h",
+            "minus_to_f(b, f);  // f3", "minus_to_f(d, f);  // f3",
+            "a form has another quarter than the algorithm's", tiles,
+        ),
+        (
+            "cpu-forms-forget-their-sums", kernels + "forms.h",
+            "multiply(d, g, sums_from(rows, 0), second_first);", "multiply(d, g, kNone, second_first);",
+            "an inner level leaves out what its sums begin with", tiles,
+        ),
+        (
+            "cpu-forms-leave-out-the-rest", kernels + "forms.h",
+            "part(0, block.rows, block.columns, tile.columns - block.columns);",
+            "part(0, block.rows, block.columns, 0);",
+            "columns behind the last whole block have no products", tiles,
+        ),
+        (
+            "cpu-forms-of-large-integers", kernels + "pack.h",
+            "integer_most(screen.forms.levels)", "integer_most(0)",
+            "forms exceed 16 bits", EDGES + "test_spikes_in_rows_of_forms",
+        ),
     ]  # fmt: skip
     return [Mutant(name, file, old, new, why, (test,), CPU) for name, file, old, new, why, test in changes]

@@ -94,7 +94,7 @@ void resolve_block(const Screen& screen, std::int64_t row, std::int64_t rows, st
 template <bool kSymmetric>
 void tile_epilogue_as(const Screen& screen, const Tile& tile, const float* tile_products) {
   constexpr std::int64_t kVectors = kDirectBlock / kLanes;
-  static_assert(kTileSmall % kDirectBlock == 0 && kTileLarge % kDirectBlock == 0 && kTileGrain % kLanes == 0);
+  static_assert(kPanel % kLanes == 0, "tiles have whole panels");
   const std::int64_t tile_rows =
       tile.row + tile.rows < screen.anchors.rows ? tile.rows : screen.anchors.rows - tile.row;
   for (std::int64_t r0 = 0; r0 < tile_rows; r0 += kDirectBlock) {

@@ -69,6 +69,8 @@ bool turn_panel_any(DType dtype, const FeatureView& features, std::int64_t panel
 
 #include "products.h"
 //
+#include "forms.h"
+//
 #include "pack.h"
 //
 #include "lists.h"
@@ -159,9 +161,11 @@ const Kernels kTable = {
 #if defined(__AVX512VNNI__)
     0.036,
     true,
+    96,
 #else
     0.045,  // a multiplication of pairs and an addition
     false,
+    48,  // forms cost as much, products more
 #endif
 #if defined(__AVX512F__)
     32,

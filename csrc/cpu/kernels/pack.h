@@ -92,9 +92,6 @@ void sampled_mean(const FeatureView* sides, int side_count, std::int64_t dims, f
 
 // ---- the copy -------------------------------------------------------------------------------------------------------
 
-// The integers of a row have a norm of about this: none of them is above 32767, whatever the rounding of the norm, and
-// a sum of products of two rows fits in 32 bits.
-inline constexpr float kIntegerNorm = 30500.0f;
 static_assert((kIntegerNorm * 1.05f + 2048.0f) * (kIntegerNorm * 1.05f + 2048.0f) < 0x1p31f,
               "rounding adds at most half a root of D = 2^24");
 static_assert(kIntegerNorm * 1.05f < 32767.0f);
@@ -167,7 +164,7 @@ bool pack_as(const Screen& screen, const ScreenSide& side, std::int64_t first, s
         for (int i = 0; i < kChains; ++i) {
           const F16 t = centred(screen, rows[r + i], c);
           norm[i] = f_fma(t, t, norm[i]);
-          if constexpr (kBytes) minus_most[i] = f_min(minus_most[i], f_min(t, f_sub(f_zero(), t)));
+          minus_most[i] = f_min(minus_most[i], f_min(t, f_sub(f_zero(), t)));
         }
       }
       for (int i = 0; i < kChains; ++i) {
@@ -175,17 +172,17 @@ bool pack_as(const Screen& screen, const ScreenSide& side, std::int64_t first, s
         f_store(lanes, norm[i]);
         const float sum = r + i < count ? tree_sum(lanes) : 0.0f;
         if (!(sum <= kFloatMost)) return false;
-        float length = sum < kLeastNorm ? 0.0f : __builtin_sqrtf(sum);
-        if (kBytes && length > 0.0f) {
+        float scale = 0.0f;
+        if (sum >= kLeastNorm) {
           f_store(lanes, minus_most[i]);
-          length = 0.0f;
-          for (int l = 0; l < kLanes; ++l) length = -lanes[l] > length ? -lanes[l] : length;
+          for (int l = 0; l < kLanes; ++l) scale = -lanes[l] > scale ? -lanes[l] : scale;
+          scale /= kBytes ? kByteMost : integer_most(screen.forms.levels);
+          const float by_norm = __builtin_sqrtf(sum) * (1.0f / kIntegerNorm);
+          if (!kBytes && by_norm > scale) scale = by_norm;
         }
-        constexpr float kLength = kBytes ? kByteMost : kIntegerNorm;
-        const float scale = length * (1.0f / kLength);
         side.norm[position + r + i] = sum;
         side.scale[position + r + i] = scale;
-        inverse[r + i] = f_set1(length > 0.0f ? kLength / length : 0.0f);
+        inverse[r + i] = f_set1(scale > 0.0f ? 1.0f / scale : 0.0f);
         minus_scale[r + i] = f_set1(-scale);
         residual[r + i] = f_zero();
       }

@@ -174,7 +174,7 @@ struct Kernels {
   double direct_cycles;      // of a pair that is summed directly from panels, a column
   double product_cycles;     // of a screened pair, a column
   bool bytes;                // products of 8-bit integers take half of that
-  std::int64_t form_rows;    // least rows of a block that is halved no more
+  std::int64_t form_rows;    // a block is halved while its halves have so many rows
   std::int64_t panels_from;  // rows from which the direct path is faster on a copy in panels
   std::int64_t row_columns;  // columns of a row of the backward that stay in registers
 

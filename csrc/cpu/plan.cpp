@@ -153,8 +153,8 @@ ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int6
   const Path forced = forced_path.load();
   plan.whole = forced != Path::kTiles && forced != Path::kBytes && M <= kWholeMost &&
                plan.product_floats * kValue <= kWholeScratch;
-  const std::int64_t smaller = std::min(N, M);
-  plan.tile = smaller < 4 * kTileLarge || threads > 16 ? kTileSmall : kTileLarge;
+  const bool large = std::min(N, M) >= 4 * kTileLarge;
+  plan.tile = large && threads <= 16 ? kTileLarge : kTileSmall;
   // What lists leave of the spare memory is room, too.
   const std::int64_t room = kFixedScratch - (plan.whole ? plan.product_floats * kValue : 0) +
                             std::max<std::int64_t>(0, N * (kListBytesPerRow + spare - plan.capacity * kEntryBytes));
@@ -174,7 +174,7 @@ ScreenPlan plan_screen(std::int64_t N, std::int64_t M, std::int64_t D, std::int6
     }
     return false;
   };
-  if (forced_forms || (smaller >= 4 * kTileLarge && D >= kFormDims)) {
+  if (forced_forms || (large && D >= kFormDims)) {
     const std::int64_t side = divide_up(N, kTileHuge);
     const std::int64_t huge = symmetric ? side * (side + 1) / 2 : side * divide_up(M, kTileHuge);
     const bool halves = threads == 1 && plan.whole && symmetric;

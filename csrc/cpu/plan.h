@@ -36,8 +36,8 @@ struct CopySample {
 bool may_multiply_bytes(std::int64_t N, std::int64_t M, std::int64_t D, bool symmetric, double product_cycles);
 bool multiplies_bytes(std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, double product_cycles,
                       const Forms& forms, const CopySample& sample);
-// Whether forms of integers that are so much coarser than others serve all the same: of any data; of these, where the
-// finest copy has a window of `finest`.
+// Whether forms stay although their integers are coarser than those of a copy without forms: by such a factor whatever
+// the data; by the distances of a sample, whose window is that of the forms, and `finest` that of the other copy.
 bool keeps_forms(double coarseness);
 bool keeps_forms(std::int64_t M, std::int64_t D, std::int64_t K, bool symmetric, double product_cycles,
                  const Forms& forms, const CopySample& sample, double finest);

@@ -48,9 +48,7 @@ def test_copies_that_all_round_one_way(core: ModuleType, dims: int) -> None:
     case = lopsided_case(dims, k=10)
     rows = list(range(case.feats.shape[0]))
     expected = oracle.select_in_documented_order(problems.to_oracle(case), case.k, rows)
-    for capability, path in product(
-        core.cpu_capabilities(), ("direct", "screen", "tiles", "forms", "bytes", "byte-rows")
-    ):
+    for capability, path in product(core.cpu_capabilities(), ("direct", *SCREENED)):
         core.set_cpu_capability(capability)
         core.set_cpu_path(path)
         chosen = judge.selection_of(judge.neighbors_of(case, "cpu"))

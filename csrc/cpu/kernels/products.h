@@ -2,8 +2,9 @@
 #pragma once
 
 // Sixteen 32-bit sums. i_dot adds to each the products of two 16-bit integers: `pair` holds those of an anchor, `words`
-// those of sixteen candidates, a word each. The sums do not overflow: pack.h sees to it, of 8-bit integers plan.cpp. Of
-// the same instructions as intrinsics GCC 12 keeps the sums on the stack.
+// those of sixteen candidates, a word each. Whole sums of rows fit in 32 bits: pack.h sees to it, of 8-bit integers
+// plan.cpp. Those of forms (forms.h) wrap around on the way. Of the same instructions as intrinsics GCC 12 keeps the
+// sums on the stack.
 #if defined(__AVX512F__)
 
 inline constexpr int kMicroRows = 8;
@@ -204,8 +205,7 @@ struct Sums {
   Sums from(std::int64_t row, std::int64_t column) const { return {at + row * pitch + column, pitch}; }
 };
 
-// With what a block's sums begin, by row, with 8-bit integers; and with what they are multiplied when they are whole,
-// unless null.
+// What the sums of a row's 8-bit products start at, and the scales that whole sums are multiplied by, or null.
 struct Ends {
   const std::int32_t* starts;
   const float* row_scales;
